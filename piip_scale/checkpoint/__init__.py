@@ -1,0 +1,1 @@
+"""Sharded checkpoints: committing, reading, converting."""

@@ -1,0 +1,1 @@
+"""The ``piip-scale`` command."""

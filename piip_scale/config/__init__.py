@@ -1,0 +1,31 @@
+"""What a run can be told, and the checks it must pass before any process starts."""
+
+from piip_scale.config.loading import load_config
+from piip_scale.config.model import BranchConfig, InteractionConfig, PiipConfig, PyramidConfig, VitBranchConfig
+from piip_scale.config.run import (
+    AugmentConfig,
+    DataConfig,
+    DetectorConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "BranchConfig",
+    "DataConfig",
+    "DetectorConfig",
+    "InteractionConfig",
+    "OptimizerConfig",
+    "PiipConfig",
+    "PyramidConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "VitBranchConfig",
+    "ZeroConfig",
+    "load_config",
+]

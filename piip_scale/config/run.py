@@ -1,0 +1,159 @@
+"""Config of a run: detector, data, optimisation, sharding, and when to save, look and evaluate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from piip_scale.config.base import Strict
+from piip_scale.config.model import PiipConfig, Positive
+
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rgb = tuple[float, float, float]
+
+
+class DetectorConfig(Strict):
+    """The mmdet detector on top of the network.
+
+    Attributes:
+        kind: Which of mmdet's own base configs to start from.
+        overrides: Merged onto that mmdet model dict, in mmdet's own terms (``{"rpn_head.anchor_generator.scales": [4]}``
+            or nested dicts).
+    """
+
+    kind: Literal["mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "dino"]
+    overrides: dict[str, Any] = {}
+
+
+class AugmentConfig(Strict):
+    """How an image becomes network input. Without jitter the short edge takes the single size given.
+
+    Attributes:
+        short_edge_px: Candidate short edges, one drawn per training image; evaluation takes the last.
+        max_edge_px: The long edge is never longer.
+        jitter_scale: Large-scale jitter, a range of factors, instead of ``short_edge_px``; then ``crop_px`` is needed.
+        crop_px: Height and width of the random crop under jitter.
+    """
+
+    short_edge_px: tuple[Positive, ...] = (800,)
+    max_edge_px: Positive = 1333
+    jitter_scale: tuple[float, float] | None = None
+    crop_px: tuple[Positive, Positive] | None = None
+    flip_probability: Rate = 0.5
+    pad_multiple_px: Positive = 64
+    mean: Rgb = (123.675, 116.28, 103.53)
+    std: Rgb = (58.395, 57.12, 57.375)
+
+    @model_validator(mode="after")
+    def _jitter_has_a_crop(self) -> AugmentConfig:
+        if (self.jitter_scale is None) != (self.crop_px is None):
+            raise ValueError("jitter_scale and crop_px go together: set both or neither")
+        if self.jitter_scale and not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
+            raise ValueError(f"jitter_scale={list(self.jitter_scale)} must be 0 < low <= high")
+        if not self.short_edge_px:
+            raise ValueError("short_edge_px is empty and must name at least one size")
+        return self
+
+
+class DataConfig(Strict):
+    """Where samples come from and how they are batched.
+
+    Attributes:
+        train_shards: Folder of packed shards to train on.
+        val_shards: Folder of packed shards to evaluate on.
+        classes: Category names in label order; must equal the shards' own. Empty takes the shards' categories.
+        num_streams: Canonical streams of an epoch's order; every world size that divides it sees the same batches.
+        workers: Loader processes per rank; 0 loads in the training process.
+        max_broken_share: The run stops when more than this share of the samples seen is broken.
+    """
+
+    train_shards: str
+    val_shards: str
+    classes: tuple[str, ...] = ()
+    augment: AugmentConfig = AugmentConfig()
+    micro_batch_size: Positive = 2
+    num_streams: Positive = 48
+    workers: NonNegative = 2
+    max_broken_share: Rate = 0.01
+
+
+class OptimizerConfig(Strict):
+    """AdamW with layer-wise decay of the learning rate."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
+
+
+class ScheduleConfig(Strict):
+    """The learning rate's factor as a function of the step.
+
+    Attributes:
+        milestones: Shares of the run (0-1) after which a ``step`` schedule multiplies by ``gamma``.
+        warmup_ratio: Factor at step 0, rising linearly to 1.
+    """
+
+    kind: Literal["constant", "step", "cosine"] = "cosine"
+    warmup_steps: NonNegative = 500
+    warmup_ratio: Rate = 0.001
+    milestones: tuple[Rate, ...] = (8 / 12, 11 / 12)
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    final_ratio: Rate = 0.0
+
+
+class ZeroConfig(Strict):
+    """DeepSpeed's sharding.
+
+    Attributes:
+        stage: 0 plain data parallel, 1 optimiser, 2 and gradients, 3 and parameters.
+        persistence_threshold: Parameters of fewer elements stay whole on every rank; ``auto`` puts it between the
+            largest branch's matrices and the next branch's.
+        deepspeed: Raw DeepSpeed keys merged on top.
+    """
+
+    stage: Literal[0, 1, 2, 3] = 3
+    persistence_threshold: Literal["auto"] | NonNegative = "auto"
+    deepspeed: dict[str, Any] = {}
+
+
+class TrainConfig(Strict):
+    """How long, how precisely, and when to look up.
+
+    Attributes:
+        epochs: Passes over the training set; exactly one of ``epochs`` and ``steps`` is set.
+        steps: Optimiser steps.
+        precision: Of branches and interactions; neck, heads and losses are always fp32.
+    """
+
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_accumulation: Positive = 1
+    log_every_steps: Positive = 10
+    evaluate_every_steps: NonNegative = 0
+    checkpoint_every_steps: Positive = 500
+    keep_checkpoints: Positive = 2
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"exactly one of epochs={self.epochs} and steps={self.steps} must be set")
+        return self
+
+
+class RunConfig(Strict):
+    """Everything one training is: what a config file describes and what a run directory keeps."""
+
+    task: Literal["detection"] = "detection"
+    model: PiipConfig
+    detector: DetectorConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    zero: ZeroConfig = ZeroConfig()
+    train: TrainConfig

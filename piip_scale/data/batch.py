@@ -1,0 +1,80 @@
+"""What the loader hands to a task: one rank's images and their instances, in pixels of the padded batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+MASK_SIZE_PX = 112
+"""Side of an instance's mini-mask: its box, stretched to this square."""
+
+
+@dataclass(frozen=True)
+class Instances:
+    """The objects of one image, N of them.
+
+    Attributes:
+        boxes_xyxy_px: Boxes in the resized image, float32 (N, 4).
+        labels: Class indices, int64 (N,).
+        is_crowd: Regions of many objects, to be ignored by training, bool (N,).
+        mini_masks: Anti-aliased masks cut to their boxes, uint8 0-255 (N, MASK_SIZE_PX, MASK_SIZE_PX);
+            ``None`` for a data set without masks.
+    """
+
+    boxes_xyxy_px: Tensor
+    labels: Tensor
+    is_crowd: Tensor
+    mini_masks: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Instances:
+        """A copy on ``device``."""
+        return Instances(*(_moved(getattr(self, field.name), device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """Where an image of a batch comes from, and how to go back to its own pixels.
+
+    Attributes:
+        key: The sample's key in its shard.
+        image_id: The id in the COCO file.
+        original_size_px: Height and width of the stored image.
+        size_px: Height and width of the resized (and cropped) image inside the padded batch.
+        scale_xy: Resized over original, for x and y. Boxes over this give original pixels, where nothing was cropped.
+    """
+
+    key: str
+    image_id: int
+    original_size_px: tuple[int, int]
+    size_px: tuple[int, int]
+    scale_xy: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch of B images.
+
+    Attributes:
+        images_BHWC: RGB, uint8 (B, H, W, 3); each image at the top left, the rest zero; H and W are multiples of
+            the augmentation's ``pad_multiple_px``.
+        instances: One entry per image.
+        infos: One entry per image.
+    """
+
+    images_BHWC: Tensor
+    instances: tuple[Instances, ...]
+    infos: tuple[ImageInfo, ...]
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on ``device``."""
+        moved = tuple(instances.to(device) for instances in self.instances)
+        return Batch(self.images_BHWC.to(device, non_blocking=True), moved, self.infos)
+
+
+def _moved(value: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if value is None else value.to(device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""Sharding, optimising, stepping, saving, resuming."""

@@ -1,0 +1,71 @@
+"""The errors a user can meet. Each is one line: what is wrong, the value, the rule, the fix."""
+
+from __future__ import annotations
+
+
+class PiipError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        problem: What is wrong, naming the thing (a key, a file, a rank), without a final period.
+        value: The offending value; left out of the message when ``None``.
+        rule: What would have been right.
+        fix: What to do about it, as an imperative.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, value: object = None, rule: str = "", fix: str = "") -> None:
+        self.problem, self.value, self.rule, self.fix = problem, value, rule, fix
+        super().__init__(self.line)
+
+    @property
+    def line(self) -> str:
+        """The whole message on one line."""
+        head = self.problem if self.value is None else f"{self.problem}: got {self.value!r}"
+        parts = [head, self.rule, self.fix]
+        return " ".join("; ".join(part for part in parts if part).split())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions pickle by positional arguments only; loader workers must be able to send ours.
+        return _rebuild, (type(self), self.problem, self.value, self.rule, self.fix)
+
+
+def _rebuild(kind: type[PiipError], problem: str, value: object, rule: str, fix: str) -> PiipError:
+    return kind(problem, value=value, rule=rule, fix=fix)
+
+
+class ConfigError(PiipError):
+    """A config file or override that cannot be meant as written."""
+
+
+class WorldError(PiipError):
+    """The environment's ranks and nodes do not add up."""
+
+
+class KernelError(PiipError):
+    """A kernel or library that the config asks for is not there."""
+
+
+class ModelError(PiipError):
+    """Weights and model do not fit together."""
+
+
+class DataError(PiipError):
+    """Annotations, images or shards that cannot be used."""
+
+
+class CheckpointError(PiipError):
+    """A checkpoint that is absent, incomplete, or of another model."""
+
+
+class RunError(PiipError):
+    """A run directory or a running training that cannot go on."""
+
+    exit_code = 1
+
+
+class Interrupted(RunError):
+    """The run was asked to stop (Ctrl-C or TERM), saved, and did."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""The PIIP network: branches, interactions, merging, pyramid."""

@@ -1,0 +1,1 @@
+"""What is trained: detection with mmdet's heads."""

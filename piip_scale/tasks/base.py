@@ -1,0 +1,112 @@
+"""The interface between a task (model, targets, metric) and the engine that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from piip_scale.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image, in pixels of the stored image, best first.
+
+    Attributes:
+        image_id: The image's id in the COCO file.
+        boxes_xyxy_px: float32 (N, 4).
+        scores: float32 (N,).
+        labels: int64 (N,).
+        masks_rle: One COCO run-length dict (``size``, ``counts``) per object; ``None`` for a detector without masks.
+    """
+
+    image_id: int
+    boxes_xyxy_px: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks_rle: list[dict[str, object]] | None = None
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """How the optimiser treats one parameter.
+
+    Attributes:
+        layer_id: 0 for embeddings ... ``num_layers + 1`` for heads; rate is base * decay ** (num_layers + 1 - id).
+            May be fractional for a shallow branch beside a deep one.
+        decays: Whether weight decay applies.
+    """
+
+    layer_id: float
+    decays: bool
+
+
+class TrainableModel(Protocol):
+    """A model the engine can train: an ``nn.Module`` with these methods.
+
+    ``model(batch)`` in training mode returns named scalar losses, float32; those whose name holds ``loss`` are
+    summed by the engine.
+    """
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]: ...
+
+    def predict(self, batch: Batch) -> list[Detections]:
+        """Detections of every image of the batch, in eval mode and without gradients."""
+        ...
+
+    def head_leaf(self) -> nn.Module:
+        """Neck and heads as one module, which ZeRO-3 gathers whole because their control flow depends on the data."""
+        ...
+
+    def parameter_rules(self) -> dict[str, ParameterRule]:
+        """The rule of every parameter, by its name in ``named_parameters()``."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the deepest branch, the scale of ``ParameterRule.layer_id``."""
+        ...
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Dtype of branches, interactions and merging; neck, heads and losses stay float32."""
+        ...
+
+
+class Metric(Protocol):
+    """Collects predictions over a validation set; one instance per rank and evaluation."""
+
+    def update(self, batch: Batch, detections: Sequence[Detections]) -> None:
+        """Adds one batch's detections."""
+        ...
+
+    def compute(self) -> dict[str, float]:
+        """The metrics over all ranks. Collective: every rank calls it; the result is the same on all."""
+        ...
+
+
+class Task(Protocol):
+    """Everything the engine needs to know of what it trains."""
+
+    def build_model(self) -> nn.Module:
+        """The initialised model, a ``TrainableModel``, on the CPU in float32."""
+        ...
+
+    def train_batches(self, epoch: int, first_step: int) -> Iterable[Batch]:
+        """This rank's micro-batches of one epoch from micro-step ``first_step`` on; equally many on every rank."""
+        ...
+
+    def num_train_batches(self) -> int:
+        """Micro-batches of one epoch, the same on every rank."""
+        ...
+
+    def val_batches(self) -> Iterable[Batch]:
+        """This rank's share of the validation set; equally many batches on every rank (the tail repeats samples)."""
+        ...
+
+    def build_metric(self) -> Metric:
+        """A fresh metric."""
+        ...

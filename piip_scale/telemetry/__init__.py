@@ -1,0 +1,1 @@
+"""What a run tells: TensorBoard, JSON lines, the progress bar."""
