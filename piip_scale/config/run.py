@@ -19,8 +19,8 @@ class DetectorConfig(Strict):
 
     Attributes:
         kind: Which of mmdet's own base configs to start from.
-        overrides: Merged onto that mmdet model dict, in mmdet's own terms (``{"rpn_head.anchor_generator.scales": [4]}``
-            or nested dicts).
+        overrides: Merged onto that mmdet model dict, in mmdet's own terms:
+            ``{"rpn_head.anchor_generator.scales": [4]}`` or nested dicts.
     """
 
     kind: Literal["mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "dino"]

@@ -52,7 +52,9 @@ class TrainableModel(Protocol):
     summed by the engine.
     """
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]: ...
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Named losses of one micro-batch."""
+        ...
 
     def predict(self, batch: Batch) -> list[Detections]:
         """Detections of every image of the batch, in eval mode and without gradients."""
