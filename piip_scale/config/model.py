@@ -103,13 +103,15 @@ class PyramidConfig(Strict):
     """
 
     kind: Literal["simple"] = "simple"
-    scales: tuple[Literal[4.0, 2.0, 1.0, 0.5], ...] = (4.0, 2.0, 1.0, 0.5)
+    scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
 
     @field_validator("scales", mode="after")
     @classmethod
     def _falling(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
         if not scales or list(scales) != sorted(set(scales), reverse=True):
             raise ValueError(f"scales={list(scales)} must fall strictly and name at least one level")
+        if not set(scales) <= {4.0, 2.0, 1.0, 0.5}:
+            raise ValueError(f"scales={list(scales)} must be some of 4, 2, 1 and 0.5")
         return scales
 
 
