@@ -127,6 +127,7 @@ class TrainConfig(Strict):
         epochs: Passes over the training set; exactly one of ``epochs`` and ``steps`` is set.
         steps: Optimiser steps.
         precision: Of branches and interactions; neck, heads and losses are always fp32.
+        max_skipped_steps: The run stops when so many steps in a row had a loss or gradient that is not finite.
     """
 
     epochs: Positive | None = None
@@ -138,6 +139,7 @@ class TrainConfig(Strict):
     evaluate_every_steps: NonNegative = 0
     checkpoint_every_steps: Positive = 500
     keep_checkpoints: Positive = 2
+    max_skipped_steps: Positive = 10
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

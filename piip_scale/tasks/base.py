@@ -64,6 +64,13 @@ class TrainableModel(Protocol):
         """Neck and heads as one module, which ZeRO-3 gathers whole because their control flow depends on the data."""
         ...
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Disjoint named modules: the branches, largest first, then interactions, merging and heads.
+
+        The start report counts by them; the first one's matrices set the automatic persistence threshold.
+        """
+        ...
+
     def parameter_rules(self) -> dict[str, ParameterRule]:
         """The rule of every parameter, by its name in ``named_parameters()``."""
         ...
