@@ -1,0 +1,308 @@
+"""A folder of checkpoints in which each is whole or invisible.
+
+A save is written into a hidden folder, and a rename makes it visible after everything in it is on the disk.
+``manifest.json`` inside lists every file with its size and a checksum, so a reader can tell a whole checkpoint
+from a damaged one without opening a single tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+from piip_scale.checkpoint.files import disk_errors, sync_file, write_text_atomically
+from piip_scale.errors import CheckpointError
+from piip_scale.logging import get_logger
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT_VERSION = 1
+
+_COMMITTED = re.compile(r"step_(\d{8,})")
+_HIDDEN = re.compile(r"\.(saving|dropped)_\d{8,}|\.latest\.partial")
+
+# A checksum covers files of up to 64 MiB whole; of larger ones that many MiB, evenly spaced with both ends among
+# them, so that committing 100 GB costs a second and not minutes.
+_BLOCK_BYTES = 1 << 20
+_MAX_BLOCKS = 64
+
+
+class CheckpointStore:
+    """The checkpoints of one run; no method is collective, and only the main rank may call those that write.
+
+    Saving on many ranks: main ``begin``s, a barrier, every rank writes into ``staging(step)`` and closes its files, a
+    barrier, main ``commit``s. A process may die anywhere in between.
+
+    Args:
+        folder: Holds the checkpoints and nothing else; made by the first ``begin``.
+        keep: How many of the newest checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def staging(self, step: int) -> Path:
+        """The hidden folder that ``begin(step)`` makes; any rank may ask."""
+        return self.folder / f".saving_{step:08d}"
+
+    def begin(self, step: int) -> Path:
+        """Makes a fresh, hidden folder for the files of this step's checkpoint. Main rank only.
+
+        Raises:
+            CheckpointError: The step already has a whole checkpoint, or the disk refuses.
+        """
+        target, staging = self._target(step), self.staging(step)
+        if target.exists() and _fault(target) is None:
+            raise CheckpointError(
+                f"step {step} already has a checkpoint: {target}",
+                rule="a checkpoint is written once",
+                fix="resume from it, or discard_after the step resumed from",
+            )
+        with disk_errors(CheckpointError, f"begin a checkpoint in {self.folder}"):
+            self._drop(target)
+            _remove(staging)
+            staging.mkdir(parents=True)
+        return staging
+
+    def commit(self, step: int) -> Path:
+        """Makes the checkpoint visible, points ``latest`` at it and prunes. Main rank only.
+
+        Call it after a barrier that follows every rank's last write: files are listed here, once.
+
+        Returns:
+            The checkpoint's folder, ``step_00000120`` for step 120.
+
+        Raises:
+            CheckpointError: Nothing was written, or the disk refuses; no part of the checkpoint is visible then, and
+                the space it took is freed.
+        """
+        staging, target = self.staging(step), self._target(step)
+        try:
+            with disk_errors(CheckpointError, f"save checkpoint {target}"):
+                _write_manifest(staging, step)
+                os.rename(staging, target)
+                sync_file(self.folder)
+        except CheckpointError:
+            self.abandon(step)
+            raise
+        self._tidy()
+        return target
+
+    def abandon(self, step: int) -> None:
+        """Removes what was written of a save that failed; on a disk that refuses, leaves it to ``clean``."""
+        shutil.rmtree(self.staging(step), ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the visible checkpoints, damaged ones included, in rising order."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_COMMITTED.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint whose files are all there with their sizes; ``None`` where there is none.
+
+        Skips, with a warning that says why, newer ones that are damaged.
+        """
+        for step in reversed(self.steps()):
+            fault = _fault(self._target(step))
+            if fault is None:
+                return self._target(step)
+            get_logger(__name__).warning("skipping a damaged checkpoint: %s", fault)
+        return None
+
+    def validate(self, path: Path) -> None:
+        """Checks every file of a checkpoint against the manifest, with its checksum.
+
+        Raises:
+            CheckpointError: Names the file and what is wrong with it.
+        """
+        path = Path(path)
+        files = _check_sizes(path)
+        for name, entry in files.items():
+            with disk_errors(CheckpointError, f"read {path / name}"):
+                found = checksum(path / name)
+            if found != entry["crc32"]:
+                raise CheckpointError(
+                    f"{path / name} was changed after it was saved: checksum {found}",
+                    rule=f"the manifest says {entry['crc32']}",
+                    fix="take an older checkpoint",
+                )
+
+    def discard_after(self, step: int) -> None:
+        """Removes checkpoints newer than ``step``, from which the run now goes on differently. Main rank only.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        with disk_errors(CheckpointError, f"remove checkpoints after step {step} in {self.folder}"):
+            for newer in reversed(self.steps()):
+                if newer > step:
+                    self._drop(self._target(newer))
+            self._point()
+
+    def clean(self) -> None:
+        """Removes what killed saves and prunings left behind. Main rank only, while nobody saves.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        if not self.folder.is_dir():
+            return
+        with disk_errors(CheckpointError, f"clean {self.folder}"):
+            for path in self.folder.iterdir():
+                if _HIDDEN.fullmatch(path.name):
+                    _remove(path)
+
+    def _target(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def _tidy(self) -> None:
+        """Updates ``latest`` and prunes; a checkpoint just saved is worth more than an error about either."""
+        try:
+            self._point()
+            whole = [step for step in self.steps() if _fault(self._target(step)) is None]
+            for step in self.steps():
+                if whole and step < whole[-self.keep :][0]:
+                    self._drop(self._target(step))
+        except OSError as error:
+            get_logger(__name__).warning("cannot tidy %s: %s", self.folder, error)
+
+    def _point(self) -> None:
+        """Writes ``latest``, which is for people: ``latest()`` looks at the checkpoints themselves."""
+        steps = self.steps()
+        if steps:
+            write_text_atomically(self.folder / LATEST, f"{self._target(steps[-1]).name}\n")
+
+    def _drop(self, target: Path) -> None:
+        """Hides a checkpoint first, so that no half-deleted one is ever visible."""
+        if target.exists():
+            hidden = self.folder / f".dropped_{target.name.removeprefix('step_')}"
+            _remove(hidden)
+            os.rename(target, hidden)
+            _remove(hidden)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint a user means by ``path``.
+
+    Args:
+        path: A checkpoint, or a folder of them, or that folder's ``latest``, or a run directory with ``checkpoints``.
+
+    Raises:
+        CheckpointError: There is no whole checkpoint there.
+    """
+    path = Path(path)
+    if path.is_dir() and _COMMITTED.fullmatch(path.resolve().name):
+        _check_sizes(path)
+        return path
+    folder = path.parent if path.name == LATEST else path
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    newest = CheckpointStore(folder, keep=1).latest()
+    if newest is None:
+        raise CheckpointError(
+            f"no whole checkpoint in {folder}",
+            rule="a checkpoint is a folder step_00000120 with a manifest.json",
+            fix="give such a folder, or the checkpoints folder of a run",
+        )
+    return newest
+
+
+def read_step(checkpoint: Path) -> int:
+    """The optimiser step at which a committed checkpoint was saved.
+
+    Raises:
+        CheckpointError: The manifest is missing or broken.
+    """
+    return int(_read_manifest(checkpoint)["step"])
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file as hex; of a file above 64 MiB, that of 64 evenly spaced blocks of 1 MiB.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    size = path.stat().st_size
+    num_blocks = -(-size // _BLOCK_BYTES)
+    crc = 0
+    with path.open("rb") as file:
+        for index in range(min(num_blocks, _MAX_BLOCKS)):
+            if num_blocks > _MAX_BLOCKS:
+                file.seek(index * (size - _BLOCK_BYTES) // (_MAX_BLOCKS - 1))
+            crc = zlib.crc32(file.read(_BLOCK_BYTES), crc)
+    return f"{crc:08x}"
+
+
+def _write_manifest(staging: Path, step: int) -> None:
+    """Lists and syncs everything in ``staging``."""
+    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    if not paths:
+        raise CheckpointError(f"nothing was written into {staging}", fix="write the checkpoint's files before commit")
+    files = {}
+    for path in paths:
+        # Other ranks' files too: closing them handed them to the file system, and a sync works through any handle.
+        sync_file(path)
+        files[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "crc32": checksum(path)}
+    for inner in (path for path in staging.rglob("*") if path.is_dir()):
+        sync_file(inner)
+    content = {"format": FORMAT_VERSION, "step": step, "files": files}
+    write_text_atomically(staging / MANIFEST, json.dumps(content, indent=1))
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", rule="a whole checkpoint has one", fix="take another checkpoint")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format"]
+        wellformed = isinstance(content["step"], int) and all(
+            isinstance(entry["bytes"], int) and isinstance(entry["crc32"], str) for entry in content["files"].values()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}", fix="take another checkpoint") from error
+    if version != FORMAT_VERSION or not wellformed:
+        raise CheckpointError(
+            f"{path} is of another format",
+            value=version,
+            rule=f"this version reads format {FORMAT_VERSION}",
+            fix="read it with the version of piip-scale that wrote it",
+        )
+    return content
+
+
+def _check_sizes(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's entries by relative path, after a look at each file's size."""
+    files: dict[str, dict[str, Any]] = _read_manifest(checkpoint)["files"]
+    for name, entry in files.items():
+        path = checkpoint / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(
+                f"{path} {found}", rule=f"it was saved with {entry['bytes']} bytes", fix="take another checkpoint"
+            )
+    return files
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's manifest or sizes, ``None`` for nothing."""
+    try:
+        _check_sizes(checkpoint)
+    except CheckpointError as error:
+        return error.line
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder that may not be there; a reader that still has it open keeps its content."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
