@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.data.batch import Batch
+from piip_scale.models.rules import ParameterRule
+
+__all__ = ["Detections", "Metric", "ParameterRule", "Task", "TrainableModel"]
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,6 @@ class Detections:
     scores: Tensor
     labels: Tensor
     masks_rle: list[dict[str, object]] | None = None
-
-
-@dataclass(frozen=True)
-class ParameterRule:
-    """How the optimiser treats one parameter.
-
-    Attributes:
-        layer_id: 0 for embeddings ... ``num_layers + 1`` for heads; rate is base * decay ** (num_layers + 1 - id).
-            May be fractional for a shallow branch beside a deep one.
-        decays: Whether weight decay applies.
-    """
-
-    layer_id: float
-    decays: bool
 
 
 class TrainableModel(Protocol):

@@ -1,0 +1,19 @@
+"""What a model tells the optimiser about its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ParameterRule:
+    """How the optimiser treats one parameter.
+
+    Attributes:
+        layer_id: 0 for embeddings ... ``num_layers + 1`` for heads; rate is base * decay ** (num_layers + 1 - id).
+            May be fractional for a shallow branch beside a deep one.
+        decays: Whether weight decay applies.
+    """
+
+    layer_id: float
+    decays: bool

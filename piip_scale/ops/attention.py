@@ -1,0 +1,123 @@
+"""Scaled dot-product attention behind one function, by the fastest kernel present or the one asked for by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from piip_scale.errors import KernelError
+
+_FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
+"""Newest first: FlashAttention 4, 3 and 2."""
+_HALF = (torch.float16, torch.bfloat16)
+_HOPPER = (9, 0)
+
+
+def attention(
+    query_BHLD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    bias_HLS: Tensor | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Softmax attention with scale D ** -0.5, without mask or dropout.
+
+    Args:
+        query_BHLD: Queries (B, heads, L, D).
+        key_BHSD: Keys (B, heads, S, D), same dtype.
+        value_BHSD: Values (B, heads, S, D), same dtype.
+        bias_HLS: Added to the scores of every sample, (heads, L, S).
+        kernel: ``math``, ``sdpa``, ``flash`` or ``auto``.
+
+    Returns:
+        (B, heads, L, D) in the queries' dtype.
+
+    Raises:
+        KernelError: The kernel named cannot serve these tensors on this machine.
+    """
+    chosen = resolve_attention_kernel(kernel, query_BHLD.device.type, query_BHLD.dtype)
+    if chosen == "flash" and bias_HLS is None:
+        return _flash_layout(_flash_function(), query_BHLD, key_BHSD, value_BHSD)
+    if chosen == "flash" and kernel == "flash":
+        raise KernelError("flash attention cannot add a position bias", fix="set attention_kernel to sdpa or auto")
+    if chosen == "math":
+        return _plain_attention(query_BHLD, key_BHSD, value_BHSD, bias_HLS)
+    bias = None if bias_HLS is None else bias_HLS.to(query_BHLD.dtype)
+    return functional.scaled_dot_product_attention(query_BHLD, key_BHSD, value_BHSD, attn_mask=bias)
+
+
+@lru_cache(maxsize=64)
+def resolve_attention_kernel(name: str, device: str | torch.device, dtype: torch.dtype) -> str:
+    """The kernel that ``name`` means for tensors of this device and dtype: ``math``, ``sdpa`` or ``flash``.
+
+    Args:
+        name: A kernel, or ``auto`` for the fastest present.
+        device: Where the tensors are.
+        dtype: Their dtype.
+
+    Raises:
+        KernelError: The kernel named is unknown, not installed, or not for this device and dtype.
+    """
+    if name in ("math", "sdpa"):
+        return name
+    device_type = torch.device(device).type
+    if name == "auto":
+        usable = device_type == "cuda" and dtype in _HALF and _find_flash() is not None
+        return "flash" if usable else "sdpa"
+    if name != "flash":
+        raise KernelError("unknown attention kernel", value=name, rule="one of auto, math, sdpa, flash")
+    if device_type != "cuda" or dtype not in _HALF:
+        raise KernelError(
+            "flash attention cannot run here",
+            value=f"{dtype} on {device_type}",
+            rule="it needs float16 or bfloat16 on a CUDA device",
+            fix="set attention_kernel to auto or sdpa",
+        )
+    _flash_function()
+    return "flash"
+
+
+def _plain_attention(query_BHLD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, bias_HLS: Tensor | None) -> Tensor:
+    wide = torch.promote_types(query_BHLD.dtype, torch.float32)
+    scale = query_BHLD.shape[-1] ** -0.5
+    scores_BHLS = (query_BHLD.to(wide) * scale) @ key_BHSD.to(wide).transpose(-2, -1)
+    if bias_HLS is not None:
+        scores_BHLS = scores_BHLS + bias_HLS.to(wide)
+    output_BHLD: Tensor = scores_BHLS.softmax(dim=-1) @ value_BHSD.to(wide)
+    return output_BHLD.to(query_BHLD.dtype)
+
+
+def _flash_layout(function: Callable[..., Tensor | tuple[Tensor, ...]], *tensors_BHLD: Tensor) -> Tensor:
+    result = function(*(tensor.transpose(1, 2) for tensor in tensors_BHLD))
+    # FlashAttention 2 returns the output; some builds of 3 and 4 return the log-sum-exp beside it.
+    output_BLHD = result[0] if isinstance(result, tuple) else result
+    return output_BLHD.transpose(1, 2)
+
+
+def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    function = _find_flash()
+    if function is None:
+        raise KernelError(
+            "attention kernel flash is not installed",
+            rule="it needs the package flash-attn, flash-attn-4 or FlashAttention 3's flash_attn_interface",
+            fix="install one, or set attention_kernel to auto or sdpa",
+        )
+    return function
+
+
+@lru_cache(maxsize=1)
+def _find_flash() -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _HOPPER
+    for module in _FLASH_MODULES if hopper else _FLASH_MODULES[-1:]:
+        try:
+            found = getattr(importlib.import_module(module), "flash_attn_func", None)
+        except ImportError:
+            continue
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    return None

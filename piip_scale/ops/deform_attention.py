@@ -1,0 +1,66 @@
+"""Deformable attention over one feature map: a PyTorch reference for any device, and the choice of a kernel."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from piip_scale.errors import KernelError
+
+
+def deform_attention(
+    value_BHWMD: Tensor, locations_BLMP2: Tensor, weights_BLMP: Tensor, kernel: str = "auto"
+) -> Tensor:
+    """Each query's weighted sum of a few bilinear samples of the values, per head.
+
+    Args:
+        value_BHWMD: Values on their grid (B, H, W, heads, D).
+        locations_BLMP2: Where queries look, x then y, 0 and 1 being the map's outer edges (B, L, heads, points, 2).
+            At least float32: half precision cannot tell neighbouring cells of a large map apart.
+        weights_BLMP: Weight of each sample (B, L, heads, points).
+        kernel: ``reference``, ``triton`` or ``auto``.
+
+    Returns:
+        (B, L, heads, D) in the values' dtype; samples outside the map are zero.
+
+    Raises:
+        KernelError: The kernel named cannot serve these tensors on this machine.
+
+    Source: Zhu et al., Deformable DETR, equation 2, with one level.
+    """
+    resolve_deform_kernel(kernel, value_BHWMD.device.type)
+    return deform_attention_reference(value_BHWMD, locations_BLMP2, weights_BLMP)
+
+
+def deform_attention_reference(value_BHWMD: Tensor, locations_BLMP2: Tensor, weights_BLMP: Tensor) -> Tensor:
+    """``deform_attention`` by ``grid_sample``, computed in the locations' dtype; holds every sample in memory."""
+    batch, height, width, heads, channels = value_BHWMD.shape
+    wide = locations_BLMP2.dtype
+    maps_NDHW = value_BHWMD.to(wide).permute(0, 3, 4, 1, 2).reshape(batch * heads, channels, height, width)
+    grid_NLP2 = (2 * locations_BLMP2 - 1).transpose(1, 2).flatten(0, 1)
+    samples_NDLP = functional.grid_sample(maps_NDHW, grid_NLP2, "bilinear", "zeros", align_corners=False)
+    weights_N1LP = weights_BLMP.to(wide).transpose(1, 2).flatten(0, 1).unsqueeze(1)
+    output_NDL = (samples_NDLP * weights_N1LP).sum(-1)
+    output_BLMD: Tensor = output_NDL.unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
+    return output_BLMD.to(value_BHWMD.dtype)
+
+
+@lru_cache(maxsize=16)
+def resolve_deform_kernel(name: str, device: str | torch.device) -> str:
+    """The kernel that ``name`` means for tensors on this device: ``reference`` or ``triton``.
+
+    Raises:
+        KernelError: The kernel named is unknown, or cannot run here.
+    """
+    if name in ("reference", "auto"):
+        return "reference"
+    if name == "triton":
+        raise KernelError(
+            "deformable attention kernel triton is not available",
+            value=torch.device(device).type,
+            fix="set deform_kernel to auto or reference",
+        )
+    raise KernelError("unknown deformable attention kernel", value=name, rule="one of auto, reference, triton")

@@ -1,0 +1,49 @@
+"""Resampling of images, feature maps and position embeddings, always in at least float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def resize_image(image_BCHW: Tensor, scale: float) -> Tensor:
+    """A smaller copy of a batch of images; the images themselves where ``scale`` is not below 1.
+
+    Args:
+        image_BCHW: Images (B, C, H, W), any float dtype.
+        scale: Factor of both sides; the result has floor(H * scale) rows.
+
+    Source: PIIP's released preprocessing, which hands over the factor and not the size, so sampling positions follow
+        the exact factor even where the size is rounded.
+    """
+    if scale >= 1:
+        return image_BCHW
+    resized = functional.interpolate(_wide(image_BCHW), scale_factor=scale, mode="bilinear", align_corners=False)
+    return resized.to(image_BCHW.dtype)
+
+
+def resize_map(map_BCHW: Tensor, height: int, width: int) -> Tensor:
+    """Feature maps on another grid, bilinear; float32 (B, C, height, width), or float64 for float64 input."""
+    return functional.interpolate(_wide(map_BCHW), size=(height, width), mode="bilinear", align_corners=False)
+
+
+def resize_position(position_1NC: Tensor, side: int, height: int, width: int) -> Tensor:
+    """A square position embedding on another grid, bicubic, in the embedding's dtype.
+
+    Args:
+        position_1NC: Embedding (1, side * side, C), rows first.
+        side: Side of its own grid.
+        height: Rows wanted.
+        width: Columns wanted.
+
+    Returns:
+        (1, height, width, C).
+    """
+    grid_1CHW = _wide(position_1NC).unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    resized = functional.interpolate(grid_1CHW, size=(height, width), mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).to(position_1NC.dtype)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
