@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +31,15 @@ class Instances:
 
     def to(self, device: torch.device | str) -> Instances:
         """A copy on ``device``."""
-        return Instances(*(_moved(getattr(self, field.name), device) for field in fields(self)))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Instances:
+        """A copy in page-locked memory, from which copies to a CUDA device run beside the computation."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Instances:
+        masks = None if self.mini_masks is None else change(self.mini_masks)
+        return Instances(change(self.boxes_xyxy_px), change(self.labels), change(self.is_crowd), masks)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Batch:
         moved = tuple(instances.to(device) for instances in self.instances)
         return Batch(self.images_BHWC.to(device, non_blocking=True), moved, self.infos)
 
-
-def _moved(value: Tensor | None, device: torch.device | str) -> Tensor | None:
-    return None if value is None else value.to(device, non_blocking=True)
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; torch's loader calls it by this name."""
+        pinned = tuple(instances.pin_memory() for instances in self.instances)
+        return Batch(self.images_BHWC.pin_memory(), pinned, self.infos)

@@ -1,0 +1,93 @@
+"""Writing files so that each is whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from piip_scale.errors import DataError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes its name only once it is complete and on disk.
+
+    Raises:
+        DataError: The disk is full, or the folder cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}",
+            value=os.strerror(error.errno) if error.errno else str(error),
+            rule="nothing incomplete is left under that name, finished files are kept",
+            fix="free space (or choose another folder) and run the same command again",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a whole file or none.
+
+    Raises:
+        DataError: The disk is full, or the folder cannot be written.
+    """
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON with the same bytes for the same value."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
+
+
+def sha256_of(content: bytes) -> str:
+    """The SHA-256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_of_file(path: Path, block_bytes: int = 1 << 20) -> str:
+    """The SHA-256 of a file, read block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(block_bytes), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class HashingWriter:
+    """A file object that counts and hashes what passes through it, for ``tarfile``."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._write: Callable[[bytes], int] = file.write
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        """Writes, counts and hashes."""
+        self._digest.update(content)
+        self.num_bytes += len(content)
+        return self._write(content)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.num_bytes
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of everything written so far, in hexadecimal."""
+        return self._digest.hexdigest()
