@@ -1,0 +1,209 @@
+"""A run is a directory: resolved config, environment, status, errors, checkpoints."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from piip_scale.checkpoint.files import disk_errors, write_text_atomically
+from piip_scale.errors import PiipError, RunError
+
+State = Literal["running", "stopped", "failed", "done"]
+_LIBRARIES = ("piip-scale", "torch", "torchvision", "deepspeed", "mmdet", "mmcv-lite", "mmengine", "webdataset")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is, and whether it is still going.
+
+    Attributes:
+        state: ``running``, ``stopped`` (asked to, saved), ``failed`` or ``done``.
+        step: Optimiser steps behind it.
+        note: One line about the state; the error of a failed run.
+    """
+
+    state: State
+    step: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FirstError:
+    """The error that ended a run, as the rank that met it first left it.
+
+    Attributes:
+        rank: That rank.
+        line: The error in one line.
+        exit_code: What the process should exit with.
+        unix_time_s: When.
+    """
+
+    rank: int
+    line: str
+    exit_code: int
+    unix_time_s: float
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes a file of a run that is there whole or not at all.
+
+    Raises:
+        RunError: The disk is full or the place cannot be written.
+    """
+    with disk_errors(RunError, f"write {path}"):
+        write_text_atomically(path, text)
+
+
+class RunDirectory:
+    """The files of one run, by name. Writing is for the main rank, errors aside."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.py"
+        self.environment = self.path / "environment.json"
+        self.status_file = self.path / "status.json"
+        self.errors = self.path / "errors"
+        self.checkpoints = self.path / "checkpoints"
+
+    def check_unused(self) -> None:
+        """Refuses a directory that already holds a run; writes nothing.
+
+        Raises:
+            RunError: A run is there, or the path is no directory.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError("run directory", value=str(self.path), rule="it must be a directory, and is a file")
+        if status := self.status():
+            raise RunError(
+                f"run directory {self.path} holds a run ({status.state} at step {status.step})",
+                fix="add --resume to continue it, or choose another --run-dir",
+            )
+
+    def check_used(self) -> None:
+        """Refuses to continue what never started.
+
+        Raises:
+            RunError: No run is there.
+        """
+        if self.status() is None:
+            raise RunError(f"run directory {self.path} holds no run to resume", fix="leave out --resume")
+
+    def open(self, config_text: str, *, resume: bool) -> None:
+        """Creates or reopens the directory and records the environment and the command. Main rank only.
+
+        Args:
+            config_text: The resolved config; a resumed run keeps the one it started with, unless that is gone.
+            resume: Continue the run that is there.
+
+        Raises:
+            RunError: The directory holds a run and ``resume`` is off, holds none and it is on, or cannot be written.
+        """
+        if resume:
+            self.check_used()
+        else:
+            self.check_unused()
+        with disk_errors(RunError, f"create run directory {self.path}"):
+            self.errors.mkdir(parents=True, exist_ok=True)
+            for stale in self.errors.iterdir():
+                stale.unlink()
+        if not (resume and self.config.exists()):
+            write_text_atomic(self.config, config_text)
+        write_text_atomic(self.environment, json.dumps(describe_environment(), indent=2) + "\n")
+
+    def status(self) -> Status | None:
+        """What the run last said of itself; ``None`` where no run started.
+
+        Raises:
+            RunError: The status file is not one.
+        """
+        try:
+            return Status(**json.loads(self.status_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{self.status_file} cannot be read: {error}", fix="choose another --run-dir") from error
+
+    def write_status(self, state: State, step: int, note: str = "") -> None:
+        """Replaces the status. Main rank only, or the rank that failed first."""
+        write_text_atomic(self.status_file, json.dumps(asdict(Status(state, step, note))) + "\n")
+
+    def record_error(self, rank: int, error: BaseException) -> bool:
+        """Writes a rank's traceback, and claims to be the first that failed.
+
+        Any rank may call it; it never raises, since it runs while another error is on its way.
+
+        Returns:
+            True where no rank failed before, so that exactly one of them tells the user.
+        """
+        line = error.line if isinstance(error, PiipError) else f"{type(error).__name__}: {error}".strip()
+        code = error.exit_code if isinstance(error, PiipError) else 1
+        first = FirstError(rank, line, code, time.time())
+        with suppress(OSError):
+            self.errors.mkdir(parents=True, exist_ok=True)
+            (self.errors / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        try:
+            with (self.errors / "first.json").open("x", encoding="utf-8") as file:
+                json.dump(asdict(first), file)
+        except FileExistsError:
+            return False
+        except OSError:
+            # A full or read-only disk must not swallow the error: better told twice than never.
+            return True
+        return True
+
+    def first_error(self) -> FirstError | None:
+        """The error that ended the run; ``None`` where no rank got to write one."""
+        try:
+            return FirstError(**json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine and command line of this process, for ``environment.json``."""
+    return {
+        "command": sys.argv,
+        "directory": os.getcwd(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "git_commit": _git_commit(Path(__file__).parent),
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit(folder: Path) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
