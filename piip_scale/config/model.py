@@ -122,7 +122,7 @@ class PiipConfig(Strict):
     """
 
     branches: tuple[BranchConfig, ...]
-    interaction: InteractionConfig
+    interaction: InteractionConfig = InteractionConfig(num_stages=1)
     pyramid: PyramidConfig = PyramidConfig()
     attention_kernel: Literal["auto", "math", "sdpa", "flash"] = "auto"
     deform_kernel: Literal["auto", "reference", "triton"] = "auto"
@@ -143,6 +143,10 @@ class PiipConfig(Strict):
             raise ValueError(f"branches see {sizes} px and must rise: the largest model, at the lowest, comes first")
         for index, branch in enumerate(self.branches):
             self._check_branch(index, branch)
+        stride = self.branches[-1].patch_size_px
+        broken = [scale for scale in self.pyramid.scales if (stride / scale) % 1]
+        if broken:
+            raise ValueError(f"pyramid.scales={broken} must give whole strides: the last branch's is {stride} px")
         return self
 
     def _check_branch(self, index: int, branch: BranchConfig) -> None:

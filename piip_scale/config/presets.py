@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-_DEIT = {"kind": "vit", "patch_size_px": 16, "pretrain_resolution_px": 224}
-_DEIT3 = _DEIT | {"layer_scale_init": 1e-6}
+# Scales start at 1, as in the released recipes: trained weights bring their own.
+_DEIT = {"kind": "vit", "patch_size_px": 16, "pretrain_resolution_px": 224, "layer_scale_init": 1.0}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "deit_tiny": _DEIT | {"embed_dim": 192, "depth": 12, "num_heads": 3, "layer_scale_init": 1.0},
-    "deit3_small": _DEIT3 | {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "deit3_base": _DEIT3 | {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "deit3_large": _DEIT3 | {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "deit_tiny": _DEIT | {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "deit3_small": _DEIT | {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "deit3_base": _DEIT | {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "deit3_large": _DEIT | {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "mae_huge": {
         "kind": "vit",
         "embed_dim": 1280,
         "depth": 32,
         "num_heads": 16,
+        "layer_scale_init": 1.0,
         "position_class_slot": True,
         "drop_path_schedule": "linear",
     },

@@ -51,6 +51,17 @@ def attention(
     return functional.scaled_dot_product_attention(query_BHLD, key_BHSD, value_BHSD, attn_mask=bias)
 
 
+def split_heads(tokens_BLC: Tensor, num_heads: int) -> Tensor:
+    """Tokens (B, L, C) to heads (B, heads, L, C / heads)."""
+    heads_BLHD: Tensor = tokens_BLC.unflatten(-1, (num_heads, -1))
+    return heads_BLHD.transpose(1, 2)
+
+
+def join_heads(heads_BHLD: Tensor) -> Tensor:
+    """Heads (B, heads, L, D) to tokens (B, L, heads * D)."""
+    return heads_BHLD.transpose(1, 2).flatten(2)
+
+
 @lru_cache(maxsize=64)
 def resolve_attention_kernel(name: str, device: str | torch.device, dtype: torch.dtype) -> str:
     """The kernel that ``name`` means for tensors of this device and dtype: ``math``, ``sdpa`` or ``flash``.

@@ -19,13 +19,17 @@ def resize_image(image_BCHW: Tensor, scale: float) -> Tensor:
     """
     if scale >= 1:
         return image_BCHW
-    resized = functional.interpolate(_wide(image_BCHW), scale_factor=scale, mode="bilinear", align_corners=False)
+    resized = functional.interpolate(
+        at_least_float32(image_BCHW), scale_factor=scale, mode="bilinear", align_corners=False
+    )
     return resized.to(image_BCHW.dtype)
 
 
 def resize_map(map_BCHW: Tensor, height: int, width: int) -> Tensor:
-    """Feature maps on another grid, bilinear; float32 (B, C, height, width), or float64 for float64 input."""
-    return functional.interpolate(_wide(map_BCHW), size=(height, width), mode="bilinear", align_corners=False)
+    """Feature maps on another grid, bilinear; float32 (B, C, height, width), float64 kept."""
+    return functional.interpolate(
+        at_least_float32(map_BCHW), size=(height, width), mode="bilinear", align_corners=False
+    )
 
 
 def resize_position(position_1NC: Tensor, side: int, height: int, width: int) -> Tensor:
@@ -40,10 +44,11 @@ def resize_position(position_1NC: Tensor, side: int, height: int, width: int) ->
     Returns:
         (1, height, width, C).
     """
-    grid_1CHW = _wide(position_1NC).unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid_1CHW = at_least_float32(position_1NC).unflatten(1, (side, side)).permute(0, 3, 1, 2)
     resized = functional.interpolate(grid_1CHW, size=(height, width), mode="bicubic", align_corners=False)
     return resized.permute(0, 2, 3, 1).to(position_1NC.dtype)
 
 
-def _wide(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """The same values, in float32 if their own dtype is narrower."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

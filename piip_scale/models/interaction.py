@@ -1,0 +1,192 @@
+"""The units that exchange features between neighbouring branches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from piip_scale.config.model import InteractionConfig
+from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Linear, build_norm
+from piip_scale.ops.attention import attention, join_heads, split_heads
+from piip_scale.ops.deform_attention import deform_attention
+from piip_scale.ops.resize import at_least_float32
+
+
+class InteractionUnit(nn.Module):
+    """Joins a larger model at low resolution and a smaller one at high resolution, both ways at once.
+
+    Args:
+        config: The units' numbers.
+        large_dim: Width of the larger model.
+        small_dim: Width of the smaller model.
+        kernels: Names of the attention and of the deformable attention kernel.
+    """
+
+    def __init__(self, config: InteractionConfig, large_dim: int, small_dim: int, kernels: tuple[str, str]) -> None:
+        super().__init__()
+        self.checkpointed = config.checkpoint_units
+        self.project_to_large: nn.Module = Linear(small_dim, large_dim) if config.projection else nn.Identity()
+        self.project_to_small: nn.Module = Linear(large_dim, small_dim) if config.projection else nn.Identity()
+        projected = config.projection
+        self.inject_into_large = Injection(config, large_dim, large_dim if projected else small_dim, kernels)
+        self.inject_into_small = Injection(config, small_dim, small_dim if projected else large_dim, kernels)
+
+    def forward(self, large_BHWC: Tensor, small_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Both branches' grids to the same shapes; each direction reads the features as they came in."""
+        if self.checkpointed and self.training:
+            result: tuple[Tensor, Tensor] = checkpoint(self._exchange, large_BHWC, small_BHWC, use_reentrant=False)
+            return result
+        return self._exchange(large_BHWC, small_BHWC)
+
+    def _exchange(self, large_BHWC: Tensor, small_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        from_small_BHWC = self.project_to_large(small_BHWC)
+        from_large_BHWC = self.project_to_small(large_BHWC)
+        return (
+            self.inject_into_large(large_BHWC, from_small_BHWC),
+            self.inject_into_small(small_BHWC, from_large_BHWC),
+        )
+
+
+class Injection(nn.Module):
+    """Adds to a branch what it finds in another's features, then a feed-forward of the sum."""
+
+    def __init__(self, config: InteractionConfig, dim: int, source_dim: int, kernels: tuple[str, str]) -> None:
+        super().__init__()
+        self.query_norm = build_norm(config.norm, dim)
+        self.source_norm = build_norm(config.norm, source_dim)
+        self.attn: nn.Module
+        if config.attention == "deform":
+            self.attn = DeformAttention(config, dim, source_dim, kernels[1])
+        else:
+            self.attn = CrossAttention(config.num_heads, dim, source_dim, kernels[0])
+        self.attn_scale = LayerScale(dim, config.gamma_init)
+        self.feed_forward: nn.Module = FeedForward(config, dim) if config.ffn_ratio > 0 else nn.Identity()
+
+    def forward(self, query_BHWC: Tensor, source_BHWC: Tensor) -> Tensor:
+        """The branch's grid (B, H, W, C), and the other's (B, H', W', C'), to the first one's shape."""
+        found_BHWC = self.attn(self.query_norm(query_BHWC), self.source_norm(source_BHWC))
+        output: Tensor = self.feed_forward(query_BHWC + self.attn_scale(found_BHWC))
+        return output
+
+
+class FeedForward(nn.Module):
+    """A feed-forward with a 3x3 depthwise convolution over the grid inside, behind a norm and added to its input."""
+
+    def __init__(self, config: InteractionConfig, dim: int) -> None:
+        super().__init__()
+        hidden_dim = int(dim * config.ffn_ratio)
+        self.norm = build_norm(config.norm, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.dwconv = Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden_dim, dim)
+        self.drop_path = DropPath(config.drop_path_rate)
+        self.scale = LayerScale(dim, config.gamma_init)
+
+    def forward(self, grid_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        hidden_BCHW = self.fc1(self.norm(grid_BHWC)).permute(0, 3, 1, 2)
+        hidden_BHWC = self.dwconv(hidden_BCHW).permute(0, 2, 3, 1)
+        output: Tensor = grid_BHWC + self.scale(self.drop_path(self.fc2(self.act(hidden_BHWC))))
+        return output
+
+
+class CrossAttention(nn.Module):
+    """Attention of every query cell to every source cell."""
+
+    def __init__(self, num_heads: int, dim: int, source_dim: int, kernel: str) -> None:
+        super().__init__()
+        self.num_heads, self.kernel = num_heads, kernel
+        self.query = Linear(dim, dim, bias=False)
+        self.key = Linear(source_dim, dim, bias=False)
+        self.value = Linear(source_dim, dim, bias=False)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, query_BHWC: Tensor, source_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) and (B, H', W', C') to (B, H, W, C)."""
+        height, width = query_BHWC.shape[1:3]
+        parts = (self.query(query_BHWC), self.key(source_BHWC), self.value(source_BHWC))
+        query, key, value = (split_heads(part.flatten(1, 2), self.num_heads) for part in parts)
+        found_BLC = join_heads(attention(query, key, value, kernel=self.kernel))
+        output: Tensor = self.proj(found_BLC.unflatten(1, (height, width)))
+        return output
+
+
+class DeformAttention(nn.Module):
+    """Attention of every query cell to a few places of the source that it chooses itself.
+
+    Source: Zhu et al., Deformable DETR, with one level and a value width of its own.
+    """
+
+    def __init__(self, config: InteractionConfig, dim: int, source_dim: int, kernel: str) -> None:
+        super().__init__()
+        self.num_heads, self.num_points, self.kernel = config.num_heads, config.num_points, kernel
+        value_dim = int(dim * config.value_ratio)
+        self.offsets = SamplingOffsets(dim, config.num_heads, config.num_points)
+        self.weights = ZeroLinear(dim, config.num_heads * config.num_points)
+        self.value = XavierLinear(source_dim, value_dim)
+        self.proj = XavierLinear(value_dim, dim)
+
+    def forward(self, query_BHWC: Tensor, source_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) and (B, H', W', C') to (B, H, W, C)."""
+        value_BHWMD = self.value(source_BHWC).unflatten(-1, (self.num_heads, -1))
+        points_BHWMP = self.weights(query_BHWC).unflatten(-1, (self.num_heads, self.num_points))
+        weights_BLMP = at_least_float32(points_BHWMP).softmax(-1).flatten(1, 2)
+        locations_BLMP2 = self._locations(query_BHWC, source_BHWC).flatten(1, 2)
+        found_BLMD = deform_attention(value_BHWMD, locations_BLMP2, weights_BLMP, self.kernel)
+        output: Tensor = self.proj(found_BLMD.flatten(2).unflatten(1, query_BHWC.shape[1:3]))
+        return output
+
+    def _locations(self, query_BHWC: Tensor, source_BHWC: Tensor) -> Tensor:
+        height, width = query_BHWC.shape[1:3]
+        rows, columns = source_BHWC.shape[1:3]
+        offsets: Tensor = at_least_float32(self.offsets(query_BHWC))
+        offsets_BHWMP2 = offsets.unflatten(-1, (self.num_heads, self.num_points, 2))
+        centres_HW112 = cell_centres(height, width, offsets.device)[:, :, None, None]
+        return centres_HW112 + torch.stack((offsets_BHWMP2[..., 0] / columns, offsets_BHWMP2[..., 1] / rows), -1)
+
+
+class SamplingOffsets(Linear):
+    """Where to look, per query, head and point; at the start each head looks in a direction of its own."""
+
+    def __init__(self, dim: int, num_heads: int, num_points: int) -> None:
+        self.num_heads, self.num_points = num_heads, num_points
+        super().__init__(dim, num_heads * num_points * 2)
+
+    def reset_parameters(self) -> None:
+        """Sets point p of head h p + 1 cells away, in the direction of the h-th part of a full turn."""
+        nn.init.zeros_(self.weight)
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        with torch.no_grad():
+            self.bias.copy_((directions[:, None] * steps[:, None]).flatten())
+
+
+class ZeroLinear(Linear):
+    """A linear layer that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        """Sets everything to zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class XavierLinear(Linear):
+    """A linear layer with Xavier's uniform start."""
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """Centres of a grid's cells, x then y, 0 and 1 being its outer edges; float32 (height, width, 2)."""
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1)

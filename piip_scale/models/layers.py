@@ -1,0 +1,135 @@
+"""Small layers the branches share, each with the start a from-scratch training needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+LINEAR_STD = 0.02
+NORM_EPS = 1e-6
+GROUP_NORM_GROUPS = 32
+
+
+class Linear(nn.Linear):
+    """A linear layer that starts from a normal distribution cut at two standard deviations, bias at zero."""
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        nn.init.trunc_normal_(self.weight, std=LINEAR_STD, a=-2 * LINEAR_STD, b=2 * LINEAR_STD)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that keeps the gradient's variance under ReLU, bias at zero; takes any float dtype in."""
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        _normal_by_fan_out(self)
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H', W') in the weights' dtype."""
+        return super().forward(map_BCHW.to(self.weight.dtype))
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """A transposed convolution with the start of ``Conv2d``; takes any float dtype in."""
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        _normal_by_fan_out(self)
+
+    def forward(self, map_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H', W') in the weights' dtype."""
+        return super().forward(map_BCHW.to(self.weight.dtype), output_size)
+
+
+class LayerScale(nn.Module):
+    """A learned scale per channel."""
+
+    def __init__(self, dim: int, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets every channel to the start value."""
+        nn.init.constant_(self.gamma, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to the same shape."""
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim)
+        self.act = build_activation(activation)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to the same shape."""
+        output: Tensor = self.fc2(self.act(self.fc1(x)))
+        return output
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training each sample of a residual is zero with probability ``rate``, others grow."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """(B, ...) to the same shape."""
+        if not self.training or self.rate == 0:
+            return residual
+        kept = residual.new_empty((residual.shape[0],) + (1,) * (residual.ndim - 1)).bernoulli_(1 - self.rate)
+        return residual * kept / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        return f"rate={self.rate:g}"
+
+
+def build_norm(kind: str, dim: int, eps: float = NORM_EPS) -> nn.Module:
+    """A norm over the last axis by its config name: ``layernorm``, ``rmsnorm`` or ``none``."""
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "layernorm": lambda: nn.LayerNorm(dim, eps=eps),
+        "rmsnorm": lambda: nn.RMSNorm(dim, eps=eps),
+        "none": nn.Identity,
+    }
+    return builders[kind]()
+
+
+def build_activation(kind: str) -> nn.Module:
+    """GELU by its config name: ``gelu`` (exact) or ``gelu_tanh``."""
+    return nn.GELU(approximate={"gelu": "none", "gelu_tanh": "tanh"}[kind])
+
+
+def build_layer_scale(dim: int, start: float | None) -> nn.Module:
+    """A ``LayerScale``, or nothing where ``start`` is None."""
+    return nn.Identity() if start is None else LayerScale(dim, start)
+
+
+def reset_all_parameters(module: nn.Module) -> None:
+    """Calls ``reset_parameters`` of every submodule that owns parameters; nothing needs to have a value before."""
+    # Children first: a parent may refine what its children drew.
+    for child in reversed(list(module.modules())):
+        reset = getattr(child, "reset_parameters", None)
+        if child is not module and callable(reset):
+            reset()
+
+
+def _normal_by_fan_out(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
+    nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
