@@ -14,8 +14,12 @@ from piip_scale.errors import DataError
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes its name only once it is complete and on disk.
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that takes its name only once it is complete.
+
+    Args:
+        path: Its final name; missing folders are made.
+        durable: Also wait until it is on disk, so that it survives a loss of power.
 
     Raises:
         DataError: The disk is full, or the folder cannot be written.
@@ -26,7 +30,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         with open(part, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise DataError(
@@ -40,13 +45,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Writes a whole file or none.
 
     Raises:
         DataError: The disk is full, or the folder cannot be written.
     """
-    with whole_file(path) as file:
+    with whole_file(path, durable=durable) as file:
         file.write(content)
 
 
