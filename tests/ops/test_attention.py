@@ -1,0 +1,129 @@
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from piip_scale.errors import KernelError
+from piip_scale.ops import attention as module
+from piip_scale.ops.attention import attention, join_heads, resolve_attention_kernel, split_heads
+
+
+def slow_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """One query at a time, from the definition."""
+    output = torch.zeros_like(query)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in query.shape[:3])).tolist():
+        scores = torch.stack([torch.dot(query[b, h, i], k) for k in key[b, h]]) / query.shape[-1] ** 0.5
+        scores = scores if bias is None else scores + bias[h, i]
+        exponents = (scores - scores.max()).exp()
+        output[b, h, i] = (exponents[:, None] * value[b, h]).sum(0) / exponents.sum()
+    return output
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (3, 5, 7))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kernel", ["math", "sdpa", "auto"])
+def test_kernels_follow_the_definition_forward_and_backward(kernel, biased):
+    query, key, value, bias = inputs()
+    operands = [query, key, value, bias] if biased else [query, key, value]
+    cotangent = torch.randn(query.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = slow_attention(query, key, value, bias if biased else None)
+    expected_grads = torch.autograd.grad(expected, operands, cotangent)
+
+    output = attention(query, key, value, bias if biased else None, kernel=kernel)
+
+    torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(output, operands, cotangent), expected_grads, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", ["math", "sdpa"])
+def test_half_precision_stays_near_the_truth_and_keeps_its_dtype(kernel):
+    query, key, value, _ = (tensor.detach() for tensor in inputs())
+    output = attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), kernel=kernel)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), slow_attention(query, key, value, None), atol=3e-2, rtol=0)
+
+
+def test_plain_kernel_normalises_in_float32():
+    query = torch.full((1, 1, 1, 4), 64.0, dtype=torch.bfloat16)
+    key = torch.cat((query, query * 1.0078125), 2)
+    value = torch.tensor([[[[0.0], [1.0]]]], dtype=torch.bfloat16).expand(1, 1, 2, 4)
+    scores = (query.double() * key.double()).sum(-1) / 2
+    truth = scores.softmax(-1)[..., 1].item()
+    assert attention(query, key, value, kernel="math")[0, 0, 0, 0].item() == pytest.approx(truth, abs=4e-3)
+
+
+def test_heads_split_and_join_are_inverse():
+    tokens = torch.randn(2, 5, 12)
+    heads = split_heads(tokens, 3)
+    assert heads.shape == (2, 3, 5, 4)
+    assert torch.equal(heads[:, 1], tokens[..., 4:8])
+    assert torch.equal(join_heads(heads), tokens)
+
+
+def test_auto_chooses_and_names_are_kept():
+    assert resolve_attention_kernel("auto", "cpu", torch.float32) == "sdpa"
+    assert resolve_attention_kernel("math", "cuda", torch.bfloat16) == "math"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "part"),
+    [
+        ("flash", "cpu", torch.bfloat16, "torch.bfloat16 on cpu"),
+        ("flash", "cuda", torch.float32, "float16 or bfloat16"),
+        ("fast", "cpu", torch.float32, "one of auto, math, sdpa, flash"),
+    ],
+)
+def test_a_kernel_that_cannot_serve_raises_one_line(name, device, dtype, part):
+    with pytest.raises(KernelError) as raised:
+        resolve_attention_kernel(name, device, dtype)
+    assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_flash_named_but_not_installed_raises(monkeypatch):
+    monkeypatch.setattr(module, "_FLASH_MODULES", ("a_module_nobody_has",))
+    module._find_flash.cache_clear()
+    resolve_attention_kernel.cache_clear()
+    with pytest.raises(KernelError, match="flash is not installed"):
+        resolve_attention_kernel("flash", "cuda", torch.bfloat16)
+    assert resolve_attention_kernel("auto", "cuda", torch.bfloat16) == "sdpa"
+    module._find_flash.cache_clear()
+    resolve_attention_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("returns_tuple", [False, True])
+def test_flash_is_called_in_its_own_layout(monkeypatch, returns_tuple):
+    def flash_attn_func(query_BLHD, key_BSHD, value_BSHD):
+        assert query_BLHD.shape == (2, 5, 3, 8)
+        assert key_BSHD.shape == value_BSHD.shape == (2, 7, 3, 8)
+        output = slow_attention(*(tensor.transpose(1, 2) for tensor in (query_BLHD, key_BSHD, value_BSHD)), None)
+        output = output.transpose(1, 2)
+        return (output, None) if returns_tuple else output
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    module._find_flash.cache_clear()
+    query, key, value, _ = inputs()
+    output = module._flash_layout(module._flash_function(), query, key, value)
+    module._find_flash.cache_clear()
+    torch.testing.assert_close(output, slow_attention(query, key, value, None), atol=1e-10, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kernel", ["sdpa", "auto"])
+def test_device_kernels_follow_the_plain_formula(kernel):
+    tensors = [tensor.detach().cuda().bfloat16().requires_grad_() for tensor in inputs()[:3]]
+    truth = attention(*tensors, kernel="math")
+    output = attention(*tensors, kernel=kernel)
+    torch.testing.assert_close(output, truth, atol=2e-2, rtol=2e-2)
+    for mine, theirs in zip(
+        torch.autograd.grad(output.sum(), tensors), torch.autograd.grad(truth.sum(), tensors), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, atol=3e-2, rtol=3e-2)
