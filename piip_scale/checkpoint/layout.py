@@ -1,0 +1,116 @@
+"""Where DeepSpeed's ZeRO puts each parameter: pure arithmetic on shapes, without files.
+
+Source: ``zero_to_fp32.py`` of DeepSpeed 0.19.8, and checkpoints it wrote. Stages 1 and 2 lay the parameters of a group
+end to end and cut the whole into one part per rank; stage 3 cuts every parameter by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from piip_scale.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of consecutive elements of one flat tensor of one rank."""
+
+    rank: int
+    group: int
+    start: int
+    length: int
+
+
+def pieces_of_cut_groups(
+    shapes: Sequence[Mapping[str, Shape]],
+    part_lengths: Sequence[Sequence[int]],
+    paddings: Sequence[Sequence[int]] | None = None,
+) -> dict[str, list[Piece]]:
+    """ZeRO stages 1 and 2.
+
+    Args:
+        shapes: For each parameter group, its parameters' shapes in the order of the flat tensor.
+        part_lengths: ``part_lengths[rank][group]`` elements of the group are on the rank.
+        paddings: Elements of padding behind each parameter of each group; ``None`` for none.
+
+    Returns:
+        The pieces of each parameter, in order.
+
+    Raises:
+        CheckpointError: Shapes and lengths do not add up.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for group, named in enumerate(shapes):
+        lengths = [of_rank[group] for of_rank in part_lengths]
+        gaps = [0] * len(named) if paddings is None else paddings[group]
+        start = 0
+        for (name, shape), gap in zip(named.items(), gaps, strict=True):
+            pieces[name] = _cut(group, lengths, start, math.prod(shape))
+            if sum(piece.length for piece in pieces[name]) != math.prod(shape):
+                raise _misfit(f"parameter {name} of shape {tuple(shape)} ends behind parameter group {group}")
+            start += math.prod(shape) + gap
+        _check_used(f"parameter group {group}", used=start, held=sum(lengths), align=2 * len(lengths))
+    return pieces
+
+
+def pieces_of_cut_parameters(
+    shapes: Sequence[Mapping[str, Shape]], part_lengths: Sequence[int], num_ranks: int
+) -> dict[str, list[Piece]]:
+    """ZeRO stage 3: of every parameter each rank holds ceil(elements / ranks), the last ones padded.
+
+    Args:
+        shapes: The parameters' shapes in the order of the flat tensors; how they are grouped does not matter.
+        part_lengths: Elements of each of a rank's flat tensors, the same on all ranks; no parameter straddles two.
+        num_ranks: Ranks among which each parameter is cut.
+
+    Raises:
+        CheckpointError: Shapes and lengths do not add up.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    group, start = 0, 0
+    for name, shape in ((name, shape) for named in shapes for name, shape in named.items()):
+        part = math.ceil(math.prod(shape) / num_ranks)
+        while group < len(part_lengths) and start == part_lengths[group]:
+            group, start = group + 1, 0
+        if group == len(part_lengths) or start + part > part_lengths[group]:
+            raise _misfit(f"parameter {name} of shape {tuple(shape)} does not fit into flat tensor {group}")
+        pieces[name] = pieces_of_part(math.prod(shape), part, num_ranks, group, start)
+        start += part
+    if group < len(part_lengths) - 1 or (part_lengths and start != part_lengths[-1]):
+        raise _misfit(f"{start} of {part_lengths[group]} elements of flat tensor {group} belong to a parameter")
+    return pieces
+
+
+def pieces_of_part(length: int, part: int, num_ranks: int, group: int = 0, start: int = 0) -> list[Piece]:
+    """A parameter of ``length`` elements, cut into parts of ``part``, each at ``start`` of its rank's flat tensor."""
+    takes = (min(part, max(length - rank * part, 0)) for rank in range(num_ranks))
+    return [Piece(rank, group, start, take) for rank, take in enumerate(takes) if take]
+
+
+def _cut(group: int, lengths: Sequence[int], start: int, length: int) -> list[Piece]:
+    """The pieces of elements ``start`` to ``start + length`` of all ranks' parts end to end."""
+    pieces, begin = [], 0
+    for rank, held in enumerate(lengths):
+        low, high = max(start, begin), min(start + length, begin + held)
+        if low < high:
+            pieces.append(Piece(rank, group, low - begin, high - low))
+        begin += held
+    return pieces
+
+
+def _check_used(what: str, used: int, held: int, align: int) -> None:
+    # DeepSpeed aligns groups to twice the ranks and drops a part of that padding when it saves.
+    if math.ceil(used / align) != math.ceil(held / align):
+        raise _misfit(f"{what} holds {held} elements and its shapes take {used}")
+
+
+def _misfit(problem: str) -> CheckpointError:
+    return CheckpointError(
+        problem,
+        rule="this version reads the layout of DeepSpeed 0.19",
+        fix="convert with the DeepSpeed version that wrote the checkpoint, or save it again with this one",
+    )

@@ -1,0 +1,36 @@
+"""What the engine tells of one optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step, over all ranks.
+
+    Attributes:
+        step: Index of the step, counted from the start of the run, not of the process.
+        losses: Each named loss; those whose name holds ``loss`` add up to the total. Others are measures, as accuracy.
+        lr: Base learning rate of this step, before layer-wise decay.
+        images: Images of this step, of all ranks and micro-batches together.
+        step_seconds: Wall time from the end of the last step to the end of this one, waiting for data included.
+        data_wait_seconds: The part of it spent waiting for the loader.
+        memory_bytes: Peak memory of this process so far: the device allocator's on a GPU, else resident memory.
+        grad_norm: Norm of the whole gradient before clipping, ``None`` where it is not computed.
+    """
+
+    step: int
+    losses: Mapping[str, float]
+    lr: float
+    images: int
+    step_seconds: float
+    data_wait_seconds: float
+    memory_bytes: int
+    grad_norm: float | None = None
+
+    @property
+    def total_loss(self) -> float:
+        """Sum of the losses proper."""
+        return sum(value for name, value in self.losses.items() if "loss" in name)
