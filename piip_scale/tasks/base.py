@@ -50,7 +50,12 @@ class TrainableModel(Protocol):
         ...
 
     def head_leaf(self) -> nn.Module:
-        """Neck and heads as one module, which ZeRO-3 gathers whole because their control flow depends on the data."""
+        """Neck and heads as one module, which ZeRO-3 gathers whole because their control flow depends on the data.
+
+        Its ``forward`` takes the features as separate tensors and returns a tensor or a tuple of tensors, never a
+        dict, and every output depends on the features: torch calls the module's backward hook, where ZeRO-3 reduces
+        the leaf's gradients, on no other terms. The engine refuses a leaf that returns anything else in training.
+        """
         ...
 
     def parts(self) -> dict[str, nn.Module]:
