@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from piip_scale.config.base import Strict
 from piip_scale.config.presets import expand_preset
 
+GROUPS = 32
+"""Groups of every group norm."""
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -143,6 +146,11 @@ class PiipConfig(Strict):
             raise ValueError(f"branches see {sizes} px and must rise: the largest model, at the lowest, comes first")
         for index, branch in enumerate(self.branches):
             self._check_branch(index, branch)
+        merged = self.branches[0].embed_dim
+        if merged % GROUPS and (len(self.branches) > 1 or 4.0 in self.pyramid.scales):
+            raise ValueError(
+                f"branches.0.embed_dim={merged} must be a multiple of {GROUPS}, the groups of the merged norms"
+            )
         stride = self.branches[-1].patch_size_px
         broken = [scale for scale in self.pyramid.scales if (stride / scale) % 1]
         if broken:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 LINEAR_STD = 0.02
 NORM_EPS = 1e-6
-GROUP_NORM_GROUPS = 32
 
 
 class Linear(nn.Linear):

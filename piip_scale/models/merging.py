@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from piip_scale.models.layers import GROUP_NORM_GROUPS, Conv2d
+from piip_scale.config.model import GROUPS
+from piip_scale.models.layers import Conv2d
 from piip_scale.ops.resize import resize_map
 
 
@@ -58,4 +59,4 @@ class NoMerging(nn.Module):
 
 def _conv_norm_relu(dim: int, merged_dim: int) -> tuple[nn.Module, ...]:
     conv = Conv2d(dim, merged_dim, kernel_size=3, padding=1, bias=False)
-    return conv, nn.GroupNorm(GROUP_NORM_GROUPS, merged_dim), nn.ReLU()
+    return conv, nn.GroupNorm(GROUPS, merged_dim), nn.ReLU()

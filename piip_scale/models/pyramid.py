@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from piip_scale.config.model import PyramidConfig
+from piip_scale.config.model import GROUPS, PyramidConfig
+from piip_scale.errors import ModelError
 from piip_scale.models.branch import FeatureSpec
-from piip_scale.models.layers import GROUP_NORM_GROUPS, ConvTranspose2d
+from piip_scale.models.layers import ConvTranspose2d
 
 
 class SimplePyramid(nn.Module):
@@ -22,23 +23,33 @@ class SimplePyramid(nn.Module):
     def __init__(self, config: PyramidConfig, source: FeatureSpec) -> None:
         super().__init__()
         self.levels = nn.ModuleList(_level(scale, source.channels) for scale in config.scales)
+        self.smallest_scale = min(config.scales)
         self.feature_specs = tuple(
             FeatureSpec(source.channels, int(source.stride_px / scale)) for scale in config.scales
         )
 
     def forward(self, map_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """(B, C, H, W) to one float32 map a level, largest first."""
+        """(B, C, H, W) to one float32 map a level, largest first.
+
+        Raises:
+            ModelError: A level would have no cells.
+        """
+        height, width = map_BCHW.shape[-2:]
+        if min(height, width) * self.smallest_scale < 1:
+            raise ModelError(
+                "image too small for the feature pyramid",
+                value=f"{height}x{width} tokens",
+                rule=f"both sides must be at least {1 / self.smallest_scale:g} tokens of the last branch",
+            )
         return tuple(level(map_BCHW).float().contiguous() for level in self.levels)
 
 
 def _level(scale: float, dim: int) -> nn.Module:
-    levels: dict[float, tuple[nn.Module, ...]] = {
-        4.0: (_double(dim), nn.GroupNorm(GROUP_NORM_GROUPS, dim), nn.GELU(), _double(dim)),
-        2.0: (_double(dim),),
-        1.0: (nn.Identity(),),
-        0.5: (nn.MaxPool2d(kernel_size=2, stride=2),),
-    }
-    return nn.Sequential(*levels[scale])
+    if scale == 4.0:
+        return nn.Sequential(_double(dim), nn.GroupNorm(GROUPS, dim), nn.GELU(), _double(dim))
+    if scale == 2.0:
+        return nn.Sequential(_double(dim))
+    return nn.Sequential(nn.MaxPool2d(kernel_size=2, stride=2) if scale == 0.5 else nn.Identity())
 
 
 def _double(dim: int) -> nn.Module:

@@ -136,7 +136,7 @@ def test_a_path_that_is_no_config_is_refused(tmp_path, name):
     window=st.lists(st.integers(0, 9), min_size=4, max_size=4),
 )
 def test_any_valid_config_survives_the_way_to_a_file_and_back(tmp_path_factory, heads, width, lr, window):
-    branch = dict(resolution_px=64, embed_dim=heads * width, depth=4, num_heads=heads, window_size_tokens=window)
+    branch = dict(resolution_px=64, embed_dim=32 * heads * width, depth=4, num_heads=heads, window_size_tokens=window)
     config = check_config(
         dict(
             model=dict(branches=[branch], interaction=dict(num_stages=2)),

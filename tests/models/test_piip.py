@@ -1,0 +1,231 @@
+import pytest
+import torch
+from torch import nn
+
+from piip_scale.config.model import PiipConfig
+from piip_scale.errors import ModelError
+from piip_scale.models.layers import LayerScale
+from piip_scale.models.piip import PIIP
+
+
+def branch(resolution: int, dim: int, depth: int = 4, **changes: object) -> dict[str, object]:
+    numbers = {"resolution_px": resolution, "embed_dim": dim, "depth": depth, "num_heads": 4}
+    return numbers | {"pretrain_resolution_px": 64, "layer_scale_init": 0.5} | changes
+
+
+BRANCHES = [
+    branch(64, 64, norm="rmsnorm", qkv_bias=False, qk_norm=True, position_class_slot=True),
+    branch(96, 48, 2, window_size_tokens=(3, 0), drop_path_rate=0.2, drop_path_schedule="linear"),
+    branch(128, 32, 2, activation="gelu_tanh", layer_scale_init=None),
+    branch(160, 16, 2, patch_size_px=8),
+]
+
+
+def config(num_branches: int = 2, unit: dict[str, object] | None = None, **changes: object) -> PiipConfig:
+    unit = {"num_stages": 2, "num_heads": 4, "gamma_init": 0.3} | (unit or {})
+    return PiipConfig(branches=tuple(BRANCHES[:num_branches]), interaction=unit, **changes)
+
+
+def build(settings: PiipConfig, seed: int = 0) -> PIIP:
+    torch.manual_seed(seed)
+    return PIIP(settings)
+
+
+def image(height: int = 128, width: int = 160, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(3))
+
+
+UNITS = [
+    {},
+    {"projection": False, "norm": "none"},
+    {"attention": "cross"},
+    {"attention": "cross", "projection": False, "ffn_ratio": 0.0},
+]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
+def test_every_parameter_gets_a_gradient(num_branches, unit):
+    model = build(config(num_branches, unit))
+    # A fresh deformable attention looks at fixed places with equal weights: its queries' layers start at zero.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    sum((feature * torch.randn_like(feature)).sum() for feature in model(image())).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize("num_branches", [2, 3, 4])
+def test_with_all_gammas_at_zero_each_branch_equals_itself_alone(num_branches):
+    settings = config(num_branches, {"gamma_init": 0.0})
+    model = build(settings).eval()
+    seen: list[torch.Tensor] = []
+    model.merging.register_forward_pre_hook(lambda module, grids: seen.extend(grids))
+    model(image())
+    sizes = [b.resolution_px for b in settings.branches]
+    for index, own in enumerate(settings.branches):
+        alone = PIIP(PiipConfig(branches=(own,), pyramid={"scales": (1.0,)})).eval()
+        alone.branches[0].load_state_dict(model.branches[index].state_dict())
+        small = nn.functional.interpolate(image(), scale_factor=sizes[index] / sizes[-1], mode="bilinear")
+        feature = alone(image() if sizes[index] == sizes[-1] else small)[0]
+        assert torch.equal(feature, seen[index].permute(0, 3, 1, 2))
+
+
+def test_gammas_that_are_not_zero_do_join_the_branches():
+    joined, apart = build(config()), build(config(unit={"gamma_init": 0.0}))
+    apart.load_state_dict({n: v for n, v in joined.state_dict().items()})
+    for scale in apart.interactions.modules():
+        if isinstance(scale, LayerScale):
+            nn.init.zeros_(scale.gamma)
+    assert (joined(image())[0] - apart(image())[0]).abs().max() > 1e-3
+
+
+def gradients(model: PIIP) -> dict[str, torch.Tensor]:
+    torch.manual_seed(11)
+    sum(feature.square().mean() for feature in model(image())).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_checkpointed_equals_plain():
+    plain = build(config(3, {"drop_path_rate": 0.3}))
+    saving = tuple(b.model_copy(update={"checkpoint_blocks": True}) for b in plain.config.branches)
+    unit = plain.config.interaction.model_copy(update={"checkpoint_units": True})
+    saver = build(plain.config.model_copy(update={"branches": saving, "interaction": unit}))
+    saver.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(gradients(saver), gradients(plain), rtol=0, atol=0)
+
+
+def test_checkpointing_keeps_fewer_activations():
+    def kept(model: PIIP) -> int:
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(image())
+        return total
+
+    plain = config(3)
+    saving = tuple(b.model_copy(update={"checkpoint_blocks": True}) for b in plain.branches)
+    unit = plain.interaction.model_copy(update={"checkpoint_units": True})
+    saver = plain.model_copy(update={"branches": saving, "interaction": unit})
+    assert kept(build(saver)) < 0.5 * kept(build(plain))
+
+
+@pytest.mark.parametrize("scales", [(4.0, 2.0, 1.0, 0.5), (2.0, 1.0, 0.5), (1.0,)])
+@pytest.mark.parametrize("num_branches", [1, 2, 4])
+def test_declared_channels_and_strides_are_real(num_branches, scales):
+    model = build(config(num_branches, pyramid={"scales": scales})).eval()
+    height, width = 128, 192
+    features = model(image(height, width))
+    declared = [(2, s.channels, height // s.stride_px, width // s.stride_px) for s in model.feature_specs]
+    assert [tuple(feature.shape) for feature in features] == declared
+    assert all(feature.dtype == torch.float32 for feature in features)
+
+
+@pytest.mark.parametrize("size", [(97, 131), (64, 255), (131, 33)])
+def test_odd_sizes(size):
+    model = build(config(3)).eval()
+    features = model(image(*size))
+    top = (size[0] // 16 * 4, size[1] // 16 * 4)
+    assert features[0].shape[-2:] == top
+    assert all(torch.isfinite(feature).all() for feature in features)
+
+
+@pytest.mark.parametrize(
+    ("size", "line"),
+    [((23, 48), "image too small for a branch: got '15x32 px"), ((24, 48), "feature pyramid: got '1x3 tokens'")],
+)
+def test_too_small_an_image_says_so(size, line):
+    with pytest.raises(ModelError, match=line):
+        build(config(2))(image(*size))
+
+
+def test_meta_build_then_reset_equals_a_normal_build():
+    with torch.device("meta"):
+        model = PIIP(config(3))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not list(model.buffers())
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    model.reset_parameters()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    fresh = dict(build(config(3)).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.shape == fresh[name].shape
+        assert parameter.float().std(correction=0).item() == pytest.approx(
+            fresh[name].float().std(correction=0).item(), rel=0.25, abs=1e-3
+        ), name
+
+
+def test_a_fresh_network_neither_dies_nor_explodes():
+    model = build(config(3)).eval()
+    for feature in model(image(128, 128)):
+        assert 0.05 < feature.std().item() < 20
+
+
+def test_parameters_are_touched_only_inside_their_own_modules_forward():
+    """What ZeRO-3 asks for: outside its owner's forward a parameter is an empty tensor."""
+    model = build(config(4)).eval()
+    truth = model(image())
+    whole = {parameter: parameter.data for parameter in model.parameters()}
+
+    def gather(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = whole[parameter]
+
+    def release(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0)
+
+    for module in model.modules():
+        release(module)
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+    with torch.no_grad():
+        features = model(image())
+    torch.testing.assert_close(features, truth, rtol=0, atol=0)
+
+
+def test_bfloat16_stays_near_float32_and_leaves_in_float32():
+    model = build(config(3)).eval()
+    truth = model(image())
+    model.set_precision(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    features = model(image())
+    for feature, expected in zip(features, truth, strict=True):
+        assert feature.dtype == torch.float32
+        assert (feature - expected).norm() < 0.05 * expected.norm()
+    sum(feature.square().mean() for feature in features).backward()
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_parameter_rules_follow_the_released_layer_decay():
+    model = build(config(2))
+    rules = model.parameter_rules()
+    assert set(rules) == {name for name, _ in model.named_parameters()}
+    assert model.num_layers == 4
+    layer_ids = {name: rule.layer_id for name, rule in rules.items()}
+    assert layer_ids["branches.0.embedding.position"] == layer_ids["branches.1.embedding.proj.weight"] == 0
+    assert [layer_ids[f"branches.0.blocks.{k}.attn.qkv.weight"] for k in range(4)] == [1, 2, 3, 4]
+    assert [layer_ids[f"branches.1.blocks.{k}.mlp.fc1.bias"] for k in range(2)] == [2, 4]
+    others = {rule.layer_id for name, rule in rules.items() if not name.startswith("branches.")}
+    assert others == {5}
+    assert not rules["branches.0.blocks.0.norm1.weight"].decays
+    assert not rules["branches.1.blocks.0.attn.qkv.bias"].decays
+    assert rules["branches.0.blocks.0.attn.qkv.weight"].decays
+    assert rules["branches.0.embedding.position"].decays
+    assert not build(config(1)).parameter_rules()["branches.0.embedding.position"].decays
+
+
+def test_drop_path_rates_follow_the_schedule():
+    linear = BRANCHES[1] | {"drop_path_rate": 0.3}
+    constant = linear | {"drop_path_schedule": "constant"}
+    for kind, rates in ((linear, [0.0, 0.3]), (constant, [0.3, 0.3])):
+        model = PIIP(PiipConfig(branches=(kind,), pyramid={"scales": (1.0,)}))
+        assert [block.drop_path.rate for block in model.branches[0].blocks] == rates
