@@ -1,0 +1,294 @@
+"""Packing: readable by others, the same bytes for the same input, whole or absent whatever happens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import webdataset
+from made_sets import SHARED, make_coco
+
+from piip_scale.data.files import sha256_of_file
+from piip_scale.data.pack import pack_coco
+from piip_scale.data.sample import decode_image, decode_sample
+from piip_scale.data.shards import ShardSet
+from piip_scale.errors import DataError
+
+PACK = """
+import os, resource, signal, sys
+from piip_scale.data.pack import pack_coco
+{setup}
+pack_coco(sys.argv[1], sys.argv[2], sys.argv[3], target_samples=4, workers={workers}, on_progress={progress})
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def run_pack(source, out, *, setup="", workers=1, progress="None"):
+    script = PACK.format(setup=setup, workers=workers, progress=progress)
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, source), str(out)], stderr=subprocess.PIPE)
+
+
+def test_same_bytes_whatever_the_number_of_processes(tmp_path):
+    source = make_coco(tmp_path, 14)
+    progress = []
+    manifest = pack_coco(
+        *source, tmp_path / "a", target_samples=4, workers=1, on_progress=lambda *p: progress.append(p)
+    )
+    pack_coco(*source, tmp_path / "b", target_samples=4, workers=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert [shard.num_samples for shard in manifest.shards] == [4, 4, 4, 2]
+    assert progress == [(done, 14) for done in range(1, 15)]
+    for shard in manifest.shards:
+        assert sha256_of_file(tmp_path / "a" / shard.name) == shard.sha256
+
+
+def test_target_size_bounds_the_shards(tmp_path):
+    source = make_coco(tmp_path, 14)
+    manifest = pack_coco(*source, tmp_path / "a", target_mb=0.02)
+    assert len(manifest.shards) > 2
+    # tar ends with zero blocks up to a record of 10,240 bytes.
+    assert max(shard.size_bytes for shard in manifest.shards) <= 20_000 + tarfile.RECORDSIZE
+    with pytest.raises(DataError, match="above 0"):
+        pack_coco(*source, tmp_path / "c", target_mb=0)
+
+
+def test_tar_and_webdataset_read_what_the_index_says(tmp_path):
+    annotations, images = make_coco(tmp_path, 9)
+    pack_coco(annotations, images, tmp_path / "out", target_samples=5)
+    shards = ShardSet.open(tmp_path / "out")
+    urls = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    streamed = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in streamed] == list(shards.keys)
+    number = 0
+    for url in urls:
+        with tarfile.open(url) as tar:
+            members = tar.getmembers()
+            for image, notes in zip(members[::2], members[1::2], strict=True):
+                raw = shards.read(number)
+                assert raw.image == tar.extractfile(image).read() == streamed[number]["jpg"]
+                assert raw.image == (images / f"{number}.jpg").read_bytes()
+                assert raw.notes == tar.extractfile(notes).read() == streamed[number]["json"]
+                number += 1
+    assert number == len(shards) == 9
+
+
+def test_ground_truth_and_samples_are_those_of_the_file(tmp_path):
+    annotations, images = make_coco(tmp_path, 8)
+    pack_coco(annotations, images, tmp_path / "out", target_samples=3)
+    shards = ShardSet.open(tmp_path / "out", classes=("b", "a"))
+    root = json.loads(annotations.read_text())
+    truth = shards.coco_ground_truth()
+    assert truth["images"] == root["images"]
+    assert truth["annotations"] == root["annotations"]
+    assert truth["categories"] == sorted(root["categories"], key=lambda category: category["id"])
+    assert shards.sizes_px.tolist() == [[i["height"], i["width"]] for i in root["images"]]
+    sample = decode_sample(shards.read(3), shards.label_of_category, has_masks=True)
+    notes = [note for note in root["annotations"] if note["image_id"] == 103]
+    assert sample.labels.tolist() == [0, 0, 0]
+    expected = np.array([note["bbox"] for note in notes], float)
+    assert np.array_equal(sample.boxes_xyxy_px, np.hstack([expected[:, :2], expected[:, :2] + expected[:, 2:]]))
+    assert list(sample.segmentations) == [note["segmentation"] for note in notes]
+
+
+def test_complete_set_is_reused_and_another_refused(tmp_path):
+    source, out = make_coco(tmp_path, 9), tmp_path / "out"
+    first = pack_coco(*source, out, target_samples=3)
+    stamps = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert pack_coco(*source, out, target_samples=3) == first
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    other = make_coco(tmp_path / "other", 5)
+    with pytest.raises(DataError, match="--overwrite"):
+        pack_coco(*other, out, target_samples=3)
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    second = pack_coco(*other, out, target_samples=3, overwrite=True)
+    assert len(list(out.glob("*.tar"))) == len(second.shards) == 2
+    assert len(ShardSet.open(out)) == 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_packing_is_invisible_and_goes_on(tmp_path, workers):
+    source, out = make_coco(tmp_path, 30), tmp_path / "out"
+    kill = "lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done >= 10 else None"
+    process = run_pack(source, out, workers=workers, progress=kill)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(DataError, match="unfinished"):
+        ShardSet.open(out)
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.index.json")}
+    assert finished
+    pack_coco(*source, out, target_samples=4)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())
+    pack_coco(*source, tmp_path / "whole", target_samples=4)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_no_packing_process_outlives_its_parent(tmp_path):
+    source, out = make_coco(tmp_path, 30), tmp_path / "out"
+    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(60))"
+    process = run_pack(source, out, workers=2, progress=report)
+    process.stderr.readline()
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_disk_that_takes_no_more(tmp_path, workers):
+    source, out = make_coco(tmp_path, 12), tmp_path / "out"
+    # A limit on file sizes makes write() fail in mid-file, as a full disk does.
+    process = run_pack(source, out, workers=workers, setup="resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))")
+    error = process.communicate(timeout=60)[1].decode().strip().splitlines()[-1]
+    assert process.returncode != 0
+    assert "DataError: cannot write" in error
+    assert "free space" in error
+    assert not [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    assert not list(out.glob("*.tar"))
+    pack_coco(*source, out, target_samples=4)
+    assert len(ShardSet.open(out)) == 12
+
+
+def test_interrupt_ends_quietly_with_nothing_half_written(tmp_path):
+    source, out = make_coco(tmp_path, 30), tmp_path / "out"
+    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(1))"
+    process = run_pack(source, out, workers=2, progress=report)
+    process.stderr.readline()
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode != 0
+    assert error.count("Traceback") == 1
+    assert error.strip().endswith("KeyboardInterrupt")
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_truncated_image_names_itself(tmp_path, workers):
+    annotations, images = make_coco(tmp_path, 9)
+    content = (images / "5.jpg").read_bytes()
+    (images / "5.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError) as caught:
+        pack_coco(annotations, images, tmp_path / "out", target_samples=3, workers=workers)
+    assert "5.jpg" in str(caught.value)
+    assert "105" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_image_of_another_size_and_broken_run_lengths(tmp_path):
+    annotations, images = make_coco(tmp_path, 4)
+    root = json.loads(annotations.read_text())
+    changed = json.loads(annotations.read_text())
+    changed["images"][2]["height"] += 1
+    annotations.write_text(json.dumps(changed))
+    with pytest.raises(DataError, match="its annotations say 76 x 57"):
+        pack_coco(annotations, images, tmp_path / "out")
+    for note in root["annotations"]:
+        size = next([i["height"], i["width"]] for i in root["images"] if i["id"] == note["image_id"])
+        note["segmentation"] = {"size": size, "counts": "oooooooo"}
+    annotations.write_text(json.dumps(root))
+    with pytest.raises(DataError, match="mask of annotation 0"):
+        pack_coco(annotations, images, tmp_path / "out")
+
+
+def damage_shard(folder):
+    path = folder / "shard-000001.tar"
+    os.truncate(path, path.stat().st_size - 512)
+    return r"shard-000001.tar is \d+ bytes long"
+
+
+def remove_shard(folder):
+    (folder / "shard-000001.tar").unlink()
+    return "shard-000001.tar is not there"
+
+
+def swap_index(folder):
+    (folder / "shard-000001.index.json").write_bytes((folder / "shard-000000.index.json").read_bytes())
+    return "shard-000001.index.json is not the one"
+
+
+def damage_manifest(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"num_samples"', '"number"'))
+    return "manifest.json is damaged"
+
+
+def newer_manifest(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    return "format version .* got 99"
+
+
+@pytest.mark.parametrize("damage", [damage_shard, remove_shard, swap_index, damage_manifest, newer_manifest])
+def test_damaged_set_is_named_when_opened(tmp_path, damage):
+    out = tmp_path / "out"
+    pack_coco(*make_coco(tmp_path, 6), out, target_samples=3)
+    with pytest.raises(DataError, match=damage(out)):
+        ShardSet.open(out)
+
+
+def test_lost_shard_is_packed_again(tmp_path):
+    source, out = make_coco(tmp_path, 6), tmp_path / "out"
+    pack_coco(*source, out, target_samples=3)
+    whole = contents(out)
+    remove_shard(out)
+    pack_coco(*source, out, target_samples=3)
+    assert contents(out) == whole
+
+
+def test_folder_without_a_set(tmp_path):
+    with pytest.raises(DataError, match="is not there"):
+        ShardSet.open(tmp_path / "absent")
+    with pytest.raises(DataError, match="holds no shards"):
+        ShardSet.open(tmp_path)
+    pack_coco(*make_coco(tmp_path, 3), tmp_path / "out")
+    with pytest.raises(DataError, match="make them equal"):
+        ShardSet.open(tmp_path / "out", classes=("a", "b"))
+
+
+def test_other_image_formats_decode(tmp_path):
+    import PIL.Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 13, 3), np.uint8)
+    for suffix in ("png", "bmp", "webp", "tiff"):
+        PIL.Image.fromarray(pixels).save(tmp_path / f"x.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+        assert np.array_equal(decode_image((tmp_path / f"x.{suffix}").read_bytes(), "x"), pixels)
+    PIL.Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    assert np.array_equal(decode_image((tmp_path / "grey.png").read_bytes(), "x"), pixels[..., :1].repeat(3, 2))
+    content = (tmp_path / "x.png").read_bytes()
+    for broken in (content[: len(content) // 2], b"text", b""):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode_image(broken, "x")
+    PIL.Image.fromarray(pixels[..., 0].astype(np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match="not 8-bit"):
+        decode_image((tmp_path / "deep.png").read_bytes(), "x")
+
+
+@pytest.mark.parametrize(("name", "masks"), [("bccd", False), ("nuclei_dsb2018", True)])
+def test_real_sets_pack(tmp_path, name, masks):
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"the shared data set {name} is not beside the repository")
+    source = SHARED / name / "instances_val.json"
+    manifest = pack_coco(source, SHARED / name / "images", tmp_path, target_mb=1, workers=2)
+    shards = ShardSet.open(tmp_path)
+    assert manifest.has_masks == masks
+    truth, root = shards.coco_ground_truth(), json.loads(source.read_text())
+    assert len(truth["annotations"]) == len(root["annotations"])
+    boxes = {note["id"]: note["bbox"] for note in root["annotations"]}
+    assert all(note["bbox"] == boxes[note["id"]] for note in truth["annotations"])
+    for number in range(0, len(shards), 10):
+        sample = decode_sample(shards.read(number), shards.label_of_category, has_masks=masks)
+        assert sample.pixels.shape[:2] == tuple(shards.sizes_px[number])
+        assert len(sample.boxes_xyxy_px) == len(sample.labels)
