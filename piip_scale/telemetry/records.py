@@ -11,7 +11,8 @@ class StepRecord:
     """One optimiser step, over all ranks.
 
     Attributes:
-        step: Index of the step, counted from the start of the run, not of the process.
+        step: Optimiser steps done since the start of the run once this one ended: 1 for the first, 121 for the first
+            after resuming from the checkpoint of step 120.
         losses: Each named loss; those whose name holds ``loss`` add up to the total. Others are measures, as accuracy.
         lr: Base learning rate of this step, before layer-wise decay.
         images: Images of this step, of all ranks and micro-batches together.

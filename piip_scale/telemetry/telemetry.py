@@ -1,0 +1,92 @@
+"""Everything a run tells, in one object: events for TensorBoard, JSON lines for scripts, a line for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from piip_scale.checkpoint.files import disk_errors
+from piip_scale.errors import RunError
+from piip_scale.telemetry.jsonl import JsonLines
+from piip_scale.telemetry.meters import RateMeter
+from piip_scale.telemetry.progress import ProgressLine
+from piip_scale.telemetry.records import StepRecord
+from piip_scale.telemetry.tensorboard import TensorBoardWriter, step_scalars
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Telemetry:
+    """Writes ``metrics.jsonl`` and ``tensorboard/`` of a run directory, and the progress line. Main rank only.
+
+    Args:
+        run_dir: The run's directory; made where absent.
+        total_steps: Optimiser steps of the whole run.
+        first_step: Steps done before this process, the step of the checkpoint resumed from; what an earlier process
+            wrote of later steps is removed.
+        show_progress: Draw the progress line.
+        log_every_steps: Write every n-th step's scalars; its rate is that of all n. The progress line sees each step.
+        stream: Where the progress line goes; standard error where not given.
+
+    Raises:
+        RunError: The disk refuses; so do all methods.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        first_step: int = 0,
+        show_progress: bool = True,
+        log_every_steps: int = 1,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._run_dir, self._total, self._every = Path(run_dir), total_steps, log_every_steps
+        self._since_log = RateMeter(window=log_every_steps)
+        self._action = f"write metrics in {run_dir}"
+        with disk_errors(RunError, self._action):
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._lines = JsonLines(self._run_dir / METRICS_FILE, first_step)
+            self._board = TensorBoardWriter(self._run_dir / TENSORBOARD_FOLDER, first_step)
+        self._progress = ProgressLine(total_steps, first_step, stream) if show_progress else None
+
+    def step(self, record: StepRecord) -> None:
+        """Tells of one optimiser step."""
+        self._since_log.add(record.images, record.step_seconds)
+        if self._progress is not None:
+            self._progress.step(record)
+        if record.step % self._every == 0 or record.step == self._total:
+            self._write(record.step, "step", step_scalars(record, self._since_log.rate))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tells of an evaluation after ``step`` steps."""
+        self._write(step, "evaluation", {f"eval/{name}": value for name, value in metrics.items()})
+        self._note(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+    def event(self, step: int, text: str) -> None:
+        """Tells of anything else worth a line: a checkpoint saved, a sample skipped."""
+        with disk_errors(RunError, self._action):
+            self._lines.write(step, "event", {"text": text})
+            self._board.text(step, text)
+        self._note(f"step {step}  {text}")
+
+    def close(self) -> None:
+        """Writes what is left and ends the progress line."""
+        if self._progress is not None:
+            self._progress.close()
+        with disk_errors(RunError, self._action):
+            try:
+                self._lines.close()
+            finally:
+                self._board.close()
+
+    def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        with disk_errors(RunError, self._action):
+            self._lines.write(step, kind, values)
+            self._board.scalars(step, values)
+
+    def _note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)

@@ -1,0 +1,80 @@
+"""Scalars for TensorBoard; the x axis is the optimiser step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from piip_scale.telemetry.memory import GIB
+from piip_scale.telemetry.records import StepRecord
+
+_FLUSH_SECONDS = 10
+
+
+class TensorBoardWriter:
+    """Writes event files that ``tensorboard --logdir`` shows.
+
+    Args:
+        folder: Takes the event files; made where absent.
+        first_step: Steps done before; events of later ones, left by a process that went further than its last
+            checkpoint, are hidden.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # costs a second, which --help need not pay
+
+        purge = first_step + 1 if folder.exists() else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=_FLUSH_SECONDS)  # type: ignore[no-untyped-call]
+        self._last_check = time.monotonic()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one point to each named curve.
+
+        Raises:
+            OSError: The disk refused this or an earlier point.
+        """
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+        self._flush_when_due()
+
+    def text(self, step: int, text: str) -> None:
+        """Adds a note under ``events``."""
+        self._writer.add_text("events", text, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Writes what is left.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+    def _flush_when_due(self) -> None:
+        # The writer's own thread meets a full disk alone; a flush from here brings the error to the run.
+        if time.monotonic() - self._last_check > _FLUSH_SECONDS:
+            self._writer.flush()  # type: ignore[no-untyped-call]
+            self._last_check = time.monotonic()
+
+
+def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, float]:
+    """Every scalar of one step by its TensorBoard tag."""
+    values = {_loss_tag(name): value for name, value in record.losses.items()}
+    values |= {
+        "loss/total": record.total_loss,
+        "train/lr": record.lr,
+        "throughput/images_per_second": images_per_second,
+        "time/step_ms": record.step_seconds * 1e3,
+        "time/data_wait_ms": record.data_wait_seconds * 1e3,
+        "memory/peak_gib": record.memory_bytes / GIB,
+    }
+    if record.grad_norm is not None:
+        values["train/grad_norm"] = record.grad_norm
+    return values
+
+
+def _loss_tag(name: str) -> str:
+    return f"loss/{name}" if "loss" in name else f"train/{name}"

@@ -1,0 +1,26 @@
+"""Tells of some steps as a training would: run by test_telemetry.py in a process of its own."""
+
+import sys
+from pathlib import Path
+
+from piip_scale.errors import RunError
+from piip_scale.telemetry import StepRecord, Telemetry
+
+
+def main(run_dir, num_steps):
+    telemetry = Telemetry(run_dir, total_steps=num_steps)
+    try:
+        for step in range(1, num_steps + 1):
+            losses = {"loss_cls": 1.0 / step, "loss_bbox": 0.25}
+            telemetry.step(StepRecord(step, losses, 1e-4, 4, 0.5, 0.1, 1 << 30))
+        telemetry.evaluation(num_steps, {"bbox_mAP": 0.5})
+    finally:
+        telemetry.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]))
+    except RunError as error:
+        print(error.line, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,188 @@
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from piip_scale.telemetry import StepRecord, Telemetry
+from piip_scale.telemetry.jsonl import JsonLines
+from piip_scale.telemetry.memory import current_memory_bytes, peak_memory_bytes
+
+WRITER = Path(__file__).with_name("metrics_writer.py")
+
+
+def record(step, **changes):
+    values = {
+        "step": step,
+        "losses": {"loss_cls": 1.0 / step, "loss_bbox": 0.25, "acc": 90.0},
+        "lr": 1e-4 * step,
+        "images": 4,
+        "step_seconds": 0.5,
+        "data_wait_seconds": 0.125,
+        "memory_bytes": 3 << 30,
+        "grad_norm": 2.0,
+    }
+    return StepRecord(**(values | changes))
+
+
+def curves(run_dir):
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def lines(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_steps(run_dir, first, last, **options):
+    told = io.StringIO()
+    telemetry = Telemetry(run_dir, total_steps=6, first_step=first, stream=told, **options)
+    for step in range(first + 1, last + 1):
+        telemetry.step(record(step))
+    telemetry.evaluation(last, {"bbox_mAP": 0.5})
+    telemetry.event(last, "saved checkpoint")
+    telemetry.close()
+    return told.getvalue()
+
+
+def test_events_read_back(tmp_path):
+    write_steps(tmp_path, 0, 3)
+    read = curves(tmp_path)
+    steps = (1, 2, 3)
+    wanted = {
+        "loss/loss_cls": [(s, 1 / s) for s in steps],
+        "loss/loss_bbox": [(s, 0.25) for s in steps],
+        "loss/total": [(s, 1 / s + 0.25) for s in steps],
+        "train/acc": [(s, 90.0) for s in steps],
+        "train/lr": [(s, 1e-4 * s) for s in steps],
+        "train/grad_norm": [(s, 2.0) for s in steps],
+        "throughput/images_per_second": [(s, 8.0) for s in steps],
+        "time/step_ms": [(s, 500.0) for s in steps],
+        "time/data_wait_ms": [(s, 125.0) for s in steps],
+        "memory/peak_gib": [(s, 3.0) for s in steps],
+        "eval/bbox_mAP": [(3, 0.5)],
+    }
+    assert read.keys() == wanted.keys()
+    for tag, points in wanted.items():
+        assert read[tag] == [(s, pytest.approx(v, rel=1e-6)) for s, v in points], tag
+
+
+def test_a_resumed_run_writes_over_what_its_checkpoint_did_not_see(tmp_path):
+    write_steps(tmp_path, 0, 5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "ki')
+    write_steps(tmp_path, 2, 6)
+    for tag, points in curves(tmp_path).items():
+        wanted = [6] if tag.startswith("eval/") else [1, 2, 3, 4, 5, 6]
+        assert [step for step, _ in points] == wanted, tag
+    assert [(line["step"], line["kind"]) for line in lines(tmp_path)] == [
+        *((step, "step") for step in (1, 2, 3, 4, 5, 6)),
+        (6, "evaluation"),
+        (6, "event"),
+    ]
+
+
+def test_every_nth_step_is_logged_with_the_rate_of_all(tmp_path):
+    telemetry = Telemetry(tmp_path, total_steps=5, show_progress=False, log_every_steps=2)
+    for step, seconds in enumerate((1.0, 3.0, 1.0, 1.0, 2.0), start=1):
+        telemetry.step(record(step, step_seconds=seconds))
+    telemetry.close()
+    logged = [(line["step"], line["throughput/images_per_second"]) for line in lines(tmp_path)]
+    assert logged == [(2, 2.0), (4, 4.0), (5, pytest.approx(8 / 3))]
+
+
+def test_lines_are_json_even_where_a_loss_is_not_a_number(tmp_path):
+    telemetry = Telemetry(tmp_path, total_steps=1, show_progress=False)
+    telemetry.step(record(1, losses={"loss": float("nan")}, grad_norm=None))
+    telemetry.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read["loss/loss"] == "nan"
+    assert "train/grad_norm" not in read
+
+
+@given(steps=st.lists(st.integers(0, 20), max_size=12), first=st.integers(0, 20), cut=st.integers(0, 30))
+def test_law_of_resumed_lines(tmp_path_factory, steps, first, cut):
+    """Whatever was written and wherever a kill cut it, whole lines up to the resumed step stay, and no others."""
+    path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
+    writer = JsonLines(path)
+    for step in steps:
+        writer.write(step, "step", {"value": step / 7})
+    writer.close()
+    text = path.read_text()
+    whole = text[: max(len(text) - cut, 0)]
+    path.write_text(whole)
+    resumed = JsonLines(path, first_step=first)
+    resumed.write(first + 1, "step", {})
+    resumed.close()
+    read = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    complete = [json.loads(line)["step"] for line in whole.splitlines() if line.endswith("}")]
+    assert read == [step for step in complete if step <= first] + [first + 1]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path):
+    told = write_steps(tmp_path, 0, 6).splitlines()
+    first = "step 1/6  8.00 images/s  loss 1.250 (cls 1.000  bbox 0.250)  lr 1.0e-04  data wait 25%  left 2 s"
+    assert told[0] == first
+    assert told[1].startswith("step 6/6  8.00 images/s")  # those between came within ten seconds
+    assert told[2:] == ["step 6  bbox_mAP 0.5", "step 6  saved checkpoint"]
+
+
+def test_one_redrawn_line_on_a_terminal(tmp_path):
+    main, side = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "160"}
+    command = [sys.executable, WRITER, tmp_path, "20"]
+    process = subprocess.Popen(command, stderr=side, env=environment)
+    os.close(side)
+    shown = b""
+    while True:
+        try:
+            read = os.read(main, 4096)
+        except OSError:  # Linux's way of saying that the other side is closed
+            break
+        if not read:
+            break
+        shown += read
+    assert process.wait(timeout=60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "20/20" in text
+    assert "8.00 images/s  loss 0.300 (bbox 0.250  cls 0.050)" in text
+    assert "step 20  bbox_mAP 0.5" in text
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path):
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("needs user namespaces to mount a small disk")
+    script = f"mount -t tmpfs -o size=64k none {tmp_path} && {sys.executable} {WRITER} {tmp_path}/run 100000"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    fix = "free some space on that disk, then start again"
+    assert told == [f"cannot write metrics in {tmp_path}/run: No space left on device; {fix}"]
+
+
+def test_memory_of_this_process():
+    before, block = current_memory_bytes(), torch.ones(64 << 20, dtype=torch.uint8)
+    grown = current_memory_bytes() - before
+    assert 0.8 * block.numel() < grown < 2 * block.numel()
+    assert peak_memory_bytes() >= current_memory_bytes() * 0.99
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_of_the_device():
+    device = torch.device("cuda")
+    before, block = current_memory_bytes(device), torch.ones(64 << 20, dtype=torch.uint8, device=device)
+    assert current_memory_bytes(device) - before == block.numel()
+    assert peak_memory_bytes(device) >= before + block.numel()
