@@ -1,0 +1,153 @@
+"""The order of an epoch: a pure function of the seed, the epoch and the shards, cut among the ranks.
+
+The shards are put in a random order, each shard's samples too, and the long row that results is cut into C canonical
+streams, each shuffled inside a window of a few shards. Reading the streams in turn gives the canonical order: its
+sample p is of stream p mod C. Rank r of W takes the samples at p = r (mod W), so where W divides C it reads whole
+streams and few shards, and the samples of a global step are the same for every W. The world changes nothing but who
+reads what; a resume point is (epoch, step).
+
+Source: the canonical streams are mosaicml/streaming's idea; here they are cut by samples, so that only an epoch's last
+incomplete global batch is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from piip_scale.errors import DataError
+
+WINDOW_SHARDS = 8
+"""Shards of a stream that are shuffled together: more mixes better and keeps more remote shards on disk."""
+
+# Apart, so that a sample's randomness never repeats the order's.
+_ORDER, _SAMPLE = 0, 1
+
+Indices = npt.NDArray[np.int64]
+
+
+def canonical_order(
+    num_samples_of_shard: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    num_streams: int,
+    window_shards: int = WINDOW_SHARDS,
+) -> Indices:
+    """The whole epoch's order, the same for every world.
+
+    Args:
+        num_samples_of_shard: Samples in each shard; sample numbers run through the shards in this order.
+        seed: Of the run.
+        epoch: Counted from 0.
+        num_streams: C, the canonical streams.
+        window_shards: Shards that are shuffled together inside a stream.
+
+    Returns:
+        A permutation of all N sample numbers, int64 (N,).
+    """
+    sizes = np.asarray(num_samples_of_shard, np.int64)
+    num_samples = int(sizes.sum())
+    random = _philox(_ORDER, seed, epoch)
+    shard_order = _shuffled(len(sizes), random)
+    starts = np.cumsum(sizes) - sizes
+    row = np.concatenate([starts[shard] + _shuffled(int(sizes[shard]), random) for shard in shard_order])
+    place_of_shard = np.repeat(np.arange(len(sizes)), sizes[shard_order])
+    order = np.empty(num_samples, np.int64)
+    first = 0
+    for stream in range(min(num_streams, num_samples)):
+        length = -(-(num_samples - stream) // num_streams)
+        cut = slice(first, first + length)
+        order[stream::num_streams] = _windowed(row[cut], place_of_shard[cut], window_shards, random)
+        first += length
+    return order
+
+
+def _shuffled(length: int, random: np.random.Philox) -> Indices:
+    # Sorting raw bits: numpy keeps a bit generator's stream across versions, but not what Generator makes of it.
+    return np.argsort(random.random_raw(length), kind="stable")
+
+
+def _windowed(stream: Indices, place_of_shard: Indices, window_shards: int, random: np.random.Philox) -> Indices:
+    window = (place_of_shard - place_of_shard[0]) // window_shards
+    return stream[np.lexsort((random.random_raw(len(stream)), window))]
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """One rank's share of an epoch.
+
+    Attributes:
+        num_samples: Of the set.
+        num_streams: C, the canonical streams.
+        num_ranks: W; it divides C.
+        rank: This rank.
+        batch_size: Images per rank and step.
+    """
+
+    num_samples: int
+    num_streams: int
+    num_ranks: int
+    rank: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_streams % self.num_ranks:
+            raise DataError(
+                f"{self.num_ranks} ranks cannot share {self.num_streams} canonical streams",
+                rule=f"the number of ranks must be one of {', '.join(map(str, divisors(self.num_streams)))}",
+                fix="use one of these, or set data.num_streams to a multiple of the ranks (this changes the order)",
+            )
+        if self.num_samples < self.global_batch_size:
+            raise DataError(
+                f"a set of {self.num_samples} images",
+                rule=f"a step takes {self.batch_size} on each of {self.num_ranks} ranks = {self.global_batch_size}",
+                fix="use fewer ranks or a smaller data.micro_batch_size",
+            )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images of one step on all ranks."""
+        return self.num_ranks * self.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch, the same on every rank."""
+        return self.num_samples // self.global_batch_size
+
+    def batch(self, order: Indices, step: int) -> Indices:
+        """This rank's samples of a step, int64 (batch_size,).
+
+        Args:
+            order: The epoch's ``canonical_order``.
+            step: Counted from 0 in the epoch.
+        """
+        first = step * self.global_batch_size + self.rank
+        return order[first : (step + 1) * self.global_batch_size : self.num_ranks]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def evaluation_batches(num_samples: int, *, num_ranks: int, rank: int, batch_size: int) -> list[Indices]:
+    """This rank's batches of a pass that sees every sample, in the set's order.
+
+    Every rank gets equally many full batches: the last ones repeat samples from the start.
+    """
+    num_steps = -(-num_samples // (num_ranks * batch_size))
+    positions = np.arange(num_steps * batch_size, dtype=np.int64) * num_ranks + rank
+    return list((positions % num_samples).reshape(num_steps, batch_size))
+
+
+def random_of(seed: int, epoch: int, number: int) -> np.random.Generator:
+    """The randomness of a sample in an epoch, whoever draws it."""
+    return np.random.Generator(_philox(_SAMPLE, seed, epoch, number))
+
+
+def _philox(purpose: int, seed: int, *numbers: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence([purpose, seed % (1 << 32), *numbers]))
