@@ -1,0 +1,157 @@
+"""Bringing the ranks together and wrapping a model into a DeepSpeed engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from piip_scale.config.run import RunConfig
+from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
+from piip_scale.engine.report import start_report
+from piip_scale.engine.zero import Sharding, measure, plan_sharding
+from piip_scale.errors import ConfigError, ModelError, WorldError
+from piip_scale.logging import get_logger
+from piip_scale.tasks.base import Task, TrainableModel
+from piip_scale.world import World
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_device(world: World) -> torch.device:
+    """This rank's GPU, or the CPU on a machine without one; makes it the current device.
+
+    Raises:
+        WorldError: The node has GPUs, but fewer than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_rank >= torch.cuda.device_count():
+        raise WorldError(
+            f"local rank {world.local_rank} has no GPU of its own",
+            value=torch.cuda.device_count(),
+            rule=f"{world.ranks_per_node} ranks on a node need as many visible GPUs",
+            fix="start fewer processes, or unset CUDA_VISIBLE_DEVICES",
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def init_distributed(world: World) -> torch.device:
+    """Joins the ranks, also where there is only one, and returns this rank's device. Collective.
+
+    Works without compiler and ninja: DeepSpeed's one extension for CPUs is left out.
+    """
+    device = choose_device(world)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # DeepSpeed reads these at import and in initialize(), torch only through the arguments below.
+    os.environ |= world.as_environment() | {"DS_ACCELERATOR": device.type}
+    bound = device if device.type == "cuda" else None
+    if world.num_ranks == 1:
+        alone = dist.HashStore()  # type: ignore[attr-defined]  # no port that somebody else may have taken
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=bound)
+    else:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{world.master_address}:{world.master_port}",
+            rank=world.rank,
+            world_size=world.num_ranks,
+            device_id=bound,
+        )
+    _import_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+def build_model(task: Task, seed: int) -> nn.Module:
+    """The task's model, the same on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return task.build_model()
+
+
+def build_engine(model: nn.Module, config: RunConfig, world: World) -> tuple[DeepSpeedEngine, Sharding]:
+    """Marks the leaf, sets the precision, groups the parameters and hands all to DeepSpeed. Collective.
+
+    Prints the start report on the main rank.
+
+    Args:
+        model: A ``TrainableModel``, initialised alike on all ranks.
+        config: The run.
+        world: The ranks.
+
+    Raises:
+        ConfigError: DeepSpeed refuses a raw key, or it contradicts ours.
+        ModelError: The model's parts or rules do not fit its parameters.
+    """
+    trainable = cast(TrainableModel, model)
+    sizes = measure(model, trainable.parts())
+    plan = plan_sharding(config, sizes, world.num_ranks)
+    trainable.set_precision(_DTYPES[config.train.precision])
+    groups = build_param_groups(model, trainable.parameter_rules(), trainable.num_layers, config.optimizer)
+    for line in [*start_report(sizes, plan), "optimiser groups", *group_lines(groups)]:
+        get_logger(__name__).info(line)
+    _mark_leaf(model, trainable.head_leaf())
+    optimizer = build_optimizer(groups, config.optimizer)
+    return _initialize(model, optimizer, plan.deepspeed), plan
+
+
+def _mark_leaf(model: nn.Module, leaf: nn.Module) -> None:
+    """ZeRO-3 compares the modules called across ranks; inside a leaf it does not look."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    if all(module is not leaf for module in model.modules()):
+        raise ModelError("head_leaf() is not a part of the model", rule="it must be a submodule")
+    set_z3_leaf_module(leaf, True)
+    leaf.register_forward_hook(_check_leaf_output)
+
+
+def _check_leaf_output(leaf: nn.Module, _inputs: object, output: object) -> None:
+    """Refuses what torch's backward hooks pass over: the leaf's gradients would stay each rank's own, silently."""
+    tensors = output if isinstance(output, tuple) else (output,)
+    if leaf.training and not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise ModelError(
+            f"the forward of head_leaf() ({type(leaf).__name__}) returned a {type(output).__name__}",
+            rule="ZeRO reduces its gradients only if it returns a tensor or a tuple of tensors",
+            fix="return a tuple, and name the losses outside the leaf",
+        )
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
+    from pydantic import ValidationError
+
+    try:
+        engine, *_ = _import_deepspeed().initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"DeepSpeed refuses {key} in zero.deepspeed",
+            value=first.get("input"),
+            rule=str(first["msg"]),
+            fix="correct the key or leave it out",
+        ) from error
+    return cast("DeepSpeedEngine", engine)
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed with its banners off and without the extension it would compile on a CPU."""
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # deepspeed 0.19.8: build_shm_op() compiles this op on first use and dies without ninja or a compiler.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

@@ -1,0 +1,117 @@
+"""One optimiser step: losses, gradients, update, unless something in it is not finite."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from piip_scale.data.batch import Batch
+from piip_scale.errors import ModelError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        losses: This rank's named losses, means over its micro-batches, detached scalars.
+        grad_norm: Norm of the whole gradient before clipping, the same on every rank; infinite where it was not finite.
+        applied: Whether the weights moved, the same on every rank.
+        images: Images of this rank.
+    """
+
+    losses: dict[str, Tensor]
+    grad_norm: float
+    applied: bool
+    images: int
+
+
+def seed_step(seed: int, *position: int) -> None:
+    """Sets all random generators from the seed and a position, so that resuming needs no generator state.
+
+    Args:
+        seed: The run's seed.
+        position: Step, micro-batch and rank.
+    """
+    words = np.random.SeedSequence([seed % 2**32, *position]).generate_state(2, np.uint64)
+    torch.manual_seed(int(words[0]) >> 1)  # also seeds every GPU
+    np.random.seed(int(words[1]) % 2**32)
+    random.seed(int(words[1]))
+
+
+def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int, seed: int, rank: int) -> StepResult:
+    """Runs the step's micro-batches forward and backward, then the optimiser. Collective.
+
+    A step with a loss or a gradient that is not finite changes nothing, on any rank.
+
+    Args:
+        engine: The engine; its groups already have this step's rates.
+        batches: This rank's micro-batches, as many as the engine accumulates, on its device.
+        step: Index of the step.
+        seed: The run's seed.
+        rank: This rank.
+
+    Raises:
+        ModelError: The model returned no loss.
+    """
+    sums: dict[str, Tensor] = {}
+    images, norm = 0, math.nan
+    for micro, batch in enumerate(batches):
+        seed_step(seed, step, micro, rank)
+        losses: dict[str, Tensor] = engine(batch)
+        engine.backward(_poisoned(total_loss(losses)))
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+        images += len(batch)
+        norm = _step(engine)
+    mean = {name: value / (micro + 1) for name, value in sums.items()}
+    return StepResult(mean, norm, applied=math.isfinite(norm) and engine.was_step_applied(), images=images)
+
+
+def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the losses proper, those whose name holds ``loss``.
+
+    Raises:
+        ModelError: There is none.
+    """
+    proper = [value for name, value in losses.items() if "loss" in name]
+    if not proper:
+        raise ModelError("the model returned no loss", value=sorted(losses), rule="a name with 'loss' in it")
+    return torch.stack([value.reshape(()) for value in proper]).sum()
+
+
+def _poisoned(loss: Tensor) -> Tensor:
+    """The loss, or NaN with NaN gradients where it is not finite.
+
+    The gradient reduction then tells every rank, which spares a collective and, on a GPU, a wait for the device;
+    alone it would not, since an infinite loss can have finite gradients.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+
+
+def _step(engine: DeepSpeedEngine) -> float:
+    """Counts a micro-batch, on the last of them updates the weights; returns the norm of the gradient.
+
+    ZeRO looks at the gradients itself and leaves the weights alone where one is not finite. Without ZeRO nobody does:
+    there the gradients are reduced and whole at this point, so every rank sees the same norm.
+    """
+    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return float(engine.get_global_grad_norm() or 0.0)
+    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+    if math.isfinite(norm):
+        engine.step()
+        return norm
+    engine.zero_grad()
+    engine.micro_steps += 1
+    return math.inf
