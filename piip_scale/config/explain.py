@@ -16,7 +16,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
     problems = error.errors(include_url=False)
     first = problems[0]
     location, kind = first["loc"], first["type"]
-    key = ".".join(str(part) for part in location) or "config"
+    key = ".".join(_written(location, root)) or "config"
     more = f"(and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if kind == "extra_forbidden":
         return ConfigError(
@@ -64,8 +64,18 @@ def _model_at(location: Sequence[int | str], root: type[BaseModel]) -> type[Base
     return candidates[0] if candidates else None
 
 
-def _tag_of(model: type[BaseModel]) -> object:
-    return model.model_fields["kind"].default if "kind" in model.model_fields else None
+def _written(location: Sequence[int | str], root: type[BaseModel]) -> list[str]:
+    """A location as it stands in the file: pydantic puts the tag of a union's member between index and field."""
+    return [
+        str(part)
+        for index, part in enumerate(location)
+        if index == 0 or isinstance(part, int) or not _is_tag(location[:index], part, root)
+    ]
+
+
+def _is_tag(parents: Sequence[int | str], part: str, root: type[BaseModel]) -> bool:
+    model = _model_at([*parents, part], root)
+    return isinstance(parents[-1], int) and model is not None and model.model_fields["kind"].default == part
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

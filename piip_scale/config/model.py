@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,44 +13,81 @@ from piip_scale.config.presets import expand_preset
 GROUPS = 32
 """Groups of every group norm."""
 
+_STEM_PX = 4
+"""Pixels per cell of ConvNeXt's stem; each later stage doubles them."""
+
+_SCALES = (4.0, 2.0, 1.0, 0.5)
+"""Sizes over the source's grid that a pyramid can make."""
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+DropPathMode = Literal["zero", "skip"]
 
 
-class VitBranchConfig(Strict):
-    """A plain vision transformer branch: DeiT, InternViT and their kin differ by these numbers only.
+class _BranchConfig(Strict):
+    """What every kind of branch says.
 
     Attributes:
         resolution_px: Image size this branch is meant for; only ratios between branches matter.
-        blocks_per_stage: Blocks before each interaction; empty divides ``depth`` evenly over ``num_stages``
-            of the model. Their sum is ``depth``.
+        blocks_per_stage: Blocks before each interaction; empty divides the depth evenly over ``num_stages``
+            of the model. Their sum is the depth.
+        drop_path_schedule: ``constant`` for every block (DeiT), or ``linear`` in the block's index (InternViT).
+        drop_path_mode: ``zero`` computes dropped residuals and multiplies by 0; ``skip`` leaves a fixed share of the
+            batch's samples out of the computation, drawn anew for every residual.
+    """
+
+    resolution_px: Positive
+    blocks_per_stage: tuple[Positive, ...] = ()
+    drop_path_rate: Share = 0.0
+    drop_path_schedule: Literal["constant", "linear"] = "constant"
+    drop_path_mode: DropPathMode = "zero"
+    checkpoint_blocks: bool = False
+
+    def drop_path_rate_of(self, index: int, depth: int) -> float:
+        """The rate of block ``index`` of ``depth``."""
+        if self.drop_path_schedule == "constant" or depth == 1:
+            return self.drop_path_rate
+        return self.drop_path_rate * index / (depth - 1)
+
+
+class VitBranchConfig(_BranchConfig):
+    """A plain vision transformer branch: DeiT, InternViT and their kin differ by these numbers only.
+
+    Attributes:
         window_size_tokens: Window of each block, 0 for full attention; empty is full attention everywhere.
         pretrain_resolution_px: Image size of the position embedding's own grid.
+        key_bias: Whether the qkv bias has a part for keys (BEiT has none).
         qk_norm: RMS-normalise queries and keys over the whole width before heads are split.
         layer_scale_init: Start of the per-channel scales, ``None`` for none.
+        position_embedding: Learn a position for each cell of the grid.
         position_class_slot: The position embedding keeps a slot for a class token at index 0.
-        drop_path_schedule: ``constant`` for every block (DeiT), or ``linear`` in the block's index (InternViT).
+        frame_positions: Learned positions in time, of which an image takes the first (Uni-Perceiver).
+        relative_position_bias: Learn a bias on the scores for every distance inside a window (BEiT).
+        class_token: Carry a class token through the blocks; interactions leave it out.
+        embedding_norm: Normalise the tokens before the first block (Uni-Perceiver).
     """
 
     kind: Literal["vit"] = "vit"
-    resolution_px: Positive
     embed_dim: Positive
     depth: Positive
     num_heads: Positive
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     patch_size_px: Positive = 16
     pretrain_resolution_px: Positive = 224
-    blocks_per_stage: tuple[Positive, ...] = ()
     window_size_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     qkv_bias: bool = True
+    key_bias: bool = True
     qk_norm: bool = False
     layer_scale_init: float | None = None
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    position_embedding: bool = True
     position_class_slot: bool = False
-    drop_path_rate: Share = 0.0
-    drop_path_schedule: Literal["constant", "linear"] = "constant"
-    checkpoint_blocks: bool = False
+    frame_positions: Annotated[int, Field(ge=0)] = 0
+    relative_position_bias: bool = False
+    class_token: bool = False
+    embedding_norm: bool = False
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> VitBranchConfig:
@@ -68,8 +106,79 @@ class VitBranchConfig(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _windows_agree(self) -> VitBranchConfig:
+        windows = self.window_size_tokens or (0,) * self.depth
+        if self.class_token and any(windows):
+            raise ValueError("class_token needs full attention: leave window_size_tokens empty")
+        if self.relative_position_bias and not all(windows):
+            raise ValueError("relative_position_bias needs a window in every block: set window_size_tokens")
+        return self
 
-BranchConfig = VitBranchConfig
+    def width_after(self, block: int) -> int:
+        """Channels after a block."""
+        return self.embed_dim
+
+    def stride_after_px(self, block: int) -> int:
+        """Pixels of this branch's input per cell after a block."""
+        return self.patch_size_px
+
+
+class ConvNextBranchConfig(_BranchConfig):
+    """A ConvNeXt branch. Its layers count in order, each later stage's downsampling as one of its own.
+
+    Attributes:
+        depths: Layers of each of its own four stages, downsampling left out.
+        widths: Channels of each of its own stages.
+    """
+
+    kind: Literal["convnext"] = "convnext"
+    depths: tuple[Positive, ...]
+    widths: tuple[Positive, ...]
+    layer_scale_init: float = 1e-6
+    drop_path_schedule: Literal["constant", "linear"] = "linear"
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> ConvNextBranchConfig:
+        if not self.depths or len(self.depths) != len(self.widths):
+            raise ValueError(f"depths={list(self.depths)} and widths={list(self.widths)} must name the same stages")
+        if self.blocks_per_stage and sum(self.blocks_per_stage) != self.depth:
+            raise ValueError(
+                f"blocks_per_stage={list(self.blocks_per_stage)} must add up to {self.depth}, the layers of "
+                f"depths={list(self.depths)} and {len(self.depths) - 1} downsamplings"
+            )
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Layers, downsampling included."""
+        return sum(self.depths) + len(self.depths) - 1
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels after the last layer."""
+        return self.widths[-1]
+
+    @property
+    def patch_size_px(self) -> int:
+        """Pixels of this branch's input per cell after the last layer."""
+        return self.stride_after_px(self.depth - 1)
+
+    def stage_of(self, block: int) -> int:
+        """Which of its own stages a layer belongs to; a downsampling opens its stage."""
+        lasts = accumulate(self.depths, lambda total, depth: total + depth + 1)
+        return sum(block >= last for last in lasts)
+
+    def width_after(self, block: int) -> int:
+        """Channels after a layer."""
+        return self.widths[self.stage_of(block)]
+
+    def stride_after_px(self, block: int) -> int:
+        """Pixels of this branch's input per cell after a layer."""
+        return _STEM_PX << self.stage_of(block)
+
+
+BranchConfig = Annotated[VitBranchConfig | ConvNextBranchConfig, Field(discriminator="kind")]
 
 
 class InteractionConfig(Strict):
@@ -93,6 +202,7 @@ class InteractionConfig(Strict):
     projection: bool = True
     norm: Literal["layernorm", "none"] = "layernorm"
     drop_path_rate: Share = 0.0
+    drop_path_mode: DropPathMode = "zero"
     gamma_init: float = 0.0
     checkpoint_units: bool = False
 
@@ -101,21 +211,29 @@ class PyramidConfig(Strict):
     """What leaves the network for a detector.
 
     Attributes:
-        scales: Each level's size over the highest-resolution branch's token grid, largest first; with
-            patches of 16 px, 4, 2, 1, 0.5 are strides 4, 8, 16, 32.
+        kind: ``simple`` makes every level of the features after the last stage; ``regular`` takes each level after a
+            stage of its own, as networks with ConvNeXt branches do.
+        scales: Each level's size over the highest-resolution branch's grid (after the level's stage). In a simple
+            pyramid largest first: with patches of 16 px, 4, 2, 1, 0.5 are strides 4, 8, 16, 32.
+        stages: Of a regular pyramid, the stage (0-based) after which each level is taken; the last stage comes last.
     """
 
-    kind: Literal["simple"] = "simple"
-    scales: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
+    kind: Literal["simple", "regular"] = "simple"
+    scales: tuple[float, ...] = _SCALES
+    stages: tuple[Annotated[int, Field(ge=0)], ...] = ()
 
-    @field_validator("scales", mode="after")
-    @classmethod
-    def _falling(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
-        if not scales or list(scales) != sorted(set(scales), reverse=True):
-            raise ValueError(f"scales={list(scales)} must fall strictly and name at least one level")
-        if not set(scales) <= {4.0, 2.0, 1.0, 0.5}:
-            raise ValueError(f"scales={list(scales)} must be some of 4, 2, 1 and 0.5")
-        return scales
+    @model_validator(mode="after")
+    def _levels_agree(self) -> PyramidConfig:
+        scales, stages = list(self.scales), list(self.stages)
+        if not set(scales) <= set(_SCALES):
+            raise ValueError(f"scales={scales} must be among {list(_SCALES)}")
+        if self.kind == "simple" and (not scales or scales != sorted(set(scales), reverse=True)):
+            raise ValueError(f"scales={scales} must fall strictly and name at least one level")
+        if self.kind == "simple" and stages:
+            raise ValueError(f"stages={stages} belong to a regular pyramid: set kind to regular, or leave them out")
+        if self.kind == "regular" and (not stages or len(stages) != len(scales) or stages != sorted(set(stages))):
+            raise ValueError(f"stages={stages} must rise strictly and name one stage for each of scales={scales}")
+        return self
 
 
 class PiipConfig(Strict):
@@ -135,7 +253,7 @@ class PiipConfig(Strict):
     def _expand_presets(cls, branches: object) -> object:
         if not isinstance(branches, tuple | list):
             return branches
-        return tuple(expand_preset(b) if isinstance(b, dict) else b for b in branches)
+        return tuple({"kind": "vit"} | expand_preset(b) if isinstance(b, dict) else b for b in branches)
 
     @model_validator(mode="after")
     def _branches_agree(self) -> PiipConfig:
@@ -145,20 +263,13 @@ class PiipConfig(Strict):
         if sizes != sorted(sizes):
             raise ValueError(f"branches see {sizes} px and must rise: the largest model, at the lowest, comes first")
         for index, branch in enumerate(self.branches):
-            self._check_branch(index, branch)
-        merged = self.branches[0].embed_dim
-        if merged % GROUPS and (len(self.branches) > 1 or 4.0 in self.pyramid.scales):
-            raise ValueError(
-                f"branches.0.embed_dim={merged} must be a multiple of {GROUPS}, the groups of the merged norms"
-            )
-        stride = self.branches[-1].patch_size_px
-        broken = [scale for scale in self.pyramid.scales if (stride / scale) % 1]
-        if broken:
-            raise ValueError(f"pyramid.scales={broken} must give whole strides: the last branch's is {stride} px")
+            self._check_stages(index, branch)
+            self._check_heads(index, branch)
+        self._check_pyramid()
         return self
 
-    def _check_branch(self, index: int, branch: BranchConfig) -> None:
-        stages, unit = self.interaction.num_stages, self.interaction
+    def _check_stages(self, index: int, branch: BranchConfig) -> None:
+        stages = self.interaction.num_stages
         if branch.blocks_per_stage and len(branch.blocks_per_stage) != stages:
             raise ValueError(
                 f"branches.{index}.blocks_per_stage has {len(branch.blocks_per_stage)} stages and must have "
@@ -169,14 +280,57 @@ class PiipConfig(Strict):
                 f"interaction.num_stages={stages} must divide branches.{index}.depth={branch.depth}, "
                 "or blocks_per_stage must be given"
             )
-        width = int(branch.embed_dim * (unit.value_ratio if unit.attention == "deform" else 1.0))
-        if len(self.branches) > 1 and width % unit.num_heads:
+
+    def _check_heads(self, index: int, branch: BranchConfig) -> None:
+        unit = self.interaction
+        for last in self.last_blocks(index):
+            dim = branch.width_after(last)
+            width = int(dim * (unit.value_ratio if unit.attention == "deform" else 1.0))
+            if len(self.branches) > 1 and width % unit.num_heads:
+                raise ValueError(
+                    f"interaction.num_heads={unit.num_heads} must divide {width}, the attention width of "
+                    f"branches.{index} (embed_dim={dim})"
+                )
+
+    def _check_pyramid(self) -> None:
+        levels = list(zip(self.level_stages(), self.pyramid.scales, strict=True))
+        if self.pyramid.kind == "regular" and levels[-1][0] != self.interaction.num_stages - 1:
             raise ValueError(
-                f"interaction.num_heads={unit.num_heads} must divide {width}, the attention width of "
-                f"branches.{index} (embed_dim={branch.embed_dim})"
+                f"pyramid.stages={list(self.pyramid.stages)} must end with the last stage, "
+                f"{self.interaction.num_stages - 1}"
             )
+        for stage, scale in levels:
+            merged = self.branches[0].width_after(self.last_blocks(0)[stage])
+            if merged % GROUPS and (len(self.branches) > 1 or scale == 4.0):
+                raise ValueError(
+                    f"branches.0.embed_dim={merged} must be a multiple of {GROUPS}, the groups of the merged norms"
+                )
+            stride = self.branches[-1].stride_after_px(self.last_blocks(-1)[stage])
+            if (stride / scale) % 1:
+                raise ValueError(f"pyramid.scales={scale} must give a whole stride: the last branch's is {stride} px")
 
     def blocks_per_stage(self, branch: int) -> tuple[int, ...]:
         """Blocks that branch ``branch`` runs in each stage."""
         config, stages = self.branches[branch], self.interaction.num_stages
         return config.blocks_per_stage or (config.depth // stages,) * stages
+
+    def last_blocks(self, branch: int) -> tuple[int, ...]:
+        """Index of the last block that branch ``branch`` runs in each stage."""
+        return tuple(total - 1 for total in accumulate(self.blocks_per_stage(branch)))
+
+    def level_stages(self) -> tuple[int, ...]:
+        """The stage after which each level of the pyramid is taken."""
+        last = self.interaction.num_stages - 1
+        return self.pyramid.stages or (last,) * len(self.pyramid.scales)
+
+
+class ClassifierConfig(Strict):
+    """A classification head over the branches.
+
+    Attributes:
+        separate: A norm and a linear head for every branch, on its class token, logits averaged; otherwise one head
+            over the mean of the merged features.
+    """
+
+    num_classes: Positive
+    separate: bool = True
