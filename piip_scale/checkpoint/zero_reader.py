@@ -23,8 +23,10 @@ from piip_scale.errors import CheckpointError
 _MODEL_FILES = "*model_states.pt"
 _OPTIMIZER_FILES = "*optim_states.pt"
 
-# A mapped file's pages count as this process's memory until it is unmapped.
-_MAPPED_BYTES = 256 << 20
+# A mapped file's pages count as this process's memory until it is unmapped: so much for all files together, but at
+# least so much for each.
+_MAPPED_BYTES = 64 << 20
+_MAPPED_BYTES_PER_FILE = 16 << 20
 
 
 class _Inert:
@@ -82,8 +84,7 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = _find_files(Path(folder))
-        models = [_File(path) for path in _by_rank(self.folder, _MODEL_FILES)]
-        optimizers = [_File(path) for path in _by_rank(self.folder, _OPTIMIZER_FILES)]
+        models, optimizers = _open(self.folder, _MODEL_FILES), _open(self.folder, _OPTIMIZER_FILES)
         # With bf16 and fp32 gradients stage 1 is an optimiser of its own, which writes the same but not the stage.
         self.stage = int(optimizers[0].get("optimizer_state_dict").get("zero_stage", 1)) if optimizers else 0
         _check_ranks(self.folder, self.stage, models, optimizers)
@@ -107,10 +108,10 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
 
 
 class _File:
-    """One pickle, mapped into memory; unmapped and mapped again whenever many bytes of it were read."""
+    """One pickle, mapped into memory; unmapped, and mapped again, whenever ``max_mapped_bytes`` of it were read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, max_mapped_bytes: int) -> None:
+        self.path, self._max_mapped_bytes = path, max_mapped_bytes
         self._content: Any = None
         self._bytes_read = 0
 
@@ -137,7 +138,7 @@ class _File:
         """Copies a run of elements; ``out`` is 1-D, of the run's length."""
         out.copy_(self.get(*run.keys).reshape(-1)[run.start : run.start + run.length])
         self._bytes_read += out.numel() * out.element_size()
-        if self._bytes_read > _MAPPED_BYTES:
+        if self._bytes_read > self._max_mapped_bytes:
             self._content, self._bytes_read = None, 0
 
     def tensor(self, *keys: str | int, is_buffer: bool = False) -> Weight:
@@ -176,12 +177,16 @@ def _find_files(folder: Path) -> Path:
     return holders[0]
 
 
-def _by_rank(folder: Path, pattern: str) -> list[Path]:
+def _open(folder: Path, pattern: str) -> list[_File]:
+    """The files of all ranks, in the order of ranks."""
+
     def rank(path: Path) -> int:
         match = re.search(r"zero_pp_rank_(\d+)_", path.name)
         return int(match[1]) if match else 0
 
-    return sorted(folder.glob(pattern), key=rank)
+    paths = sorted(folder.glob(pattern), key=rank)
+    share = max(_MAPPED_BYTES // max(len(paths), 1), _MAPPED_BYTES_PER_FILE)
+    return [_File(path, share) for path in paths]
 
 
 def _check_ranks(folder: Path, stage: int, models: list[_File], optimizers: list[_File]) -> None:
