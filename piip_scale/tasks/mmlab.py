@@ -1,9 +1,12 @@
 """The one doorway to mmdet: whatever the tasks need of it, imported after the stand-in for its compiled ops."""
 
+from typing import Any
+
 from piip_scale.tasks import mmcv_ext
 
 mmcv_ext.install()
 
+import mmcv.ops  # noqa: E402
 import mmdet.models  # noqa: E402 - registers mmdet's modules
 from mmdet.registry import MODELS, TASK_UTILS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
@@ -15,6 +18,15 @@ from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
 PACKAGE_FOLDER: str = mmdet.__path__[0]
+
+
+def find_class(name: str) -> Any:
+    """What mmdet would build for ``type=name`` in a config, ``None`` where it knows no such name."""
+    for registry in (MODELS, TASK_UTILS):
+        if found := registry.get(name):
+            return found
+    return getattr(mmcv.ops, name, None) or getattr(mmdet.models.layers, name, None)
+
 
 __all__ = [
     "MODELS",
@@ -29,4 +41,5 @@ __all__ = [
     "DetDataSample",
     "InstanceData",
     "MMLogger",
+    "find_class",
 ]

@@ -1,0 +1,239 @@
+"""mmdet's detectors on a PIIP network: the network, and one leaf that holds neck and heads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from piip_scale.config.run import AugmentConfig, DetectorConfig, RunConfig
+from piip_scale.data.batch import Batch
+from piip_scale.errors import ConfigError, ModelError
+from piip_scale.models.branch import FeatureSpec
+from piip_scale.models.piip import PIIP
+from piip_scale.models.rules import ParameterRule
+from piip_scale.tasks.base import Detections
+from piip_scale.tasks.detector_config import DetectorPlan, plan_detector
+from piip_scale.tasks.mmlab import MODELS, BaseModule, ConfigDict, DefaultScope, DetDataSample, MMLogger
+from piip_scale.tasks.samples import data_samples, detections
+
+Prediction = dict[str, Tensor]
+
+
+def build_detection_model(config: RunConfig, num_classes: int) -> DetectionModel:
+    """The initialised detector of a run, on the CPU in float32.
+
+    Args:
+        config: The run.
+        num_classes: Classes without background.
+
+    Raises:
+        ConfigError: Overrides that mmdet does not know, or features that the detector cannot take.
+        KernelError: A kernel that the config names cannot be had.
+    """
+    backbone = PIIP(config.model)
+    heads = DetectionHeads(config.detector, backbone.feature_specs, num_classes)
+    return DetectionModel(backbone, heads, config.data.augment)
+
+
+class DetectionHeads(nn.Module):
+    """Neck and heads as one leaf: float32 inside, whatever the dtype of its weights.
+
+    ZeRO-3 follows every module call and compares ranks; what mmdet's heads call depends on the data. As one leaf, whose
+    inputs and outputs are tensors, they are one call.
+
+    Args:
+        config: Kind and overrides.
+        features: What the network offers, largest map first.
+        num_classes: Classes without background.
+
+    Attributes:
+        loss_names: The names of what ``forward`` returned in training, known after the first call.
+
+    Raises:
+        ConfigError: Overrides that mmdet does not know, or features that the detector cannot take.
+    """
+
+    def __init__(self, config: DetectorConfig, features: Sequence[FeatureSpec], num_classes: int) -> None:
+        super().__init__()
+        plan = plan_detector(config, features, num_classes)
+        self.feature_indices, self.has_masks = plan.feature_indices, plan.has_masks
+        self.detector = _build(plan)
+        self.loss_names: tuple[str, ...] = ()
+
+    def forward(self, *features: Tensor, samples: list[DetDataSample]) -> tuple[Tensor, ...] | list[Prediction]:
+        """Losses in training, predictions otherwise.
+
+        Args:
+            features: The network's maps, (B, C, H, W) each.
+            samples: One per image, with sizes and, in training, objects.
+
+        Returns:
+            In training float32 scalars named by ``loss_names``, each connected to every feature. Otherwise one dict
+            of ``bboxes`` (N, 4) in px of the stored image, ``scores``, ``labels`` and perhaps ``masks`` per image.
+        """
+        with torch.autocast(features[0].device.type, enabled=False):
+            if not self.training:
+                return [_prediction(sample) for sample in self._run(features, samples, "predict")]
+            losses = _scalars(self._run(features, samples, "loss"))
+            self.loss_names = tuple(losses)
+            # A rank without objects must reach every feature all the same, or its backward pass differs from others'.
+            anchor = sum(feature.float().sum() for feature in features) * 0
+            return tuple(loss + anchor for loss in losses.values())
+
+    def _run(self, features: Sequence[Tensor], samples: list[DetDataSample], mode: str) -> Any:
+        taken = tuple(features[index].float() for index in self.feature_indices)
+        self._check_queries(taken)
+        # boxes, RoIAlign and losses need float32 where ZeRO keeps the weights in bfloat16; the cast has a gradient.
+        weights = {name: parameter.float() for name, parameter in self.detector.named_parameters()}
+        buffers = {name: _single(buffer) for name, buffer in self.detector.named_buffers()}
+        result = torch.func.functional_call(self.detector, weights | buffers, (taken, samples), {"mode": mode})
+        for name, buffer in self.detector.named_buffers():
+            if buffer is not buffers[name]:
+                buffer.copy_(buffers[name])
+        return result
+
+    def _check_queries(self, features: Sequence[Tensor]) -> None:
+        """DETR-like heads draw their queries from the cells of all levels, those the neck adds included."""
+        num_queries = getattr(self.detector, "num_queries", 0)
+        sizes = [feature.shape[2:] for feature in features]
+        for _ in range(getattr(self.detector, "num_feature_levels", 0) - len(sizes)):
+            sizes.append(torch.Size(-(-side // 2) for side in sizes[-1]))
+        num_cells = sum(size.numel() for size in sizes)
+        if num_cells < num_queries:
+            raise ConfigError(
+                "images are too small for the detector's queries",
+                value=f"{num_cells} cells",
+                rule=f"num_queries={num_queries} are drawn from them",
+                fix="lower detector.overrides.num_queries (and test_cfg.max_per_img), or use larger images",
+            )
+
+
+class DetectionModel(nn.Module):
+    """A PIIP network with mmdet's neck and heads: a ``TrainableModel``.
+
+    Args:
+        backbone: The network.
+        heads: Neck and heads for its features.
+        augment: Holds the normalisation of images.
+    """
+
+    def __init__(self, backbone: PIIP, heads: DetectionHeads, augment: AugmentConfig) -> None:
+        super().__init__()
+        self.backbone, self.heads = backbone, heads
+        self._mean, self._std = augment.mean, augment.std
+
+    def forward(self, batch: Batch) -> dict[str, Tensor] | list[Prediction]:
+        """Named float32 scalar losses in training; otherwise one prediction per image, see ``DetectionHeads``."""
+        features = self.backbone(self._network_input(batch))
+        samples = data_samples(batch, with_masks=self.training and self.heads.has_masks)
+        result = self.heads(*features, samples=samples)
+        return dict(zip(self.heads.loss_names, result, strict=True)) if self.training else result
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Detections]:
+        """Detections of every image, in pixels of the stored image, on the CPU.
+
+        Raises:
+            ModelError: The model is in training mode.
+        """
+        if self.training:
+            raise ModelError("predict needs eval mode", fix="call model.eval() first")
+        # By way of forward, because ZeRO-3's hooks hang there.
+        predictions = self(batch=batch)
+        return [detections(found, info) for found, info in zip(predictions, batch.infos, strict=True)]
+
+    def head_leaf(self) -> nn.Module:
+        """Neck and heads."""
+        return self.heads
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Branches, largest first, then interactions, merging, pyramid and heads."""
+        branches = {f"branch {index}": branch for index, branch in enumerate(self.backbone.branches)}
+        joints = {name: getattr(self.backbone, name) for name in ("interactions", "merging", "pyramid")}
+        return branches | joints | {"heads": self.heads}
+
+    def parameter_rules(self) -> dict[str, ParameterRule]:
+        """The network's own rules; neck and heads come last, and their biases and 1-D weights do not decay."""
+        rules = {f"backbone.{name}": rule for name, rule in self.backbone.parameter_rules().items()}
+        for name, parameter in self.heads.named_parameters():
+            # ZeRO-3 keeps a sharded parameter's real shape in ds_shape.
+            num_axes = len(getattr(parameter, "ds_shape", parameter.shape))
+            decays = num_axes != 1 and not name.endswith("bias")
+            rules[f"heads.{name}"] = ParameterRule(float(self.num_layers + 1), decays)
+        return rules
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the deepest branch."""
+        return self.backbone.num_layers
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Dtype of the network; neck, heads and losses stay float32."""
+        self.backbone.set_precision(dtype)
+
+    def _network_input(self, batch: Batch) -> Tensor:
+        """Normalised images, float32 (B, 3, H, W); padding is zero after normalisation, as mmdet pads."""
+        images = batch.images_BHWC.permute(0, 3, 1, 2).float()
+        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self._mean, self._std))
+        sizes = torch.tensor([info.size_px for info in batch.infos], device=images.device)
+        rows, columns = (torch.arange(length, device=images.device) for length in images.shape[2:])
+        inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
+        return (images - mean) / std * inside[:, None]
+
+
+@MODELS.register_module()
+class PassThroughBackbone(BaseModule):
+    """Stands where mmdet expects a backbone: its "images" are the features already."""
+
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The features, as they come."""
+        return features
+
+
+def _build(plan: DetectorPlan) -> BaseModule:
+    try:
+        with DefaultScope.overwrite_default_scope("mmdet"):
+            detector: BaseModule = MODELS.build(ConfigDict(plan.model))
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "mmdet cannot build the detector", value=f"{type(error).__name__}: {error}", fix="check detector.overrides"
+        ) from error
+    with _quiet_mmengine():
+        detector.init_weights()
+    return detector
+
+
+@contextmanager
+def _quiet_mmengine() -> Iterator[None]:
+    """Mmengine logs three lines for every parameter it initialises."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _single(buffer: Tensor) -> Tensor:
+    return buffer.float() if buffer.is_floating_point() else buffer
+
+
+def _scalars(losses: dict[str, Tensor | list[Tensor]]) -> dict[str, Tensor]:
+    """Mmdet's losses, some of them lists over levels, as one float32 scalar each."""
+    return {
+        name: sum((item.float().mean() for item in value), torch.zeros((), device=value[0].device))
+        if isinstance(value, list | tuple)
+        else value.float().mean()
+        for name, value in losses.items()
+    }
+
+
+def _prediction(sample: DetDataSample) -> Prediction:
+    found = sample.pred_instances
+    return {name: found[name] for name in ("bboxes", "scores", "labels", "masks") if name in found}
