@@ -47,7 +47,7 @@ class Sample:
         boxes_xyxy_px: float64 (N, 4).
         labels: int64 (N,).
         is_crowd: bool (N,).
-        segmentations: Polygons or run lengths, one per object; empty for a set without masks.
+        segmentations: Polygons or run lengths, one per object; ``None`` for a set without masks.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Sample:
     boxes_xyxy_px: Array
     labels: Array
     is_crowd: Array
-    segmentations: tuple[Any, ...]
+    segmentations: tuple[Any, ...] | None
 
 
 def checksum(image: bytes, notes: bytes) -> int:
@@ -78,7 +78,7 @@ def decode_sample(raw: RawSample, label_of_category: Mapping[int, int], *, has_m
     kept = [note for note in notes["annotations"] if min(note["bbox"][2:]) >= MIN_BOX_PX]
     try:
         labels = [label_of_category[note["category_id"]] for note in kept]
-        segmentations = tuple(note["segmentation"] for note in kept) if has_masks else ()
+        segmentations = tuple(note["segmentation"] for note in kept) if has_masks else None
     except KeyError as error:
         raise DataError(
             f"annotation of sample {raw.key}", value=error.args[0], rule="not what the manifest says"
