@@ -1,0 +1,36 @@
+# The two commands of the README, and what CI runs beside them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-all lint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## .venv with the pinned versions of requirements.txt and this package
+
+$(INSTALLED): requirements.txt setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "piip_scale needs Python >= 3.10, found %d.%d; pass PYTHON=python3.11, say" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED)  ## data, shards, training on two processes, conversion, evaluation, a picture (DATA=... for your own)
+	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)")
+
+test: $(INSTALLED)  ## everything that can be tested without a GPU, in under 15 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)  ## the slow tests too
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## removes the environment and all runs
+	rm -rf $(VENV) runs
