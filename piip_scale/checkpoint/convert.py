@@ -1,0 +1,212 @@
+"""From a sharded training checkpoint to safetensors, in memory for one parameter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from piip_scale.checkpoint.files import disk_errors, sync_file
+from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
+from piip_scale.checkpoint.store import CheckpointStore, read_step, resolve_checkpoint
+from piip_scale.checkpoint.zero_reader import Weight, ZeroCheckpoint
+from piip_scale.errors import CheckpointError
+
+FORMAT_VERSION = "1"
+INDEX = "model.safetensors.index.json"
+CONFIG_FILE = "config.py"
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_GB = 10**9  # as the Hugging Face hub counts shards
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        checkpoint: The checkpoint that was read.
+        step: Its optimiser step.
+        files: The safetensors files written.
+        num_parameters: Elements of all parameters, shared ones once.
+        num_bytes: Bytes of all tensors.
+        seconds: Wall time.
+    """
+
+    checkpoint: Path
+    step: int
+    files: tuple[Path, ...]
+    num_parameters: int
+    num_bytes: int
+    seconds: float
+
+
+def convert(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    max_shard_gb: float | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ConvertReport:
+    """Writes the weights of a committed checkpoint as safetensors. Not collective.
+
+    Args:
+        checkpoint: A checkpoint, a folder of them, its ``latest``, or a run directory.
+        out: The file to write; with ``max_shard_gb`` a folder, laid out as the Hugging Face hub does.
+        dtype: Of floating-point parameters. Floating-point buffers (running statistics) are always float32.
+        max_shard_gb: Largest size of a file in GB (10^9 bytes); a larger tensor has a file of its own.
+        overwrite: Replace ``out`` where it exists.
+        on_progress: Called with bytes done and bytes in all after every tensor.
+
+    Raises:
+        CheckpointError: The checkpoint is absent or damaged, ``out`` is in the way, or the disk refuses; no part of
+            ``out`` exists then, and an ``out`` that was there is as it was.
+    """
+    start = time.monotonic()
+    out = Path(out)
+    _check_target(out, max_shard_gb, overwrite)
+    source = resolve_checkpoint(Path(checkpoint))
+    CheckpointStore(source.parent, keep=1).validate(source)
+    reader = ZeroCheckpoint(source)
+    shards = _plan(reader, _DTYPES[dtype], max_shard_gb)
+    files = _file_names(out, len(shards), max_shard_gb is not None)
+    progress = _Progress(sum(entry.num_bytes for shard in shards for entry in shard), on_progress)
+    with disk_errors(CheckpointError, f"write {out}"), _Replacing(out) as partial:
+        if max_shard_gb is not None:
+            partial.mkdir()
+            _write_index(partial / INDEX, shards, files)
+        for shard, file in zip(shards, files, strict=True):
+            target = partial if max_shard_gb is None else partial / file.name
+            _write_shard(target, shard, reader, _metadata(source), progress)
+    return ConvertReport(
+        checkpoint=source,
+        step=read_step(source),
+        files=tuple(files),
+        num_parameters=_num_parameters(reader),
+        num_bytes=progress.total,
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Progress:
+    def __init__(self, total: int, tell: Callable[[int, int], None] | None) -> None:
+        self.total, self._done, self._tell = total, 0, tell
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self._tell is not None:
+            self._tell(self._done, self.total)
+
+
+class _Replacing:
+    """A hidden path beside ``out`` that takes its place when all went well, and vanishes when not."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._partial = out.with_name(f".{out.name}.partial")
+        self._old = out.with_name(f".{out.name}.replaced")
+
+    def __enter__(self) -> Path:
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        _remove(self._partial)
+        return self._partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._swap()
+        finally:
+            _remove(self._partial)
+
+    def _swap(self) -> None:
+        _remove(self._old)
+        if self._out.exists() and (self._out.is_dir() or self._partial.is_dir()):
+            # A rename replaces a file in one step, but never a folder that has content.
+            os.rename(self._out, self._old)
+        os.replace(self._partial, self._out)
+        sync_file(self._out.parent)
+        _remove(self._old)
+
+
+def _check_target(out: Path, max_shard_gb: float | None, overwrite: bool) -> None:
+    if max_shard_gb is not None and max_shard_gb <= 0:
+        raise CheckpointError("max_shard_gb cannot be", value=max_shard_gb, rule="it is a positive number of GB")
+    if (max_shard_gb is None) != (out.suffix == ".safetensors"):
+        raise CheckpointError(
+            "the output's name does not fit",
+            value=str(out),
+            rule="one file ends in .safetensors; with a largest shard size the output is a folder",
+        )
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists", fix="choose another output, or overwrite it explicitly")
+
+
+def _plan(reader: ZeroCheckpoint, dtype: torch.dtype, max_shard_gb: float | None) -> list[list[Entry]]:
+    """The tensors of each file, in the model's order from file to file."""
+    shards: list[list[Entry]] = [[]]
+    held = 0
+    for name, weight in reader.weights.items():
+        entry = Entry(name, weight.shape, _output_dtype(weight, dtype))
+        if max_shard_gb is not None and shards[-1] and held + entry.num_bytes > max_shard_gb * _GB:
+            shards.append([])
+            held = 0
+        shards[-1].append(entry)
+        held += entry.num_bytes
+    return [in_file_order(shard) for shard in shards]
+
+
+def _output_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+    if not weight.dtype.is_floating_point:
+        return weight.dtype
+    return torch.float32 if weight.is_buffer else dtype
+
+
+def _file_names(out: Path, count: int, in_folder: bool) -> list[Path]:
+    if not in_folder:
+        return [out]
+    return [out / f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+
+
+def _write_index(path: Path, shards: list[list[Entry]], files: list[Path]) -> None:
+    names = {entry.name: file.name for shard, file in zip(shards, files, strict=True) for entry in shard}
+    total = sum(entry.num_bytes for shard in shards for entry in shard)
+    path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2), encoding="utf-8")
+    sync_file(path)
+
+
+def _write_shard(
+    path: Path, shard: list[Entry], reader: ZeroCheckpoint, metadata: dict[str, str], progress: _Progress
+) -> None:
+    with SafetensorsWriter(path, shard, metadata) as writer:
+        for entry in shard:
+            writer.add(reader[entry.name].to(entry.dtype))
+            progress.add(entry.num_bytes)
+
+
+def _metadata(source: Path) -> dict[str, str]:
+    """What the file says of its origin; the run directory is two folders above a checkpoint."""
+    # "format" is what transformers and its kin look for.
+    told = {"format": "pt", "piip_scale_format": FORMAT_VERSION, "step": str(read_step(source))}
+    config = source.resolve().parent.parent / CONFIG_FILE
+    return told | ({"config": config.read_text(encoding="utf-8")} if config.is_file() else {})
+
+
+def _num_parameters(reader: ZeroCheckpoint) -> int:
+    distinct = {id(weight): weight for weight in reader.weights.values() if not weight.is_buffer}
+    return sum(torch.Size(weight.shape).numel() for weight in distinct.values())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,199 @@
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from zero_files import write_checkpoint
+
+from piip_scale.checkpoint.convert import INDEX, convert
+from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
+from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.errors import CheckpointError
+
+
+def make_run(run_dir, numel=64, num_weights=4, num_ranks=2):
+    """A run directory with a config and one committed checkpoint of step 7; returns its tensors."""
+    torch.manual_seed(0)
+    weights = {f"layer.{index}.weight": torch.randn(numel) for index in range(num_weights)}
+    frozen = {"stem.weight": torch.randn(5, 3).bfloat16()}
+    buffers = {"table": torch.arange(3), "mean": torch.randn(3).bfloat16(), "seen": torch.tensor(True)}
+    store = CheckpointStore(run_dir / "checkpoints", keep=1)
+    write_checkpoint(store.begin(7) / "zero", 3, num_ranks, [weights], frozen, buffers)
+    store.commit(7)
+    (run_dir / "config.py").write_text('task = "detection"\n')
+    return weights, frozen, buffers
+
+
+def assert_equal(read, wanted):
+    assert read.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert read[name].dtype == tensor.dtype, name
+        assert torch.equal(read[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_file(tmp_path, dtype):
+    weights, frozen, buffers = make_run(tmp_path)
+    out, told = tmp_path / "model.safetensors", []
+    report = convert(tmp_path, out, dtype=dtype, on_progress=lambda *numbers: told.append(numbers))
+    cast = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    wanted = {name: tensor.to(cast) for name, tensor in (weights | frozen).items()}
+    wanted |= buffers | {"mean": buffers["mean"].float()}
+    assert_equal(load_file(out), wanted)
+    with safe_open(out, "pt") as file:
+        assert file.metadata() == {
+            "format": "pt",
+            "piip_scale_format": "1",
+            "step": "7",
+            "config": 'task = "detection"\n',
+        }
+    assert (report.step, report.files) == (7, (out,))
+    assert report.num_parameters == 4 * 64 + 15
+    assert told[-1] == (report.num_bytes, report.num_bytes)
+    assert all(a < b for (a, _), (b, _) in itertools.pairwise(told))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", "model.safetensors"]
+
+
+def test_several_files_as_on_the_hub(tmp_path):
+    weights, frozen, buffers = make_run(tmp_path)
+    out = tmp_path / "model"
+    report = convert(tmp_path / "checkpoints" / "latest", out, max_shard_gb=600e-9)
+    index = json.loads((out / INDEX).read_text())
+    assert [file.name for file in report.files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    read = {}
+    for file in report.files:
+        part = load_file(file)
+        assert sum(t.nbytes for t in part.values()) <= 600
+        assert all(index["weight_map"][name] == file.name for name in part)
+        read |= part
+    assert_equal(
+        read, weights | buffers | {"stem.weight": frozen["stem.weight"].float(), "mean": buffers["mean"].float()}
+    )
+    assert index["metadata"]["total_size"] == report.num_bytes == sum(t.nbytes for t in read.values())
+
+
+def test_an_output_in_the_way_is_refused_and_kept(tmp_path):
+    make_run(tmp_path)
+    out = tmp_path / "model.safetensors"
+    out.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors exists"):
+        convert(tmp_path, out)
+    assert out.read_text() == "mine"
+    convert(tmp_path, out, overwrite=True)
+    assert len(load_file(out)) == 8
+    folder = tmp_path / "model"
+    for size in (600e-9, 1.0):
+        convert(tmp_path, folder, max_shard_gb=size, overwrite=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["model-00001-of-00001.safetensors", INDEX]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("model.bin", {}, r"one file ends in \.safetensors"),
+        ("model.safetensors", {"max_shard_gb": 1.0}, "the output is a folder"),
+        ("model", {"max_shard_gb": 0.0}, "it is a positive number of GB"),
+    ],
+)
+def test_outputs_that_cannot_be_meant(tmp_path, out, options, message):
+    make_run(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path, tmp_path / out, **options)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "uncommitted"])
+def test_a_damaged_checkpoint_gives_no_file(tmp_path, damage):
+    make_run(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "step_00000007"
+    victim = checkpoint / "zero" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    if damage == "uncommitted":
+        (checkpoint / "manifest.json").unlink()
+    else:
+        data = bytearray(victim.read_bytes())
+        data[900] ^= 1
+        victim.write_bytes(data[:-1] if damage == "truncated" else data)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError) as caught:
+        convert(checkpoint, tmp_path / "model.safetensors")
+    assert ("manifest.json is missing" if damage == "uncommitted" else victim.name) in caught.value.line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_stopping_half_way_leaves_nothing(tmp_path, sharded):
+    make_run(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            tmp_path,
+            tmp_path / ("model" if sharded else "model.safetensors"),
+            max_shard_gb=600e-9 if sharded else None,
+            on_progress=stop,
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_one_line_and_no_file(tmp_path):
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("needs user namespaces to mount a small disk")
+    make_run(tmp_path, numel=20_000)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from piip_scale.checkpoint.convert import convert\n"
+        "from piip_scale.errors import CheckpointError\n"
+        "try: convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "except CheckpointError as error: print(error.line)"
+    )
+    run = f"{sys.executable} -c '{code}' {tmp_path} {disk}/a.safetensors"
+    script = f"mount -t tmpfs -o size=200k none {disk} && {run}; ls -A {disk}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+    fix = "free some space on that disk, then start again"
+    assert done.stdout.splitlines() == [f"cannot write {disk}/a.safetensors: No space left on device; {fix}"]
+    assert done.stderr == ""
+
+
+def test_memory_is_that_of_a_parameter_and_not_of_the_model(tmp_path):
+    """A model of 480 MB in 24 parameters: what is mapped, one parameter, and slack; and every number right."""
+    make_run(tmp_path, numel=5_000_000, num_weights=24, num_ranks=3)
+    code = (
+        "import resource, sys; from pathlib import Path; from piip_scale.checkpoint.convert import convert\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    out = tmp_path / "model.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, out], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) / 1024 < 200
+    assert out.stat().st_size > 480_000_000
+
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
+
+
+@settings(max_examples=60, deadline=None)
+@given(specs=st.lists(st.tuples(st.lists(st.integers(0, 4), max_size=3).map(tuple), DTYPES), max_size=8))
+def test_any_tensors_are_read_back_by_the_library(tmp_path_factory, specs):
+    path = tmp_path_factory.mktemp("file") / "a.safetensors"
+    tensors = {f"ü {i}": (torch.randn(shape) * 3).to(dtype) for i, (shape, dtype) in enumerate(specs)}
+    entries = in_file_order(Entry(name, tuple(t.shape), t.dtype) for name, t in tensors.items())
+    with SafetensorsWriter(path, entries, {"note": 'with "quotes"\n'}) as writer:
+        for entry in entries:
+            writer.add(tensors[entry.name])
+    assert_equal(load_file(path), tensors)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"note": 'with "quotes"\n'}
