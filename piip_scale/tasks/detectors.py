@@ -127,12 +127,17 @@ class DetectionModel(nn.Module):
         self.backbone, self.heads = backbone, heads
         self._mean, self._std = augment.mean, augment.std
 
-    def forward(self, batch: Batch) -> dict[str, Tensor] | list[Prediction]:
-        """Named float32 scalar losses in training; otherwise one prediction per image, see ``DetectionHeads``."""
-        features = self.backbone(self._network_input(batch))
-        samples = data_samples(batch, with_masks=self.training and self.heads.has_masks)
-        result = self.heads(*features, samples=samples)
-        return dict(zip(self.heads.loss_names, result, strict=True)) if self.training else result
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Named losses, float32 scalars.
+
+        Raises:
+            ModelError: The model is in eval mode.
+            DataError: The detector trains on masks and the batch has none.
+        """
+        if not self.training:
+            raise ModelError("losses need training mode", fix="call model.train() first, or predict")
+        losses = self._run(batch, with_masks=self.heads.has_masks)
+        return dict(zip(self.heads.loss_names, losses, strict=True))
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Detections]:
@@ -143,9 +148,12 @@ class DetectionModel(nn.Module):
         """
         if self.training:
             raise ModelError("predict needs eval mode", fix="call model.eval() first")
-        # By way of forward, because ZeRO-3's hooks hang there.
-        predictions = self(batch=batch)
+        predictions = self._run(batch, with_masks=False)
         return [detections(found, info) for found, info in zip(predictions, batch.infos, strict=True)]
+
+    def _run(self, batch: Batch, with_masks: bool) -> Any:
+        features = self.backbone(self._network_input(batch))
+        return self.heads(*features, samples=data_samples(batch, with_masks))
 
     def head_leaf(self) -> nn.Module:
         """Neck and heads."""

@@ -227,6 +227,8 @@ def test_what_mmdet_cannot_build_is_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_predict_in_training_mode_is_refused():
-    with pytest.raises(ModelError, match="eval"):
+def test_each_mode_refuses_the_others_work():
+    with pytest.raises(ModelError, match="eval mode"):
         _model("faster_rcnn").predict(two_image_batch())
+    with pytest.raises(ModelError, match="training mode"):
+        _model("faster_rcnn").eval()(batch=two_image_batch())
