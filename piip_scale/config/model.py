@@ -216,11 +216,13 @@ class PyramidConfig(Strict):
         scales: Each level's size over the highest-resolution branch's grid (after the level's stage). In a simple
             pyramid largest first: with patches of 16 px, 4, 2, 1, 0.5 are strides 4, 8, 16, 32.
         stages: Of a regular pyramid, the stage (0-based) after which each level is taken; the last stage comes last.
+        norm: Between the two doublings of a level of scale 4; the single-branch baselines use ``layernorm``.
     """
 
     kind: Literal["simple", "regular"] = "simple"
     scales: tuple[float, ...] = _SCALES
     stages: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    norm: Literal["groupnorm", "layernorm"] = "groupnorm"
 
     @model_validator(mode="after")
     def _levels_agree(self) -> PyramidConfig:
@@ -328,8 +330,8 @@ class ClassifierConfig(Strict):
     """A classification head over the branches.
 
     Attributes:
-        separate: A norm and a linear head for every branch, on its class token, logits averaged; otherwise one head
-            over the mean of the merged features.
+        separate: A norm and a linear head for every branch, logits averaged; otherwise one head over the mean of the
+            merged features.
     """
 
     num_classes: Positive

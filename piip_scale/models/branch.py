@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from piip_scale.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Branch(nn.Module, ABC):
 
     blocks: nn.ModuleList
     """What ``run`` walks through; a downsampling layer counts as one."""
+    has_layer_decay: bool
+    """Whether blocks take layer ids of their own; the released recipes train ConvNeXt at the heads' rate."""
 
     @abstractmethod
     def embed(self, image_BCHW: Tensor) -> BranchState:
@@ -62,12 +65,19 @@ class Branch(nn.Module, ABC):
         """The state after blocks ``first`` to ``last - 1``."""
 
     @abstractmethod
-    def spec_after(self, block: int) -> FeatureSpec:
-        """Width and stride after the given block, 0-based; the stride in pixels of this branch's own input."""
-
-    @abstractmethod
-    def embedding_modules(self) -> Iterator[nn.Module]:
+    def embedding_modules(self) -> list[nn.Module]:
         """The modules below the first block."""
+
+
+def check_size(image_BCHW: Tensor, smallest_px: int) -> None:
+    """Raises a ``ModelError`` where an image has a side shorter than ``smallest_px``."""
+    height, width = image_BCHW.shape[-2:]
+    if min(height, width) < smallest_px:
+        raise ModelError(
+            "image too small for a branch",
+            value=f"{height}x{width} px at its resolution",
+            rule=f"both sides must be at least {smallest_px} px",
+        )
 
 
 def run_block(block: nn.Module, checkpointed: bool, *arguments: Tensor | int) -> Tensor:

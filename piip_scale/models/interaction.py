@@ -83,15 +83,19 @@ class FeedForward(nn.Module):
         self.dwconv = Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
         self.act = nn.GELU()
         self.fc2 = Linear(hidden_dim, dim)
-        self.drop_path = DropPath(config.drop_path_rate)
+        self.drop_path = DropPath(config.drop_path_rate, config.drop_path_mode)
         self.scale = LayerScale(dim, config.gamma_init)
 
     def forward(self, grid_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
+        output: Tensor = self.drop_path(grid_BHWC, self._residual)
+        return output
+
+    def _residual(self, grid_BHWC: Tensor) -> Tensor:
         hidden_BCHW = self.fc1(self.norm(grid_BHWC)).permute(0, 3, 1, 2)
         hidden_BHWC = self.dwconv(hidden_BCHW).permute(0, 2, 3, 1)
-        output: Tensor = grid_BHWC + self.scale(self.drop_path(self.fc2(self.act(hidden_BHWC))))
-        return output
+        residual: Tensor = self.scale(self.fc2(self.act(hidden_BHWC)))
+        return residual
 
 
 class CrossAttention(nn.Module):

@@ -80,22 +80,35 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training each sample of a residual is zero with probability ``rate``, others grow."""
+    """Adds a residual with stochastic depth: in training a share of the samples goes without it, the others get more.
 
-    def __init__(self, rate: float) -> None:
+    Args:
+        rate: Share of samples that go without.
+        mode: ``zero`` draws for each sample and multiplies by 0; ``skip`` draws a fixed number of samples and computes
+            the residual of the others only, in both forward and backward.
+
+    Source: Huang et al., Deep Networks with Stochastic Depth; ``skip`` as in Oquab et al., DINOv2.
+    """
+
+    def __init__(self, rate: float, mode: str = "zero") -> None:
         super().__init__()
-        self.rate = rate
+        self.rate, self.mode = rate, mode
 
-    def forward(self, residual: Tensor) -> Tensor:
-        """(B, ...) to the same shape."""
+    def forward(self, x: Tensor, residual: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x`` (B, ...) plus ``residual(x)``; ``residual`` keeps shapes and treats samples independently."""
         if not self.training or self.rate == 0:
-            return residual
-        kept = residual.new_empty((residual.shape[0],) + (1,) * (residual.ndim - 1)).bernoulli_(1 - self.rate)
-        return residual * kept / (1 - self.rate)
+            return x + residual(x)
+        batch = x.shape[0]
+        if self.mode == "skip":
+            num_kept = max(1, round(batch * (1 - self.rate)))
+            kept = torch.randperm(batch, device=x.device)[:num_kept]
+            return x.index_add(0, kept, residual(x[kept]), alpha=batch / num_kept)
+        kept = x.new_empty((batch,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x + residual(x) * kept / (1 - self.rate)
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
-        return f"rate={self.rate:g}"
+        return f"rate={self.rate:g}, mode={self.mode}"
 
 
 def build_norm(kind: str, dim: int, eps: float = NORM_EPS) -> nn.Module:

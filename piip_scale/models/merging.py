@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from piip_scale.config.model import GROUPS
-from piip_scale.models.layers import Conv2d
+from piip_scale.models.layers import Conv2d, Linear
 from piip_scale.ops.resize import resize_map
 
 
@@ -17,11 +17,14 @@ class Merging(nn.Module):
 
     Args:
         dims: The branches' widths, largest model first.
+        kind: How a branch is brought to the first one's width: ``simple``, ``regular`` (the pyramids' kinds) or
+            ``pooled`` (the classification head's).
     """
 
-    def __init__(self, dims: Sequence[int]) -> None:
+    def __init__(self, dims: Sequence[int], kind: str) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(MergePart(dim, dims[0]) for dim in dims)
+        build = _PARTS[kind]
+        self.parts = nn.ModuleList(MergePart(build(dim, dims[0], index)) for index, dim in enumerate(dims))
 
     def forward(self, *grids_BHWC: Tensor) -> Tensor:
         """One grid (B, H_i, W_i, C_i) a branch to float32 (B, C_1, H_N, W_N)."""
@@ -31,11 +34,11 @@ class Merging(nn.Module):
 
 
 class MergePart(nn.Module):
-    """One branch's share of the sum: convolved, resized and weighted."""
+    """One branch's share of the sum: brought to the common width, resized and weighted."""
 
-    def __init__(self, dim: int, merged_dim: int) -> None:
+    def __init__(self, layers: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*_conv_norm_relu(dim, merged_dim), *_conv_norm_relu(merged_dim, merged_dim))
+        self.layers = layers
         self.weight = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
@@ -57,6 +60,39 @@ class NoMerging(nn.Module):
         return grid_BHWC.permute(0, 3, 1, 2)
 
 
-def _conv_norm_relu(dim: int, merged_dim: int) -> tuple[nn.Module, ...]:
-    conv = Conv2d(dim, merged_dim, kernel_size=3, padding=1, bias=False)
-    return conv, nn.GroupNorm(GROUPS, merged_dim), nn.ReLU()
+class ChannelLinear(Linear):
+    """A linear layer over the channels of a map."""
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H, W)."""
+        return super().forward(map_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _norm(dim: int) -> nn.Module:
+    return nn.GroupNorm(GROUPS, dim)
+
+
+def _conv(dim: int, merged_dim: int) -> nn.Module:
+    return Conv2d(dim, merged_dim, kernel_size=3, padding=1, bias=False)
+
+
+def _simple_part(dim: int, merged_dim: int, index: int) -> nn.Module:
+    first = (_conv(dim, merged_dim), _norm(merged_dim), nn.ReLU())
+    return nn.Sequential(*first, _conv(merged_dim, merged_dim), _norm(merged_dim), nn.ReLU())
+
+
+def _regular_part(dim: int, merged_dim: int, index: int) -> nn.Module:
+    conv = [_conv(dim, merged_dim)] if index else []
+    return nn.Sequential(*conv, _norm(merged_dim), nn.ReLU())
+
+
+def _pooled_part(dim: int, merged_dim: int, index: int) -> nn.Module:
+    widen = [ChannelLinear(dim, merged_dim), _norm(merged_dim)] if index else []
+    return nn.Sequential(_norm(dim), *widen)
+
+
+_PARTS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "simple": _simple_part,
+    "regular": _regular_part,
+    "pooled": _pooled_part,
+}

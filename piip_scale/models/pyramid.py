@@ -1,52 +1,73 @@
-"""Feature maps of several strides from one."""
+"""Feature maps of several strides from merged features."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from piip_scale.config.model import GROUPS, PyramidConfig
 from piip_scale.errors import ModelError
 from piip_scale.models.branch import FeatureSpec
-from piip_scale.models.layers import ConvTranspose2d
+from piip_scale.models.layers import NORM_EPS, ConvTranspose2d
 
 
-class SimplePyramid(nn.Module):
-    """A map enlarged by transposed convolutions and shrunk by pooling, every level from the same source.
+class Pyramid(nn.Module):
+    """Maps enlarged by transposed convolutions or shrunk by pooling, one a level.
 
     Args:
         config: The levels.
-        source: Width and stride of the map.
+        sources: Width and stride of the map that each level is made of.
 
-    Source: Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, with GroupNorm for LayerNorm.
+    Source: Li et al., Exploring Plain Vision Transformer Backbones for Object Detection.
     """
 
-    def __init__(self, config: PyramidConfig, source: FeatureSpec) -> None:
+    def __init__(self, config: PyramidConfig, sources: Sequence[FeatureSpec]) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(_level(scale, source.channels) for scale in config.scales)
-        self.smallest_scale = min(config.scales)
+        self.scales = config.scales
+        self.levels = nn.ModuleList(
+            _level(scale, source.channels, config.norm) for scale, source in zip(config.scales, sources, strict=True)
+        )
         self.feature_specs = tuple(
-            FeatureSpec(source.channels, int(source.stride_px / scale)) for scale in config.scales
+            FeatureSpec(source.channels, int(source.stride_px / scale))
+            for scale, source in zip(config.scales, sources, strict=True)
         )
 
-    def forward(self, map_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """(B, C, H, W) to one float32 map a level, largest first.
+    def forward(self, *maps_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """One source (B, C, H, W) a level to one float32 map a level.
 
         Raises:
             ModelError: A level would have no cells.
         """
-        height, width = map_BCHW.shape[-2:]
-        if min(height, width) * self.smallest_scale < 1:
-            raise ModelError(
-                "image too small for the feature pyramid",
-                value=f"{height}x{width} tokens",
-                rule=f"both sides must be at least {1 / self.smallest_scale:g} tokens of the last branch",
-            )
-        return tuple(level(map_BCHW).float().contiguous() for level in self.levels)
+        for scale, map_BCHW in zip(self.scales, maps_BCHW, strict=True):
+            _check_cells(scale, map_BCHW)
+        return tuple(
+            level(map_BCHW).float().contiguous() for level, map_BCHW in zip(self.levels, maps_BCHW, strict=True)
+        )
 
 
-def _level(scale: float, dim: int) -> nn.Module:
+class ChannelNorm(nn.LayerNorm):
+    """A layer norm over the channels of a map."""
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        return super().forward(map_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _check_cells(scale: float, map_BCHW: Tensor) -> None:
+    height, width = map_BCHW.shape[-2:]
+    if min(height, width) * scale < 1:
+        raise ModelError(
+            "image too small for the feature pyramid",
+            value=f"{height}x{width} tokens",
+            rule=f"both sides must be at least {1 / scale:g} tokens of the last branch",
+        )
+
+
+def _level(scale: float, dim: int, norm: str) -> nn.Module:
     if scale == 4.0:
-        return nn.Sequential(_double(dim), nn.GroupNorm(GROUPS, dim), nn.GELU(), _double(dim))
+        between = nn.GroupNorm(GROUPS, dim) if norm == "groupnorm" else ChannelNorm(dim, eps=NORM_EPS)
+        return nn.Sequential(_double(dim), between, nn.GELU(), _double(dim))
     if scale == 2.0:
         return nn.Sequential(_double(dim))
     return nn.Sequential(nn.MaxPool2d(kernel_size=2, stride=2) if scale == 0.5 else nn.Identity())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from piip_scale.config.model import VitBranchConfig
-from piip_scale.errors import ModelError
-from piip_scale.models.branch import Branch, BranchState, FeatureSpec, run_block
+from piip_scale.models.branch import Branch, BranchState, check_size, run_block
 from piip_scale.models.layers import LINEAR_STD, Conv2d, DropPath, Linear, Mlp, build_layer_scale, build_norm
 from piip_scale.ops.attention import attention, join_heads, split_heads
 from piip_scale.ops.resize import resize_position
@@ -25,39 +23,36 @@ class Vit(Branch):
         attention_kernel: Name of the attention kernel, see ``ops.attention``.
     """
 
+    has_layer_decay = True
+
     def __init__(self, config: VitBranchConfig, attention_kernel: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.embedding = PatchEmbedding(config)
+        self.class_token = ClassToken(config.embed_dim) if config.class_token else None
         self.blocks = nn.ModuleList(Block(config, index, attention_kernel) for index in range(config.depth))
 
     def embed(self, image_BCHW: Tensor) -> BranchState:
         """See ``Branch.embed``."""
-        patch = self.config.patch_size_px
-        if min(image_BCHW.shape[-2:]) < patch:
-            height, width = image_BCHW.shape[-2:]
-            raise ModelError(
-                "image too small for a branch",
-                value=f"{height}x{width} px at its resolution",
-                rule=f"both sides must be at least patch_size_px={patch}",
-            )
-        return BranchState(self.embedding(image_BCHW))
+        check_size(image_BCHW, self.config.patch_size_px)
+        grid_BHWC: Tensor = self.embedding(image_BCHW)
+        return BranchState(grid_BHWC, None if self.class_token is None else self.class_token(grid_BHWC))
 
     def run(self, state: BranchState, first: int, last: int) -> BranchState:
         """See ``Branch.run``."""
         height, width = state.grid_BHWC.shape[1:3]
         tokens_BLC = state.grid_BHWC.flatten(1, 2)
+        if state.class_token_B1C is not None:
+            tokens_BLC = torch.cat((state.class_token_B1C, tokens_BLC), 1)
         for block in self.blocks[first:last]:
             tokens_BLC = run_block(block, self.config.checkpoint_blocks, tokens_BLC, height, width)
-        return BranchState(tokens_BLC.unflatten(1, (height, width)))
+        class_token_B1C = None if state.class_token_B1C is None else tokens_BLC[:, :1]
+        grid_BHWC = tokens_BLC[:, -height * width :].unflatten(1, (height, width))
+        return BranchState(grid_BHWC, class_token_B1C)
 
-    def spec_after(self, block: int) -> FeatureSpec:
-        """See ``Branch.spec_after``."""
-        return FeatureSpec(self.config.embed_dim, self.config.patch_size_px)
-
-    def embedding_modules(self) -> Iterator[nn.Module]:
+    def embedding_modules(self) -> list[nn.Module]:
         """See ``Branch.embedding_modules``."""
-        yield self.embedding
+        return [self.embedding] if self.class_token is None else [self.embedding, self.class_token]
 
 
 class PatchProjection(Conv2d):
@@ -75,22 +70,49 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, config: VitBranchConfig) -> None:
         super().__init__()
-        patch = config.patch_size_px
+        dim, patch = config.embed_dim, config.patch_size_px
         self.side = config.pretrain_resolution_px // patch
         self.num_slots = int(config.position_class_slot)
-        self.proj = PatchProjection(3, config.embed_dim, kernel_size=patch, stride=patch)
-        self.position = nn.Parameter(torch.empty(1, self.num_slots + self.side**2, config.embed_dim))
+        self.proj = PatchProjection(3, dim, kernel_size=patch, stride=patch)
+        positions = torch.empty(1, self.num_slots + self.side**2, dim)
+        self.position = nn.Parameter(positions) if config.position_embedding else None
+        self.frames = nn.Parameter(torch.empty(config.frame_positions, dim)) if config.frame_positions else None
+        self.norm = build_norm(config.norm if config.embedding_norm else "none", dim, config.norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws the positions anew."""
-        nn.init.trunc_normal_(self.position, std=LINEAR_STD)
+        for positions in (self.position, self.frames):
+            if positions is not None:
+                nn.init.trunc_normal_(positions, std=LINEAR_STD)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, H // patch, W // patch, C); a remainder of the image is cut off."""
         grid_BHWC: Tensor = self.proj(image_BCHW).permute(0, 2, 3, 1)
         height, width = grid_BHWC.shape[1:3]
-        return grid_BHWC + resize_position(self.position[:, self.num_slots :], self.side, height, width)
+        if self.position is not None:
+            grid_BHWC = grid_BHWC + resize_position(self.position[:, self.num_slots :], self.side, height, width)
+        if self.frames is not None:
+            grid_BHWC = grid_BHWC + self.frames[0]
+        output: Tensor = self.norm(grid_BHWC)
+        return output
+
+
+class ClassToken(nn.Module):
+    """A learned token, the same for every image."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(1, 1, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the token anew."""
+        nn.init.trunc_normal_(self.token, std=LINEAR_STD)
+
+    def forward(self, grid_BHWC: Tensor) -> Tensor:
+        """(B, 1, C) for the grid's batch."""
+        return self.token.expand(grid_BHWC.shape[0], -1, -1)
 
 
 class Block(nn.Module):
@@ -99,18 +121,18 @@ class Block(nn.Module):
     def __init__(self, config: VitBranchConfig, index: int, attention_kernel: str) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.norm1 = build_norm(config.norm, dim)
+        self.norm1 = build_norm(config.norm, dim, config.norm_eps)
         self.attn = Attention(config, index, attention_kernel)
         self.ls1 = build_layer_scale(dim, config.layer_scale_init)
-        self.norm2 = build_norm(config.norm, dim)
+        self.norm2 = build_norm(config.norm, dim, config.norm_eps)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.activation)
         self.ls2 = build_layer_scale(dim, config.layer_scale_init)
-        self.drop_path = DropPath(_drop_path_rate(config, index))
+        self.drop_path = DropPath(config.drop_path_rate_of(index, config.depth), config.drop_path_mode)
 
     def forward(self, tokens_BLC: Tensor, height: int, width: int) -> Tensor:
-        """Tokens (B, height * width, C), rows first, to the same shape."""
-        tokens_BLC = tokens_BLC + self.drop_path(self.ls1(self.attn(self.norm1(tokens_BLC), height, width)))
-        output: Tensor = tokens_BLC + self.drop_path(self.ls2(self.mlp(self.norm2(tokens_BLC))))
+        """Tokens (B, [1 +] height * width, C), rows first, to the same shape."""
+        tokens_BLC = self.drop_path(tokens_BLC, lambda x_BLC: self.ls1(self.attn(self.norm1(x_BLC), height, width)))
+        output: Tensor = self.drop_path(tokens_BLC, lambda x_BLC: self.ls2(self.mlp(self.norm2(x_BLC))))
         return output
 
 
@@ -123,14 +145,16 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.window = config.window_size_tokens[index] if config.window_size_tokens else 0
         self.kernel = kernel
-        self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias and config.key_bias)
+        self.qv_bias = QueryValueBias(dim) if config.qkv_bias and not config.key_bias else nn.Identity()
         # Over the whole width, all heads together, before heads are split: InternViT's way.
-        self.q_norm = build_norm("rmsnorm" if config.qk_norm else "none", dim)
-        self.k_norm = build_norm("rmsnorm" if config.qk_norm else "none", dim)
+        self.q_norm = build_norm("rmsnorm" if config.qk_norm else "none", dim, config.norm_eps)
+        self.k_norm = build_norm("rmsnorm" if config.qk_norm else "none", dim, config.norm_eps)
+        self.position_bias = PositionBias(self.window, self.num_heads) if config.relative_position_bias else None
         self.proj = Linear(dim, dim)
 
     def forward(self, tokens_BLC: Tensor, height: int, width: int) -> Tensor:
-        """Tokens (B, height * width, C), rows first, to the same shape."""
+        """Tokens (B, [1 +] height * width, C), rows first, to the same shape."""
         if not self.window:
             return self._attend(tokens_BLC)
         # Padding comes before qkv: padded tokens take part, with the projection's bias as key and value.
@@ -138,15 +162,60 @@ class Attention(nn.Module):
         return join_windows(self._attend(windows_NLC), self.window, height, width).flatten(1, 2)
 
     def _attend(self, tokens_BLC: Tensor) -> Tensor:
-        query, key, value = self.qkv(tokens_BLC).chunk(3, dim=-1)
+        query, key, value = self.qv_bias(self.qkv(tokens_BLC)).chunk(3, dim=-1)
         query, key, value = (
             split_heads(part, self.num_heads) for part in (self.q_norm(query), self.k_norm(key), value)
         )
-        output: Tensor = self.proj(join_heads(attention(query, key, value, kernel=self.kernel)))
+        bias_HLL = None if self.position_bias is None else self.position_bias()
+        output: Tensor = self.proj(join_heads(attention(query, key, value, bias_HLL, self.kernel)))
         return output
 
 
-def _drop_path_rate(config: VitBranchConfig, index: int) -> float:
-    if config.drop_path_schedule == "constant" or config.depth == 1:
-        return config.drop_path_rate
-    return config.drop_path_rate * index / (config.depth - 1)
+class QueryValueBias(nn.Module):
+    """A bias for queries and values; one for keys would cancel in the softmax."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(dim))
+        self.value = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets both to zero."""
+        nn.init.zeros_(self.query)
+        nn.init.zeros_(self.value)
+
+    def forward(self, qkv_BLC: Tensor) -> Tensor:
+        """Queries, keys and values (B, L, 3 * dim) to the same shape."""
+        return qkv_BLC + torch.cat((self.query, torch.zeros_like(self.query), self.value))
+
+
+class PositionBias(nn.Module):
+    """A learned bias on the score of every head for every distance inside a window.
+
+    Source: Bao et al., BEiT, without the distances to a class token.
+    """
+
+    def __init__(self, window: int, num_heads: int) -> None:
+        super().__init__()
+        self.window = window
+        self.table = nn.Parameter(torch.empty((2 * window - 1) ** 2, num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets every bias to zero."""
+        nn.init.zeros_(self.table)
+
+    def forward(self) -> Tensor:
+        """(heads, window ** 2, window ** 2), cells rows first."""
+        index_LL = relative_positions(self.window, self.table.device)
+        return self.table[index_LL].permute(2, 0, 1)
+
+
+def relative_positions(window: int, device: torch.device) -> Tensor:
+    """Row of a table of (2 * window - 1) ** 2 distances for each pair of a window's cells, int64 (w * w, w * w)."""
+    cells = torch.arange(window * window, device=device)
+    rows, columns = cells // window, cells % window
+    down = rows[:, None] - rows + window - 1
+    right = columns[:, None] - columns + window - 1
+    return down * (2 * window - 1) + right

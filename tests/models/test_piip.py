@@ -62,7 +62,7 @@ def test_with_all_gammas_at_zero_each_branch_equals_itself_alone(num_branches):
     settings = config(num_branches, {"gamma_init": 0.0})
     model = build(settings).eval()
     seen: list[torch.Tensor] = []
-    model.merging.register_forward_pre_hook(lambda module, grids: seen.extend(grids))
+    model.mergings[0].register_forward_pre_hook(lambda module, grids: seen.extend(grids))
     model(image())
     sizes = [b.resolution_px for b in settings.branches]
     for index, own in enumerate(settings.branches):

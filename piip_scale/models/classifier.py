@@ -1,0 +1,101 @@
+"""The pyramid network as an image classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from piip_scale.config.model import ClassifierConfig, PiipConfig
+from piip_scale.models.layers import NORM_EPS, Linear, build_norm
+from piip_scale.models.merging import Merging
+from piip_scale.models.trunk import Trunk
+
+
+class PiipClassifier(Trunk):
+    """A trunk with a head for each branch, or one over the merged features.
+
+    Args:
+        config: The trunk; its pyramid is not built.
+        head: The head.
+
+    Raises:
+        KernelError: A kernel that the config names cannot be had.
+    """
+
+    def __init__(self, config: PiipConfig, head: ClassifierConfig) -> None:
+        super().__init__(config)
+        dims = [spec.channels for spec in self.specs_after(config.interaction.num_stages - 1)]
+        self.head: nn.Module = (SeparateHeads if head.separate else PooledHead)(dims, head.num_classes)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits of a batch of images.
+
+        Args:
+            image_BCHW: Normalised images (B, 3, H, W) at the last branch's resolution.
+
+        Returns:
+            float32 (B, classes).
+
+        Raises:
+            ModelError: The images are too small for a branch.
+        """
+        *_, states = self.walk(image_BCHW)
+        logits_BK: Tensor = self.head(*(state.grid_BHWC for state in states))
+        return logits_BK.float()
+
+
+class SeparateHeads(nn.Module):
+    """A norm and a linear layer for every branch, logits averaged."""
+
+    def __init__(self, dims: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(TokenHead(dim, num_classes) for dim in dims)
+
+    def forward(self, *grids_BHWC: Tensor) -> Tensor:
+        """One grid (B, H_i, W_i, C_i) a branch to (B, classes)."""
+        logits = [part(grid) for part, grid in zip(self.parts, grids_BHWC, strict=True)]
+        return torch.stack(logits).mean(0)
+
+
+class TokenHead(nn.Module):
+    """A norm and a linear layer over one token of a branch."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = build_norm("layernorm", dim)
+        self.linear = Linear(dim, num_classes)
+
+    def forward(self, grid_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, classes)."""
+        # The released code means to read the class token here, but has split it off: it reads the token at index 0
+        # of what is left, the top left patch, and its checkpoints are trained that way.
+        logits_BK: Tensor = self.linear(self.norm(grid_BHWC[:, 0, 0]))
+        return logits_BK
+
+
+class PooledHead(nn.Module):
+    """One norm and linear layer over the mean of the merged features."""
+
+    def __init__(self, dims: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.merging = Merging(dims, "pooled")
+        self.norm = PooledNorm(dims[0])
+        self.linear = Linear(dims[0], num_classes)
+
+    def forward(self, *grids_BHWC: Tensor) -> Tensor:
+        """One grid (B, H_i, W_i, C_i) a branch to (B, classes)."""
+        logits_BK: Tensor = self.linear(self.norm(self.merging(*grids_BHWC)))
+        return logits_BK
+
+
+class PooledNorm(nn.LayerNorm):
+    """A layer norm of every cell, then the mean over the grid, in the norm's dtype."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C)."""
+        return super().forward(map_BCHW.permute(0, 2, 3, 1).to(self.weight.dtype)).mean((1, 2))

@@ -1,0 +1,104 @@
+"""The ConvNeXt branch, whose grid shrinks and whose width grows on the way."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from piip_scale.config.model import ConvNextBranchConfig
+from piip_scale.models.branch import Branch, BranchState, check_size, run_block
+from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Mlp, build_norm
+
+_MLP_RATIO = 4
+
+
+class ConvNext(Branch):
+    """A ConvNeXt that stops after any layer; from its second stage on, a downsampling layer opens each stage.
+
+    Args:
+        config: Its numbers.
+
+    Source: Liu et al., A ConvNet for the 2020s.
+    """
+
+    has_layer_decay = False
+
+    def __init__(self, config: ConvNextBranchConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Stem(config.widths[0], config.stride_after_px(0))
+        self.blocks = nn.ModuleList(_build_layer(config, index) for index in range(config.depth))
+
+    def embed(self, image_BCHW: Tensor) -> BranchState:
+        """See ``Branch.embed``."""
+        check_size(image_BCHW, self.config.patch_size_px)
+        return BranchState(self.embedding(image_BCHW))
+
+    def run(self, state: BranchState, first: int, last: int) -> BranchState:
+        """See ``Branch.run``."""
+        grid_BHWC = state.grid_BHWC
+        for block in self.blocks[first:last]:
+            grid_BHWC = run_block(block, self.config.checkpoint_blocks, grid_BHWC)
+        return BranchState(grid_BHWC)
+
+    def embedding_modules(self) -> list[nn.Module]:
+        """See ``Branch.embedding_modules``."""
+        return [self.embedding]
+
+
+class Stem(nn.Module):
+    """Patches to tokens, normalised."""
+
+    def __init__(self, dim: int, patch: int) -> None:
+        super().__init__()
+        self.proj = Conv2d(3, dim, kernel_size=patch, stride=patch)
+        self.norm = build_norm("layernorm", dim)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, H // patch, W // patch, C)."""
+        output: Tensor = self.norm(self.proj(image_BCHW).permute(0, 2, 3, 1))
+        return output
+
+
+class Downsample(nn.Module):
+    """Normalised 2x2 cells to one."""
+
+    def __init__(self, dim: int, wider_dim: int) -> None:
+        super().__init__()
+        self.norm = build_norm("layernorm", dim)
+        self.proj = Conv2d(dim, wider_dim, kernel_size=2, stride=2)
+
+    def forward(self, grid_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, H // 2, W // 2, C')."""
+        output: Tensor = self.proj(self.norm(grid_BHWC).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return output
+
+
+class Block(nn.Module):
+    """A 7x7 depthwise convolution and a feed-forward, added to the input."""
+
+    def __init__(self, dim: int, layer_scale_init: float, drop_path: DropPath) -> None:
+        super().__init__()
+        self.dwconv = Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = build_norm("layernorm", dim)
+        self.mlp = Mlp(dim, _MLP_RATIO * dim, "gelu")
+        self.ls = LayerScale(dim, layer_scale_init)
+        self.drop_path = drop_path
+
+    def forward(self, grid_BHWC: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        output: Tensor = self.drop_path(grid_BHWC, self._residual)
+        return output
+
+    def _residual(self, grid_BHWC: Tensor) -> Tensor:
+        hidden_BHWC = self.dwconv(grid_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        residual: Tensor = self.ls(self.mlp(self.norm(hidden_BHWC)))
+        return residual
+
+
+def _build_layer(config: ConvNextBranchConfig, index: int) -> nn.Module:
+    stage = config.stage_of(index)
+    if index and stage != config.stage_of(index - 1):
+        return Downsample(config.widths[stage - 1], config.widths[stage])
+    # The rate rises over the blocks proper: the downsamplings before this one do not count.
+    rate = config.drop_path_rate_of(index - stage, sum(config.depths))
+    return Block(config.widths[stage], config.layer_scale_init, DropPath(rate, config.drop_path_mode))

@@ -1,0 +1,143 @@
+"""Branches and the units between them: what every network of the family shares, whatever it ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig
+from piip_scale.models.branch import Branch, BranchState, FeatureSpec
+from piip_scale.models.convnext import ConvNext
+from piip_scale.models.interaction import InteractionUnit
+from piip_scale.models.layers import reset_all_parameters
+from piip_scale.models.rules import ParameterRule
+from piip_scale.models.vit import Vit
+from piip_scale.ops.resize import resize_image
+
+
+class Trunk(nn.Module):
+    """Branches of falling size that see one image at rising resolution, and keep exchanging features.
+
+    Args:
+        config: The network.
+
+    Raises:
+        KernelError: A kernel that the config names cannot be had.
+    """
+
+    def __init__(self, config: PiipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.branches = nn.ModuleList(_build_branch(branch, config.attention_kernel) for branch in config.branches)
+        self.interactions = nn.ModuleList(self._build_units(stage) for stage in range(config.interaction.num_stages))
+
+    def walk(self, image_BCHW: Tensor) -> Iterator[list[BranchState]]:
+        """The branches' states after each stage.
+
+        Args:
+            image_BCHW: Normalised images (B, 3, H, W) at the last branch's resolution, any float dtype.
+
+        Raises:
+            ModelError: The images are too small for a branch.
+        """
+        sizes = [branch.resolution_px for branch in self.config.branches]
+        states = [
+            branch.embed(resize_image(image_BCHW, size / sizes[-1]))
+            for branch, size in zip(self._branches, sizes, strict=True)
+        ]
+        for stage, units in enumerate(self.interactions):
+            states = self._run_blocks(states, stage)
+            grids = [state.grid_BHWC for state in states]
+            # From the highest-resolution pair down, so detail reaches the largest model within one stage.
+            for large in reversed(range(len(grids) - 1)):
+                unit = cast("nn.ModuleList", units)[large]
+                grids[large], grids[large + 1] = unit(grids[large], grids[large + 1])
+            states = [BranchState(grid, state.class_token_B1C) for grid, state in zip(grids, states, strict=True)]
+            yield states
+
+    def specs_after(self, stage: int) -> list[FeatureSpec]:
+        """Every branch's width and stride after a stage, the stride in pixels of the branch's own input."""
+        lasts = [self.config.last_blocks(index)[stage] for index in range(len(self.config.branches))]
+        return [
+            FeatureSpec(branch.width_after(last), branch.stride_after_px(last))
+            for branch, last in zip(self.config.branches, lasts, strict=True)
+        ]
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the deepest branch with layer decay, the scale of ``ParameterRule.layer_id``."""
+        layered = [branch for branch in self._branches if branch.has_layer_decay] or self._branches
+        return max(len(branch.blocks) for branch in layered)
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew; none needs to have a value before."""
+        reset_all_parameters(self)
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Casts the network; norm statistics, sampling locations, resizing and what leaves it stay float32."""
+        self.to(dtype)
+
+    def parameter_rules(self) -> dict[str, ParameterRule]:
+        """The rule of every parameter, by its name in ``named_parameters()``.
+
+        Source: PIIP's released layer decay. A shallow branch's blocks are spread over the deepest one's layer ids.
+        """
+        layer_ids: dict[int, float] = {}
+        for branch in self._branches:
+            if branch.has_layer_decay:
+                layer_ids |= _layer_ids(branch, self.num_layers / len(branch.blocks))
+        rest = float(self.num_layers + 1)
+        kept_whole = self._never_decaying()
+        return {
+            name: ParameterRule(layer_ids.get(id(p), rest), _decays(name, p) and id(p) not in kept_whole)
+            for name, p in self.named_parameters()
+        }
+
+    def _never_decaying(self) -> set[int]:
+        # The released optimiser spares a plain transformer's position embedding and class token, not a pyramid's.
+        single = self._branches[0] if len(self._branches) == 1 else None
+        if not isinstance(single, Vit):
+            return set()
+        owners = [single.embedding.position, None if single.class_token is None else single.class_token.token]
+        return {id(parameter) for parameter in owners if parameter is not None}
+
+    def _run_blocks(self, states: list[BranchState], stage: int) -> list[BranchState]:
+        advanced = []
+        for index, (branch, state) in enumerate(zip(self._branches, states, strict=True)):
+            bounds = [0, *accumulate(self.config.blocks_per_stage(index))]
+            advanced.append(branch.run(state, bounds[stage], bounds[stage + 1]))
+        return advanced
+
+    def _build_units(self, stage: int) -> nn.ModuleList:
+        kernels = (self.config.attention_kernel, self.config.deform_kernel)
+        return nn.ModuleList(
+            InteractionUnit(self.config.interaction, large.channels, small.channels, kernels)
+            for large, small in pairwise(self.specs_after(stage))
+        )
+
+    @property
+    def _branches(self) -> list[Branch]:
+        return cast("list[Branch]", list(self.branches))
+
+
+def _build_branch(config: BranchConfig, attention_kernel: str) -> Branch:
+    if isinstance(config, ConvNextBranchConfig):
+        return ConvNext(config)
+    return Vit(config, attention_kernel)
+
+
+def _layer_ids(branch: Branch, stretch: float) -> dict[int, float]:
+    ids = {id(parameter): 0.0 for module in branch.embedding_modules() for parameter in module.parameters()}
+    for index, block in enumerate(branch.blocks):
+        ids |= {id(parameter): (index + 1) * stretch for parameter in block.parameters()}
+    return ids
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    # ZeRO-3 keeps a sharded parameter's real shape in ds_shape.
+    num_axes = len(getattr(parameter, "ds_shape", parameter.shape))
+    return num_axes != 1 and not name.endswith(".bias")
