@@ -1,0 +1,172 @@
+"""Pictures of detections: boxes, masks, names and scores, several images on one sheet."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pycocotools.mask as coco_mask
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from piip_scale.tasks.base import Detections
+
+Pixels = NDArray[np.uint8]
+Rgb = tuple[int, int, int]
+
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_MASK_OPACITY = 0.45
+_BACKGROUND: Rgb = (250, 250, 250)
+_TEXT: Rgb = (30, 30, 30)
+
+
+@dataclass(frozen=True)
+class DrawingStyle:
+    """Sizes of a drawing, in px of the picture.
+
+    Attributes:
+        long_edge_px: Images are scaled to it, so that small ones stay readable.
+        text_px: Height of letters.
+        line_px: Width of a box's outline.
+        gap_px: Between images of a sheet, and around them.
+        min_score: Detections below it are left out.
+    """
+
+    long_edge_px: int = 640
+    text_px: int = 15
+    line_px: int = 2
+    gap_px: int = 10
+    min_score: float = 0.5
+
+
+def draw_detections(
+    image: Pixels, found: Detections, classes: Sequence[str], style: DrawingStyle | None = None
+) -> Image.Image:
+    """An image with what was found in it.
+
+    Args:
+        image: RGB, uint8 (H, W, 3).
+        found: Detections in its pixels.
+        classes: Names in label order.
+        style: Sizes; the default where ``None``.
+    """
+    style = style or DrawingStyle()
+    height, width = image.shape[:2]
+    scale = style.long_edge_px / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    shown = [index for index, score in enumerate(found.scores.tolist()) if score >= style.min_score]
+    picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    for index in reversed(shown):
+        if found.masks_rle is not None:
+            _paint_mask(picture, found.masks_rle[index], class_colour(int(found.labels[index])))
+    draw = ImageDraw.Draw(picture)
+    boxes = [[edge * scale for edge in found.boxes_xyxy_px[index].tolist()] for index in shown]
+    labels = [int(found.labels[index]) for index in shown]
+    for box, label in zip(reversed(boxes), reversed(labels), strict=True):
+        draw.rectangle(box, outline=class_colour(label), width=style.line_px)
+    # Names come last and best first, each where it hides no other.
+    taken: list[tuple[float, ...]] = []
+    for index, box, label in zip(shown, boxes, labels, strict=True):
+        text = f"{classes[label]} {found.scores[index].item():.2f}"
+        taken.append(_write_tag(draw, text, box, class_colour(label), style, taken))
+    return picture
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image], caption: str, columns: int = 2, style: DrawingStyle | None = None
+) -> Image.Image:
+    """Pictures in rows on one sheet, over a caption.
+
+    Args:
+        pictures: At least one.
+        caption: Below them; lines that are too long are broken.
+        columns: Pictures in a row.
+        style: Sizes; the default where ``None``.
+    """
+    style = style or DrawingStyle()
+    columns = min(columns, len(pictures))
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    cell = max(picture.width for picture in pictures)
+    heights = [max(picture.height for picture in row) for row in rows]
+    width = columns * (cell + style.gap_px) + style.gap_px
+    lines = list(_broken(caption, width - 2 * style.gap_px, _font(style.text_px)))
+    line_px = round(style.text_px * 1.4)
+    height = sum(heights) + style.gap_px * (len(rows) + 2) + line_px * len(lines)
+    sheet = Image.new("RGB", (width, height), _BACKGROUND)
+    top = style.gap_px
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (style.gap_px + column * (cell + style.gap_px), top))
+        top += row_height + style.gap_px
+    ImageDraw.Draw(sheet).multiline_text(
+        (style.gap_px, top), "\n".join(lines), fill=_TEXT, font=_font(style.text_px), spacing=line_px - style.text_px
+    )
+    return sheet
+
+
+def class_colour(label: int) -> Rgb:
+    """A colour for a class, far from those of the labels next to it."""
+    hue = (0.02 + label * _GOLDEN_RATIO) % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, (0.95, 0.7)[label // 8 % 2])
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _paint_mask(picture: Image.Image, rle: dict[str, object], colour: Rgb) -> None:
+    mask = Image.fromarray(coco_mask.decode(rle) * round(255 * _MASK_OPACITY))
+    picture.paste(colour, (0, 0), mask.resize(picture.size, Image.Resampling.BILINEAR))
+
+
+def _write_tag(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    box: Sequence[float],
+    colour: Rgb,
+    style: DrawingStyle,
+    taken: Sequence[tuple[float, ...]],
+) -> tuple[float, ...]:
+    """Writes a name on a coloured ground at its box, and returns the place it took."""
+    font = _font(style.text_px)
+    width, height = draw.textlength(text, font=font) + 6, style.text_px + 5
+    limit_x, limit_y = draw.im.size[0] - width, draw.im.size[1] - height  # type: ignore[union-attr]
+    left, top, right, bottom = box
+    # Above the box, below it, inside at the top, and at its right.
+    corners = [
+        (left, top - height),
+        (left, bottom),
+        (left, top),
+        (right - width, top - height),
+        (right - width, bottom),
+    ]
+    places = [(min(max(x, 0), limit_x), min(max(y, 0), limit_y)) for x, y in corners]
+    free = [place for place in places if not any(_overlap((*place, width, height), other) for other in taken)]
+    x, y = (free or places)[0]
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    draw.text((x + 3, y + height / 2), text, fill="black" if luminance > 140 else "white", font=font, anchor="lm")
+    return x, y, width, height
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (0, 1))
+
+
+def _broken(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> Iterator[str]:
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width_px:
+                yield line
+                longer = word
+            line = longer
+        yield line
+
+
+def _font(size_px: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size_px)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise TypeError("Pillow was built without FreeType, whose default font has no sizes")
+    return font
