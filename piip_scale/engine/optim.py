@@ -23,7 +23,7 @@ def build_param_groups(
     """Trainable parameters by (rate, weight decay), parameters of equal treatment together.
 
     Every group costs ZeRO-3 an optimiser step of its own (some 1.5 ms), so without layer decay there are two.
-    Each group carries ``lr_scale``, its share of the base rate, and ``name``.
+    Each group carries ``lr_scale``, its share of the base rate, its ``name`` and its ``parameter_names``.
 
     Args:
         model: The model.
@@ -36,21 +36,22 @@ def build_param_groups(
     """
     names = dict(model.named_parameters())
     _check_rules(names.keys() - rules.keys(), rules.keys() - names.keys())
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float], list[str]] = defaultdict(list)
     for name, parameter in names.items():
         if parameter.requires_grad:
             rule = rules[name]
             scale = round(config.layer_decay ** (num_layers + 1 - rule.layer_id), _SCALE_DIGITS)
-            groups[scale, config.weight_decay if rule.decays else 0.0].append(parameter)
+            groups[scale, config.weight_decay if rule.decays else 0.0].append(name)
     return [
         {
-            "params": parameters,
+            "params": [names[name] for name in members],
+            "parameter_names": members,
             "lr": config.lr * scale,
             "lr_scale": scale,
             "weight_decay": decay,
             "name": f"scale {scale:.4g}, decay {decay:.4g}",
         }
-        for (scale, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (scale, decay), members in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

@@ -78,27 +78,21 @@ class RunDirectory:
         self.errors = self.path / "errors"
         self.checkpoints = self.path / "checkpoints"
 
-    def check_unused(self) -> None:
-        """Refuses a directory that already holds a run; writes nothing.
+    def check(self, *, resume: bool) -> None:
+        """Refuses a directory that holds a run already, or none to resume; writes nothing.
 
         Raises:
-            RunError: A run is there, or the path is no directory.
+            RunError: The directory is not fit for it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError("run directory", value=str(self.path), rule="it must be a directory, and is a file")
-        if status := self.status():
+        status = self.status()
+        if status and not resume:
             raise RunError(
                 f"run directory {self.path} holds a run ({status.state} at step {status.step})",
                 fix="add --resume to continue it, or choose another --run-dir",
             )
-
-    def check_used(self) -> None:
-        """Refuses to continue what never started.
-
-        Raises:
-            RunError: No run is there.
-        """
-        if self.status() is None:
+        if resume and not status:
             raise RunError(f"run directory {self.path} holds no run to resume", fix="leave out --resume")
 
     def open(self, config_text: str, *, resume: bool) -> None:
@@ -111,10 +105,7 @@ class RunDirectory:
         Raises:
             RunError: The directory holds a run and ``resume`` is off, holds none and it is on, or cannot be written.
         """
-        if resume:
-            self.check_used()
-        else:
-            self.check_unused()
+        self.check(resume=resume)
         with disk_errors(RunError, f"create run directory {self.path}"):
             self.errors.mkdir(parents=True, exist_ok=True)
             for stale in self.errors.iterdir():
@@ -148,7 +139,7 @@ class RunDirectory:
         Returns:
             True where no rank failed before, so that exactly one of them tells the user.
         """
-        line = error.line if isinstance(error, PiipError) else f"{type(error).__name__}: {error}".strip()
+        line = error_line(error)
         code = error.exit_code if isinstance(error, PiipError) else 1
         first = FirstError(rank, line, code, time.time())
         with suppress(OSError):
@@ -170,6 +161,11 @@ class RunDirectory:
             return FirstError(**json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+
+
+def error_line(error: BaseException) -> str:
+    """Any error in one line: ours as it is, another with its type."""
+    return error.line if isinstance(error, PiipError) else " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def describe_environment() -> dict[str, Any]:

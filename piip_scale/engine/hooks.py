@@ -1,0 +1,149 @@
+"""What happens beside the steps: telling, evaluating, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from piip_scale.engine.checkpointing import Checkpointer
+from piip_scale.engine.collective import mean_over_ranks
+from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.engine.trainer import StepReport
+from piip_scale.telemetry.memory import peak_memory_bytes
+from piip_scale.telemetry.records import StepRecord
+from piip_scale.world import World
+
+
+class Sink(Protocol):
+    """Where a run tells what happens: ``Telemetry`` on the main rank, ``Silence`` on the others."""
+
+    def step(self, record: StepRecord) -> None:
+        """One optimiser step."""
+        ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of an evaluation."""
+        ...
+
+    def event(self, step: int, text: str) -> None:
+        """Anything else."""
+        ...
+
+    def close(self) -> None:
+        """The end."""
+        ...
+
+
+class Silence:
+    """The sink of ranks that tell nothing."""
+
+    def step(self, record: StepRecord) -> None:
+        """Nothing."""
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def event(self, step: int, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Tell:
+    """Sends every step to the sink, and the status to the run directory with every logged one.
+
+    Losses are means over ranks in logged steps and this rank's own in between: what only moves a progress line is not
+    worth a collective.
+    """
+
+    def __init__(self, sink: Sink, run: RunDirectory, world: World, device: torch.device, every: int) -> None:
+        self._sink, self._run, self._world, self._device, self._every = sink, run, world, device, every
+
+    def after_step(self, report: StepReport) -> None:
+        """Every rank takes part in the means."""
+        logged = report.step % self._every == 0
+        if logged:
+            losses = mean_over_ranks(report.result.losses)
+        elif self._world.is_main:
+            losses = {name: value.item() for name, value in report.result.losses.items()}
+        if not self._world.is_main:
+            return
+        if not report.result.applied:
+            self._sink.event(report.step, "step not applied: its loss or gradient was not finite")
+        self._sink.step(self._record(report, losses))
+        if logged:
+            self._run.write_status("running", report.step)
+
+    def _record(self, report: StepReport, losses: Mapping[str, float]) -> StepRecord:
+        return StepRecord(
+            step=report.step,
+            losses=losses,
+            lr=report.lr,
+            images=report.result.images * self._world.num_ranks,
+            step_seconds=report.seconds,
+            data_wait_seconds=report.wait_seconds,
+            memory_bytes=peak_memory_bytes(self._device),
+            grad_norm=report.result.grad_norm,
+        )
+
+    def at_stop(self, step: int) -> None:
+        """Says so."""
+        self._sink.event(step, "stopped as asked")
+
+    def at_end(self, step: int) -> None:
+        """Says so."""
+        self._sink.event(step, "training is done")
+
+
+class Evaluate:
+    """Runs an evaluation every so many steps and after the last; never where ``every`` is 0."""
+
+    def __init__(self, run: Callable[[], Mapping[str, float]], sink: Sink, every: int) -> None:
+        self._evaluate, self._sink, self._every = run, sink, every
+        self._last = -1
+
+    def after_step(self, report: StepReport) -> None:
+        """Evaluates when due."""
+        if self._every and report.step % self._every == 0:
+            self._run(report.step)
+
+    def at_stop(self, step: int) -> None:
+        """Whoever stops a run does not want to wait for an evaluation."""
+
+    def at_end(self, step: int) -> None:
+        """Evaluates the final weights, unless the last step just did."""
+        if self._every and self._last != step:
+            self._run(step)
+
+    def _run(self, step: int) -> None:
+        self._sink.evaluation(step, self._evaluate())
+        self._last = step
+
+
+class Save:
+    """Saves a checkpoint every so many steps, when stopped and at the end."""
+
+    def __init__(self, checkpointer: Checkpointer, sink: Sink, every: int, first_step: int) -> None:
+        self._checkpointer, self._sink, self._every = checkpointer, sink, every
+        self._last = first_step
+
+    def after_step(self, report: StepReport) -> None:
+        """Saves when due."""
+        if report.step % self._every == 0:
+            self._save(report.step)
+
+    def at_stop(self, step: int) -> None:
+        """Saves what is not saved yet."""
+        self._save(step)
+
+    def at_end(self, step: int) -> None:
+        """Saves what is not saved yet."""
+        self._save(step)
+
+    def _save(self, step: int) -> None:
+        if step != self._last:
+            self._sink.event(step, f"saved {self._checkpointer.save(step)}")
+            self._last = step

@@ -1,0 +1,166 @@
+"""Starting the ranks of one machine, and ending them all when one ends badly."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+
+from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.errors import Interrupted, RunError
+from piip_scale.logging import get_logger
+from piip_scale.world import World
+
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+def launch_local(
+    num_procs: int,
+    command: Sequence[str],
+    run: RunDirectory,
+    *,
+    resume: bool = False,
+    grace_s: float = 10.0,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Runs a command once for each rank, with torchrun's variables set, and waits for all.
+
+    The command is the same that torchrun or srun would start, ``train_worker`` at its end: it finds its rank in the
+    environment. SIGINT, SIGTERM and SIGUSR2 are passed on; a second SIGINT ends all ranks at once. When a rank
+    fails, the others get ``grace_s`` to end by themselves. No rank outlives this process.
+
+    Args:
+        num_procs: Ranks.
+        command: Program and arguments.
+        run: The run's directory, where a failing rank leaves its error; checked before anything starts.
+        resume: The run continues.
+        grace_s: Between the first failure and the kill, in seconds.
+        environment: Variables beside this process's own.
+
+    Returns:
+        The exit code for this process: 0 where every rank ended well, 130 where they stopped as asked, else that of
+        the rank that failed first. The ranks have told the user already.
+
+    Raises:
+        RunError: The directory is in use, or holds nothing to resume; or a rank failed without a word of its own, as
+            one killed by the system does.
+    """
+    run.check(resume=resume)
+    ranks = _Ranks(num_procs, command, environment or {})
+    previous = {number: signal.signal(number, ranks.forward) for number in _FORWARDED}
+    try:
+        ranks.wait(grace_s)
+    finally:
+        ranks.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return _verdict(ranks, run)
+
+
+def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
+    if ranks.first_failure is None:
+        return 0
+    rank, code = ranks.first_failure
+    if code == Interrupted.exit_code or ranks.killed_by_user:
+        return Interrupted.exit_code
+    first = run.first_error()
+    if first is not None and first.unix_time_s >= ranks.started_s:
+        return first.exit_code
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    line = f"rank {rank} {how} before it could say why"
+    if status := run.status():
+        run.write_status("failed", status.step, line)
+    raise RunError(line, fix="look above for its last words; SIGKILL mostly means that the machine ran out of memory")
+
+
+class _Ranks:
+    """The processes of the ranks.
+
+    Attributes:
+        first_failure: Rank and return code of the first that ended badly.
+        killed_by_user: A second Ctrl-C came.
+        started_s: When, unix time.
+    """
+
+    def __init__(self, num_procs: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.first_failure: tuple[int, int] | None = None
+        self.killed_by_user = False
+        self.started_s = time.time()
+        self._interrupts = 0
+        port, threads = _free_port(), max(1, _num_cores() // num_procs)
+        shared = dict(os.environ) | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        self._processes = []
+        for rank in range(num_procs):
+            world = World(rank, num_procs, rank, num_procs, "127.0.0.1", port)
+            self._processes.append(_start(command, shared | dict(environment) | world.as_environment()))
+
+    def wait(self, grace_s: float) -> None:
+        """Until all ended, or ``grace_s`` after the first that failed."""
+        deadline = float("inf")
+        while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
+            self._note_failure()
+            if self.killed_by_user:
+                return
+            if self.first_failure and deadline == float("inf"):
+                deadline = time.monotonic() + grace_s
+            time.sleep(_POLL_S)
+        self._note_failure()
+
+    def forward(self, number: int, _frame: FrameType | None) -> None:
+        """Passes a signal on, once; a second SIGINT means now."""
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            self.killed_by_user = True
+            return
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends every rank that still runs, with the processes it started."""
+        for rank, process in enumerate(self._processes):
+            if process.poll() is None:
+                get_logger(__name__).debug("killing rank %d", rank)
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+
+    def _note_failure(self) -> None:
+        if self.first_failure is None:
+            codes = [process.poll() for process in self._processes]
+            failed = [(rank, code) for rank, code in enumerate(codes) if code]
+            # Of several in one glance, a rank that a signal took is the cause and the others its echo.
+            self.first_failure = min(failed, key=lambda item: item[1] > 0, default=None)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    # A session of its own: a terminal's Ctrl-C then reaches a rank once, through us, and killpg takes loader workers.
+    return subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=_dying_with_parent())
+
+
+def _dying_with_parent() -> Callable[[], object] | None:
+    """What a child calls so that Linux kills it when its parent dies, even by SIGKILL."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec a child should not load libraries
+    return functools.partial(prctl, _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

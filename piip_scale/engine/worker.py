@@ -1,0 +1,137 @@
+"""What each process of a training runs, however it was started: alone, by ``launch_local``, torchrun or srun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from piip_scale.config.run import RunConfig
+from piip_scale.engine.checkpointing import Checkpointer
+from piip_scale.engine.evaluation import evaluate
+from piip_scale.engine.hooks import Evaluate, Save, Silence, Sink, Tell
+from piip_scale.engine.run_dir import RunDirectory, error_line
+from piip_scale.engine.setup import build_engine, build_model, init_distributed
+from piip_scale.engine.stop import StopFlag
+from piip_scale.engine.stream import BatchStream
+from piip_scale.engine.trainer import Hook, Trainer
+from piip_scale.errors import Interrupted, PiipError
+from piip_scale.logging import configure_logging, get_logger
+from piip_scale.tasks.base import Task
+from piip_scale.telemetry.telemetry import Telemetry
+from piip_scale.world import World, read_world
+
+TaskFactory = Callable[[RunConfig, World], Task]
+
+
+def train_worker(
+    config: RunConfig,
+    config_text: str,
+    run: RunDirectory,
+    task_factory: TaskFactory,
+    *,
+    resume: bool = False,
+    show_progress: bool = True,
+) -> int:
+    """Trains as one rank of the world that the environment describes. Collective.
+
+    An error is told by the first rank that meets it, in one line on standard error, and written with its traceback to
+    ``errors/rank_N.txt`` of the run directory.
+
+    Args:
+        config: The run.
+        config_text: The resolved config as the run directory keeps it.
+        run: The run's directory; rank 0 opens it.
+        task_factory: Makes the task.
+        resume: Continue the run that is there.
+        show_progress: Draw a progress line on the main rank.
+
+    Returns:
+        The process's exit code: 0 when done, the error's own otherwise. Leave the process at once with it.
+
+    Raises:
+        PiipError: The world does not add up, or the directory cannot be opened; nothing has started then.
+    """
+    world = read_world()
+    configure_logging(world.rank)
+    if world.is_main:
+        run.open(config_text, resume=resume)
+        before = run.status()
+        run.write_status("running", before.step if before else 0)
+    stop = StopFlag()
+    stop.install()
+    try:
+        _train(config, run, task_factory, world, stop, show_progress=show_progress)
+    except Interrupted as error:
+        if world.is_main:
+            get_logger(__name__).warning(error.line)
+        return error.exit_code
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place where a rank can still speak
+        return _fail(run, world, error)
+    return 0
+
+
+def _fail(run: RunDirectory, world: World, error: BaseException) -> int:
+    if run.record_error(world.rank, error):
+        line = error_line(error)
+        where = "" if isinstance(error, PiipError) else f" (traceback: {run.errors / f'rank_{world.rank}.txt'})"
+        get_logger(__name__).error("piip-scale: error: %s%s", line, where)
+        before = run.status()
+        run.write_status("failed", before.step if before else 0, line)
+    return error.exit_code if isinstance(error, PiipError) else 1
+
+
+def _train(
+    config: RunConfig,
+    run: RunDirectory,
+    task_factory: TaskFactory,
+    world: World,
+    stop: StopFlag,
+    *,
+    show_progress: bool,
+) -> None:
+    device = init_distributed(world)
+    task = task_factory(config, world)
+    stream = BatchStream(task, config.train, device)
+    engine, _ = build_engine(build_model(task, config.train.seed), config, world)
+    checkpointer = Checkpointer(engine, run.checkpoints, config, world, task.num_train_batches())
+    first_step = checkpointer.resume()
+    sink = _open_sink(config, run, world, stream.total_steps, first_step, show_progress=show_progress)
+    hooks: list[Hook] = [
+        Tell(sink, run, world, device, config.train.log_every_steps),
+        Save(checkpointer, sink, config.train.checkpoint_every_steps, first_step),
+        Evaluate(lambda: evaluate(engine, task, device), sink, config.train.evaluate_every_steps),
+    ]
+    trainer = Trainer(engine, stream, config, world, device, stop, hooks, first_step)
+    _run(trainer, sink, run, world)
+    torch.distributed.destroy_process_group()
+
+
+def _run(trainer: Trainer, sink: Sink, run: RunDirectory, world: World) -> None:
+    try:
+        trainer.run()
+    except Interrupted as error:
+        if world.is_main:
+            run.write_status("stopped", trainer.step, error.line)
+        raise
+    finally:
+        sink.close()
+    if world.is_main:
+        run.write_status("done", trainer.step)
+
+
+def _open_sink(
+    config: RunConfig, run: RunDirectory, world: World, total_steps: int, first_step: int, *, show_progress: bool
+) -> Sink:
+    if not world.is_main:
+        return Silence()
+    sink = Telemetry(
+        run.path,
+        total_steps,
+        first_step,
+        show_progress=show_progress,
+        log_every_steps=config.train.log_every_steps,
+    )
+    if first_step:
+        sink.event(first_step, f"resumed after step {first_step}")
+    return sink

@@ -1,0 +1,210 @@
+"""Whole trainings in real processes: done, killed, stopped, failed, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+from piip_scale.engine.run_dir import RunDirectory
+
+WORKER = Path(__file__).with_name("tiny_worker.py")
+STEPS = 8
+
+
+def start(run_dir: Path, *options: str, **popen) -> subprocess.Popen:
+    command = [sys.executable, str(WORKER), str(run_dir), "--launch", "2", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
+
+
+def train(run_dir: Path, *options: str, **popen) -> tuple[int, str]:
+    process = start(run_dir, *options, **popen)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        status = RunDirectory(run_dir).status()
+        if status and status.step >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step}: {process.communicate()[0]}")
+
+
+def records(run_dir: Path, kind: str = "step") -> dict[int, dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["kind"] == kind}
+
+
+def losses(run_dir: Path) -> dict[int, tuple]:
+    keys = ("loss/loss_box", "loss/loss_score", "train/grad_norm", "train/lr")
+    return {step: tuple(record[key] for key in keys) for step, record in records(run_dir).items()}
+
+
+def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: master weights by name, the others as the sharded files hold them."""
+    checkpoint = run_dir / "checkpoints" / f"step_{step:08d}"
+    found = dict(ZeroCheckpoint(checkpoint))
+
+    def walk(prefix: str, value) -> None:
+        # In the flat groups, a slice's padding is whatever the memory held before.
+        if isinstance(value, torch.Tensor) and "fp32_flat_groups" not in prefix:
+            found[prefix] = value
+        elif isinstance(value, dict | list | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, inner in items:
+                walk(f"{prefix}/{key}", inner)
+
+    for file in sorted(checkpoint.rglob("*_states.pt")):
+        walk(file.name, torch.load(file, weights_only=False))
+    return found
+
+
+def assert_bitwise_equal(run_dir: Path, expected: Path) -> None:
+    assert losses(run_dir) == losses(expected)
+    found, wanted = tensors(run_dir, STEPS), tensors(expected, STEPS)
+    assert found.keys() == wanted.keys()
+    assert any("exp_avg_sq" in name for name in found)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    # No PATH: neither a compiler nor ninja is there, as on a machine where only wheels were installed.
+    code, output = train(run_dir, env=os.environ | {"PATH": ""})
+    assert code == 0, output
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_bf16(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    code, output = train(run_dir, "--precision", "bf16")
+    assert code == 0, output
+    return run_dir
+
+
+def test_a_run_leaves_status_metrics_and_checkpoints(uninterrupted):
+    assert RunDirectory(uninterrupted).status().state == "done"
+    assert sorted(records(uninterrupted)) == list(range(1, STEPS + 1))
+    assert sorted(records(uninterrupted, "evaluation")) == [4, 8]
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").glob("step_*")) == [
+        "step_00000006",
+        "step_00000008",
+    ]
+    events = EventAccumulator(str(uninterrupted / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_whole_run(uninterrupted_bf16, tmp_path):
+    options = ("--precision", "bf16")
+    code, output = train(tmp_path / "run", *options, "--trouble", "kill:1:10")
+    assert code == 1
+    assert "rank 1 was killed by SIGKILL" in output
+    assert RunDirectory(tmp_path / "run").status().state == "failed"
+    code, output = train(tmp_path / "run", *options, "--resume")
+    assert code == 0, output
+    assert_bitwise_equal(tmp_path / "run", uninterrupted_bf16)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
+    code, output = train(tmp_path / "run", "--trouble", "signal:1:8")
+    assert code == 130, output
+    assert output.count("stopped as asked after step 5 of 8") == 1
+    assert "--resume" in output
+    status = RunDirectory(tmp_path / "run").status()
+    assert (status.state, status.step) == ("stopped", 5)
+    code, output = train(tmp_path / "run", "--resume")
+    assert code == 0, output
+    assert_bitwise_equal(tmp_path / "run", uninterrupted)
+
+
+def test_a_used_directory_is_refused_in_one_line(uninterrupted):
+    code, output = train(uninterrupted)
+    assert code == 1
+    assert output.count("holds a run (done at step 8)") == 1
+    assert RunDirectory(uninterrupted).status().state == "done"
+
+
+def test_ctrl_c_saves_and_stops_every_rank(tmp_path):
+    process = start(tmp_path / "run", "--steps", "500", "--slow", "0.05")
+    wait_for_step(tmp_path / "run", 2, process)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert output.count("stopped as asked") == 1
+    status = RunDirectory(tmp_path / "run").status()
+    assert status.state == "stopped"
+    assert (tmp_path / "run" / "checkpoints" / f"step_{status.step:08d}" / "training.json").exists()
+    assert not any(rank.is_running() for rank in ranks)
+
+
+def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path):
+    process = start(tmp_path / "run", "--steps", "500", "--slow", "0.05")
+    wait_for_step(tmp_path / "run", 1, process)
+    ranks = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
+
+
+def test_an_error_is_told_once_with_its_rank_and_ends_all(tmp_path):
+    code, output = train(tmp_path / "run", "--trouble", "raise:1:4")
+    assert code == 2
+    assert output.count("sample is broken: got 'shard_3.tar'") == 1
+    assert "[rank 1]" in output
+    assert "Traceback" not in output
+    status = RunDirectory(tmp_path / "run").status()
+    assert (status.state, status.step) == ("failed", 2)
+    assert "Traceback" in (tmp_path / "run" / "errors" / "rank_1.txt").read_text()
+
+
+def test_an_unforeseen_error_names_the_file_with_its_traceback(tmp_path):
+    code, output = train(tmp_path / "run", "--trouble", "crash:0:4")
+    assert code == 1
+    told = [line for line in output.splitlines() if "ValueError: an unforeseen thing" in line]
+    assert len(told) == 1
+    assert str(tmp_path / "run" / "errors" / "rank_0.txt") in told[0]
+
+
+def test_a_run_that_diverges_stops_by_itself(tmp_path):
+    code, output = train(tmp_path / "run", "--lr", "1e30", "--steps", "20")
+    assert code == 1
+    assert output.count("was not finite in 2 steps in a row") == 1
+
+
+def test_a_disk_that_fills_while_saving_is_one_line_and_leaves_no_checkpoint(tmp_path):
+    def small_files_only() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    code, output = train(tmp_path / "run", "--save-every", "1", preexec_fn=small_files_only)
+    assert code == 2, output
+    told = [line for line in output.splitlines() if "error" in line]
+    assert len(told) == 1
+    assert "cannot write checkpoint" in told[0]
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*")) == []
+
+
+def test_torchrun_starts_the_same_worker(tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    subprocess.run([*command, str(WORKER), str(run_dir), "--steps", "2"], check=True, timeout=240)
+    assert RunDirectory(run_dir).status().state == "done"
