@@ -27,8 +27,18 @@ class PiipError(Exception):
         return " ".join("; ".join(part for part in parts if part).split())
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions pickle by positional arguments only; loader workers must be able to send ours.
-        return _rebuild, (type(self), self.problem, self.value, self.rule, self.fix)
+        # Exceptions pickle by positional arguments only; loader workers must be able to send ours, with any value.
+        value = None if self.value is None else _Shown(repr(self.value))
+        return _rebuild, (type(self), self.problem, value, self.rule, self.fix)
+
+
+class _Shown(str):
+    """How a value looked where it was raised."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _rebuild(kind: type[PiipError], problem: str, value: object, rule: str, fix: str) -> PiipError:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from piip_scale.errors import WorldError
+
+_MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,11 @@ class World:
         rank: Index of this process among all, 0-based.
         num_ranks: Processes in all.
         local_rank: Index of this process on its node.
-        ranks_per_node: Processes on this node.
+        ranks_per_node: Processes on this node; other nodes may have more or fewer.
         master_address: Host of rank 0.
         master_port: Port at which the ranks meet.
         launcher: Who started the process: ``single``, ``torchrun`` or ``slurm``.
+        node_rank: Index of this process's node.
     """
 
     rank: int = 0
@@ -30,6 +34,7 @@ class World:
     master_address: str = "127.0.0.1"
     master_port: int = 29500
     launcher: str = "single"
+    node_rank: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.num_ranks:
@@ -40,11 +45,8 @@ class World:
                 value=self.local_rank,
                 rule=f"0 <= local rank < {self.ranks_per_node} ranks per node <= {self.num_ranks} ranks",
             )
-
-    @property
-    def node_rank(self) -> int:
-        """Index of this process's node."""
-        return self.rank // self.ranks_per_node
+        if not 1 <= self.master_port <= _MAX_PORT:
+            raise WorldError("master port out of range", value=self.master_port, rule=f"1 <= port <= {_MAX_PORT}")
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +60,7 @@ class World:
             "WORLD_SIZE": str(self.num_ranks),
             "LOCAL_RANK": str(self.local_rank),
             "LOCAL_WORLD_SIZE": str(self.ranks_per_node),
+            "GROUP_RANK": str(self.node_rank),
             "MASTER_ADDR": self.master_address,
             "MASTER_PORT": str(self.master_port),
         }
@@ -66,43 +69,82 @@ class World:
 def read_world(environment: Mapping[str, str] | None = None) -> World:
     """Reads the world from torchrun's or Slurm's variables; alone where neither is set.
 
+    torchrun's come first: inside ``srun torchrun ...`` both are there.
+
     Args:
         environment: Variables to read instead of the process's own.
 
     Raises:
-        WorldError: A variable is missing beside its siblings, or is not a number.
+        WorldError: A variable is missing beside its siblings, or cannot be meant.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env:
-        return World(
-            rank=_integer(env, "RANK"),
-            num_ranks=_integer(env, "WORLD_SIZE"),
-            local_rank=_integer(env, "LOCAL_RANK"),
-            ranks_per_node=_integer(env, "LOCAL_WORLD_SIZE"),
-            master_address=_text(env, "MASTER_ADDR"),
-            master_port=_integer(env, "MASTER_PORT"),
-            launcher="torchrun",
-        )
-    # Inside an sbatch script, outside srun, SLURM_PROCID is 0 as well; SLURM_STEP_ID tells srun's tasks.
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        return World(
-            rank=_integer(env, "SLURM_PROCID"),
-            num_ranks=_integer(env, "SLURM_STEP_NUM_TASKS"),
-            local_rank=_integer(env, "SLURM_LOCALID"),
-            ranks_per_node=_integer(env, "SLURM_NTASKS_PER_NODE"),
-            master_address=_text(env, "MASTER_ADDR"),
-            master_port=_integer(env, "MASTER_PORT"),
-            launcher="slurm",
-        )
+        return _torchrun_world(env)
+    # Seen on Slurm 22.05: a batch script has SLURM_PROCID=0 too, but only srun's tasks have SLURM_STEP_ID. A step of
+    # one task is a shell (srun --pty, salloc) or a single process, and may start ranks of its own.
+    if "SLURM_STEP_ID" in env and _integer(env, "SLURM_STEP_NUM_TASKS") > 1:
+        return _slurm_world(env)
     return World()
+
+
+def _torchrun_world(env: Mapping[str, str]) -> World:
+    rank, ranks_per_node = _integer(env, "RANK"), _integer(env, "LOCAL_WORLD_SIZE")
+    return World(
+        rank=rank,
+        num_ranks=_integer(env, "WORLD_SIZE"),
+        local_rank=_integer(env, "LOCAL_RANK"),
+        ranks_per_node=ranks_per_node,
+        master_address=_text(env, "MASTER_ADDR"),
+        master_port=_integer(env, "MASTER_PORT"),
+        launcher="torchrun",
+        # Launchers in torchrun's manner that leave it out fill nodes evenly, in order.
+        node_rank=_integer(env, "GROUP_RANK") if "GROUP_RANK" in env else rank // max(ranks_per_node, 1),
+    )
+
+
+def _slurm_world(env: Mapping[str, str]) -> World:
+    """One task of an ``srun`` step.
+
+    SLURM_NTASKS_PER_NODE is there only when ``--ntasks-per-node`` was asked for, and SLURM_NTASKS and
+    SLURM_TASKS_PER_NODE are, in a batch job, the job's and not the step's; so only the step's own are read.
+    """
+    node_rank = _integer(env, "SLURM_NODEID")
+    return World(
+        rank=_integer(env, "SLURM_PROCID"),
+        num_ranks=_integer(env, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_integer(env, "SLURM_LOCALID"),
+        ranks_per_node=_tasks_of_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"), node_rank),
+        master_address=_text(env, "MASTER_ADDR"),
+        master_port=_integer(env, "MASTER_PORT"),
+        launcher="slurm",
+        node_rank=node_rank,
+    )
+
+
+def _tasks_of_node(text: str, node: int) -> int:
+    """Reads Slurm's ``2(x3),1``: three nodes of two tasks, then one node of one."""
+    begin = 0
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            break
+        begin += int(match[2] or 1)
+        if node < begin:
+            return int(match[1])
+    raise WorldError(
+        "environment variable SLURM_STEP_TASKS_PER_NODE",
+        value=text,
+        rule=f"it reads like 2(x3),1 and names node {node}, counted from 0",
+        fix="start the ranks with srun",
+    )
 
 
 def _text(env: Mapping[str, str], name: str) -> str:
     if name not in env:
         raise WorldError(
             f"environment variable {name} is not set",
-            rule="torchrun and launch/train.sbatch set it together with the rank",
-            fix="start with one of them, or unset RANK / leave srun for a single process",
+            rule="whoever starts the ranks sets it: torchrun, or the batch script around srun",
+            fix="start with one of them, or unset RANK (leave srun) for a single process",
         )
     return env[name]
 

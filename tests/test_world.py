@@ -1,0 +1,169 @@
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from piip_scale.errors import WorldError
+from piip_scale.world import World, read_world
+
+MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+TASKS_PER_NODE = st.lists(st.integers(1, 5), min_size=1, max_size=6)
+
+
+def slurm_text(tasks_per_node):
+    """Slurm's own shorthand: runs of equal counts as ``2(x3)``."""
+    runs = [(count, len(list(same))) for count, same in itertools.groupby(tasks_per_node)]
+    return ",".join(f"{count}(x{times})" if times > 1 else str(count) for count, times in runs)
+
+
+def slurm_step(tasks_per_node, node, local, rank):
+    """What Slurm 22.05 sets for one task of ``srun`` without ``--ntasks-per-node``."""
+    text, num_tasks = slurm_text(tasks_per_node), str(sum(tasks_per_node))
+    return MEETING | {
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(local),
+        "SLURM_NODEID": str(node),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEPID": "0",
+        "SLURM_STEP_NUM_TASKS": num_tasks,
+        "SLURM_STEP_NUM_NODES": str(len(tasks_per_node)),
+        "SLURM_STEP_TASKS_PER_NODE": text,
+        "SLURM_NTASKS": num_tasks,
+        "SLURM_NPROCS": num_tasks,
+        "SLURM_TASKS_PER_NODE": text,
+    }
+
+
+def slurm_worlds(tasks_per_node):
+    places = [(node, local) for node, count in enumerate(tasks_per_node) for local in range(count)]
+    return [read_world(slurm_step(tasks_per_node, *place, rank)) for rank, place in enumerate(places)]
+
+
+def test_alone():
+    assert read_world({}) == World()
+    assert World().is_main
+    assert World().launcher == "single"
+
+
+@given(TASKS_PER_NODE.filter(lambda tasks: sum(tasks) > 1))
+def test_srun_with_any_spread_of_tasks(tasks_per_node):
+    worlds = slurm_worlds(tasks_per_node)
+    assert [world.rank for world in worlds] == list(range(sum(tasks_per_node)))
+    assert {world.num_ranks for world in worlds} == {sum(tasks_per_node)}
+    for node, count in enumerate(tasks_per_node):
+        here = [world for world in worlds if world.node_rank == node]
+        assert [world.local_rank for world in here] == list(range(count))
+        assert {world.ranks_per_node for world in here} == {count}
+    assert [world.is_main for world in worlds] == [True] + [False] * (len(worlds) - 1)
+    assert all((w.launcher, w.master_address, w.master_port) == ("slurm", "10.0.0.1", 29400) for w in worlds)
+
+
+def test_ranks_dealt_to_nodes_in_turn_know_their_node():
+    """``srun --distribution=cyclic``: rank 1 is the first of node 1."""
+    world = read_world(slurm_step([2, 2], node=1, local=0, rank=1))
+    assert (world.rank, world.node_rank, world.local_rank) == (1, 1, 0)
+
+
+def test_the_jobs_own_counts_are_not_the_steps():
+    environment = slurm_step([2, 2], node=1, local=1, rank=3)
+    environment |= {"SLURM_NTASKS": "64", "SLURM_NTASKS_PER_NODE": "32", "SLURM_TASKS_PER_NODE": "32(x2)"}
+    assert read_world(environment).ranks_per_node == 2
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},  # inside a batch script
+        {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "3"},  # under salloc
+        slurm_step([1], 0, 0, 0),  # srun --pty bash, a step of one task
+    ],
+)
+def test_a_shell_inside_a_job_is_alone(environment):
+    assert read_world(environment) == World()
+
+
+@given(
+    ranks_per_node=st.integers(1, 8),
+    num_nodes=st.integers(1, 6),
+    data=st.data(),
+    group_rank=st.booleans(),
+)
+def test_what_a_world_tells_torch_reads_back(ranks_per_node, num_nodes, data, group_rank):
+    rank = data.draw(st.integers(0, ranks_per_node * num_nodes - 1))
+    world = World(
+        rank=rank,
+        num_ranks=ranks_per_node * num_nodes,
+        local_rank=rank % ranks_per_node,
+        ranks_per_node=ranks_per_node,
+        master_address="node7",
+        master_port=1234,
+        launcher="torchrun",
+        node_rank=rank // ranks_per_node,
+    )
+    environment = world.as_environment()
+    if not group_rank:
+        del environment["GROUP_RANK"]
+    assert read_world(environment) == world
+    # torchrun under srun: one task per node starts the ranks.
+    assert read_world(slurm_step([1, 1], 0, 0, 0) | environment) == world
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | MEETING
+SRUN = slurm_step([2], 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "change", "message"),
+    [
+        (TORCHRUN, {"WORLD_SIZE": None}, "environment variable WORLD_SIZE is not set"),
+        (TORCHRUN, {"MASTER_PORT": None}, "environment variable MASTER_PORT is not set"),
+        (TORCHRUN, {"LOCAL_RANK": "one"}, "environment variable LOCAL_RANK: got 'one'; it must be a whole number"),
+        (TORCHRUN, {"RANK": "2"}, "rank out of range: got 2; 0 <= rank < 2"),
+        (TORCHRUN, {"RANK": "-1"}, "rank out of range: got -1"),
+        (TORCHRUN, {"LOCAL_WORLD_SIZE": "0"}, "local rank out of range: got 1"),
+        (TORCHRUN, {"LOCAL_WORLD_SIZE": "3"}, "local rank < 3 ranks per node <= 2 ranks"),
+        (TORCHRUN, {"MASTER_PORT": "70000"}, "master port out of range: got 70000; 1 <= port <= 65535"),
+        (SRUN, {"MASTER_ADDR": None}, "environment variable MASTER_ADDR is not set; whoever starts the ranks sets it"),
+        (SRUN, {"SLURM_LOCALID": None}, "environment variable SLURM_LOCALID is not set"),
+        (SRUN, {"SLURM_STEP_NUM_TASKS": None}, "environment variable SLURM_STEP_NUM_TASKS is not set"),
+        (SRUN, {"SLURM_STEP_TASKS_PER_NODE": "2x"}, r"SLURM_STEP_TASKS_PER_NODE: got '2x'; it reads like 2\(x3\),1"),
+        (SRUN, {"SLURM_NODEID": "1"}, "names node 1, counted from 0"),
+    ],
+)
+def test_variables_that_do_not_add_up(environment, change, message):
+    changed = {k: v for k, v in (environment | change).items() if v is not None}
+    with pytest.raises(WorldError, match=message):
+        read_world(changed)
+
+
+def test_real_torchrun():
+    code = "from piip_scale.world import read_world; print(read_world())"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("World("))
+    for rank, line in enumerate(lines):
+        assert f"rank={rank}, num_ranks=2, local_rank={rank}, ranks_per_node=2" in line
+        assert "launcher='torchrun', node_rank=0" in line
+    assert len(lines) == 2
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(
+    shutil.which("srun") is None or "SLURM_CONF" not in os.environ, reason="needs a running Slurm named by SLURM_CONF"
+)
+def test_real_srun():
+    code = "from piip_scale.world import read_world; print(read_world())"
+    environment = os.environ | MEETING
+    command = ["srun", "-N2", "-n3", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("World("))
+    for line, (rank, local, count, node) in zip(lines, [(0, 0, 2, 0), (1, 1, 2, 0), (2, 0, 1, 1)], strict=True):
+        assert f"rank={rank}, num_ranks=3, local_rank={local}, ranks_per_node={count}" in line
+        assert f"launcher='slurm', node_rank={node}" in line
