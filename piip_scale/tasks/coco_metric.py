@@ -60,8 +60,8 @@ class CocoMetric:
         Collective: every rank calls it; rank 0 computes, and the result is the same on all.
 
         Returns:
-            ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_s``, ``box_ap_m``, ``box_ap_l``, and ``box_ap50/NAME`` for
-            every class; with masks the same under ``mask_``.
+            ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_s``, ``box_ap_m``, ``box_ap_l``, and
+            ``per_class/box_ap50/NAME`` for every class; with masks the same for ``mask_``.
         """
         results = self.results()
         metrics: list[Any] = [None]
@@ -71,6 +71,16 @@ class CocoMetric:
             dist.broadcast_object_list(metrics, src=0)
         scores: dict[str, float] = metrics[0]
         return scores
+
+    def write_results(self, path: Path) -> None:
+        """Writes ``results`` as a COCO results file, whole or not at all. Collective; rank 0 writes.
+
+        Raises:
+            DataError: The disk is full, or the folder cannot be written.
+        """
+        results = self.results()
+        if not _is_distributed() or dist.get_rank() == 0:
+            write_bytes(path, json_bytes(results))
 
     def _scores(self, part: str, results: list[Result]) -> dict[str, float]:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -83,7 +93,7 @@ class CocoMetric:
         evaluation.run()
         stats = evaluation.stats_as_dict
         scores = {f"{part}_{key}": float(stats[name]) for key, name in _STATS.items()}
-        return scores | {f"{part}_ap50/{name}": value for name, value in self._class_ap50(evaluation).items()}
+        return scores | {f"per_class/{part}_ap50/{name}": value for name, value in self._class_ap50(evaluation).items()}
 
     def _class_ap50(self, evaluation: Any) -> dict[str, float]:
         at_50 = int(np.flatnonzero(np.isclose(evaluation.params.iouThrs, 0.5))[0])
@@ -110,15 +120,6 @@ def coco_results(found: Detections, category_ids: Sequence[int]) -> list[Result]
     for result, rle in zip(results, found.masks_rle or (), strict=found.masks_rle is not None):
         result["segmentation"] = rle
     return results
-
-
-def write_results_json(path: Path, results: Iterable[Result]) -> None:
-    """Writes a COCO results file, whole or not at all.
-
-    Raises:
-        DataError: The disk is full, or the folder cannot be written.
-    """
-    write_bytes(path, json_bytes(list(results)))
 
 
 def _complete(annotations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

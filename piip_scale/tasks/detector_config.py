@@ -62,7 +62,7 @@ def plan_detector(config: DetectorConfig, features: Sequence[FeatureSpec], num_c
     for path, value in (derived | _class_values(model, num_classes)).items():
         if not names(overrides, path.split(".")):
             assign(model, path.split("."), value)
-    return DetectorPlan(model, indices, has_masks="mask_head" in (model.get("roi_head") or {}))
+    return DetectorPlan(model, indices, has_masks=bool(model.get("roi_head", {}).get("mask_head")))
 
 
 def _base(kind: str) -> Tree:

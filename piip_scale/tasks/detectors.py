@@ -160,9 +160,9 @@ class DetectionModel(nn.Module):
         return self.heads
 
     def parts(self) -> dict[str, nn.Module]:
-        """Branches, largest first, then interactions, merging, pyramid and heads."""
+        """Branches, largest first, then what joins them, and the heads."""
         branches = {f"branch {index}": branch for index, branch in enumerate(self.backbone.branches)}
-        joints = {name: getattr(self.backbone, name) for name in ("interactions", "merging", "pyramid")}
+        joints = {name: child for name, child in self.backbone.named_children() if name != "branches"}
         return branches | joints | {"heads": self.heads}
 
     def parameter_rules(self) -> dict[str, ParameterRule]:

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Detections
-from piip_scale.tasks.coco_metric import CocoMetric, write_results_json
+from piip_scale.tasks.coco_metric import CocoMetric
 
 SIDE = 200
 # Ids neither consecutive nor in label order.
@@ -113,7 +113,7 @@ def test_equals_pycocotools(part, kind, capsys):
     assert 0.1 < scores[f"{part}_ap50"] < 1
     by_id = dict(zip(reference.params.catIds, reference.eval["precision"][0, :, :, 0, -1].mean(0), strict=True))
     for category in CATEGORIES:
-        assert scores[f"{part}_ap50/{category['name']}"] == pytest.approx(by_id[category["id"]], abs=1e-9)
+        assert scores[f"per_class/{part}_ap50/{category['name']}"] == pytest.approx(by_id[category["id"]], abs=1e-9)
 
 
 def test_perfect_detections_score_one_and_none_score_zero():
@@ -132,8 +132,8 @@ def test_perfect_detections_score_one_and_none_score_zero():
     nothing = CocoMetric(truth, with_masks=True)
     nothing.update(None, [Detections(1, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), [])])
     scores = nothing.compute()
-    assert scores["box_ap"] == scores["mask_ap"] == scores["box_ap50/disc"] == 0.0
-    assert scores["box_ap50/absent"] == -1.0
+    assert scores["box_ap"] == scores["mask_ap"] == scores["per_class/box_ap50/disc"] == 0.0
+    assert scores["per_class/box_ap50/absent"] == -1.0
 
 
 def test_a_set_without_objects_has_no_precision():
@@ -196,11 +196,11 @@ def test_results_file_is_cocos_and_whole(tmp_path):
     truth = _truth()
     metric = CocoMetric(truth, with_masks=True)
     metric.update(None, _found(truth))
-    write_results_json(tmp_path / "results.json", metric.results())
+    metric.write_results(tmp_path / "results.json")
     loaded = json.loads((tmp_path / "results.json").read_text())
     assert set(loaded[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
     assert {entry["category_id"] for entry in loaded} == {7, 3}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError):
-        write_results_json(tmp_path / "file" / "results.json", [])
+        metric.write_results(tmp_path / "file" / "results.json")
