@@ -19,9 +19,18 @@ def configure_logging(rank: int = 0, level: int = logging.INFO) -> None:
     Every rank calls it once, at its start; a second call replaces the first.
     """
     logger = logging.getLogger(_ROOT)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(level if rank == 0 else logging.WARNING)
     logger.propagate = False
+
+
+class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what is ``sys.stderr`` at the time: a progress bar puts itself there, and prints above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record."""
+        self.setStream(sys.stderr)
+        super().emit(record)

@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 
 from piip_scale.errors import RunError
+from piip_scale.logging import configure_logging, get_logger
 from piip_scale.telemetry import StepRecord, Telemetry
 
 
 def main(run_dir, num_steps):
+    configure_logging()
     telemetry = Telemetry(run_dir, total_steps=num_steps)
+    get_logger().info("a message beside the bar")
     try:
         for step in range(1, num_steps + 1):
             losses = {"loss_cls": 1.0 / step, "loss_bbox": 0.25}

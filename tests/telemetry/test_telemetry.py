@@ -159,6 +159,8 @@ def test_one_redrawn_line_on_a_terminal(tmp_path):
     assert "20/20" in text
     assert "8.00 images/s  loss 0.300 (bbox 0.250  cls 0.050)" in text
     assert "step 20  bbox_mAP 0.5" in text
+    # A line of its own, above the bar and not in its middle.
+    assert "a message beside the bar" in [line.strip() for line in re.split(r"[\r\n]+", text)]
 
 
 def test_a_full_disk_ends_in_one_line(tmp_path):
@@ -167,7 +169,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path):
     script = f"mount -t tmpfs -o size=64k none {tmp_path} && {sys.executable} {WRITER} {tmp_path}/run 100000"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    told = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    told = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "a message"))]
     fix = "free some space on that disk, then start again"
     assert told == [f"cannot write metrics in {tmp_path}/run: No space left on device; {fix}"]
 
