@@ -22,6 +22,10 @@ VARIANTS = {
     "stage3": ({"stage": 3, "stage3_param_persistence_threshold": 10}, {}),
     "stage3_bf16": ({"stage": 3, "stage3_param_persistence_threshold": 10}, {"bf16": {"enabled": True}}),
     "stage3_sub_groups": ({"stage": 3, "sub_group_size": 20}, {"bf16": {"enabled": True}} | FP32_GRADIENTS),
+    "stage3_offload": (
+        {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+        {"bf16": {"enabled": True}, "zero_force_ds_cpu_optimizer": False},
+    ),
 }
 # DeepSpeed's own tool refuses these: no ZeRO, and a stage 1 whose files do not say so.
 NOT_FOR_THE_ORACLE = ("stage0", "stage0_bf16", "stage1_bf16_fp32_gradients")
