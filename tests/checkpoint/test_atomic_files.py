@@ -1,0 +1,45 @@
+import errno
+import os
+
+import pytest
+
+from piip_scale.checkpoint.files import disk_errors, write_text_atomically
+from piip_scale.errors import CheckpointError, RunError
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_refused_write_leaves_the_old_text_and_no_rubbish(tmp_path, monkeypatch, call):
+    path = tmp_path / "status"
+    write_text_atomically(path, "old")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_text_atomically(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_text_atomically(path, "new ü")
+    assert path.read_text(encoding="utf-8") == "new ü"
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (errno.ENOSPC, "cannot save x: No space left on device (/a/b); free some space on that disk, then start again"),
+        (errno.EROFS, "cannot save x: Read-only file system (/a/b); choose a folder on a disk that can be written"),
+        (errno.EIO, "cannot save x: Input/output error (/a/b)"),
+    ],
+)
+def test_a_refusal_of_the_disk_is_one_line_with_a_fix(code, line):
+    with pytest.raises(CheckpointError) as caught, disk_errors(CheckpointError, "save x"):
+        raise OSError(code, os.strerror(code), "/a/b")
+    assert caught.value.line == line
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_other_errors_pass():
+    with pytest.raises(ZeroDivisionError), disk_errors(RunError, "save x"):
+        raise ZeroDivisionError
