@@ -57,7 +57,7 @@ class VitBranchConfig(_BranchConfig):
         window_size_tokens: Window of each block, 0 for full attention; empty is full attention everywhere.
         pretrain_resolution_px: Image size of the position embedding's own grid.
         key_bias: Whether the qkv bias has a part for keys (BEiT has none).
-        qk_norm: RMS-normalise queries and keys over the whole width before heads are split.
+        qk_norm: Normalise queries and keys, as the tokens are, over the whole width before heads are split.
         layer_scale_init: Start of the per-channel scales, ``None`` for none.
         position_embedding: Learn a position for each cell of the grid.
         position_class_slot: The position embedding keeps a slot for a class token at index 0.

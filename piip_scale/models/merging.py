@@ -39,7 +39,8 @@ class MergePart(nn.Module):
     def __init__(self, layers: nn.Module) -> None:
         super().__init__()
         self.layers = layers
-        self.weight = nn.Parameter(torch.empty(()))
+        # The released weight has no axis; DeepSpeed 0.19.8 cannot broadcast such a parameter.
+        self.weight = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -139,5 +139,6 @@ def _layer_ids(branch: Branch, stretch: float) -> dict[int, float]:
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     # ZeRO-3 keeps a sharded parameter's real shape in ds_shape.
-    num_axes = len(getattr(parameter, "ds_shape", parameter.shape))
-    return num_axes != 1 and not name.endswith(".bias")
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    # The merging's single numbers have no axis in the released code, whose rule for one axis lets them decay.
+    return (len(shape) != 1 or shape.numel() == 1) and not name.endswith(".bias")

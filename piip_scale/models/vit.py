@@ -148,8 +148,8 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias and config.key_bias)
         self.qv_bias = QueryValueBias(dim) if config.qkv_bias and not config.key_bias else nn.Identity()
         # Over the whole width, all heads together, before heads are split: InternViT's way.
-        self.q_norm = build_norm("rmsnorm" if config.qk_norm else "none", dim, config.norm_eps)
-        self.k_norm = build_norm("rmsnorm" if config.qk_norm else "none", dim, config.norm_eps)
+        self.q_norm = build_norm(config.norm if config.qk_norm else "none", dim, config.norm_eps)
+        self.k_norm = build_norm(config.norm if config.qk_norm else "none", dim, config.norm_eps)
         self.position_bias = PositionBias(self.window, self.num_heads) if config.relative_position_bias else None
         self.proj = Linear(dim, dim)
 
