@@ -1,0 +1,288 @@
+"""Shards to batches: this rank's share of an epoch, decoded and augmented in worker processes."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from piip_scale.config.run import AugmentConfig, DataConfig
+from piip_scale.data.batch import Batch, ImageInfo, Instances
+from piip_scale.data.order import EpochOrder, canonical_order, evaluation_batches, random_of
+from piip_scale.data.sample import Sample, decode_sample
+from piip_scale.data.shards import ShardSet
+from piip_scale.data.transforms import Target, apply_geometry, evaluation_geometry, training_geometry
+from piip_scale.errors import DataError
+from piip_scale.logging import get_logger
+from piip_scale.world import World
+
+MAX_NEIGHBOURS = 16
+"""A broken sample is replaced by the next whole one, at most this far on: a longer run of them is no accident."""
+
+Flag = Any
+"""A boolean in shared memory; ctypes has no type for it that a checker knows."""
+
+# What Slurm, a terminal or a launcher sends to every process of a job: it is for the training process to act on.
+_PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_WATCH_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class BrokenSample:
+    """A sample that could not be used, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch and what was replaced to make it whole."""
+
+    batch: Batch
+    broken: tuple[BrokenSample, ...]
+
+    def pin_memory(self) -> Loaded:
+        """A copy in page-locked memory; torch's loader calls it by this name."""
+        return Loaded(self.batch.pin_memory(), self.broken)
+
+
+class DetectionLoader:
+    """Batches of a packed set for one rank.
+
+    Args:
+        shards: The set.
+        config: How samples become batches.
+        seed: Of the run: order and augmentations follow from it.
+        world: This rank among all.
+
+    Attributes:
+        num_seen: Samples asked for so far.
+        num_broken: Those of them that had to be replaced.
+    """
+
+    def __init__(self, shards: ShardSet, config: DataConfig, *, seed: int, world: World) -> None:
+        self.shards, self.config, self.seed, self.world = shards, config, seed, world
+        self.num_seen = self.num_broken = 0
+        self._named: set[str] = set()
+
+    @property
+    def order(self) -> EpochOrder:
+        """This rank's share of an epoch.
+
+        Raises:
+            DataError: The ranks do not divide the canonical streams, or a step takes more images than there are.
+        """
+        return EpochOrder(
+            num_samples=len(self.shards),
+            num_streams=self.config.num_streams,
+            num_ranks=self.world.num_ranks,
+            rank=self.world.rank,
+            batch_size=self.config.micro_batch_size,
+        )
+
+    def __len__(self) -> int:
+        """Training batches of an epoch, the same on every rank."""
+        return self.order.num_steps
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's training batches of an epoch from a step on, the same as if it had started at 0.
+
+        Raises:
+            DataError: A shard is gone, or too many samples are broken.
+        """
+        share = self.order
+        order = canonical_order(
+            self.shards.num_samples_of_shard, seed=self.seed, epoch=epoch, num_streams=self.config.num_streams
+        )
+        requests = [share.batch(order, step) for step in range(first_step, share.num_steps)]
+        return self._loaded(_Batches(self.shards, self.config.augment, requests, self.seed, epoch))
+
+    def val_batches(self) -> Iterator[Batch]:
+        """This rank's batches of a pass over the whole set, without chance.
+
+        Equally many on every rank; the last repeat samples from the start, which a metric knows by ``image_id``.
+
+        Raises:
+            DataError: A shard is gone, or too many samples are broken.
+        """
+        requests = evaluation_batches(
+            len(self.shards),
+            num_ranks=self.world.num_ranks,
+            rank=self.world.rank,
+            batch_size=self.config.micro_batch_size,
+        )
+        return self._loaded(_Batches(self.shards, self.config.augment, requests, self.seed, None))
+
+    def _loaded(self, batches: _Batches) -> Iterator[Batch]:
+        closing = _closing(os.getpid())
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=self.config.workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=partial(_start_worker, closing, os.getpid()),
+            # Without one of its own it would draw from the global generator, and a resumed run would differ.
+            generator=torch.Generator(),
+        )
+        for loaded in _named_worker_deaths(loader, closing):
+            if isinstance(loaded, DataError):
+                raise loaded
+            self._count(loaded)
+            yield loaded.batch
+
+    def _count(self, loaded: Loaded) -> None:
+        self.num_seen += len(loaded.batch)
+        self.num_broken += len(loaded.broken)
+        for sample in loaded.broken:
+            if sample.key not in self._named:
+                self._named.add(sample.key)
+                get_logger(__name__).warning("sample %s is replaced by a neighbour: %s", sample.key, sample.reason)
+        # Over an epoch at least, so that one broken sample among the first few does not stop a run.
+        share = self.num_broken / max(self.num_seen, len(self.shards) / self.world.num_ranks)
+        if share > self.config.max_broken_share:
+            raise DataError(
+                f"too many broken samples in {self.shards.folder}: {self.num_broken}, last {sorted(self._named)[-1]}",
+                value=round(share, 4),
+                rule=f"at most a share of {self.config.max_broken_share} of an epoch (data.max_broken_share)",
+                fix="run `piip-scale shards verify`, pack the set again, or raise the share",
+            )
+
+
+class _Batches(Dataset[Loaded | DataError]):
+    """Batch by number, made from scratch by whichever process is asked; ``epoch`` is ``None`` for evaluation."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        augment: AugmentConfig,
+        requests: Sequence[np.ndarray],
+        seed: int,
+        epoch: int | None,
+    ) -> None:
+        self._shards, self._augment, self._requests = shards, augment, requests
+        self._seed, self._epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: int) -> Loaded | DataError:
+        # Errors are returned: torch would raise ours again with a traceback for its message.
+        try:
+            return self._batch([int(number) for number in self._requests[index]])
+        except DataError as error:
+            return error
+
+    def _batch(self, numbers: Sequence[int]) -> Loaded:
+        broken: list[BrokenSample] = []
+        made = [self._sample_or_neighbour(number, broken) for number in numbers]
+        return Loaded(_collated(made, self._augment, training=self._epoch is not None), tuple(broken))
+
+    def _sample_or_neighbour(self, number: int, broken: list[BrokenSample]) -> tuple[Target, ImageInfo]:
+        for distance in range(min(MAX_NEIGHBOURS, len(self._shards))):
+            # Outside the try: a shard that is gone must not be taken for a broken sample.
+            raw = self._shards.read((number + distance) % len(self._shards))
+            try:
+                sample = decode_sample(raw, self._shards.label_of_category, has_masks=self._shards.manifest.has_masks)
+                return self._transformed(sample, number)
+            except DataError as error:
+                reason = str(error)
+            if not distance:
+                broken.append(BrokenSample(raw.key, reason))
+        raise DataError(
+            f"no whole sample among {MAX_NEIGHBOURS} from {self._shards.keys[number]} on",
+            rule=f"the last: {reason}",
+            fix="pack the set again",
+        )
+
+    def _transformed(self, sample: Sample, number: int) -> tuple[Target, ImageInfo]:
+        height, width = sample.pixels.shape[:2]
+        if self._epoch is None:
+            geometry = evaluation_geometry((height, width), self._augment)
+        else:
+            rng = random_of(self._seed, self._epoch, number)
+            geometry = training_geometry((height, width), self._augment, rng)
+        info = ImageInfo(sample.key, sample.image_id, (height, width), geometry.size_px, geometry.scale_xy)
+        return apply_geometry(sample, geometry), info
+
+
+def _collated(made: Sequence[tuple[Target, ImageInfo]], augment: AugmentConfig, *, training: bool) -> Batch:
+    sizes = [target.pixels.shape[:2] for target, _ in made]
+    if training and augment.crop_px is not None:
+        # Under jitter the canvas is the crop, as in mmdet's recipes: shapes stay the same from step to step.
+        sizes.append(augment.crop_px)
+    multiple = augment.pad_multiple_px
+    height, width = (-(-max(size[axis] for size in sizes) // multiple) * multiple for axis in (0, 1))
+    images = np.zeros((len(made), height, width, 3), np.uint8)
+    for canvas, (target, _) in zip(images, made, strict=True):
+        canvas[: target.pixels.shape[0], : target.pixels.shape[1]] = target.pixels
+    instances = tuple(_instances(target) for target, _ in made)
+    return Batch(torch.from_numpy(images), instances, tuple(info for _, info in made))
+
+
+def _instances(target: Target) -> Instances:
+    masks = None if target.mini_masks is None else torch.from_numpy(target.mini_masks)
+    boxes, labels, is_crowd = map(torch.from_numpy, (target.boxes_xyxy_px, target.labels, target.is_crowd))
+    return Instances(boxes, labels, is_crowd, masks)
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded
+
+
+def _named_worker_deaths(loader: DataLoader[Loaded | DataError], closing: Flag) -> Iterator[Loaded | DataError]:
+    try:
+        iterator = iter(loader)
+        # Last registered, first called: before torch waits seconds for workers that do not know of the end.
+        atexit.unregister(_announce_end)
+        atexit.register(_announce_end, closing)
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a loader process died",
+            value=str(error).splitlines()[0],
+            rule="most often of too little memory, or too little room in /dev/shm",
+            fix="use fewer data.workers",
+        ) from error
+
+
+@cache
+def _closing(pid: int) -> Flag:
+    """Becomes true once the process with that id is about to end."""
+    # Not an Event: setting one waits for whoever waits for it, and hangs where such a process was killed.
+    return multiprocessing.RawValue(ctypes.c_bool, False)
+
+
+def _announce_end(closing: Flag) -> None:
+    closing.value = True
+
+
+def _start_worker(closing: Flag, parent_pid: int, _: int) -> None:
+    """Leaves the job's signals to the parent, which saves and stops; the worker ends with it, however it ends."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    for number in _PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def watch() -> None:
+        while not closing.value and os.getppid() == parent_pid:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
