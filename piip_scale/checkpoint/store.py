@@ -61,7 +61,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"step {step} already has a checkpoint: {target}",
                 rule="a checkpoint is written once",
-                fix="resume from it, or discard_after the step resumed from",
+                fix="resume from it, or remove it",
             )
         with disk_errors(CheckpointError, f"begin a checkpoint in {self.folder}"):
             self._drop(target)
@@ -134,18 +134,6 @@ class CheckpointStore:
                     fix="take an older checkpoint",
                 )
 
-    def discard_after(self, step: int) -> None:
-        """Removes checkpoints newer than ``step``, from which the run now goes on differently. Main rank only.
-
-        Raises:
-            CheckpointError: The disk refuses.
-        """
-        with disk_errors(CheckpointError, f"remove checkpoints after step {step} in {self.folder}"):
-            for newer in reversed(self.steps()):
-                if newer > step:
-                    self._drop(self._target(newer))
-            self._point()
-
     def clean(self) -> None:
         """Removes what killed saves and prunings left behind. Main rank only, while nobody saves.
 
@@ -163,21 +151,18 @@ class CheckpointStore:
         return self.folder / f"step_{step:08d}"
 
     def _tidy(self) -> None:
-        """Updates ``latest`` and prunes; a checkpoint just saved is worth more than an error about either."""
+        """Updates ``latest``, which is for people, and prunes, just after a checkpoint was saved.
+
+        An error about either is worth less than the checkpoint, which ``latest()`` finds without the file.
+        """
+        whole = [step for step in self.steps() if _fault(self._target(step)) is None]
         try:
-            self._point()
-            whole = [step for step in self.steps() if _fault(self._target(step)) is None]
+            write_text_atomically(self.folder / LATEST, f"{self._target(whole[-1]).name}\n")
             for step in self.steps():
-                if whole and step < whole[-self.keep :][0]:
+                if step < whole[-self.keep :][0]:
                     self._drop(self._target(step))
         except OSError as error:
             get_logger(__name__).warning("cannot tidy %s: %s", self.folder, error)
-
-    def _point(self) -> None:
-        """Writes ``latest``, which is for people: ``latest()`` looks at the checkpoints themselves."""
-        steps = self.steps()
-        if steps:
-            write_text_atomically(self.folder / LATEST, f"{self._target(steps[-1]).name}\n")
 
     def _drop(self, target: Path) -> None:
         """Hides a checkpoint first, so that no half-deleted one is ever visible."""

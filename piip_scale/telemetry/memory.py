@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import resource
-import sys
+from pathlib import Path
 
-import psutil
 import torch
 
-# Linux counts the peak in KiB, macOS in bytes.
-_PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
-
 GIB = 1 << 30
+
+_STATUS = Path("/proc/self/status")
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
     """The most memory used so far: what torch allocated on a CUDA ``device``, else this process's resident memory."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT
-
-
-def current_memory_bytes(device: torch.device | None = None) -> int:
-    """The memory used now, of the same kind as ``peak_memory_bytes``."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    # getrusage counts the parent's memory too, from between fork and exec.
+    peak = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text()) if _STATUS.is_file() else None
+    return int(peak[1]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

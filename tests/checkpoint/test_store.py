@@ -122,14 +122,11 @@ def test_a_step_is_saved_once(tmp_path):
     assert_whole(store, save(store, 5))
 
 
-def test_discarding_what_follows_the_step_resumed_from(tmp_path):
+def test_latest_names_a_whole_checkpoint_for_people(tmp_path):
     store = CheckpointStore(tmp_path, keep=5)
-    for step in (1, 2, 3):
-        save(store, step)
-    store.discard_after(1)
-    assert store.steps() == [1]
-    assert (tmp_path / "latest").read_text() == "step_00000001\n"
-    save(store, 2)
+    (save(store, 9) / "a.pt").unlink()
+    save(store, 4)
+    assert (tmp_path / "latest").read_text() == "step_00000004\n"
 
 
 def test_committing_nothing_is_refused(tmp_path):
@@ -160,9 +157,7 @@ def test_resolving_nothing_says_where_it_looked(tmp_path):
 @settings(max_examples=40, deadline=None)
 @given(
     keep=st.integers(1, 4),
-    actions=st.lists(
-        st.tuples(st.sampled_from(["save", "abort", "damage", "discard", "clean"]), st.integers(0, 12)), max_size=25
-    ),
+    actions=st.lists(st.tuples(st.sampled_from(["save", "abort", "damage", "clean"]), st.integers(0, 12)), max_size=25),
 )
 def test_laws_of_any_history(tmp_path_factory, keep, actions):
     """`latest` is the newest undamaged step of a model that is a plain set of steps."""
@@ -179,9 +174,6 @@ def test_laws_of_any_history(tmp_path_factory, keep, actions):
             victim = sorted(whole)[step % len(whole)]
             os.truncate(store.folder / f"step_{victim:08d}" / "a.pt", 3)
             whole.remove(victim)
-        elif action == "discard":
-            store.discard_after(step)
-            whole = {other for other in whole if other <= step}
         elif action == "clean":
             store.clean()
             assert not [p for p in store.folder.iterdir() if p.name.startswith(".")]
