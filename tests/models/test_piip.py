@@ -20,6 +20,24 @@ BRANCHES = [
     branch(160, 16, 2, patch_size_px=8),
 ]
 
+BEIT = {"key_bias": False, "position_embedding": False, "relative_position_bias": True, "window_size_tokens": (3,) * 4}
+PERCEIVER = {"norm_eps": 1e-5, "embedding_norm": True, "frame_positions": 8}
+CONVNEXT = {"kind": "convnext", "depths": (1, 1, 2, 1), "widths": (16, 32, 32, 64), "layer_scale_init": 0.5}
+CONVNEXT |= {"blocks_per_stage": (3, 5), "resolution_px": 160}
+MIXED = [branch(64, 64, **BEIT), branch(128, 32, 2, class_token=True, **PERCEIVER), CONVNEXT]
+REGULAR = {"kind": "regular", "scales": (1.0, 1.0), "stages": (0, 1)}
+MIXES = [
+    {"branches": tuple(MIXED), "pyramid": REGULAR},
+    {"branches": (CONVNEXT | {"resolution_px": 64}, *MIXED[1:2]), "pyramid": REGULAR | {"scales": (4.0, 0.5)}},
+    {"branches": (CONVNEXT,), "pyramid": REGULAR},
+]
+"""Mixed kinds: a ConvNeXt at the highest and at the lowest resolution, and alone."""
+
+
+def mix(index: int, **unit: object) -> PiipConfig:
+    unit = {"num_stages": 2, "num_heads": 4, "gamma_init": 0.3} | unit
+    return PiipConfig(interaction=unit, **MIXES[index])
+
 
 def config(num_branches: int = 2, unit: dict[str, object] | None = None, **changes: object) -> PiipConfig:
     unit = {"num_stages": 2, "num_heads": 4, "gamma_init": 0.3} | (unit or {})
@@ -43,11 +61,13 @@ UNITS = [
 ]
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("num_branches", [1, 2, 3, 4])
-def test_every_parameter_gets_a_gradient(num_branches, unit):
+NETWORKS = [config(num_branches) for num_branches in (1, 2, 3, 4)] + [mix(index) for index in range(len(MIXES))]
+
+
+@pytest.mark.parametrize("settings", [config(n, u) for n in (2, 3) for u in UNITS[1:]] + NETWORKS)
+def test_every_parameter_gets_a_gradient(settings):
     # In eval mode: drop path may drop a block for the whole batch.
-    model = build(config(num_branches, unit)).eval()
+    model = build(settings).eval()
     # A fresh deformable attention looks at fixed places with equal weights: its queries' layers start at zero.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,15 +77,16 @@ def test_every_parameter_gets_a_gradient(num_branches, unit):
     assert without == []
 
 
-@pytest.mark.parametrize("num_branches", [2, 3, 4])
-def test_with_all_gammas_at_zero_each_branch_equals_itself_alone(num_branches):
-    settings = config(num_branches, {"gamma_init": 0.0})
-    model = build(settings).eval()
+@pytest.mark.parametrize("settings", NETWORKS[1:-1])
+def test_with_all_gammas_at_zero_each_branch_equals_itself_alone(settings):
+    unit = settings.interaction.model_copy(update={"gamma_init": 0.0})
+    model = build(settings.model_copy(update={"interaction": unit})).eval()
     seen: list[torch.Tensor] = []
-    model.mergings[0].register_forward_pre_hook(lambda module, grids: seen.extend(grids))
+    model.mergings[-1].register_forward_pre_hook(lambda module, grids: seen.extend(grids))
     model(image())
     sizes = [b.resolution_px for b in settings.branches]
     for index, own in enumerate(settings.branches):
+        own = own.model_copy(update={"blocks_per_stage": ()})
         alone = PIIP(PiipConfig(branches=(own,), pyramid={"scales": (1.0,)})).eval()
         alone.branches[0].load_state_dict(model.branches[index].state_dict())
         small = nn.functional.interpolate(image(), scale_factor=sizes[index] / sizes[-1], mode="bilinear")
@@ -88,8 +109,9 @@ def gradients(model: PIIP) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_checkpointed_equals_plain():
-    plain = build(config(3, {"drop_path_rate": 0.3}))
+@pytest.mark.parametrize("settings", [config(3, {"drop_path_rate": 0.3}), mix(0, drop_path_rate=0.3)])
+def test_checkpointed_equals_plain(settings):
+    plain = build(settings)
     saving = tuple(b.model_copy(update={"checkpoint_blocks": True}) for b in plain.config.branches)
     unit = plain.config.interaction.model_copy(update={"checkpoint_units": True})
     saver = build(plain.config.model_copy(update={"branches": saving, "interaction": unit}))
@@ -128,13 +150,27 @@ def test_declared_channels_and_strides_are_real(num_branches, scales):
     assert all(feature.dtype == torch.float32 for feature in features)
 
 
-@pytest.mark.parametrize("size", [(97, 131), (64, 255), (131, 33)])
-def test_odd_sizes(size):
-    model = build(config(3)).eval()
+@pytest.mark.parametrize("index", range(len(MIXES)))
+def test_a_regular_pyramids_channels_and_strides_are_real(index):
+    model = build(mix(index)).eval()
+    height, width = 128, 192
+    features = model(image(height, width))
+    declared = [(2, s.channels, height // s.stride_px, width // s.stride_px) for s in model.feature_specs]
+    assert [tuple(feature.shape) for feature in features] == declared
+    assert [s.stride_px for s in model.feature_specs] == [[8, 32], [4, 32], [8, 32]][index]
+
+
+@pytest.mark.parametrize("size", [(97, 131), (101, 255), (131, 93)])
+@pytest.mark.parametrize("settings", [config(3), config(4), mix(0), mix(1)])
+def test_odd_sizes(size, settings):
+    model = build(settings).eval()
     features = model(image(*size))
-    top = (size[0] // 16 * 4, size[1] // 16 * 4)
-    assert features[0].shape[-2:] == top
-    assert all(torch.isfinite(feature).all() for feature in features)
+    for feature, spec in zip(features, model.feature_specs, strict=True):
+        assert feature.shape[1] == spec.channels
+        # Every halving rounds down on its own.
+        for side, cells in zip(size, feature.shape[-2:], strict=True):
+            assert side / spec.stride_px - 4 < cells <= side / spec.stride_px
+        assert torch.isfinite(feature).all()
 
 
 @pytest.mark.parametrize(
@@ -170,9 +206,10 @@ def test_a_fresh_network_neither_dies_nor_explodes():
         assert 0.05 < feature.std().item() < 20
 
 
-def test_parameters_are_touched_only_inside_their_own_modules_forward():
+@pytest.mark.parametrize("settings", [config(4), config(2, {"attention": "cross"}), mix(0), mix(1)])
+def test_parameters_are_touched_only_inside_their_own_modules_forward(settings):
     """What ZeRO-3 asks for: outside its owner's forward a parameter is an empty tensor."""
-    model = build(config(4)).eval()
+    model = build(settings).eval()
     truth = model(image())
     whole = {parameter: parameter.data for parameter in model.parameters()}
 
@@ -193,8 +230,9 @@ def test_parameters_are_touched_only_inside_their_own_modules_forward():
     torch.testing.assert_close(features, truth, rtol=0, atol=0)
 
 
-def test_bfloat16_stays_near_float32_and_leaves_in_float32():
-    model = build(config(3)).eval()
+@pytest.mark.parametrize("settings", [config(3), config(2, {"attention": "cross"}), mix(0), mix(1)])
+def test_bfloat16_stays_near_float32_and_leaves_in_float32(settings):
+    model = build(settings).eval()
     truth = model(image())
     model.set_precision(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -222,6 +260,15 @@ def test_parameter_rules_follow_the_released_layer_decay():
     assert rules["branches.0.blocks.0.attn.qkv.weight"].decays
     assert rules["branches.0.embedding.position"].decays
     assert not build(config(1)).parameter_rules()["branches.0.embedding.position"].decays
+
+
+def test_a_convnext_trains_at_the_heads_rate():
+    model = build(mix(0))
+    assert model.num_layers == 4
+    rules = model.parameter_rules()
+    assert {rule.layer_id for name, rule in rules.items() if name.startswith("branches.2.")} == {5}
+    assert rules["branches.1.class_token.token"].layer_id == 0
+    assert not rules["branches.2.blocks.0.ls.gamma"].decays
 
 
 def test_drop_path_rates_follow_the_schedule():
