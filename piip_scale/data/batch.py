@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +30,12 @@ class Instances:
 
     def to(self, device: torch.device | str) -> Instances:
         """A copy on ``device``."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Instances:
-        """A copy in page-locked memory, from which copies to a CUDA device run beside the computation."""
-        return self._mapped(torch.Tensor.pin_memory)
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Instances:
-        masks = None if self.mini_masks is None else change(self.mini_masks)
-        return Instances(change(self.boxes_xyxy_px), change(self.labels), change(self.is_crowd), masks)
+        masks = None if self.mini_masks is None else moved(self.mini_masks)
+        return Instances(moved(self.boxes_xyxy_px), moved(self.labels), moved(self.is_crowd), masks)
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,3 @@ class Batch:
         """A copy on ``device``."""
         moved = tuple(instances.to(device) for instances in self.instances)
         return Batch(self.images_BHWC.to(device, non_blocking=True), moved, self.infos)
-
-    def pin_memory(self) -> Batch:
-        """A copy in page-locked memory; torch's loader calls it by this name."""
-        pinned = tuple(instances.pin_memory() for instances in self.instances)
-        return Batch(self.images_BHWC.pin_memory(), pinned, self.infos)

@@ -10,12 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from piip_scale.config.run import AugmentConfig, DataConfig
@@ -49,14 +50,33 @@ class BrokenSample:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch and what was replaced to make it whole."""
+    """A batch on its way from a worker, and what was replaced to make it whole.
 
-    batch: Batch
+    The objects of all images lie in one tensor a kind: each tensor that changes process takes a file descriptor.
+
+    Attributes:
+        images_BHWC: As in ``Batch``.
+        objects: Boxes, labels, crowd flags and, for a set with masks, mini-masks of all images in turn.
+        num_objects: Per image.
+        infos: As in ``Batch``.
+        broken: Samples that were replaced.
+    """
+
+    images_BHWC: Tensor
+    objects: tuple[Tensor, ...]
+    num_objects: tuple[int, ...]
+    infos: tuple[ImageInfo, ...]
     broken: tuple[BrokenSample, ...]
 
     def pin_memory(self) -> Loaded:
         """A copy in page-locked memory; torch's loader calls it by this name."""
-        return Loaded(self.batch.pin_memory(), self.broken)
+        pinned = tuple(tensor.pin_memory() for tensor in self.objects)
+        return replace(self, images_BHWC=self.images_BHWC.pin_memory(), objects=pinned)
+
+    def batch(self) -> Batch:
+        """The batch; its instances are views."""
+        per_image = zip(*(tensor.split(self.num_objects) for tensor in self.objects), strict=True)
+        return Batch(self.images_BHWC, tuple(Instances(*tensors) for tensors in per_image), self.infos)
 
 
 class DetectionLoader:
@@ -142,10 +162,10 @@ class DetectionLoader:
             if isinstance(loaded, DataError):
                 raise loaded
             self._count(loaded)
-            yield loaded.batch
+            yield loaded.batch()
 
     def _count(self, loaded: Loaded) -> None:
-        self.num_seen += len(loaded.batch)
+        self.num_seen += len(loaded.infos)
         self.num_broken += len(loaded.broken)
         for sample in loaded.broken:
             if sample.key not in self._named:
@@ -189,7 +209,11 @@ class _Batches(Dataset[Loaded | DataError]):
     def _batch(self, numbers: Sequence[int]) -> Loaded:
         broken: list[BrokenSample] = []
         made = [self._sample_or_neighbour(number, broken) for number in numbers]
-        return Loaded(_collated(made, self._augment, training=self._epoch is not None), tuple(broken))
+        targets, infos = zip(*made, strict=True)
+        crop_px = self._augment.crop_px if self._epoch is not None else None
+        images = _canvas(targets, crop_px, self._augment.pad_multiple_px)
+        num_objects = tuple(len(target.labels) for target in targets)
+        return Loaded(images, _objects(targets), num_objects, infos, tuple(broken))
 
     def _sample_or_neighbour(self, number: int, broken: list[BrokenSample]) -> tuple[Target, ImageInfo]:
         for distance in range(min(MAX_NEIGHBOURS, len(self._shards))):
@@ -219,24 +243,21 @@ class _Batches(Dataset[Loaded | DataError]):
         return apply_geometry(sample, geometry), info
 
 
-def _collated(made: Sequence[tuple[Target, ImageInfo]], augment: AugmentConfig, *, training: bool) -> Batch:
-    sizes = [target.pixels.shape[:2] for target, _ in made]
-    if training and augment.crop_px is not None:
+def _canvas(targets: Sequence[Target], crop_px: tuple[int, int] | None, pad_multiple_px: int) -> Tensor:
+    sizes = [target.pixels.shape[:2] for target in targets]
+    if crop_px is not None:
         # Under jitter the canvas is the crop, as in mmdet's recipes: shapes stay the same from step to step.
-        sizes.append(augment.crop_px)
-    multiple = augment.pad_multiple_px
-    height, width = (-(-max(size[axis] for size in sizes) // multiple) * multiple for axis in (0, 1))
-    images = np.zeros((len(made), height, width, 3), np.uint8)
-    for canvas, (target, _) in zip(images, made, strict=True):
-        canvas[: target.pixels.shape[0], : target.pixels.shape[1]] = target.pixels
-    instances = tuple(_instances(target) for target, _ in made)
-    return Batch(torch.from_numpy(images), instances, tuple(info for _, info in made))
+        sizes.append(crop_px)
+    height, width = (-(-max(size[axis] for size in sizes) // pad_multiple_px) * pad_multiple_px for axis in (0, 1))
+    images = np.zeros((len(targets), height, width, 3), np.uint8)
+    for image, target in zip(images, targets, strict=True):
+        image[: target.pixels.shape[0], : target.pixels.shape[1]] = target.pixels
+    return torch.from_numpy(images)
 
 
-def _instances(target: Target) -> Instances:
-    masks = None if target.mini_masks is None else torch.from_numpy(target.mini_masks)
-    boxes, labels, is_crowd = map(torch.from_numpy, (target.boxes_xyxy_px, target.labels, target.is_crowd))
-    return Instances(boxes, labels, is_crowd, masks)
+def _objects(targets: Sequence[Target]) -> tuple[Tensor, ...]:
+    kinds = [(target.boxes_xyxy_px, target.labels, target.is_crowd, target.mini_masks) for target in targets]
+    return tuple(torch.from_numpy(np.concatenate(kind)) for kind in zip(*kinds, strict=True) if kind[0] is not None)
 
 
 def _as_it_is(loaded: Any) -> Any:
