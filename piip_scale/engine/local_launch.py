@@ -55,7 +55,8 @@ def launch_local(
             one killed by the system does.
     """
     run.check(resume=resume)
-    ranks = _Ranks(num_procs, command, environment or {})
+    run.clear_errors()
+    ranks = _Ranks(num_procs, command, environment or {}, run)
     previous = {number: signal.signal(number, ranks.forward) for number in _FORWARDED}
     try:
         ranks.wait(grace_s)
@@ -72,14 +73,21 @@ def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
     rank, code = ranks.first_failure
     if code == Interrupted.exit_code or ranks.killed_by_user:
         return Interrupted.exit_code
+    untold = ranks.untold or _silent_failure(rank, code)
+    if ranks.untold or run.record_error(rank, untold):
+        if status := run.status():
+            run.write_status("failed", status.step, untold.line)
+        raise untold
     first = run.first_error()
-    if first is not None and first.unix_time_s >= ranks.started_s:
-        return first.exit_code
+    return first.exit_code if first else code
+
+
+def _silent_failure(rank: int, code: int) -> RunError:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    line = f"rank {rank} {how} before it could say why"
-    if status := run.status():
-        run.write_status("failed", status.step, line)
-    raise RunError(line, fix="look above for its last words; SIGKILL mostly means that the machine ran out of memory")
+    return RunError(
+        f"rank {rank} {how} before it could say why",
+        fix="look above for its last words; SIGKILL mostly means that the machine ran out of memory",
+    )
 
 
 class _Ranks:
@@ -88,13 +96,16 @@ class _Ranks:
     Attributes:
         first_failure: Rank and return code of the first that ended badly.
         killed_by_user: A second Ctrl-C came.
-        started_s: When, unix time.
+        untold: The error of a rank that the system killed, where nobody told the user of it.
     """
 
-    def __init__(self, num_procs: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, num_procs: int, command: Sequence[str], environment: Mapping[str, str], run: RunDirectory
+    ) -> None:
         self.first_failure: tuple[int, int] | None = None
         self.killed_by_user = False
-        self.started_s = time.time()
+        self.untold: RunError | None = None
+        self._run = run
         self._interrupts = 0
         port, threads = _free_port(), max(1, _num_cores() // num_procs)
         shared = dict(os.environ) | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
@@ -135,11 +146,16 @@ class _Ranks:
             process.wait()
 
     def _note_failure(self) -> None:
-        if self.first_failure is None:
-            codes = [process.poll() for process in self._processes]
-            failed = [(rank, code) for rank, code in enumerate(codes) if code]
-            # Of several in one glance, a rank that a signal took is the cause and the others its echo.
-            self.first_failure = min(failed, key=lambda item: item[1] > 0, default=None)
+        if self.first_failure is not None:
+            return
+        codes = [process.poll() for process in self._processes]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code]
+        # Of several in one glance, a rank that a signal took is the cause and the others its echo.
+        self.first_failure = min(failed, key=lambda item: item[1] > 0, default=None)
+        if self.first_failure and self.first_failure[1] < 0:
+            # Claimed at once: the others, which have lost contact, wait a moment before they tell of it.
+            error = _silent_failure(*self.first_failure)
+            self.untold = error if self._run.record_error(self.first_failure[0], error) else None
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

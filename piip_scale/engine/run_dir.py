@@ -106,13 +106,21 @@ class RunDirectory:
             RunError: The directory holds a run and ``resume`` is off, holds none and it is on, or cannot be written.
         """
         self.check(resume=resume)
+        self.clear_errors()
+        if not (resume and self.config.exists()):
+            write_text_atomic(self.config, config_text)
+        write_text_atomic(self.environment, json.dumps(describe_environment(), indent=2) + "\n")
+
+    def clear_errors(self) -> None:
+        """Forgets the errors of an earlier process, which would keep a new one from telling its own.
+
+        Raises:
+            RunError: The disk refuses.
+        """
         with disk_errors(RunError, f"create run directory {self.path}"):
             self.errors.mkdir(parents=True, exist_ok=True)
             for stale in self.errors.iterdir():
                 stale.unlink()
-        if not (resume and self.config.exists()):
-            write_text_atomic(self.config, config_text)
-        write_text_atomic(self.environment, json.dumps(describe_environment(), indent=2) + "\n")
 
     def status(self) -> Status | None:
         """What the run last said of itself; ``None`` where no run started.
@@ -144,7 +152,9 @@ class RunDirectory:
         first = FirstError(rank, line, code, time.time())
         with suppress(OSError):
             self.errors.mkdir(parents=True, exist_ok=True)
-            (self.errors / f"rank_{rank}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            # Not over a traceback of the rank's own, where its launcher speaks for it.
+            with (self.errors / f"rank_{rank}.txt").open("x", encoding="utf-8") as file:
+                file.write("".join(traceback.format_exception(error)))
         try:
             with (self.errors / "first.json").open("x", encoding="utf-8") as file:
                 json.dump(asdict(first), file)

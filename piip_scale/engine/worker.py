@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,8 @@ from piip_scale.logging import configure_logging, get_logger
 from piip_scale.tasks.base import Task
 from piip_scale.telemetry.telemetry import Telemetry
 from piip_scale.world import World, read_world
+
+_ECHO_WAIT_S = 1.0
 
 TaskFactory = Callable[[RunConfig, World], Task]
 
@@ -72,6 +75,9 @@ def train_worker(
 
 
 def _fail(run: RunDirectory, world: World, error: BaseException) -> int:
+    if _has_lost_contact(error):
+        # The rank at the other end, or the launcher if that was killed, knows more than this one.
+        time.sleep(_ECHO_WAIT_S)
     if run.record_error(world.rank, error):
         line = error_line(error)
         where = "" if isinstance(error, PiipError) else f" (traceback: {run.errors / f'rank_{world.rank}.txt'})"
@@ -79,6 +85,10 @@ def _fail(run: RunDirectory, world: World, error: BaseException) -> int:
         before = run.status()
         run.write_status("failed", before.step if before else 0, line)
     return error.exit_code if isinstance(error, PiipError) else 1
+
+
+def _has_lost_contact(error: BaseException) -> bool:
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _train(

@@ -1,0 +1,122 @@
+"""What building, evaluating and restoring refuse, and what they give: one process, one rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ranks import FORCED_RELEASE, run_ranks, tiny_config
+from tiny_task import TinyModel, TinyTask
+
+from piip_scale.engine.checkpointing import Checkpointer, read_state
+from piip_scale.engine.evaluation import evaluate
+from piip_scale.engine.setup import build_engine, build_model
+from piip_scale.engine.step import train_step
+from piip_scale.errors import CheckpointError, ConfigError, ModelError
+from piip_scale.world import World
+
+
+def config_of(**sections):
+    zero = {"deepspeed": FORCED_RELEASE} | sections.pop("zero", {})
+    return tiny_config(zero=zero, **sections)
+
+
+def engine_of(world, config, **task):
+    engine, _ = build_engine(build_model(TinyTask(config, world, **task), 0), config, world)
+    return engine
+
+
+def evaluations(world, device):
+    """Evaluation between training steps, with parameters really released; and the weights it was made with."""
+    from deepspeed import zero
+
+    config = config_of()
+    task = TinyTask(config, world, drop=0.0)
+    engine, found = engine_of(world, config, drop=0.0), []
+    for step in range(4):
+        train_step(engine, [next(iter(task.train_batches(0, step)))], step, 0, world.rank)
+        metrics = evaluate(engine, task, device)
+        with zero.GatheredParameters(list(engine.module.parameters())):
+            weights = {name: p.detach().numpy().copy() for name, p in engine.module.named_parameters()}
+        found.append((metrics, weights, engine.module.training))
+    return found
+
+
+def test_evaluation_under_zero_3_sees_the_current_weights():
+    first, second = run_ranks(2, evaluations)
+    config = tiny_config()
+    tasks = [TinyTask(config, World(rank, 2, rank, 2)) for rank in (0, 1)]
+    for (metrics, weights, training), (others, *_) in zip(first, second, strict=True):
+        model = TinyModel().eval()
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+        with torch.no_grad():
+            scores = [model.predict(batch)[0].scores for task in tasks for batch in task.val_batches()]
+        assert metrics["mean_score"] == pytest.approx(torch.cat(scores).mean().item(), rel=1e-5)
+        assert metrics == others
+        assert training
+
+
+def refusals(world, device, folder):
+    """Each thing that must be refused, as the line that says so."""
+    lines = {}
+
+    def refused(name, kind, function):
+        with pytest.raises(kind) as caught:
+            function()
+        lines[name] = caught.value.line
+
+    def checkpointer(config, told=world, batches=6, **task):
+        return Checkpointer(engine_of(world, config, **task), folder, config, told, batches)
+
+    config = config_of()
+    first = checkpointer(config)
+    assert first.resume() == 0
+    first.save(7)
+    refused("twice", CheckpointError, lambda: first.save(7))
+    refused("model", CheckpointError, lambda: checkpointer(config, dim=16).resume())
+    refused("depth", CheckpointError, lambda: checkpointer(config, depth=3).resume())
+    refused("world", CheckpointError, lambda: checkpointer(config, told=World(0, 2, 0, 2)).resume())
+    refused("data", CheckpointError, lambda: checkpointer(config, batches=5).resume())
+    decay = config_of(optimizer={"layer_decay": 0.5})
+    refused("groups", CheckpointError, lambda: checkpointer(decay).resume())
+    stage = config_of(zero={"stage": 2, "deepspeed": {}})
+    refused("stage", CheckpointError, lambda: checkpointer(stage).resume())
+    assert checkpointer(config).resume() == 7
+
+    bad_key = config_of(zero={"deepspeed": {"zero_optimization": {"no_such_key": 1}}})
+    refused("raw key", ConfigError, lambda: engine_of(world, bad_key))
+    engine = engine_of(world, config)
+    engine.module.head.forward = lambda features, _: {"loss": features.sum()}
+    batch = next(iter(TinyTask(config, world).train_batches(0, 0)))
+    refused("leaf", ModelError, lambda: engine(batch))
+    return lines
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    found = run_ranks(1, refusals, folder)[0]
+    state = read_state(folder / "step_00000007")
+    assert (state.step, state.num_ranks, state.stage) == (7, 1, 3)
+    assert state.shapes["large.embed.weight"] == [32, 48]
+    assert np.prod(state.shapes["large.blocks.0.up.weight"]) == 32 * 128
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("twice", "already has a checkpoint"),
+        ("model", "of another shape (head.refine.weight [4, 32] against [4, 16]"),
+        ("depth", "only in this model (large.blocks.2.down.bias"),
+        ("world", "ranks 1, this run has 2"),
+        ("data", "batches of an epoch"),
+        ("groups", "optimizer.layer_decay"),
+        ("stage", "zero.stage 3, this run has 2"),
+        ("raw key", "DeepSpeed refuses no_such_key in zero.deepspeed: got 1"),
+        ("leaf", "returned a dict"),
+    ],
+)
+def test_each_refusal_is_one_line_that_names_the_difference(lines, name, said):
+    assert said in lines[name]
+    assert "\n" not in lines[name]
