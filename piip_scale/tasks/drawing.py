@@ -12,10 +12,12 @@ import pycocotools.mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from piip_scale.errors import KernelError
 from piip_scale.tasks.base import Detections
 
 Pixels = NDArray[np.uint8]
 Rgb = tuple[int, int, int]
+_Place = tuple[float, float, float, float]
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _MASK_OPACITY = 0.45
@@ -68,10 +70,12 @@ def draw_detections(
     for box, label in zip(reversed(boxes), reversed(labels), strict=True):
         draw.rectangle(box, outline=class_colour(label), width=style.line_px)
     # Names come last and best first, each where it hides no other.
-    taken: list[tuple[float, ...]] = []
+    taken: list[_Place] = []
     for index, box, label in zip(shown, boxes, labels, strict=True):
         text = f"{classes[label]} {found.scores[index].item():.2f}"
-        taken.append(_write_tag(draw, text, box, class_colour(label), style, taken))
+        place = _free_place(draw.textlength(text, font=_font(style.text_px)), box, picture.size, style, taken)
+        _write_tag(draw, text, place, class_colour(label), style)
+        taken.append(place)
     return picture
 
 
@@ -119,20 +123,18 @@ def _paint_mask(picture: Image.Image, rle: dict[str, object], colour: Rgb) -> No
     picture.paste(colour, (0, 0), mask.resize(picture.size, Image.Resampling.BILINEAR))
 
 
-def _write_tag(
-    draw: ImageDraw.ImageDraw,
-    text: str,
+def _free_place(
+    text_width_px: float,
     box: Sequence[float],
-    colour: Rgb,
+    picture_size: tuple[int, int],
     style: DrawingStyle,
-    taken: Sequence[tuple[float, ...]],
-) -> tuple[float, ...]:
-    """Writes a name on a coloured ground at its box, and returns the place it took."""
-    font = _font(style.text_px)
-    width, height = draw.textlength(text, font=font) + 6, style.text_px + 5
-    limit_x, limit_y = draw.im.size[0] - width, draw.im.size[1] - height  # type: ignore[union-attr]
+    taken: Sequence[_Place],
+) -> _Place:
+    """Where a name goes, as left, top, width and height: at its box, inside the picture, over no other if possible."""
+    width, height = text_width_px + 6, style.text_px + 5
+    limit_x, limit_y = picture_size[0] - width, picture_size[1] - height
     left, top, right, bottom = box
-    # Above the box, below it, inside at the top, and at its right.
+    # Above the box, below it, inside at the top, and both again at its right end.
     corners = [
         (left, top - height),
         (left, bottom),
@@ -140,16 +142,20 @@ def _write_tag(
         (right - width, top - height),
         (right - width, bottom),
     ]
-    places = [(min(max(x, 0), limit_x), min(max(y, 0), limit_y)) for x, y in corners]
-    free = [place for place in places if not any(_overlap((*place, width, height), other) for other in taken)]
-    x, y = (free or places)[0]
+    places = [(max(min(x, limit_x), 0), max(min(y, limit_y), 0), width, height) for x, y in corners]
+    free = [place for place in places if not any(_overlap(place, other) for other in taken)]
+    return (free or places)[0]
+
+
+def _write_tag(draw: ImageDraw.ImageDraw, text: str, place: _Place, colour: Rgb, style: DrawingStyle) -> None:
+    x, y, width, height = place
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    draw.text((x + 3, y + height / 2), text, fill="black" if luminance > 140 else "white", font=font, anchor="lm")
-    return x, y, width, height
+    letters = "black" if luminance > 140 else "white"
+    draw.text((x + 3, y + height / 2), text, fill=letters, font=_font(style.text_px), anchor="lm")
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+def _overlap(one: _Place, other: _Place) -> bool:
     return all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (0, 1))
 
 
@@ -168,5 +174,7 @@ def _broken(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> Iterato
 def _font(size_px: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size_px)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise TypeError("Pillow was built without FreeType, whose default font has no sizes")
+        raise KernelError(
+            "Pillow was built without FreeType", rule="drawing writes names", fix="install Pillow's wheel"
+        )
     return font

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from piip_scale.config.run import AugmentConfig, RunConfig
+from piip_scale.config.run import AugmentConfig
 from piip_scale.data.batch import Batch, ImageInfo, Instances
 from piip_scale.data.sample import Image, decode_image
 from piip_scale.data.transforms import evaluation_geometry
@@ -30,24 +29,15 @@ def read_image(path: Path) -> Image:
     return decode_image(content, str(path))
 
 
-def predict_images(model: DetectionModel, config: RunConfig, paths: Sequence[Path]) -> list[Detections]:
-    """What a detector finds in image files, in their own pixels; ``image_id`` counts them from 1.
+def predict_image(model: DetectionModel, augment: AugmentConfig, pixels: Image, image_id: int = 1) -> Detections:
+    """What a detector finds in one image, in its own pixels.
 
     Args:
         model: In eval mode, on any device.
-        config: Its run; images are resized as for evaluation.
-        paths: The files.
-
-    Raises:
-        DataError: A file is absent, truncated, or not an image.
+        augment: Of its run; the image is resized as for evaluation.
+        pixels: RGB, uint8 (H, W, 3).
+        image_id: What the result is called.
     """
-    return [
-        predict_image(model, config.data.augment, read_image(path), image_id) for image_id, path in enumerate(paths, 1)
-    ]
-
-
-def predict_image(model: DetectionModel, augment: AugmentConfig, pixels: Image, image_id: int = 1) -> Detections:
-    """What a detector finds in one image, RGB uint8 (H, W, 3), in its pixels."""
     height, width = pixels.shape[:2]
     geometry = evaluation_geometry((height, width), augment)
     resized, multiple = geometry.image(pixels), augment.pad_multiple_px

@@ -17,7 +17,7 @@ from piip_scale.data.pack import pack_coco
 from piip_scale.errors import ConfigError, DataError, ModelError
 from piip_scale.tasks.detection import MASK_KINDS, DetectionTask, class_names, load_detector
 from piip_scale.tasks.detectors import build_detection_model
-from piip_scale.tasks.prediction import predict_images, read_image
+from piip_scale.tasks.prediction import predict_image, read_image
 from piip_scale.world import World
 
 SIZE_HW = (60, 80)
@@ -198,7 +198,7 @@ def test_files_are_predicted_like_shards(trained, shards):
     config, model, _ = trained
     model.eval()
     paths = [shards["images"] / f"{image_id}.png" for image_id in range(1, 6)]
-    from_files = predict_images(model, config, paths)
+    from_files = [predict_image(model, config.data.augment, read_image(path), i) for i, path in enumerate(paths, 1)]
     single = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch_size": 1})})
     for batch, mine in zip(DetectionTask(single, World()).val_batches(), from_files, strict=True):
         theirs = model.predict(batch)[0]
