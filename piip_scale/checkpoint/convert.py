@@ -129,10 +129,16 @@ class _Replacing:
 
     def _swap(self) -> None:
         _remove(self._old)
-        if self._out.exists() and (self._out.is_dir() or self._partial.is_dir()):
-            # A rename replaces a file in one step, but never a folder that has content.
+        # A rename replaces a file in one step, but never a folder that has content: that one steps aside first.
+        aside = self._out.exists() and (self._out.is_dir() or self._partial.is_dir())
+        if aside:
             os.rename(self._out, self._old)
-        os.replace(self._partial, self._out)
+        try:
+            os.replace(self._partial, self._out)
+        except OSError:
+            if aside:
+                os.rename(self._old, self._out)
+            raise
         sync_file(self._out.parent)
         _remove(self._old)
 

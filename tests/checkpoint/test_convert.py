@@ -1,6 +1,9 @@
+import errno
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -143,6 +146,39 @@ def test_stopping_half_way_leaves_nothing(tmp_path, sharded):
             on_progress=stop,
         )
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_killed_half_way_no_output_is_visible_and_the_next_try_succeeds(tmp_path, sharded):
+    make_run(tmp_path)
+    out, size = tmp_path / ("model" if sharded else "model.safetensors"), 600e-9 if sharded else None
+    code = (
+        "import os, signal, sys; from pathlib import Path; from piip_scale.checkpoint.convert import convert\n"
+        "kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total / 2 else None\n"
+        f"convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_gb={size}, on_progress=kill)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, out], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    convert(tmp_path, out, max_shard_gb=size)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", out.name]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_output_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch, sharded):
+    make_run(tmp_path)
+    out, size = tmp_path / ("model" if sharded else "model.safetensors"), 600e-9 if sharded else None
+    convert(tmp_path, out, max_shard_gb=size)
+    held = sorted(out.rglob("*")) if sharded else out.read_bytes()
+
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match=f"cannot write {out}: Input/output error"):
+        convert(tmp_path, out, dtype="bf16", max_shard_gb=size, overwrite=True)
+    assert (sorted(out.rglob("*")) if sharded else out.read_bytes()) == held
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", out.name]
 
 
 def test_a_full_disk_is_one_line_and_no_file(tmp_path):
