@@ -1,0 +1,125 @@
+"""``piip-scale convert``, ``evaluate`` and ``predict``: from a checkpoint to numbers and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from piip_scale.cli.options import ConfigPath, Overrides, WeightsPath
+from piip_scale.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command()(convert)
+    app.command()(evaluate)
+    app.command()(predict)
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A run directory, its checkpoints/, or one step_... in it.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write; with --max-shard-gb a folder.")],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights written.")] = "fp32",
+    max_shard_gb: Annotated[float | None, typer.Option(help="Split into files of at most this size.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+) -> None:
+    """Gather a sharded training checkpoint into safetensors.
+
+    Reads one parameter at a time, so a checkpoint larger than the memory converts too; needs no GPU and no DeepSpeed
+    processes.
+
+    Example: `piip-scale convert runs/mine mine.safetensors`
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from piip_scale.checkpoint.convert import convert as convert_checkpoint
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("converting", total=None)
+        report = convert_checkpoint(
+            checkpoint,
+            out,
+            dtype=dtype,
+            max_shard_gb=max_shard_gb,
+            overwrite=overwrite,
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    typer.echo(
+        f"{out}: step {report.step}, {report.num_parameters:,} parameters, {report.num_bytes / 1e6:.1f} MB "
+        f"in {report.seconds:.1f} s"
+    )
+
+
+def evaluate(
+    config: ConfigPath,
+    weights: WeightsPath,
+    shards: Annotated[Path | None, typer.Option(help="Shards to evaluate on; default: data.val_shards.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the metrics there, as JSON.")] = None,
+    detections: Annotated[
+        Path | None, typer.Option(help="Write all detections there, in COCO's result format.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure COCO average precision of converted weights on packed shards.
+
+    Example: `piip-scale evaluate runs/mine/config.py mine.safetensors --shards shards/val`
+    """
+    from rich.console import Console
+
+    from piip_scale.checkpoint.files import write_text_atomically
+    from piip_scale.cli.evaluation import evaluate_weights
+    from piip_scale.config import load_config
+
+    changes = list(overrides or [])
+    if shards is not None:
+        changes.append(f"data.val_shards={str(shards)!r}")
+    metrics = evaluate_weights(load_config(config, changes), weights, detections)
+    if out is not None:
+        write_text_atomically(out, json.dumps(metrics, indent=2) + "\n")
+    Console().print(metrics_table(metrics))
+
+
+def predict(
+    config: ConfigPath,
+    weights: WeightsPath,
+    images: Annotated[list[Path], typer.Argument(help="Photographs; several are tiled into one picture.")],
+    out: Annotated[Path, typer.Option(help="The picture to write (.png).")] = Path("detections.png"),
+    score_threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw what scores at least this.")] = 0.5,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the detections there, as JSON.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Find objects in photographs and draw them.
+
+    Example: `piip-scale predict runs/mine/config.py mine.safetensors photo.jpg --out photo.png`
+    """
+    from piip_scale.cli.prediction import predict_and_draw
+    from piip_scale.config import load_config
+
+    if out.suffix.lower() != ".png":
+        raise DataError("--out", value=str(out), rule="pictures are written as .png")
+    found = predict_and_draw(load_config(config, overrides or []), weights, images, out, score_threshold, json_out)
+    for path, count in zip(images, found, strict=True):
+        typer.echo(f"{path}: {count} objects of score {score_threshold} or more")
+    typer.echo(f"picture: {out}")
+
+
+def metrics_table(metrics: dict[str, float]) -> Table:
+    """COCO's numbers as a table: one row per kind (box, mask), one column per measure."""
+    from rich.table import Table
+
+    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
+    measures = [name.removeprefix("box_") for name in metrics if name.startswith("box_ap")]
+    table = Table(title="COCO average precision")
+    table.add_column("")
+    for measure in measures:
+        table.add_column(measure.upper().replace("_", " "), justify="right")
+    for kind in kinds:
+        table.add_row(kind, *(f"{metrics[f'{kind}_{measure}']:.3f}" for measure in measures))
+    return table

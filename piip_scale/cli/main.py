@@ -1,0 +1,67 @@
+"""The ``piip-scale`` command: parses, calls the package, and turns errors into one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import typer
+
+from piip_scale import __version__
+from piip_scale.cli import demo, detect, shards, train
+from piip_scale.errors import PiipError
+
+app = typer.Typer(
+    name="piip-scale",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    help=(
+        "Train, convert, evaluate and use Parameter-Inverted Image Pyramid detectors.\n\n"
+        "The way from a COCO file to a picture:\n\n"
+        "1. `piip-scale shards pack --coco ann.json --images DIR --out shards/train`\n\n"
+        "2. `piip-scale train CONFIG --run-dir runs/mine --set data.train_shards=shards/train`\n\n"
+        "3. `piip-scale convert runs/mine/checkpoints mine.safetensors`\n\n"
+        "4. `piip-scale evaluate CONFIG mine.safetensors`\n\n"
+        "5. `piip-scale predict CONFIG mine.safetensors photo.jpg --out photo.png`\n\n"
+        "Configs are Python files; `--set key.path=value` changes any key of one."
+    ),
+)
+app.add_typer(shards.app, name="shards")
+train.register(app)
+detect.register(app)
+demo.register(app)
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: exit code 0, or one line on standard error and the error's own code."""
+    try:
+        app()
+    except PiipError as error:
+        _fail(error.line, error.exit_code)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{os.strerror(error.errno or 0)}{where}; free space or choose a writable place, then run again", 1)
+
+
+def _fail(line: str, exit_code: int) -> None:
+    print(f"piip-scale: error: {line}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

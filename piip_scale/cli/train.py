@@ -1,0 +1,118 @@
+"""``piip-scale train``: one run, on one machine or as one rank of a job."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from piip_scale.cli.options import ConfigPath, Overrides
+from piip_scale.config import RunConfig, load_config
+from piip_scale.config.loading import config_text
+from piip_scale.world import read_world
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command()(train)
+
+
+def train(
+    config: ConfigPath,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives; default: runs/NAME of the config.")] = None,
+    procs: Annotated[
+        int | None,
+        typer.Option("--procs", "--gpus", min=1, help="Processes on this machine; default: one per GPU, or one."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
+    progress: Annotated[bool, typer.Option(help="Draw a progress line.")] = True,
+    overrides: Overrides = None,
+) -> None:
+    """Train a detector; the run directory keeps config, metrics and checkpoints.
+
+    Starts its processes itself, or is one rank where torchrun or srun started it. Ctrl-C saves and stops; `--resume`
+    goes on from the newest checkpoint as if nothing had happened.
+
+    Example: `piip-scale train configs/demo/digits.py --procs 2 --run-dir runs/mine --set train.steps=200`
+    """
+    folder = run_dir or Path("runs") / config.stem
+    code = run_training(config, overrides or [], folder, procs=procs, resume=resume, progress=progress)
+    # At once: after an error, threads of the communication library may never end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_training(
+    config: Path, overrides: Sequence[str], run_dir: Path, *, procs: int | None, resume: bool, progress: bool
+) -> int:
+    """Trains in processes of its own, or as the rank this process already is; returns the exit code.
+
+    Args:
+        config: A config file.
+        overrides: Changes to it, as ``load_config`` takes them.
+        run_dir: The run's directory.
+        procs: Processes to start; one per GPU, or one, where ``None``.
+        resume: Continue the run in it.
+        progress: Draw a progress line.
+
+    Raises:
+        PiipError: Config, shards, directory or world do not allow a start, or a rank ended without a word.
+    """
+    resolved = with_classes(load_config(config, overrides))
+    num_procs = procs or _num_gpus() or 1
+    if num_procs == 1 or read_world().launcher != "single":
+        return _train_here(resolved, run_dir, resume=resume, progress=progress)
+    _check_start(resolved, run_dir, num_procs, resume=resume)
+    from piip_scale.engine.local_launch import launch_local
+    from piip_scale.engine.run_dir import RunDirectory
+
+    command = [sys.executable, "-m", "piip_scale.cli.main", "train", str(config), "--run-dir", str(run_dir)]
+    command += ["--resume"] * resume + ["--no-progress"] * (not progress)
+    command += [f"--set={override}" for override in overrides]
+    return launch_local(num_procs, command, RunDirectory(run_dir))
+
+
+def with_classes(config: RunConfig) -> RunConfig:
+    """The config with the shards' class names, after checking that both sets are there and agree.
+
+    Raises:
+        DataError: A set is absent, damaged, or of other classes.
+    """
+    from piip_scale.data.shards import ShardSet
+
+    classes = ShardSet.open(config.data.train_shards, config.data.classes).classes
+    ShardSet.open(config.data.val_shards, classes)
+    return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
+
+
+def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bool) -> None:
+    """Says once, before any process starts, what every rank would."""
+    from piip_scale.data.shards import ShardSet
+    from piip_scale.data.stream import DetectionLoader
+    from piip_scale.engine.run_dir import RunDirectory
+    from piip_scale.world import World
+
+    RunDirectory(run_dir).check(resume=resume)
+    shards = ShardSet.open(config.data.train_shards, config.data.classes)
+    world = World(num_ranks=num_procs, ranks_per_node=num_procs)
+    len(DetectionLoader(shards, config.data, seed=config.train.seed, world=world))
+
+
+def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:
+    from piip_scale.engine.run_dir import RunDirectory
+    from piip_scale.engine.worker import train_worker
+    from piip_scale.tasks.detection import DetectionTask
+
+    run = RunDirectory(run_dir)
+    return train_worker(config, config_text(config), run, DetectionTask, resume=resume, show_progress=progress)
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
