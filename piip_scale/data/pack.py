@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,7 @@ from piip_scale.data.shards import (
     FORMAT_VERSION,
     MANIFEST,
     SHARD_GLOB,
+    Category,
     Manifest,
     ShardIndex,
     ShardInfo,
@@ -49,12 +51,19 @@ _MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class _Item:
-    """A sample to be packed."""
+    """A sample to be packed; light, because it goes to another process."""
 
-    key: str
+    image_id: int
     path: Path
-    image: CocoImage
+    height_px: int
+    width_px: int
+    file_bytes: int
+    num_annotations: int
     notes: bytes
+
+    @property
+    def key(self) -> str:
+        return f"{self.image_id:012d}"
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,9 @@ def pack_coco(
         raise DataError("target size of a shard", value=(target_mb, target_samples), rule="it must be above 0")
     found = read_coco(annotations, images, classes=classes, clip_boxes=clip_boxes, boxes_only=boxes_only)
     plans = list(_plan(found, images, out, target_mb * _MEGABYTE, target_samples))
+    categories, has_masks = tuple(Category(**category) for category in found.categories), found.has_masks
+    # The parsed annotations of a large set take gigabytes, which every process would be forked with.
+    del found
     options: dict[str, Any] = {"target_mb": float(target_mb), "target_samples": target_samples}
     options |= {"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)}
     input_sha256 = sha256_of(json_bytes([options, [plan.sha256 for plan in plans]]))
@@ -116,10 +128,10 @@ def pack_coco(
     source = {"annotations": annotations.name, "annotations_sha256": sha256_of_file(annotations)}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        categories=tuple(found.categories),  # type: ignore[arg-type]
-        has_masks=found.has_masks,
-        num_samples=len(found.images),
-        num_annotations=sum(len(image.annotations) for image in found.images),
+        categories=categories,
+        has_masks=has_masks,
+        num_samples=sum(len(plan.items) for plan in plans),
+        num_annotations=sum(item.num_annotations for plan in plans for item in plan.items),
         shards=shards,
         input_sha256=input_sha256,
         made_with={**options, **source, "piip_scale": piip_scale.__version__},
@@ -152,13 +164,21 @@ def _item(image: CocoImage, images: Path) -> _Item:
         "width": image.width_px,
         "annotations": list(image.annotations),
     }
-    return _Item(f"{image.image_id:012d}", images / image.file_name, image, json_bytes(notes))
+    return _Item(
+        image.image_id,
+        images / image.file_name,
+        image.height_px,
+        image.width_px,
+        image.file_bytes,
+        len(image.annotations),
+        json_bytes(notes),
+    )
 
 
 def _shard_plan(path: Path, items: Sequence[_Item]) -> _Plan:
     digest = hashlib.sha256(f"{FORMAT_VERSION} {path.name}".encode())
     for item in items:
-        digest.update(json_bytes([item.key, item.image.file_bytes]) + item.notes)
+        digest.update(json_bytes([item.key, item.file_bytes]) + item.notes)
     return _Plan(path, tuple(items), digest.hexdigest())
 
 
@@ -189,6 +209,13 @@ def _complete_set(out: Path, input_sha256: str, overwrite: bool) -> Manifest | N
 
 
 def _prepare(out: Path) -> None:
+    foreign = [path for path in out.glob(SHARD_GLOB) if not path.with_name(index_name(path.name)).exists()]
+    if foreign:
+        raise DataError(
+            f"{out} holds {foreign[0].name} without an index",
+            rule="it was not written by this command, which would replace it",
+            fix="choose another folder",
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / MANIFEST).unlink(missing_ok=True)
@@ -266,11 +293,10 @@ def _finished_or_written(plan: _Plan, advance: Callable[[int], None] | None = No
             if advance is not None:
                 advance(len(plan.items))
             return _info(plan, index, content)
+    # In this order, so that a shard without an index is never one of ours.
+    plan.path.unlink(missing_ok=True)
     index_path.unlink(missing_ok=True)
-    index = _write_shard(plan, advance)
-    content = index.model_dump_json().encode()
-    write_bytes(index_path, content)
-    return _info(plan, index, content)
+    return _write_shard(plan, index_path, advance)
 
 
 def _info(plan: _Plan, index: ShardIndex, index_content: bytes) -> ShardInfo:
@@ -283,7 +309,7 @@ def _info(plan: _Plan, index: ShardIndex, index_content: bytes) -> ShardInfo:
     )
 
 
-def _write_shard(plan: _Plan, advance: Callable[[int], None] | None) -> ShardIndex:
+def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] | None) -> ShardInfo:
     columns: dict[str, list[int]] = {
         name: [] for name in ("image_offsets", "image_bytes", "notes_offsets", "notes_bytes", "crc32s")
     }
@@ -300,29 +326,33 @@ def _write_shard(plan: _Plan, advance: Callable[[int], None] | None) -> ShardInd
                 columns["crc32s"].append(checksum(content, item.notes))
                 if advance is not None:
                     advance(1)
-    return ShardIndex(
-        shard_bytes=writer.num_bytes,
-        shard_sha256=writer.sha256,
-        plan_sha256=plan.sha256,
-        num_annotations=sum(len(item.image.annotations) for item in plan.items),
-        keys=tuple(item.key for item in plan.items),
-        image_ids=tuple(item.image.image_id for item in plan.items),
-        heights_px=tuple(item.image.height_px for item in plan.items),
-        widths_px=tuple(item.image.width_px for item in plan.items),
-        **{name: tuple(column) for name, column in columns.items()},
-    )
+        index = ShardIndex(
+            shard_bytes=writer.num_bytes,
+            shard_sha256=writer.sha256,
+            plan_sha256=plan.sha256,
+            num_annotations=sum(item.num_annotations for item in plan.items),
+            keys=tuple(item.key for item in plan.items),
+            image_ids=tuple(item.image_id for item in plan.items),
+            heights_px=tuple(item.height_px for item in plan.items),
+            widths_px=tuple(item.width_px for item in plan.items),
+            **{name: tuple(column) for name, column in columns.items()},
+        )
+        index_content = index.model_dump_json().encode()
+        write_bytes(index_path, index_content)
+    return _info(plan, index, index_content)
 
 
 def _checked_image(item: _Item) -> bytes:
-    name = f"{item.image.image_id} ({item.path})"
+    name = f"{item.image_id} ({item.path})"
     try:
         content = item.path.read_bytes()
     except OSError as error:
         raise DataError(f"image {name} cannot be read", value=os.strerror(error.errno or 0)) from error
-    check_size(decode_image(content, name), item.image.height_px, item.image.width_px, name)
-    for note in item.image.annotations:
-        if isinstance(note.get("segmentation"), dict):
-            _check_run_lengths(note["segmentation"], f"annotation {note['id']} of image {name}")
+    check_size(decode_image(content, name), item.height_px, item.width_px, name)
+    if b'"counts"' in item.notes:
+        for note in json.loads(item.notes)["annotations"]:
+            if isinstance(note.get("segmentation"), dict):
+                _check_run_lengths(note["segmentation"], f"annotation {note['id']} of image {name}")
     return content
 
 

@@ -271,12 +271,13 @@ def _named_worker_deaths(loader: DataLoader[Loaded | DataError], closing: Flag) 
         atexit.unregister(_announce_end)
         atexit.register(_announce_end, closing)
         yield from iterator
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    # Tensors that a worker had ready are fetched from it: where it died first, that is what fails.
+    except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise DataError(
             "a loader process died",
-            value=str(error).splitlines()[0],
+            value=(str(error) or type(error).__name__).splitlines()[0],
             rule="most often of too little memory, or too little room in /dev/shm",
             fix="use fewer data.workers",
         ) from error

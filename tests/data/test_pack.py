@@ -239,6 +239,17 @@ def test_damaged_set_is_named_when_opened(tmp_path, damage):
         ShardSet.open(out)
 
 
+def test_other_peoples_shards_are_left_alone(tmp_path):
+    source, out = make_coco(tmp_path, 6), tmp_path / "out"
+    out.mkdir()
+    (out / "shard-000001.tar").write_bytes(b"precious")
+    (out / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"shard-000001.tar without an index"):
+            pack_coco(*source, out, target_samples=3, overwrite=overwrite)
+    assert contents(out) == {"notes.txt": b"mine", "shard-000001.tar": b"precious"}
+
+
 def test_lost_shard_is_packed_again(tmp_path):
     source, out = make_coco(tmp_path, 6), tmp_path / "out"
     pack_coco(*source, out, target_samples=3)

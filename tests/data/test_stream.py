@@ -207,6 +207,16 @@ def test_leaving_early_leaves_no_process(packed):
     assert not psutil.wait_procs(children, timeout=5)[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_pinned_where_there_is_a_device(packed, workers):
+    for pinned, plain in zip(loader(packed, workers=workers).batches(0), loader(packed).batches(0), strict=True):
+        assert pinned.images_BHWC.is_pinned()
+        assert all(instances.mini_masks.is_pinned() for instances in pinned.instances)
+        assert content(pinned.to("cuda").to("cpu")) == content(plain)
+
+
 STREAM = """
 import signal, sys, time
 from piip_scale.config.run import DataConfig
