@@ -26,6 +26,7 @@ class PiipClassifier(Trunk):
 
     def __init__(self, config: PiipConfig, head: ClassifierConfig) -> None:
         super().__init__(config)
+        self.head_config = head
         dims = [spec.channels for spec in self.specs_after(config.interaction.num_stages - 1)]
         self.head: nn.Module = (SeparateHeads if head.separate else PooledHead)(dims, head.num_classes)
 

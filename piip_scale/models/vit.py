@@ -155,11 +155,14 @@ class Attention(nn.Module):
 
     def forward(self, tokens_BLC: Tensor, height: int, width: int) -> Tensor:
         """Tokens (B, [1 +] height * width, C), rows first, to the same shape."""
-        if not self.window:
-            return self._attend(tokens_BLC)
-        # Padding comes before qkv: padded tokens take part, with the projection's bias as key and value.
-        windows_NLC = split_windows(tokens_BLC.unflatten(1, (height, width)), self.window)
-        return join_windows(self._attend(windows_NLC), self.window, height, width).flatten(1, 2)
+        if self.window:
+            # Padding comes before qkv: padded tokens take part, with the projection's bias as key and value.
+            windows_NLC = split_windows(tokens_BLC.unflatten(1, (height, width)), self.window)
+            found_BLC = join_windows(self._attend(windows_NLC), self.window, height, width).flatten(1, 2)
+        else:
+            found_BLC = self._attend(tokens_BLC)
+        output: Tensor = self.proj(found_BLC)
+        return output
 
     def _attend(self, tokens_BLC: Tensor) -> Tensor:
         query, key, value = self.qv_bias(self.qkv(tokens_BLC)).chunk(3, dim=-1)
@@ -167,8 +170,7 @@ class Attention(nn.Module):
             split_heads(part, self.num_heads) for part in (self.q_norm(query), self.k_norm(key), value)
         )
         bias_HLL = None if self.position_bias is None else self.position_bias()
-        output: Tensor = self.proj(join_heads(attention(query, key, value, bias_HLL, self.kernel)))
-        return output
+        return join_heads(attention(query, key, value, bias_HLL, self.kernel))
 
 
 class QueryValueBias(nn.Module):
