@@ -10,15 +10,9 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
 import tarfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +20,7 @@ from typing import Any, BinaryIO
 import piip_scale
 from piip_scale.data.coco import CocoImage, CocoSet, read_coco
 from piip_scale.data.files import HashingWriter, json_bytes, sha256_of, sha256_of_file, whole_file, write_bytes
+from piip_scale.data.pool import map_in_processes, num_processes
 from piip_scale.data.sample import check_size, checksum, decode_image
 from piip_scale.data.shards import (
     FORMAT_VERSION,
@@ -245,43 +240,10 @@ def _write_shards(plans: Sequence[_Plan], workers: int | None, on_progress: Prog
         if on_progress is not None:
             on_progress(num_done, total)
 
-    num_workers = min(workers if workers is not None else os.cpu_count() or 1, len(plans))
-    if num_workers <= 1:
+    num_workers = num_processes(workers, len(plans))
+    if num_workers == 1:
         return tuple(_finished_or_written(plan, advance) for plan in plans)
-    return _write_in_processes(plans, num_workers, advance)
-
-
-def _write_in_processes(
-    plans: Sequence[_Plan], num_workers: int, advance: Callable[[int], None]
-) -> tuple[ShardInfo, ...]:
-    # Forking is safe (the caller is not expected to hold locks) and spares a script its `if __name__` guard.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),)) as pool:
-        futures: dict[Future[ShardInfo], _Plan] = {pool.submit(_finished_or_written, plan): plan for plan in plans}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                advance(len(futures[future].items))
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a packing process died", rule="most often of too little memory", fix="use fewer --workers"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return tuple(future.result() for future in futures)
-
-
-def _start_worker(parent_pid: int) -> None:
-    """Leaves Ctrl-C to the parent, and ends with it should it be killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent_pid:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return tuple(map_in_processes(_finished_or_written, plans, num_workers, lambda plan: advance(len(plan.items))))
 
 
 def _finished_or_written(plan: _Plan, advance: Callable[[int], None] | None = None) -> ShardInfo:

@@ -194,6 +194,11 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self._places)
 
+    def numbers_of_shard(self, shard: int) -> range:
+        """The numbers of a shard's samples."""
+        first = sum(self.num_samples_of_shard[:shard])
+        return range(first, first + self.num_samples_of_shard[shard])
+
     def read(self, number: int) -> RawSample:
         """The bytes of a sample.
 

@@ -178,7 +178,7 @@ class DetectionLoader:
                 f"too many broken samples in {self.shards.folder}: {self.num_broken}, last {sorted(self._named)[-1]}",
                 value=round(share, 4),
                 rule=f"at most a share of {self.config.max_broken_share} of an epoch (data.max_broken_share)",
-                fix="run `piip-scale shards verify`, pack the set again, or raise the share",
+                fix="pack the set again, or raise the share",
             )
 
 

@@ -1,0 +1,122 @@
+"""Reading a packed set to the last byte: is it what was packed, and does it share images with another?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from piip_scale.data.files import sha256_of_file
+from piip_scale.data.geometry import Geometry, Window
+from piip_scale.data.pool import map_in_processes, num_processes
+from piip_scale.data.sample import RawSample, decode_sample
+from piip_scale.data.shards import ShardSet
+from piip_scale.data.transforms import apply_geometry
+from piip_scale.errors import DataError
+
+_DIGEST_BYTES = 16
+_ROUNDING_PX = 1e-6
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What reading a set brought to light.
+
+    Attributes:
+        problems: One line each; empty for a sound set.
+        shared_images: Pairs of a key here and a key in the other set whose image files are the same.
+    """
+
+    num_samples: int
+    num_targets: int
+    problems: tuple[str, ...]
+    shared_images: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Findings:
+    num_targets: int
+    problems: tuple[str, ...]
+    digests: dict[bytes, str]
+
+
+def verify_shards(
+    folder: str | Path,
+    *,
+    other: str | Path | None = None,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Checks every shard's checksum, decodes every sample, and looks at every box and mask.
+
+    Args:
+        folder: The set.
+        other: Another set that must not share images with it, such as the validation set.
+        workers: Processes; all cores where not given.
+        on_progress: Told the number of samples read so far and of all, after every shard.
+
+    Raises:
+        DataError: A set is unfinished, or a shard or index is absent: then there is nothing to read.
+    """
+    sets = [ShardSet.open(path) for path in (folder, other) if path is not None]
+    jobs = [(shards, number) for shards in sets for number in range(len(shards.manifest.shards))]
+    total, num_done = sum(map(len, sets)), 0
+
+    def advance(job: tuple[ShardSet, int]) -> None:
+        nonlocal num_done
+        num_done += len(job[0].numbers_of_shard(job[1]))
+        if on_progress is not None:
+            on_progress(num_done, total)
+
+    read = partial(_read_shard, sets[0].folder)
+    found = map_in_processes(read, jobs, num_processes(workers, len(jobs)), advance)
+    here, there = found[: len(sets[0].manifest.shards)], found[len(sets[0].manifest.shards) :]
+    keys_there = {digest: key for findings in there for digest, key in findings.digests.items()}
+    return VerifyReport(
+        num_samples=len(sets[0]),
+        num_targets=sum(findings.num_targets for findings in here),
+        problems=tuple(problem for findings in here for problem in findings.problems),
+        shared_images=tuple(
+            (key, keys_there[digest])
+            for findings in here
+            for digest, key in findings.digests.items()
+            if digest in keys_there
+        ),
+    )
+
+
+def _read_shard(checked_folder: Path, job: tuple[ShardSet, int]) -> _Findings:
+    """Everything about a shard of the set under check; of another set, only what its images are."""
+    shards, number = job
+    info = shards.manifest.shards[number]
+    is_checked = shards.folder == checked_folder
+    problems, digests, num_targets = [], {}, 0
+    if is_checked and sha256_of_file(shards.folder / info.name) != info.sha256:
+        problems.append(f"shard {info.name} changed since it was packed: its SHA-256 is not the manifest's")
+    for index in shards.numbers_of_shard(number):
+        raw = shards.read(index)
+        digests[hashlib.blake2b(raw.image, digest_size=_DIGEST_BYTES).digest()] = raw.key
+        try:
+            num_targets += _num_targets(shards, raw) if is_checked else 0
+        except DataError as error:
+            problems.append(f"{info.name}: {error}")
+    return _Findings(num_targets, tuple(problems), digests)
+
+
+def _num_targets(shards: ShardSet, raw: RawSample) -> int:
+    sample = decode_sample(raw, shards.label_of_category, has_masks=shards.manifest.has_masks)
+    height, width = sample.pixels.shape[:2]
+    boxes = sample.boxes_xyxy_px
+    # Packing stores x, y, width, height: adding them up again may overshoot by a rounding.
+    beyond = np.abs(boxes - np.clip(boxes, 0, (width, height, width, height))).max(axis=1) > _ROUNDING_PX
+    outside = beyond | (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+    if outside.any():
+        raise DataError(f"sample {raw.key} has the box {boxes[outside][0].tolist()} outside its image")
+    target = apply_geometry(sample, Geometry(Window(0, 0, width, height), (height, width)))
+    if target.mini_masks is not None and not target.mini_masks.any(axis=(1, 2)).all():
+        raise DataError(f"sample {raw.key} has a mask that does not reach into its box")
+    return len(target.labels)
