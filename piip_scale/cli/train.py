@@ -92,15 +92,20 @@ def with_classes(config: RunConfig) -> RunConfig:
 
 def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bool) -> None:
     """Says once, before any process starts, what every rank would."""
+    import torch
+
     from piip_scale.data.shards import ShardSet
     from piip_scale.data.stream import DetectionLoader
     from piip_scale.engine.run_dir import RunDirectory
+    from piip_scale.tasks.detectors import build_detection_model
     from piip_scale.world import World
 
     RunDirectory(run_dir).check(resume=resume)
     shards = ShardSet.open(config.data.train_shards, config.data.classes)
     world = World(num_ranks=num_procs, ranks_per_node=num_procs)
     len(DetectionLoader(shards, config.data, seed=config.train.seed, world=world))
+    with torch.device("meta"):
+        build_detection_model(config, len(config.data.classes))
 
 
 def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:

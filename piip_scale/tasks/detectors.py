@@ -211,8 +211,10 @@ def _build(plan: DetectorPlan) -> BaseModule:
         raise ConfigError(
             "mmdet cannot build the detector", value=f"{type(error).__name__}: {error}", fix="check detector.overrides"
         ) from error
-    with _quiet_mmengine():
-        detector.init_weights()
+    # mmengine keeps means of what it initialised, which the meta device has not; there, weights are yet to come.
+    if not any(parameter.is_meta for parameter in detector.parameters()):
+        with _quiet_mmengine():
+            detector.init_weights()
     return detector
 
 
