@@ -1,0 +1,208 @@
+"""What goes wrong is told in one line, ends with an error code, and leaves nothing that looks whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from commands import command, environment, failed_in_one_line, piip_scale, succeeded
+
+from piip_scale.checkpoint.store import CheckpointStore
+
+NOTES = {
+    "images": [{"id": 7, "file_name": "a.jpg", "width": 64, "height": 64}],
+    "annotations": [{"id": 3, "image_id": 7, "category_id": 1, "bbox": [4, 4, 20, 20], "area": 400, "iscrowd": 0}],
+    "categories": [{"id": 1, "name": "digit"}],
+}
+
+
+@pytest.fixture
+def data(tmp_path, scenes):
+    """A set of one image, which a test then damages."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.jpg").write_bytes(next(scenes.images.glob("train_*.jpg")).read_bytes())
+    (tmp_path / "notes.json").write_text(json.dumps(NOTES))
+    return tmp_path
+
+
+def pack(data, *more):
+    return piip_scale(
+        "shards", "pack", "--coco", data / "notes.json", "--images", data / "images", "--out", data / "out", *more
+    )
+
+
+def change(data, where, **values):
+    notes = json.loads((data / "notes.json").read_text())
+    notes[where][0] |= values
+    (data / "notes.json").write_text(json.dumps(notes))
+
+
+def spoil_missing_file(data):
+    (data / "notes.json").unlink()
+
+
+def spoil_empty_file(data):
+    (data / "notes.json").write_text("")
+
+
+def spoil_no_images(data):
+    (data / "notes.json").write_text(json.dumps(NOTES | {"images": [], "annotations": []}))
+
+
+def spoil_absent_image(data):
+    (data / "images" / "a.jpg").unlink()
+
+
+def spoil_truncated_image(data):
+    content = (data / "images" / "a.jpg").read_bytes()
+    (data / "images" / "a.jpg").write_bytes(content[: len(content) // 2])
+
+
+def spoil_box_outside(data):
+    change(data, "annotations", bbox=[50, 50, 40, 10])
+
+
+def spoil_category(data):
+    change(data, "annotations", category_id=99)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (spoil_missing_file, ["notes.json"]),
+        (spoil_empty_file, ["notes.json", "empty"]),
+        (spoil_no_images, ["notes.json", "images"]),
+        (spoil_absent_image, ["a.jpg"]),
+        (spoil_truncated_image, ["a.jpg"]),
+        (spoil_box_outside, ["annotation", "3", "outside"]),
+        (spoil_category, ["category", "99"]),
+    ],
+)
+def test_a_damaged_set_is_not_packed(data, spoil, parts):
+    spoil(data)
+    failed_in_one_line(pack(data), *parts)
+    assert not (data / "out" / "manifest.json").exists()
+
+
+def test_an_undamaged_set_is_packed(data):
+    succeeded(pack(data))
+    assert (data / "out" / "manifest.json").exists()
+
+
+def test_a_full_disk_stops_packing(scenes, small_disk):
+    disk = small_disk(32 * 1024)
+    done = piip_scale("shards", "pack", "--coco", scenes.train, "--images", scenes.images, "--out", disk / "out")
+    failed_in_one_line(done, "No space left", "free space")
+    assert not (disk / "out" / "manifest.json").exists()
+    assert not list((disk / "out").glob("shard-*.tar"))
+
+
+def test_a_full_disk_stops_training(config, small_disk):
+    disk = small_disk(600 * 1024)
+    done = piip_scale("train", config, "--procs", 2, "--run-dir", disk / "run", "--set", "train.evaluate_every_steps=0")
+    failed_in_one_line(done, "free", code=done.returncode)
+    assert done.returncode in (1, 2)
+    assert CheckpointStore(disk / "run" / "checkpoints", keep=2).latest() is None
+
+
+def test_a_full_disk_stops_converting(trained, small_disk):
+    disk = small_disk(64 * 1024)
+    failed_in_one_line(piip_scale("convert", trained, disk / "w.safetensors"), "No space left", "w.safetensors")
+    assert list(disk.iterdir()) == []
+
+
+def test_a_used_run_directory_is_not_trained_into(config, trained):
+    before = (trained / "metrics.jsonl").read_bytes()
+    done = piip_scale("train", config, "--procs", 2, "--run-dir", trained)
+    failed_in_one_line(done, str(trained), "done at step 6", "--resume", code=1)
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_nothing_is_refused(config, tmp_path):
+    done = piip_scale("train", config, "--procs", 2, "--run-dir", tmp_path / "run", "--resume")
+    failed_in_one_line(done, "no run to resume", "--resume", code=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.stepz=3", ["train.stepz", "did you mean steps"]),
+        ("model.branches.0.num_heads=5", ["num_heads=5 must divide embed_dim=64"]),
+        ("data.train_shards=/nowhere", ["/nowhere", "shards pack"]),
+        ("data.classes=('cat','dog')", ["classes", "cat"]),
+        ("detector.overrides.neck.out_chanels=3", ["out_chanels"]),
+        ("data.num_streams=3", ["2 ranks", "1, 3"]),
+        ("data.micro_batch_size=50", ["16 images", "data.micro_batch_size"]),
+    ],
+)
+def test_an_impossible_config_starts_nothing(config, tmp_path, override, parts):
+    done = piip_scale("train", config, "--procs", 2, "--run-dir", tmp_path / "run", "--set", override)
+    failed_in_one_line(done, *parts)
+    assert not (tmp_path / "run" / "status.json").exists()
+
+
+def test_ctrl_c_saves_and_resume_finishes(config, tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["train", config, "--procs", 2, "--run-dir", run_dir, "--set", "train.evaluate_every_steps=0"]
+    process = subprocess.Popen(
+        command(*words, "--set", "train.steps=4000"), stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for_steps(run_dir, process)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "stopped as asked after step" in told
+    assert "--resume" in told
+    assert "Traceback" not in told
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["state"] == "stopped"
+    latest = CheckpointStore(run_dir / "checkpoints", keep=2).latest()
+    assert int(latest.name.removeprefix("step_")) == status["step"]
+    succeeded(piip_scale(*words, "--set", f"train.steps={status['step'] + 2}", "--resume"))
+    assert json.loads((run_dir / "status.json").read_text())["step"] == status["step"] + 2
+
+
+def wait_for_steps(run_dir, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (run_dir / "metrics.jsonl").exists() or '"kind": "step"' not in (run_dir / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no step within two minutes"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["predict", "{config}", "{weights}", "absent.jpg"], ["absent.jpg"]),
+        (["predict", "{config}", "{weights}", "{truncated}"], ["broken.jpg"]),
+        (["predict", "{config}", "absent.safetensors", "{truncated}"], ["absent.safetensors", "convert"]),
+        (["predict", "{config}", "{weights}", "{truncated}", "--out", "found.gif"], ["found.gif", ".png"]),
+        (["evaluate", "{config}", "{weights}", "--shards", "/nowhere"], ["/nowhere"]),
+        (
+            ["evaluate", "{config}", "{weights}", "--set", "model.branches.0.depth=4"],
+            ["missing", "branches.0.blocks.2"],
+        ),
+        (["convert", "/nowhere", "out.safetensors"], ["/nowhere"]),
+        (["evaluate", "absent.py", "{weights}"], ["absent.py"]),
+    ],
+)
+def test_wrong_files_are_named(trained, weights, scenes, tmp_path, words, parts):
+    truncated = tmp_path / "broken.jpg"
+    content = next(scenes.images.glob("val_*.jpg")).read_bytes()
+    truncated.write_bytes(content[: len(content) // 3])
+    names = {"{config}": trained / "config.py", "{weights}": weights, "{truncated}": truncated}
+    before = set(os.listdir())
+    code_of_kind = piip_scale(*(names.get(word, word) for word in words))
+    failed_in_one_line(code_of_kind, *parts)
+    assert set(os.listdir()) == before
+
+
+def test_converting_never_replaces_unasked(trained, weights):
+    content = weights.read_bytes()
+    failed_in_one_line(piip_scale("convert", trained, weights), str(weights), "--overwrite")
+    assert weights.read_bytes() == content

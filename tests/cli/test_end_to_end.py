@@ -1,0 +1,110 @@
+"""The way from shards to a picture, by the commands a user types."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from commands import piip_scale, succeeded
+from PIL import Image
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.config import load_config
+
+TAGS = {
+    "loss/total",
+    "loss/cls",
+    "loss/bbox",
+    "loss/mask",
+    "loss/rpn_cls",
+    "loss/rpn_bbox",
+    "train/lr",
+    "train/grad_norm",
+    "throughput/images_per_second",
+    "time/step_ms",
+    "time/data_wait_ms",
+    "memory/peak_gib",
+    "eval/box_ap",
+    "eval/box_ap50",
+    "eval/mask_ap",
+}
+
+
+def test_tensorboard_tells_the_run(trained):
+    events = EventAccumulator(str(trained / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= TAGS
+    assert [event.step for event in events.Scalars("loss/total")] == [2, 4, 6]
+    for tag in ("loss/total", "throughput/images_per_second", "time/step_ms", "memory/peak_gib"):
+        assert all(event.value > 0 for event in events.Scalars(tag)), tag
+    assert [event.step for event in events.Scalars("eval/box_ap")] == [6]
+
+
+def test_run_directory_is_complete(trained):
+    status = json.loads((trained / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", 6)
+    assert load_config(trained / "config.py").data.classes == tuple("0123456789")
+    assert CheckpointStore(trained / "checkpoints", keep=2).latest().name == "step_00000006"
+    assert "torch" in json.loads((trained / "environment.json").read_text())["libraries"]
+
+
+def test_checkpoint_is_sharded_over_both_ranks(trained):
+    files = sorted(path.name for path in (trained / "checkpoints" / "step_00000006").iterdir())
+    assert sum("optim_states" in name for name in files) == 2
+
+
+def test_converted_weights_score_what_training_measured(trained, weights, tmp_path):
+    succeeded(piip_scale("evaluate", trained / "config.py", weights, "--out", tmp_path / "metrics.json"))
+    lines = map(json.loads, (trained / "metrics.jsonl").read_text().splitlines())
+    measured = next(line for line in lines if line["kind"] == "evaluation")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {f"eval/{name}" for name in metrics} == {name for name in measured if name.startswith("eval/")}
+    for name, value in metrics.items():
+        assert value == pytest.approx(measured[f"eval/{name}"], abs=1e-4), name
+
+
+def test_converted_weights_are_whole_and_plain(weights):
+    with safe_open(weights, framework="pt") as file:
+        names = set(file.keys())
+        assert file.metadata()["step"] == "6"
+    assert any(name.startswith("backbone.branches.0.") for name in names)
+    assert any(name.startswith("heads.") for name in names)
+
+
+def test_prediction_is_drawn_and_listed(trained, weights, scenes, tmp_path):
+    photos = sorted(scenes.images.glob("val_*.jpg"))[:3]
+    picture, listing = tmp_path / "found.png", tmp_path / "found.json"
+    done = succeeded(
+        piip_scale(
+            *("predict", trained / "config.py", weights, *photos, "--out", picture),
+            *("--json", listing, "--score-threshold", 0.0),
+        )
+    )
+    assert str(picture) in done.stdout
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert image.width > 2 * 600
+        assert len(set(image.resize((64, 64)).getdata())) > 100
+    entries = json.loads(listing.read_text())
+    assert [entry["image"] for entry in entries] == [str(path) for path in photos]
+    for entry in entries:
+        for found in entry["objects"]:
+            left, top, right, bottom = found["box_xyxy_px"]
+            assert 0 <= left <= right <= 64
+            assert 0 <= top <= bottom <= 64
+
+
+def test_packing_by_command_equals_packing_by_call(scenes, shards, tmp_path):
+    done = succeeded(piip_scale("shards", "pack", "--coco", scenes.val, "--images", scenes.images, "--out", tmp_path))
+    assert "6 images" in done.stdout
+    for made, packed in zip(sorted(tmp_path.glob("shard*")), sorted((shards / "val").glob("shard*")), strict=True):
+        assert made.read_bytes() == packed.read_bytes()
+
+
+@pytest.mark.parametrize("words", [(), ("train",), ("shards", "pack"), ("convert",), ("evaluate",), ("predict",)])
+def test_help_teaches_by_example(words):
+    done = succeeded(piip_scale(*words, "--help"))
+    assert "piip-scale" in done.stdout.split("Options")[0]
+    assert "--help" in done.stdout
