@@ -18,7 +18,7 @@ from piip_scale.errors import ConfigError, ModelError
 _REST = "rest"
 
 # Messages of 100 MB in bf16 keep any link busy; a bucket beyond that only holds memory.
-_BUCKET_ELEMENTS = 50_000_000
+BUCKET_ELEMENTS = 50_000_000
 # One optimiser step works on so many elements at a time, and needs 4 bytes of gradient for each beside its own state.
 _SUB_GROUP_ELEMENTS = 200_000_000
 
@@ -215,7 +215,7 @@ def _decided(config: RunConfig, sizes: Sizes, threshold: int) -> dict[str, Any]:
 
 def _zero_keys(stage: int, sizes: Sizes, threshold: int) -> dict[str, Any]:
     largest = max(parameter.numel for parameter in sizes.parameters)
-    bucket = min(sizes.numel, max(largest, _BUCKET_ELEMENTS))
+    bucket = min(sizes.numel, max(largest, BUCKET_ELEMENTS))
     bucket += bucket % 2  # stages 1 and 2 insist on an even one
     if stage == 0:
         return {}
