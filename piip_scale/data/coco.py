@@ -77,13 +77,17 @@ def read_coco(
         DataError: The first thing that is wrong.
     """
     root = load_coco_json(annotations)
+    if not images.is_dir():
+        raise DataError(
+            f"image folder {images} is not there", rule=f"it holds the images of {annotations}", fix="check the path"
+        )
     categories = _categories(root, annotations, classes)
     checker = _BoxChecker(annotations, frozenset(c["id"] for c in categories), clip_boxes, boxes_only)
     entries = _image_entries(root, annotations)
     by_image = checker.by_image(root["annotations"], entries)
     checked = tuple(_image(entry, by_image[entry["id"]], images, annotations) for entry in entries.values())
     if checker.num_clipped or checker.num_dropped:
-        get_logger(__name__).info(
+        get_logger(__name__).warning(
             "%s: clipped %d boxes that stuck out of their image, dropped %d of which nothing was left",
             annotations,
             checker.num_clipped,
@@ -134,7 +138,11 @@ def split_coco(annotations: Path, out: Path, *, val_share: float = 0.2, seed: in
         DataError: The file cannot be used, or has fewer than two images.
     """
     root = load_coco_json(annotations)
-    ids = sorted(_image_entries(root, annotations))
+    entries = _image_entries(root, annotations)
+    ids = sorted(entries)
+    stray = next((note for note in root["annotations"] if note.get("image_id") not in entries), None)
+    if stray is not None:
+        raise _stray_note(annotations, stray)
     if len(ids) < 2:
         raise _file_error(annotations, "has one image", "a split needs at least two", "add images")
     if not 0 < val_share < 1:
@@ -257,11 +265,9 @@ class _BoxChecker:
     ) -> dict[int, list[dict[str, Any]]]:
         """Checked annotations under the id of their image."""
         found: dict[int, list[dict[str, Any]]] = {key: [] for key in images}
-        for key, note in _unique_by_id(notes, "annotation", self._file).items():
+        for note in _unique_by_id(notes, "annotation", self._file).values():
             if note.get("image_id") not in found:
-                raise self._error(
-                    f"annotation {key} is of image {note.get('image_id')!r}", "no image has that id", "remove it"
-                )
+                raise _stray_note(self._file, note)
             checked = self._note(note, images[note["image_id"]])
             if checked is not None:
                 found[note["image_id"]].append(checked)
@@ -336,6 +342,11 @@ class _BoxChecker:
 
     def _error(self, problem: str, rule: str, fix: str = "correct or remove it") -> DataError:
         return DataError(f"{self._file}: {problem}", rule=rule, fix=fix)
+
+
+def _stray_note(annotations: Path, note: dict[str, Any]) -> DataError:
+    problem = f"{annotations}: annotation {note.get('id')} is of image {note.get('image_id')!r}"
+    return DataError(problem, rule="no image has that id", fix="remove it")
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

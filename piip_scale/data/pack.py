@@ -109,30 +109,34 @@ def pack_coco(
         raise DataError("target size of a shard", value=(target_mb, target_samples), rule="it must be above 0")
     found = read_coco(annotations, images, classes=classes, clip_boxes=clip_boxes, boxes_only=boxes_only)
     plans = list(_plan(found, images, out, target_mb * _MEGABYTE, target_samples))
-    categories, has_masks = tuple(Category(**category) for category in found.categories), found.has_masks
-    # The parsed annotations of a large set take gigabytes, which every process would be forked with.
-    del found
     options: dict[str, Any] = {"target_mb": float(target_mb), "target_samples": target_samples}
     options |= {"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)}
-    input_sha256 = sha256_of(json_bytes([options, [plan.sha256 for plan in plans]]))
-    if (manifest := _complete_set(out, input_sha256, overwrite)) is not None:
+    facts = _facts(found, plans, options, annotations)
+    # The parsed annotations of a large set take gigabytes, which every process would be forked with.
+    del found
+    if (manifest := _complete_set(out, facts["input_sha256"], overwrite)) is not None:
         return manifest
     _prepare(out)
-    shards = _write_shards(plans, workers, on_progress)
+    manifest = Manifest(shards=_write_shards(plans, workers, on_progress), **facts)
     _remove_other_shards(out, plans)
-    source = {"annotations": annotations.name, "annotations_sha256": sha256_of_file(annotations)}
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        categories=categories,
-        has_masks=has_masks,
-        num_samples=sum(len(plan.items) for plan in plans),
-        num_annotations=sum(item.num_annotations for plan in plans for item in plan.items),
-        shards=shards,
-        input_sha256=input_sha256,
-        made_with={**options, **source, "piip_scale": piip_scale.__version__},
-    )
     write_bytes(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
     return manifest
+
+
+def _facts(found: CocoSet, plans: Sequence[_Plan], options: dict[str, Any], annotations: Path) -> dict[str, Any]:
+    """The manifest but for the shards."""
+    source = {"annotations": annotations.name, "annotations_sha256": sha256_of_file(annotations)}
+    repairs = {"num_clipped": found.num_clipped, "num_dropped": found.num_dropped}
+    packed = [FORMAT_VERSION, options, list(found.categories), found.has_masks, [plan.sha256 for plan in plans]]
+    return {
+        "format_version": FORMAT_VERSION,
+        "categories": tuple(Category(**category) for category in found.categories),
+        "has_masks": found.has_masks,
+        "num_samples": len(found.images),
+        "num_annotations": sum(len(image.annotations) for image in found.images),
+        "input_sha256": sha256_of(json_bytes(packed)),
+        "made_with": {**options, **source, **repairs, "piip_scale": piip_scale.__version__},
+    }
 
 
 def _plan(found: CocoSet, images: Path, out: Path, target_bytes: float, target_samples: int | None) -> Iterator[_Plan]:

@@ -86,7 +86,7 @@ def test_file_that_is_not_coco(tmp_path, text, fragment):
 def test_small_overhang_is_clipped_and_counted(tmp_path, caplog, monkeypatch):
     path, images = make_set(tmp_path, note_with(bbox=[-0.5, 6, 20, 34.7]))
     monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
-    with caplog.at_level(logging.INFO, logger="piip_scale"):
+    with caplog.at_level(logging.WARNING, logger="piip_scale"):
         found = read_coco(path, images)
     assert found.num_clipped == 1
     assert "clipped 1 boxes" in caplog.text
@@ -144,6 +144,15 @@ def test_split_is_a_partition_that_depends_on_the_seed(tmp_path):
     one = make_set(tmp_path / "one", num_images=1)[0]
     with pytest.raises(DataError, match="at least two"):
         split_coco(one, tmp_path / "d")
+
+
+def test_split_refuses_what_it_would_lose(tmp_path):
+    path, _ = make_set(tmp_path, note_with(image_id=77))
+    with pytest.raises(DataError, match="annotation 11 is of image 77"):
+        split_coco(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match=r"image folder .*absent is not there"):
+        read_coco(path, tmp_path / "absent")
 
 
 @pytest.mark.parametrize(("name", "num_images", "num_boxes"), [("bccd", 364, 4886), ("nuclei_dsb2018", 300, 12921)])

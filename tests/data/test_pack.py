@@ -51,6 +51,34 @@ def test_same_bytes_whatever_the_number_of_processes(tmp_path):
         assert sha256_of_file(tmp_path / "a" / shard.name) == shard.sha256
 
 
+def test_manifest_tells_how_it_was_made(tmp_path):
+    annotations, images = make_coco(tmp_path, 8)
+    root = json.loads(annotations.read_text())
+    root["annotations"][0]["bbox"] = [60, 40, 30, 30]
+    root["annotations"][1]["bbox"] = [90, 40, 30, 30]
+    annotations.write_text(json.dumps(root))
+    manifest = pack_coco(annotations, images, tmp_path / "out", clip_boxes=True)
+    made = ShardSet.open(tmp_path / "out").manifest.made_with
+    assert made["annotations_sha256"] == sha256_of_file(annotations)
+    assert (made["annotations"], made["clip_boxes"], made["num_clipped"], made["num_dropped"]) == (
+        "ann.json",
+        True,
+        1,
+        1,
+    )
+    assert manifest.num_annotations == len(root["annotations"]) - 1
+
+
+def test_renamed_classes_are_another_set(tmp_path):
+    annotations, images = make_coco(tmp_path, 5)
+    pack_coco(annotations, images, tmp_path / "out")
+    annotations.write_text(annotations.read_text().replace('"name": "a"', '"name": "c"'))
+    with pytest.raises(DataError, match="another input"):
+        pack_coco(annotations, images, tmp_path / "out")
+    pack_coco(annotations, images, tmp_path / "out", overwrite=True)
+    assert ShardSet.open(tmp_path / "out").classes == ("b", "c")
+
+
 def test_target_size_bounds_the_shards(tmp_path):
     source = make_coco(tmp_path, 14)
     manifest = pack_coco(*source, tmp_path / "a", target_mb=0.02)
