@@ -34,6 +34,9 @@ _OWNED = {
     "train_batch_size": "data.micro_batch_size",
     "train_micro_batch_size_per_gpu": "data.micro_batch_size",
     "gradient_clipping": "optimizer.clip_grad_norm",
+    "zero_optimization.stage3_module_granularity_threshold": "head_leaf() of the model",
+    "zero_optimization.module_granularity_threshold": "head_leaf() of the model",
+    "zero_optimization.leaf_module": "head_leaf() of the model",
     "optimizer": "optimizer",
     "scheduler": "schedule",
 }
@@ -239,7 +242,7 @@ def _check_owned(raw: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
             f"zero.deepspeed.{key}",
             value=value,
             rule=f"{owner} decides it" + (f" and makes it {ours[key]!r}" if key in ours else ""),
-            fix=f"set {owner} and leave the raw key out",
+            fix=f"leave it out, and change {owner} instead",
         )
 
 

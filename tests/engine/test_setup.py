@@ -120,3 +120,38 @@ def lines(tmp_path_factory):
 def test_each_refusal_is_one_line_that_names_the_difference(lines, name, said):
     assert said in lines[name]
     assert "\n" not in lines[name]
+
+
+def gathers_of_a_step(world, device):
+    """All-gathers in one step after the order of modules is known, and how many parameters are resident and sharded."""
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    config = config_of()
+    task = TinyTask(config, world, drop=0.0)
+    engine = engine_of(world, config, drop=0.0)
+    sizes, original = [], comm.cdb.all_gather_function
+
+    def counted(*args, output_tensor=None, **kwargs):
+        output = args[0] if output_tensor is None else output_tensor
+        sizes.append(output.numel())
+        return original(*(() if args else (output,)), *args, **kwargs)
+
+    for step in range(4):
+        if step == 3:
+            comm.cdb.all_gather_function = counted
+        train_step(engine, [next(iter(task.train_batches(0, step)))], step, 0, world.rank)
+    comm.cdb.all_gather_function = original
+    parameters = list(engine.module.parameters())
+    resident = [p for p in parameters if p.ds_persist]
+    assert all(p.ds_status == ZeroParamStatus.AVAILABLE for p in resident)
+    padded = sum(-(-p.ds_numel // world.num_ranks) * world.num_ranks for p in resident)
+    return sizes, padded, [p.ds_numel for p in parameters if not p.ds_persist]
+
+
+def test_residents_travel_once_a_step_together_and_sharded_ones_twice():
+    sizes, residents, sharded = run_ranks(2, gathers_of_a_step)[0]
+    assert sizes.count(residents) == 1
+    assert sizes[-1] == residents
+    assert sum(sizes) - residents <= 2 * sum(sharded)
+    assert sum(sizes) - residents >= sum(sharded)

@@ -65,6 +65,7 @@ def test_a_threshold_of_the_config_means_fewer_elements():
         ({"gradient_accumulation_steps": 4}, "train.gradient_accumulation"),
         ({"train_batch_size": 64}, "data.micro_batch_size"),
         ({"optimizer": {"type": "Lion"}}, "optimizer decides it"),
+        ({"zero_optimization": {"leaf_module": {"classes": ["A"]}}}, "head_leaf"),
         ({"scheduler": {"type": "WarmupLR"}}, "schedule"),
     ],
 )
