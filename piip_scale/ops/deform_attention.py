@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from functools import lru_cache
 
 import torch
@@ -31,7 +33,11 @@ def deform_attention(
 
     Source: Zhu et al., Deformable DETR, equation 2, with one level.
     """
-    resolve_deform_kernel(kernel, value_BHWMD.device.type)
+    if resolve_deform_kernel(kernel, value_BHWMD.device.type, value_BHWMD.dtype) == "triton":
+        # The module compiles nothing before its first call, but it needs triton to be imported.
+        from piip_scale.ops.deform_attention_triton import deform_attention_triton
+
+        return deform_attention_triton(value_BHWMD, locations_BLMP2.float(), weights_BLMP.float())
     return deform_attention_reference(value_BHWMD, locations_BLMP2, weights_BLMP)
 
 
@@ -48,19 +54,38 @@ def deform_attention_reference(value_BHWMD: Tensor, locations_BLMP2: Tensor, wei
     return output_BLMD.to(value_BHWMD.dtype)
 
 
-@lru_cache(maxsize=16)
-def resolve_deform_kernel(name: str, device: str | torch.device) -> str:
-    """The kernel that ``name`` means for tensors on this device: ``reference`` or ``triton``.
+def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The kernel that ``name`` means for values of this device and dtype: ``reference`` or ``triton``.
+
+    Args:
+        name: A kernel, or ``auto`` for the fastest present.
+        device: Where the values are.
+        dtype: Their dtype.
 
     Raises:
-        KernelError: The kernel named is unknown, or cannot run here.
+        KernelError: The kernel named is unknown, not installed, or not for this device and dtype.
     """
-    if name in ("reference", "auto"):
-        return "reference"
-    if name == "triton":
+    device_type = torch.device(device).type
+    if name == "reference":
+        return name
+    if name == "auto":
+        usable = device_type == "cuda" and dtype != torch.float64 and _has_triton()
+        return "triton" if usable else "reference"
+    if name != "triton":
+        raise KernelError("unknown deformable attention kernel", value=name, rule="one of auto, reference, triton")
+    fix = "set deform_kernel to auto or reference"
+    if not _has_triton():
+        raise KernelError("deformable attention kernel triton needs the package triton", fix=f"install it, or {fix}")
+    if dtype == torch.float64 or (device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
         raise KernelError(
-            "deformable attention kernel triton is not available",
-            value=torch.device(device).type,
-            fix="set deform_kernel to auto or reference",
+            "deformable attention kernel triton cannot run here",
+            value=f"{dtype} on {device_type}",
+            rule="it needs float32, float16 or bfloat16 on a CUDA device",
+            fix=fix,
         )
-    raise KernelError("unknown deformable attention kernel", value=name, rule="one of auto, reference, triton")
+    return "triton"
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

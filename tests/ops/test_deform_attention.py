@@ -78,5 +78,15 @@ def test_kernels_by_name():
     assert resolve_deform_kernel("auto", "cpu") == "reference"
     with pytest.raises(KernelError, match="one of auto, reference, triton"):
         resolve_deform_kernel("cuda", "cpu")
-    with pytest.raises(KernelError, match="triton is not available"):
+    with pytest.raises(KernelError, match=r"cannot run here: got 'torch.float64 on cuda'"):
+        resolve_deform_kernel("triton", "cuda", torch.float64)
+
+
+def test_triton_asked_for_by_name_is_never_replaced(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(KernelError, match=r"triton (cannot run here: got 'torch.float32 on cpu'|needs the package)"):
         resolve_deform_kernel("triton", "cpu")
+    monkeypatch.setattr("piip_scale.ops.deform_attention._has_triton", lambda: False)
+    with pytest.raises(KernelError, match="needs the package triton"):
+        resolve_deform_kernel("triton", "cuda")
+    assert resolve_deform_kernel("auto", "cuda") == "reference"
