@@ -232,3 +232,13 @@ def test_each_mode_refuses_the_others_work():
         _model("faster_rcnn").predict(two_image_batch())
     with pytest.raises(ModelError, match="training mode"):
         _model("faster_rcnn").eval()(batch=two_image_batch())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_can_be_checked_without_memory(kind):
+    with torch.device("meta"):
+        model = build_detection_model(run_config(kind, {}), num_classes=3)
+        # All but DINO's level embedding, which mmdet makes by a call that knows no devices.
+        assert sum(parameter.numel() for parameter in model.parameters() if not parameter.is_meta) <= 4 * 256
+        with pytest.raises(ConfigError, match=r"neck\.out_chanels"):
+            build_detection_model(run_config(kind, {"neck.out_chanels": 8}), num_classes=3)
