@@ -58,7 +58,14 @@ def plan_detector(config: DetectorConfig, features: Sequence[FeatureSpec], num_c
     model = merged(_base(config.kind), overrides, config.kind)
     indices = _feature_indices(config.kind, features)
     taken = [features[index] for index in indices]
-    derived = _dino_values(model, taken) if config.kind == "dino" else _rcnn_values(model, taken)
+    try:
+        derived = _dino_values(model, taken) if config.kind == "dino" else _rcnn_values(model, taken)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            "config key detector.overrides leaves out what neck and heads must agree on",
+            value=f"{type(error).__name__}: {error}",
+            fix="merge onto mmdet's dicts instead of replacing them by _delete_",
+        ) from error
     for path, value in (derived | _class_values(model, num_classes)).items():
         if not names(overrides, path.split(".")):
             assign(model, path.split("."), value)
@@ -117,7 +124,7 @@ def _rcnn_values(model: Tree, features: Sequence[FeatureSpec]) -> Tree:
     if "mask" in parts:
         # The mask head doubles its RoI's size, and targets are made at the size it puts out.
         size = model["roi_head"]["mask_roi_extractor"]["roi_layer"]["output_size"]
-        values["train_cfg.rcnn.mask_size"] = 2 * size
+        values["train_cfg.rcnn.mask_size"] = 2 * size if isinstance(size, int) else [2 * side for side in size]
     return values
 
 

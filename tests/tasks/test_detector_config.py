@@ -35,6 +35,18 @@ def test_roi_sizes_reach_heads_and_targets():
         assert {stage["mask_size"] for stage in (train if isinstance(train, list) else [train])} == {14}
 
 
+def test_roi_sizes_may_be_oblong():
+    model = plan("mask_rcnn", {"roi_head.mask_roi_extractor.roi_layer.output_size": [7, 14]}).model
+    assert model["train_cfg"]["rcnn"]["mask_size"] == [14, 28]
+
+
+def test_replacing_what_others_depend_on_is_one_line():
+    head = {"_delete_": True, "type": "StandardRoIHead"}
+    with pytest.raises(ConfigError, match="bbox_roi_extractor") as caught:
+        plan("mask_rcnn", {"roi_head": head})
+    assert "\n" not in str(caught.value)
+
+
 def test_overrides_win_over_what_follows():
     model = plan("mask_rcnn", {"rpn_head.anchor_generator.strides": [4, 8, 16, 32, 128]}).model
     assert model["rpn_head"]["anchor_generator"]["strides"] == [4, 8, 16, 32, 128]
