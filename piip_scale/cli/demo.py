@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from piip_scale.cli.shards import describe, packing_bar
+from piip_scale.cli.shards import describe, progress_bar
 from piip_scale.cli.train import run_training, with_classes
 from piip_scale.config import load_config
 from piip_scale.config.loading import config_text
@@ -139,7 +139,7 @@ def _pack(pair: CocoPair, place: Demo) -> tuple[Manifest, Manifest]:
 
     manifests = []
     for split, source in (("train", pair.train), ("val", pair.val)):
-        with packing_bar(source.name) as on_progress:
+        with progress_bar(f"packing {source.name}") as on_progress:
             made = pack_coco(source, pair.images, place.shards(split), clip_boxes=True, on_progress=on_progress)
         typer.echo(f"      {split}: {describe(made)}")
         manifests.append(made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ import torch
 from piip_scale.config import RunConfig
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from piip_scale.tasks.base import Detections
 
 
@@ -45,7 +42,7 @@ def predict_and_draw(
     from piip_scale.checkpoint.files import write_text_atomically
     from piip_scale.data.files import write_bytes
     from piip_scale.tasks.detection import class_names, load_detector
-    from piip_scale.tasks.drawing import DrawingStyle, contact_sheet, draw_detections
+    from piip_scale.tasks.drawing import DrawingStyle, contact_sheet, draw_detections, png_bytes
     from piip_scale.tasks.prediction import predict_image, read_image
 
     classes, style = class_names(config), DrawingStyle(min_score=min_score)
@@ -55,17 +52,11 @@ def predict_and_draw(
     found = [predict_image(model, config.data.augment, pixels, number) for number, pixels in enumerate(photos, 1)]
     pictures = [draw_detections(pixels, one, classes, style) for pixels, one in zip(photos, found, strict=True)]
     sheet = contact_sheet(pictures, ", ".join(path.name for path in images), style=style)
-    write_bytes(out, _png(sheet))
+    write_bytes(out, png_bytes(sheet))
     if json_out is not None:
         entries = [_entry(path, one, classes) for path, one in zip(images, found, strict=True)]
         write_text_atomically(json_out, json.dumps(entries, indent=1) + "\n")
     return [int((one.scores >= min_score).sum()) for one in found]
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _entry(path: Path, found: Detections, classes: Sequence[str]) -> dict[str, Any]:

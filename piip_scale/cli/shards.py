@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from piip_scale.data.pack import Progress
     from piip_scale.data.shards import Manifest
 
-app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream.")
+app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream, check them, look at them.")
+Folder = Annotated[Path, typer.Argument(help="Folder of packed shards.")]
 
 
 @app.command()
@@ -40,7 +41,7 @@ def pack(
     """
     from piip_scale.data.pack import pack_coco
 
-    with packing_bar(coco.name) as on_progress:
+    with progress_bar(f"packing {coco.name}") as on_progress:
         manifest = pack_coco(
             coco,
             images,
@@ -55,14 +56,63 @@ def pack(
     typer.echo(f"{out}: {describe(manifest)}")
 
 
+@app.command()
+def verify(
+    folder: Folder,
+    other: Annotated[Path | None, typer.Option(help="A set that must not share images, such as validation's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read; default: all cores.")] = None,
+) -> None:
+    """Read a packed set to the last byte: checksums, images, boxes and masks.
+
+    Prints one line a problem and ends with exit code 1 if there are any.
+
+    Example: `piip-scale shards verify shards/train --other shards/val`
+    """
+    from piip_scale.data.verify import verify_shards
+
+    with progress_bar(f"reading {folder}") as on_progress:
+        report = verify_shards(folder, other=other, workers=workers, on_progress=on_progress)
+    for line in report.problems:
+        typer.echo(line)
+    for here, there in report.shared_images:
+        typer.echo(f"{here} is the same image as {there} in {other}")
+    faults = len(report.problems) + len(report.shared_images)
+    typer.echo(f"{folder}: {report.num_samples} images, {report.num_targets} objects, {faults} problems")
+    raise typer.Exit(int(faults > 0))
+
+
+@app.command()
+def show(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="Draw a contact sheet there (.png).")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Images on the sheet, spread evenly over the set.")] = 12,
+) -> None:
+    """Say what a packed set holds, and draw some of it with its boxes and masks.
+
+    Example: `piip-scale shards show shards/train --out train.png`
+    """
+    from rich.console import Console
+
+    from piip_scale.cli.contact import draw_contact_sheet, summary_table
+    from piip_scale.data.shards import ShardSet
+    from piip_scale.data.summary import summarise
+
+    shards = ShardSet.open(folder)
+    Console().print(summary_table(folder, summarise(shards)))
+    if out is not None:
+        draw_contact_sheet(shards, out, num_images)
+        typer.echo(f"picture: {out}")
+
+
 @contextmanager
-def packing_bar(name: str) -> Iterator[Progress]:
-    """A progress bar for ``pack_coco``."""
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A bar on standard error, nothing where that is no terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(f"packing {name}", total=None)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(title, total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)

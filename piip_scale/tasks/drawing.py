@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class DrawingStyle:
         line_px: Width of a box's outline.
         gap_px: Between images of a sheet, and around them.
         min_score: Detections below it are left out.
+        scores: Write scores behind class names; ground truth has none worth writing.
     """
 
     long_edge_px: int = 640
@@ -42,6 +44,7 @@ class DrawingStyle:
     line_px: int = 2
     gap_px: int = 10
     min_score: float = 0.5
+    scores: bool = True
 
 
 def draw_detections(
@@ -72,7 +75,7 @@ def draw_detections(
     # Names come last and best first, each where it hides no other.
     taken: list[_Place] = []
     for index, box, label in zip(shown, boxes, labels, strict=True):
-        text = f"{classes[label]} {found.scores[index].item():.2f}"
+        text = f"{classes[label]} {found.scores[index].item():.2f}" if style.scores else classes[label]
         place = _free_place(draw.textlength(text, font=_font(style.text_px)), box, picture.size, style, taken)
         _write_tag(draw, text, place, class_colour(label), style)
         taken.append(place)
@@ -109,6 +112,13 @@ def contact_sheet(
         (style.gap_px, top), "\n".join(lines), fill=_TEXT, font=_font(style.text_px), spacing=line_px - style.text_px
     )
     return sheet
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """A picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def class_colour(label: int) -> Rgb:
