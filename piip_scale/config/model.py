@@ -258,6 +258,16 @@ class PiipConfig(Strict):
         return tuple({"kind": "vit"} | expand_preset(b) if isinstance(b, dict) else b for b in branches)
 
     @model_validator(mode="after")
+    def _flash_has_no_bias(self) -> PiipConfig:
+        biased = [i for i, b in enumerate(self.branches) if isinstance(b, VitBranchConfig) and b.relative_position_bias]
+        if biased and self.attention_kernel == "flash":
+            raise ValueError(
+                f"attention_kernel=flash cannot add the relative_position_bias of branches.{biased[0]}; "
+                "auto uses flash wherever it can"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _branches_agree(self) -> PiipConfig:
         if not self.branches:
             raise ValueError("branches is empty and must name at least one branch")

@@ -21,7 +21,7 @@ class PiipClassifier(Trunk):
         head: The head.
 
     Raises:
-        KernelError: A kernel that the config names cannot be had.
+        KernelError: A kernel that the config names is not installed.
     """
 
     def __init__(self, config: PiipConfig, head: ClassifierConfig) -> None:

@@ -20,7 +20,7 @@ class PIIP(Trunk):
         config: The network.
 
     Raises:
-        KernelError: A kernel that the config names cannot be had.
+        KernelError: A kernel that the config names is not installed.
 
     Source: Zhu et al., Parameter-Inverted Image Pyramid Networks.
     """

@@ -16,6 +16,8 @@ from piip_scale.models.interaction import InteractionUnit
 from piip_scale.models.layers import reset_all_parameters
 from piip_scale.models.rules import ParameterRule
 from piip_scale.models.vit import Vit
+from piip_scale.ops.attention import require_attention_kernel
+from piip_scale.ops.deform_attention import require_deform_kernel
 from piip_scale.ops.resize import resize_image
 
 
@@ -26,11 +28,13 @@ class Trunk(nn.Module):
         config: The network.
 
     Raises:
-        KernelError: A kernel that the config names cannot be had.
+        KernelError: A kernel that the config names is not installed.
     """
 
     def __init__(self, config: PiipConfig) -> None:
         super().__init__()
+        require_attention_kernel(config.attention_kernel)
+        require_deform_kernel(config.deform_kernel)
         self.config = config
         self.branches = nn.ModuleList(_build_branch(branch, config.attention_kernel) for branch in config.branches)
         self.interactions = nn.ModuleList(self._build_units(stage) for stage in range(config.interaction.num_stages))

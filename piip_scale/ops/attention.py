@@ -93,6 +93,12 @@ def resolve_attention_kernel(name: str, device: str | torch.device, dtype: torch
     return "flash"
 
 
+def require_attention_kernel(name: str) -> None:
+    """Raises a ``KernelError`` where the library of a kernel asked for by name is not installed."""
+    if name == "flash":
+        _flash_function()
+
+
 def _plain_attention(query_BHLD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, bias_HLS: Tensor | None) -> Tensor:
     wide = torch.promote_types(query_BHLD.dtype, torch.float32)
     scale = query_BHLD.shape[-1] ** -0.5

@@ -73,17 +73,24 @@ def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dt
         return "triton" if usable else "reference"
     if name != "triton":
         raise KernelError("unknown deformable attention kernel", value=name, rule="one of auto, reference, triton")
-    fix = "set deform_kernel to auto or reference"
-    if not _has_triton():
-        raise KernelError("deformable attention kernel triton needs the package triton", fix=f"install it, or {fix}")
+    require_deform_kernel(name)
     if dtype == torch.float64 or (device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
         raise KernelError(
             "deformable attention kernel triton cannot run here",
             value=f"{dtype} on {device_type}",
             rule="it needs float32, float16 or bfloat16 on a CUDA device",
-            fix=fix,
+            fix="set deform_kernel to auto or reference",
         )
     return "triton"
+
+
+def require_deform_kernel(name: str) -> None:
+    """Raises a ``KernelError`` where the library of a kernel asked for by name is not installed."""
+    if name == "triton" and not _has_triton():
+        raise KernelError(
+            "deformable attention kernel triton needs the package triton",
+            fix="install it, or set deform_kernel to auto or reference",
+        )
 
 
 @lru_cache(maxsize=1)

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from piip_scale.config.model import PiipConfig
-from piip_scale.errors import ModelError
-from piip_scale.models.layers import LayerScale
+from piip_scale.errors import KernelError, ModelError
+from piip_scale.models.layers import LayerScale, build_norm
 from piip_scale.models.piip import PIIP
 
 
@@ -260,6 +260,25 @@ def test_parameter_rules_follow_the_released_layer_decay():
     assert rules["branches.0.blocks.0.attn.qkv.weight"].decays
     assert rules["branches.0.embedding.position"].decays
     assert not build(config(1)).parameter_rules()["branches.0.embedding.position"].decays
+
+
+def test_a_kernel_asked_for_by_name_is_there_or_nothing_is_built(monkeypatch):
+    monkeypatch.setattr("piip_scale.ops.attention._find_flash", lambda: None)
+    monkeypatch.setattr("piip_scale.ops.deform_attention._has_triton", lambda: False)
+    for name, kernel in (("attention_kernel", "flash"), ("deform_kernel", "triton")):
+        with pytest.raises(KernelError, match=kernel):
+            PIIP(config(2, **{name: kernel}))
+    with pytest.raises(ValueError, match="flash cannot add the relative_position_bias"):
+        PiipConfig(interaction={"num_stages": 2, "num_heads": 4}, attention_kernel="flash", **MIXES[0])
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_norm_statistics_are_float32_in_bfloat16(kind):
+    # The mean square of 4,096 numbers near 16 is far beyond what bfloat16 can add up.
+    norm = build_norm(kind, 4096)
+    x = (torch.randn(8, 4096, generator=torch.Generator().manual_seed(0)) + 16).bfloat16()
+    truth = norm.double()(x.double())
+    torch.testing.assert_close(norm.bfloat16()(x).double(), truth, rtol=2**-8, atol=2**-8)
 
 
 def test_a_convnext_trains_at_the_heads_rate():
