@@ -4,35 +4,59 @@ from __future__ import annotations
 
 from typing import Any
 
-# Scales start at 1, as in the released recipes: trained weights bring their own.
-_DEIT = {"kind": "vit", "patch_size_px": 16, "pretrain_resolution_px": 224, "layer_scale_init": 1.0}
+_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+# Scales per channel start at 1, as in the released recipes: trained weights bring their own.
+_DEIT: dict[str, Any] = {"kind": "vit", "layer_scale_init": 1.0}
+# The class that InternViT shares with MAE, AugReg and DINOv2 weights.
+_INTERNVIT = _DEIT | {"position_class_slot": True, "drop_path_schedule": "linear"}
+_BEIT: dict[str, Any] = {
+    "kind": "vit",
+    "layer_scale_init": 1e-6,
+    "key_bias": False,
+    "position_embedding": False,
+    "relative_position_bias": True,
+    "drop_path_schedule": "linear",
+}
+_UNI_PERCEIVER: dict[str, Any] = {
+    "kind": "vit",
+    "norm_eps": 1e-5,
+    "layer_scale_init": 0.0,
+    "embedding_norm": True,
+    "frame_positions": 8,
+    "drop_path_schedule": "linear",
+}
+_FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "deit": (_DEIT, ("tiny",)),
+    "deit3": (_DEIT, ("small", "base", "large")),
+    "deit3_384": (_DEIT | {"pretrain_resolution_px": 384}, ("small", "base", "large")),
+    "augreg_384": (_INTERNVIT | {"pretrain_resolution_px": 384}, ("small", "base", "large")),
+    "mae": (_INTERNVIT, ("base", "large", "huge")),
+    "dinov2": (_INTERNVIT | {"pretrain_resolution_px": 518}, ("small", "base", "large")),
+    "beitv2": (_BEIT, ("base", "large")),
+    "uni_perceiver": (_UNI_PERCEIVER, ("base", "large")),
+}
+_CONVNEXT: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "deit_tiny": _DEIT | {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "deit3_small": _DEIT | {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "deit3_base": _DEIT | {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "deit3_large": _DEIT | {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "mae_huge": {
-        "kind": "vit",
-        "embed_dim": 1280,
-        "depth": 32,
-        "num_heads": 16,
-        "layer_scale_init": 1.0,
-        "position_class_slot": True,
-        "drop_path_schedule": "linear",
+    **{f"{name}_{size}": numbers | _SIZES[size] for name, (numbers, sizes) in _FAMILIES.items() for size in sizes},
+    **{
+        f"convnext_{size}": {"kind": "convnext", "depths": depths, "widths": widths}
+        for size, (depths, widths) in _CONVNEXT.items()
     },
-    "internvit_6b": {
-        "kind": "vit",
-        "embed_dim": 3200,
-        "depth": 48,
-        "num_heads": 25,
-        "norm": "rmsnorm",
-        "qkv_bias": False,
-        "qk_norm": True,
-        "layer_scale_init": 0.1,
-        "position_class_slot": True,
-        "drop_path_schedule": "linear",
-    },
+    "internvit_6b": _INTERNVIT
+    | {"embed_dim": 3200, "depth": 48, "num_heads": 25, "norm": "rmsnorm", "qkv_bias": False, "qk_norm": True}
+    | {"layer_scale_init": 0.1},
 }
 
 
