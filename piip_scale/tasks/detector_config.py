@@ -11,7 +11,7 @@ from piip_scale.config.run import DetectorConfig
 from piip_scale.errors import ConfigError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.tasks.mmlab import PACKAGE_FOLDER, Config
-from piip_scale.tasks.overrides import Tree, assign, exists, merged, names, nested
+from piip_scale.tasks.overrides import Tree, assign, exists, mentions, merged, nested
 
 _BASES = {
     "mask_rcnn": "_base_/models/mask-rcnn_r50_fpn.py",
@@ -67,7 +67,7 @@ def plan_detector(config: DetectorConfig, features: Sequence[FeatureSpec], num_c
             fix="merge onto mmdet's dicts instead of replacing them by _delete_",
         ) from error
     for path, value in (derived | _class_values(model, num_classes)).items():
-        if not names(overrides, path.split(".")):
+        if not mentions(overrides, path.split(".")):
             assign(model, path.split("."), value)
     return DetectorPlan(model, indices, has_masks=bool(model.get("roi_head", {}).get("mask_head")))
 

@@ -134,13 +134,13 @@ def _arguments(name: object) -> set[str]:
     return names - {"self"}
 
 
-def names(tree: Any, path: Sequence[str]) -> bool:
+def mentions(tree: Any, path: Sequence[str]) -> bool:
     """Whether overrides say something about a path."""
     if not path or not isinstance(tree, dict):
         return not path
     entries = [tree[path[0]]] if path[0] in tree else [tree[key] for key in tree if key.isdecimal()]
     rests = [path[1:] if path[0] in tree else path] * len(entries)
-    return any(names(entry, rest) for entry, rest in zip(entries, rests, strict=True))
+    return any(mentions(entry, rest) for entry, rest in zip(entries, rests, strict=True))
 
 
 def exists(tree: Any, path: Sequence[str]) -> bool:
