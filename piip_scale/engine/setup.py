@@ -107,6 +107,8 @@ def build_engine(model: nn.Module, config: RunConfig, world: World) -> tuple[Dee
     engine = _initialize(model, build_optimizer(groups, config.optimizer), plan.deepspeed)
     if plan.stage == 3:
         _gather_residents_together(engine)
+        _unhook_residents(engine, trainable.head_leaf())
+        gather_residents(engine)
     return engine, plan
 
 
@@ -118,6 +120,32 @@ def _gather_residents_together(engine: DeepSpeedEngine) -> None:
     residents = engine.optimizer.persistent_parameters
     if residents:
         residents[0].all_gather = functools.partial(_gather_coalesced, residents[0])
+
+
+def _unhook_residents(engine: DeepSpeedEngine, leaf: nn.Module) -> None:
+    """Takes ZeRO-3's hooks off modules that hold nothing sharded: there is nothing to fetch or release for them.
+
+    The hooks cost some 0.5 ms a module and step. Gradients are reduced by hooks on parameters, which stay, as do the
+    leaf's. A resident that is away after all comes when it is read (DeepSpeed's parameter dict sees to that).
+    """
+    without: set[int] = set()
+    for module in engine.module.modules():
+        if module not in (engine.module, leaf) and all(param.ds_persist for param in module.parameters()):
+            without |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
+    offload = engine.optimizer.parameter_offload
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) in without:
+            handle.remove()
+
+
+def gather_residents(engine: DeepSpeedEngine) -> None:
+    """Makes ZeRO-3's resident parameters whole where they are not. Collective.
+
+    deepspeed 0.19.8 does so after an update, but neither at the start nor after a step that was not applied.
+    """
+    residents = getattr(engine.optimizer, "persistent_parameters", [])
+    if residents:
+        residents[0].all_gather(residents)
 
 
 def _gather_coalesced(first: nn.Parameter, param_list: Sequence[nn.Parameter] | None = None, **_: object) -> None:

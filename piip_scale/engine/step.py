@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.data.batch import Batch
+from piip_scale.engine.setup import gather_residents
 from piip_scale.errors import ModelError
 
 if TYPE_CHECKING:
@@ -107,7 +108,10 @@ def _step(engine: DeepSpeedEngine) -> float:
     """
     if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
         engine.step()
-        return float(engine.get_global_grad_norm() or 0.0)
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            gather_residents(engine)
+        return norm
     norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
     if math.isfinite(norm):
         engine.step()
