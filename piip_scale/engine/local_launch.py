@@ -28,7 +28,6 @@ def launch_local(
     command: Sequence[str],
     run: RunDirectory,
     *,
-    resume: bool = False,
     grace_s: float = 10.0,
     environment: Mapping[str, str] | None = None,
 ) -> int:
@@ -41,8 +40,7 @@ def launch_local(
     Args:
         num_procs: Ranks.
         command: Program and arguments.
-        run: The run's directory, where a failing rank leaves its error; checked before anything starts.
-        resume: The run continues.
+        run: The run's directory, where a failing rank leaves its error; the caller has had it ``check``ed.
         grace_s: Between the first failure and the kill, in seconds.
         environment: Variables beside this process's own.
 
@@ -51,10 +49,8 @@ def launch_local(
         the rank that failed first. The ranks have told the user already.
 
     Raises:
-        RunError: The directory is in use, or holds nothing to resume; or a rank failed without a word of its own, as
-            one killed by the system does.
+        RunError: A rank failed without a word of its own, as one killed by the system does.
     """
-    run.check(resume=resume)
     run.clear_errors()
     ranks = _Ranks(num_procs, command, environment or {}, run)
     previous = {number: signal.signal(number, ranks.forward) for number in _FORWARDED}

@@ -63,7 +63,8 @@ def main() -> int:
     args = parser.parse_args()
     run = RunDirectory(args.run_dir)
     if args.launch and "RANK" not in os.environ:
-        return launch_local(args.launch, [sys.executable, *sys.argv], run, resume=args.resume, grace_s=5)
+        run.check(resume=args.resume)
+        return launch_local(args.launch, [sys.executable, *sys.argv], run, grace_s=5)
     config = tiny_config(
         optimizer={"lr": args.lr, "layer_decay": args.layer_decay},
         zero={"stage": args.stage, "deepspeed": FORCED_RELEASE if args.stage == 3 else {}},
