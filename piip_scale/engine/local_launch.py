@@ -29,7 +29,6 @@ def launch_local(
     run: RunDirectory,
     *,
     grace_s: float = 10.0,
-    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Runs a command once for each rank, with torchrun's variables set, and waits for all.
 
@@ -42,7 +41,6 @@ def launch_local(
         command: Program and arguments.
         run: The run's directory, where a failing rank leaves its error; the caller has had it ``check``ed.
         grace_s: Between the first failure and the kill, in seconds.
-        environment: Variables beside this process's own.
 
     Returns:
         The exit code for this process: 0 where every rank ended well, 130 where they stopped as asked, else that of
@@ -52,7 +50,7 @@ def launch_local(
         RunError: A rank failed without a word of its own, as one killed by the system does.
     """
     run.clear_errors()
-    ranks = _Ranks(num_procs, command, environment or {}, run)
+    ranks = _Ranks(num_procs, command, run)
     previous = {number: signal.signal(number, ranks.forward) for number in _FORWARDED}
     try:
         ranks.wait(grace_s)
@@ -95,9 +93,7 @@ class _Ranks:
         untold: The error of a rank that the system killed, where nobody told the user of it.
     """
 
-    def __init__(
-        self, num_procs: int, command: Sequence[str], environment: Mapping[str, str], run: RunDirectory
-    ) -> None:
+    def __init__(self, num_procs: int, command: Sequence[str], run: RunDirectory) -> None:
         self.first_failure: tuple[int, int] | None = None
         self.killed_by_user = False
         self.untold: RunError | None = None
@@ -108,7 +104,7 @@ class _Ranks:
         self._processes = []
         for rank in range(num_procs):
             world = World(rank, num_procs, rank, num_procs, "127.0.0.1", port)
-            self._processes.append(_start(command, shared | dict(environment) | world.as_environment()))
+            self._processes.append(_start(command, shared | world.as_environment()))
 
     def wait(self, grace_s: float) -> None:
         """Until all ended, or ``grace_s`` after the first that failed."""
