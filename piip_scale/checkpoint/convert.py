@@ -153,7 +153,7 @@ def _check_target(out: Path, max_shard_gb: float | None, overwrite: bool) -> Non
             rule="one file ends in .safetensors; with a largest shard size the output is a folder",
         )
     if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists", fix="choose another output, or overwrite it explicitly")
+        raise CheckpointError(f"{out} exists", fix="choose another output, or replace it with --overwrite")
 
 
 def _plan(reader: ZeroCheckpoint, dtype: torch.dtype, max_shard_gb: float | None) -> list[list[Entry]]:

@@ -1,10 +1,15 @@
 """The one doorway to mmdet: whatever the tasks need of it, imported after the stand-in for its compiled ops."""
 
+import os
 from typing import Any
+
+import torch
 
 from piip_scale.tasks import mmcv_ext
 
 mmcv_ext.install()
+# mmengine imports DeepSpeed where it finds it, which warns of a machine without GPU unless told what to use.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import mmcv.ops  # noqa: E402
 import mmdet.models  # noqa: E402 - registers mmdet's modules

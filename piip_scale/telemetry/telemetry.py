@@ -63,7 +63,9 @@ class Telemetry:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tells of an evaluation after ``step`` steps."""
         self._write(step, "evaluation", {f"eval/{name}": value for name, value in metrics.items()})
-        self._note(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        # Names with a slash are details, such as one class's share: files have them, a line has no room.
+        shown = {name: value for name, value in metrics.items() if "/" not in name}
+        self._note(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
 
     def event(self, step: int, text: str) -> None:
         """Tells of anything else worth a line: a checkpoint saved, a sample skipped."""

@@ -180,7 +180,7 @@ def wait_for_steps(run_dir, process, seconds=120):
     [
         (["predict", "{config}", "{weights}", "absent.jpg"], ["absent.jpg"]),
         (["predict", "{config}", "{weights}", "{truncated}"], ["broken.jpg"]),
-        (["predict", "{config}", "absent.safetensors", "{truncated}"], ["absent.safetensors", "convert"]),
+        (["predict", "{config}", "absent.safetensors", "{photo}"], ["absent.safetensors", "convert"]),
         (["predict", "{config}", "{weights}", "{truncated}", "--out", "found.gif"], ["found.gif", ".png"]),
         (["evaluate", "{config}", "{weights}", "--shards", "/nowhere"], ["/nowhere"]),
         (
@@ -193,12 +193,12 @@ def wait_for_steps(run_dir, process, seconds=120):
 )
 def test_wrong_files_are_named(trained, weights, scenes, tmp_path, words, parts):
     truncated = tmp_path / "broken.jpg"
-    content = next(scenes.images.glob("val_*.jpg")).read_bytes()
+    photo = next(scenes.images.glob("val_*.jpg"))
+    content = photo.read_bytes()
     truncated.write_bytes(content[: len(content) // 3])
-    names = {"{config}": trained / "config.py", "{weights}": weights, "{truncated}": truncated}
+    names = {"{config}": trained / "config.py", "{weights}": weights, "{truncated}": truncated, "{photo}": photo}
     before = set(os.listdir())
-    code_of_kind = piip_scale(*(names.get(word, word) for word in words))
-    failed_in_one_line(code_of_kind, *parts)
+    failed_in_one_line(piip_scale(*(names.get(word, word) for word in words)), *parts)
     assert set(os.listdir()) == before
 
 

@@ -15,11 +15,11 @@ from piip_scale.config import load_config
 
 TAGS = {
     "loss/total",
-    "loss/cls",
-    "loss/bbox",
-    "loss/mask",
-    "loss/rpn_cls",
-    "loss/rpn_bbox",
+    "loss/loss_cls",
+    "loss/loss_bbox",
+    "loss/loss_mask",
+    "loss/loss_rpn_cls",
+    "loss/loss_rpn_bbox",
     "train/lr",
     "train/grad_norm",
     "throughput/images_per_second",
@@ -51,7 +51,7 @@ def test_run_directory_is_complete(trained):
 
 
 def test_checkpoint_is_sharded_over_both_ranks(trained):
-    files = sorted(path.name for path in (trained / "checkpoints" / "step_00000006").iterdir())
+    files = sorted(path.name for path in (trained / "checkpoints" / "step_00000006").rglob("*"))
     assert sum("optim_states" in name for name in files) == 2
 
 
