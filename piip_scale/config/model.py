@@ -32,11 +32,14 @@ class _BranchConfig(Strict):
         blocks_per_stage: Blocks before each interaction; empty divides the depth evenly over ``num_stages``
             of the model. Their sum is the depth.
         drop_path_schedule: ``constant`` for every block (DeiT), or ``linear`` in the block's index (InternViT).
+        pretrained: File of weights to start training from, in the format of the backbone's own release; see
+            ``models.pretrained``.
         drop_path_mode: ``zero`` computes dropped residuals and multiplies by 0; ``skip`` leaves a fixed share of the
             batch's samples out of the computation, drawn anew for every residual.
     """
 
     resolution_px: Positive
+    pretrained: str | None = None
     blocks_per_stage: tuple[Positive, ...] = ()
     drop_path_rate: Share = 0.0
     drop_path_schedule: Literal["constant", "linear"] = "constant"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piip_scale.config.model import ConvNextBranchConfig, PiipConfig
+from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig
 from piip_scale.errors import ModelError
 from piip_scale.models.official_config import OfficialModel
 from piip_scale.models.trunk import Trunk
@@ -89,7 +89,7 @@ def rename_official(model: Trunk, official: OfficialModel, state_dict: Mapping[s
     Raises:
         ModelError: A key is missing, unexpected or of another shape; all of them are listed.
     """
-    left = _unwrap(state_dict)
+    left = unwrap(state_dict)
     problems, weights = [], {}
     for name, wanted in model.state_dict().items():
         key = official_name(name, official)
@@ -124,13 +124,18 @@ def official_name(name: str, official: OfficialModel) -> str:
     return _head_name(rest)
 
 
+def official_branch_name(name: str, config: BranchConfig, kind: str) -> str:
+    """The released name of a branch's own parameter, without the branch's prefix."""
+    if isinstance(config, ConvNextBranchConfig):
+        name = _convnext_layer(name, config)
+    return _rename(name, _BRANCHES[kind])
+
+
 def _branch_name(rest: str, official: OfficialModel) -> str:
     index, rest = rest.split(".", 1)
-    kind, config = official.kinds[int(index)], official.config.branches[int(index)]
-    if isinstance(config, ConvNextBranchConfig):
-        rest = _convnext_layer(rest, config)
     prefix = f"branch{int(index) + 1}." if len(official.kinds) > 1 else ""
-    return prefix + _rename(rest, _BRANCHES[kind])
+    kind, config = official.kinds[int(index)], official.config.branches[int(index)]
+    return prefix + official_branch_name(rest, config, kind)
 
 
 def _convnext_layer(rest: str, config: ConvNextBranchConfig) -> str:
@@ -183,10 +188,11 @@ def _rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, out of the wrappers that training codes put around them."""
     for wrapper in ("state_dict", "module", "model"):
         if isinstance(state_dict.get(wrapper), Mapping):
-            return _unwrap(state_dict[wrapper])
+            return unwrap(state_dict[wrapper])
     tensors = {key.removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)}
     # Of a whole detector's weights only the backbone's are ours.
     backbone = {key.removeprefix("backbone."): v for key, v in tensors.items() if key.startswith("backbone.")}

@@ -12,6 +12,7 @@ from piip_scale.data.batch import Batch
 from piip_scale.data.shards import MANIFEST, ShardSet
 from piip_scale.data.stream import DetectionLoader
 from piip_scale.errors import ConfigError, DataError
+from piip_scale.models.pretrained import load_pretrained
 from piip_scale.tasks.coco_metric import CocoMetric
 from piip_scale.world import World
 
@@ -45,14 +46,17 @@ class DetectionTask:
         return self._val_loader.shards.classes
 
     def build_model(self) -> DetectionModel:
-        """The initialised detector, on the CPU in float32.
+        """The initialised detector, on the CPU in float32; branches whose config names a file start from it.
 
         Raises:
             ConfigError: Detector overrides that mmdet does not know.
+            ModelError: Pretrained weights that are absent or do not fit their branch.
         """
         from piip_scale.tasks.detectors import build_detection_model  # mmdet takes seconds to import
 
-        return build_detection_model(self.config, len(self.classes))
+        model = build_detection_model(self.config, len(self.classes))
+        load_pretrained(model.backbone)
+        return model
 
     def train_batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
         """This rank's micro-batches of an epoch from a micro-step on; equally many on every rank.

@@ -1,0 +1,222 @@
+"""Backbones' own released weights as the start of a branch.
+
+Understood are the files of DeiT, DeiT III, MAE, BEiT v2, DINOv2, AugReg (``.npz`` or converted), Uni-Perceiver
+(converted by ViT-Adapter), InternViT-6B (original, and Hugging Face's, sharded or not) and Hugging Face's ConvNeXt.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, VitBranchConfig
+from piip_scale.errors import ModelError
+from piip_scale.logging import get_logger
+from piip_scale.models.official_keys import official_branch_name, unwrap
+from piip_scale.models.position_tables import resize_position_table
+from piip_scale.models.trunk import Trunk
+from piip_scale.ops.resize import at_least_float32, resize_position
+
+_LOG = get_logger(__name__)
+_HUGGING_FACE = (
+    (r"^(vision_model|model\.vision_model)\.", ""),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embedding$", "pos_embed"),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^encoder\.layers\.", "blocks."),
+    (r"^(blocks\.\d+\.ls\d)$", r"\1.gamma"),
+    (r"^(convnext\.)?(?=embeddings\.patch_embeddings|embeddings\.layernorm|encoder\.stages)", "convnext_model."),
+)
+"""Hugging Face's names of InternViT and ConvNeXt, by those of the released PIIP code."""
+_NOT_OF_A_BRANCH = re.compile(
+    r"^(cls_token|mask_token|norm\.|fc_norm\.|head|pre_logits\.|decoder|clip_projector\.|classifier\.)"
+    r"|^(convnext\.)?layernorm\.|relative_position_index$|^rel_pos_bias\."
+)
+"""What a classifier or a pretraining task has beyond the blocks."""
+_MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.")
+"""Scales that this pretraining had none of start at the config's value."""
+_SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+
+
+def load_pretrained(trunk: Trunk) -> None:
+    """Loads the weights that the branches' configs name; branches that name none stay as they are.
+
+    Args:
+        trunk: A network that is not sharded.
+
+    Raises:
+        ModelError: A file is absent or not readable, or does not fit its branch.
+    """
+    for branch, config in zip(trunk.branches, trunk.config.branches, strict=True):
+        if config.pretrained is not None:
+            load_branch(branch, config, Path(config.pretrained))
+
+
+def load_branch(branch: nn.Module, config: BranchConfig, path: Path) -> None:
+    """Loads a file into a branch; position embeddings, tables and patch kernels are resized to it.
+
+    Raises:
+        ModelError: The file is absent or not readable, or does not fit the branch.
+    """
+    weights = _read_jax(path, config) if path.suffix == ".npz" else read_weights(path)
+    fitted = fit_weights(weights, branch.state_dict(), config, path.name)
+    fresh = sorted(set(branch.state_dict()) - set(fitted))
+    if fresh:
+        _LOG.info("%s has no %s: they start afresh", path.name, ", ".join(fresh[:3]) + (" ..." if fresh[3:] else ""))
+    branch.load_state_dict(fitted, strict=False)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, a Hugging Face index of shards, or a folder with either.
+
+    Args:
+        path: ``.safetensors``, a pickle of tensors (``.pth``, ``.pt``, ``.bin``), ``*.index.json``, or a folder.
+
+    Raises:
+        ModelError: The file is absent, damaged, or a pickle that would run code.
+    """
+    if path.is_dir():
+        path = _weights_in(path)
+    if not path.is_file():
+        raise ModelError("pretrained weights: no such file", value=str(path), fix="correct the path, or download it")
+    if path.suffix == ".json":
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {name: tensor for shard in shards for name, tensor in read_weights(path.parent / shard).items()}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            "pretrained weights: the pickle holds more than tensors, and loading it could run any code",
+            value=str(path),
+            rule=str(error).splitlines()[0],
+            fix="open it where that does no harm, and save its tensors as .safetensors",
+        ) from None
+
+
+def fit_weights(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], config: BranchConfig, where: str
+) -> dict[str, Tensor]:
+    """Weights of a backbone by our names, resized to a branch.
+
+    Args:
+        weights: By the names of their release.
+        wanted: The branch's state dict, for its names and shapes.
+        config: The branch.
+        where: Name of the file, for messages.
+
+    Raises:
+        ModelError: A key is missing, unexpected or of another shape; all of them are listed.
+    """
+    left = _common_names(weights, config)
+    problems, fitted = [], {}
+    for name, parameter in wanted.items():
+        key = official_branch_name(name, config, _kind(config))
+        tensor = left.pop(key, None)
+        if tensor is None:
+            problems += [] if _MAY_BE_ABSENT.search(name) else [f"missing {key}"]
+            continue
+        tensor = _resize(name, tensor, config)
+        if tensor.numel() != parameter.numel():
+            problems.append(f"{key} has shape {list(tensor.shape)}, expected {list(parameter.shape)}")
+        fitted[name] = tensor.reshape(parameter.shape) if tensor.numel() == parameter.numel() else tensor
+    problems += [f"unexpected {key}" for key in left if not _NOT_OF_A_BRANCH.search(key)]
+    if problems:
+        raise ModelError(f"pretrained weights {where} do not fit their branch", value=problems)
+    return fitted
+
+
+def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in _HUGGING_FACE:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    if _SHARED_TABLE in renamed:
+        # One table for all blocks in pretraining; each block's own from here on.
+        for block in range(config.depth):
+            renamed[f"blocks.{block}.attn.relative_position_bias_table"] = renamed[_SHARED_TABLE]
+    return renamed
+
+
+def _resize(name: str, tensor: Tensor, config: BranchConfig) -> Tensor:
+    if isinstance(config, ConvNextBranchConfig):
+        return tensor
+    if name == "embedding.position":
+        return _fit_position(tensor, config)
+    if name == "embedding.proj.weight" and tensor.shape[-1] != config.patch_size_px:
+        size = (config.patch_size_px, config.patch_size_px)
+        return functional.interpolate(at_least_float32(tensor), size=size, mode="bicubic", align_corners=False)
+    if name.endswith(".position_bias.table"):
+        block = int(name.split(".")[1])
+        return resize_position_table(tensor, config.window_size_tokens[block])
+    return tensor
+
+
+def _fit_position(position: Tensor, config: VitBranchConfig) -> Tensor:
+    """Positions on the branch's own grid, with a class token's slot where the branch has one."""
+    position_1NC = position.reshape(1, -1, position.shape[-1])
+    num_slots = position_1NC.shape[1] - int(position_1NC.shape[1] ** 0.5) ** 2
+    side = config.pretrain_resolution_px // config.patch_size_px
+    grid_1NC = position_1NC[:, num_slots:]
+    if grid_1NC.shape[1] != side**2:
+        own_side = round(grid_1NC.shape[1] ** 0.5)
+        grid_1NC = resize_position(at_least_float32(grid_1NC), own_side, side, side).flatten(1, 2)
+    slot = position_1NC[:, :1] if num_slots else torch.zeros_like(grid_1NC[:, :1])
+    return torch.cat((slot, grid_1NC), 1) if config.position_class_slot else grid_1NC
+
+
+def _kind(config: BranchConfig) -> str:
+    """The released class whose names a branch's weights have."""
+    if isinstance(config, ConvNextBranchConfig):
+        return "convnext"
+    if config.relative_position_bias:
+        return "beit"
+    if config.frame_positions:
+        return "perceiver"
+    return "internvit" if config.position_class_slot else "deit"
+
+
+def _read_jax(path: Path, config: BranchConfig) -> dict[str, Tensor]:
+    """AugReg's own NumPy files, by timm's conversion."""
+    import numpy as np
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not path.is_file():
+        raise ModelError("pretrained weights: no such file", value=str(path), fix="correct the path, or download it")
+    if not isinstance(config, VitBranchConfig):
+        raise ModelError("pretrained weights: .npz is for vision transformers", value=str(path))
+    with np.load(path) as arrays:
+        tokens = arrays["Transformer/posembed_input/pos_embedding"].shape[1] - 1
+    model = VisionTransformer(
+        img_size=round(tokens**0.5) * config.patch_size_px,
+        patch_size=config.patch_size_px,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        num_classes=0,
+    )
+    model.load_pretrained(str(path))
+    return dict(model.state_dict())
+
+
+def _weights_in(folder: Path) -> Path:
+    for pattern in ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+    raise ModelError(
+        "pretrained weights: no single file or index in the folder",
+        value=str(folder),
+        rule="it must hold one *.index.json, *.safetensors, *.bin or *.pth",
+    )
