@@ -9,7 +9,7 @@ import sys
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import demo, detect, shards, train
+from piip_scale.cli import count, demo, detect, shards, train
 from piip_scale.errors import PiipError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.add_typer(shards.app, name="shards")
 train.register(app)
 detect.register(app)
+count.register(app)
 demo.register(app)
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
