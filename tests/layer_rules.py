@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # Layer of each part of the package: a part imports parts of lower layers, and itself.
 LAYERS = {
     "errors": 0,
+    "files": 0,
     "logging": 0,
     "config": 0,
     "world": 1,
@@ -22,6 +23,7 @@ LAYERS = {
 # Modules that a part may import within its own layer.
 WITHIN_LAYER = {
     "logging": ("errors",),
+    "files": ("errors",),
     "config": ("errors", "logging"),
     "ops": ("world",),
     "engine": ("tasks.base", "telemetry"),

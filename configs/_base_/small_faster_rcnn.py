@@ -17,6 +17,6 @@ detector = dict(
             rpn_proposal=dict(nms_pre=200, max_per_img=100),
             rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
         ),
-        test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=100)),
+        test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100), rcnn=dict(max_per_img=50)),
     ),
 )

@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 
-from piip_scale.checkpoint.files import disk_errors, sync_file
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.checkpoint.store import CheckpointStore, read_step, resolve_checkpoint
 from piip_scale.checkpoint.zero_reader import Weight, ZeroCheckpoint
 from piip_scale.errors import CheckpointError
+from piip_scale.files import disk_errors, sync_file
 
 FORMAT_VERSION = "1"
 INDEX = "model.safetensors.index.json"

@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from piip_scale.checkpoint.files import disk_errors, sync_file, write_text_atomically
 from piip_scale.errors import CheckpointError
+from piip_scale.files import disk_errors, sync_file, write_text_atomically
 from piip_scale.logging import get_logger
 
 MANIFEST = "manifest.json"
@@ -24,7 +24,7 @@ LATEST = "latest"
 FORMAT_VERSION = 1
 
 _COMMITTED = re.compile(r"step_(\d{8,})")
-_HIDDEN = re.compile(r"\.(saving|dropped)_\d{8,}|\.latest\.partial")
+_HIDDEN = re.compile(r"\.(saving|dropped)_\d{8,}|\.latest\.\d+\.part")
 
 # A checksum covers files of up to 64 MiB whole; of larger ones that many MiB, evenly spaced with both ends among
 # them, so that committing 100 GB costs a second and not minutes.
@@ -131,7 +131,7 @@ class CheckpointStore:
                 raise CheckpointError(
                     f"{path / name} was changed after it was saved: checksum {found}",
                     rule=f"the manifest says {entry['crc32']}",
-                    fix="take an older checkpoint",
+                    fix="take an older checkpoint, or remove this one to resume from an older",
                 )
 
     def clean(self) -> None:

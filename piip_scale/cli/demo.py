@@ -184,8 +184,8 @@ def _convert(place: Demo) -> None:
 
 
 def _evaluate(place: Demo) -> dict[str, float]:
-    from piip_scale.checkpoint.files import write_text_atomically
     from piip_scale.cli.evaluation import evaluate_weights
+    from piip_scale.files import write_text_atomically
 
     if not _is_newer(place.metrics, place.weights):
         metrics = evaluate_weights(load_config(place.run_dir / "config.py"), place.weights)

@@ -73,9 +73,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from piip_scale.checkpoint.files import write_text_atomically
     from piip_scale.cli.evaluation import evaluate_weights
     from piip_scale.config import load_config
+    from piip_scale.files import write_text_atomically
 
     changes = list(overrides or [])
     if shards is not None:

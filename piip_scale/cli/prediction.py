@@ -39,8 +39,8 @@ def predict_and_draw(
     Raises:
         PiipError: A photograph or the weights are absent, damaged, or do not fit.
     """
-    from piip_scale.checkpoint.files import write_text_atomically
     from piip_scale.data.files import write_bytes
+    from piip_scale.files import write_text_atomically
     from piip_scale.tasks.detection import class_names, load_detector
     from piip_scale.tasks.drawing import DrawingStyle, contact_sheet, draw_detections, png_bytes
     from piip_scale.tasks.prediction import predict_image, read_image

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from piip_scale.errors import DataError
+from piip_scale.files import atomic_file, disk_errors
 
 
 @contextlib.contextmanager
@@ -24,25 +24,8 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     Raises:
         DataError: The disk is full, or the folder cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}",
-            value=os.strerror(error.errno) if error.errno else str(error),
-            rule="nothing incomplete is left under that name, finished files are kept",
-            fix="free space (or choose another folder) and run the same command again",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+    with disk_errors(DataError, f"write {path}"), atomic_file(path, durable=durable) as file:
+        yield file
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from piip_scale import __version__
-from piip_scale.checkpoint.files import disk_errors
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.collective import on_main
 from piip_scale.errors import CheckpointError
+from piip_scale.files import disk_errors
 from piip_scale.world import World
 
 if TYPE_CHECKING:
@@ -84,8 +84,17 @@ class Checkpointer:
             CheckpointError: The disk refuses; no part of the checkpoint is visible then.
         """
         on_main(lambda: self._store.begin(step))
-        staging = self._store.staging(step)
         state = asdict(self._state(step))
+        try:
+            self._write(self._store.staging(step), state)
+        except CheckpointError:
+            # The run ends here; what the disk took of this save is room for the next.
+            self._store.abandon(step)
+            raise
+        dist.barrier()
+        return on_main(lambda: self._commit(step, state))
+
+    def _write(self, staging: Path, state: dict[str, Any]) -> None:
         try:
             with disk_errors(CheckpointError, f"write checkpoint {staging} on rank {self._world.rank}"):
                 self._engine.save_checkpoint(
@@ -99,8 +108,6 @@ class Checkpointer:
                 f"cannot write checkpoint {staging} on rank {self._world.rank}: the disk took only a part",
                 fix="free some space on that disk, then continue with --resume",
             ) from error
-        dist.barrier()
-        return on_main(lambda: self._commit(step, state))
 
     def resume(self) -> int:
         """Restores the newest valid checkpoint; returns its step, 0 where there is none.
@@ -120,7 +127,10 @@ class Checkpointer:
 
     def _newest(self) -> Path | None:
         self._store.clean()
-        return self._store.latest()
+        newest = self._store.latest()
+        if newest is not None:
+            self._store.validate(newest)
+        return newest
 
     def _commit(self, step: int, state: dict[str, Any]) -> str:
         staging = self._store.staging(step)

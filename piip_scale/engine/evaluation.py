@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,9 @@ def evaluate(engine: DeepSpeedEngine, task: Task, device: torch.device) -> dict[
     """
     metric = task.build_metric()
     engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # DeepSpeed's backward hooks sit on every module, also where there is no backward pass to hook.
+        warnings.filterwarnings("ignore", message="For backward hooks to be called")
         for batch in task.val_batches():
             moved = batch.to(device)
             _begin_forward(engine)

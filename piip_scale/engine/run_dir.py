@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from piip_scale.checkpoint.files import disk_errors, write_text_atomically
 from piip_scale.errors import PiipError, RunError
+from piip_scale.files import disk_errors, write_text_atomically
 
 State = Literal["running", "stopped", "failed", "done"]
 _LIBRARIES = ("piip-scale", "torch", "torchvision", "deepspeed", "mmdet", "mmcv-lite", "mmengine", "webdataset")

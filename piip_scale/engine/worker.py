@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -82,8 +83,10 @@ def _fail(run: RunDirectory, world: World, error: BaseException) -> int:
         line = error_line(error)
         where = "" if isinstance(error, PiipError) else f" (traceback: {run.errors / f'rank_{world.rank}.txt'})"
         get_logger(__name__).error("piip-scale: error: %s%s", line, where)
-        before = run.status()
-        run.write_status("failed", before.step if before else 0, line)
+        # Where the disk is what failed, the status cannot be written either, and one line has been said.
+        with suppress(PiipError):
+            before = run.status()
+            run.write_status("failed", before.step if before else 0, line)
     return error.exit_code if isinstance(error, PiipError) else 1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from piip_scale.checkpoint.files import write_text_atomically
+from piip_scale.files import write_text_atomically
 
 
 class JsonLines:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from piip_scale.checkpoint.files import disk_errors
 from piip_scale.errors import RunError
+from piip_scale.files import disk_errors
 from piip_scale.telemetry.jsonl import JsonLines
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.progress import ProgressLine

@@ -7,12 +7,14 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from piip_scale.errors import PiipError
 
 _FIXES = {
     errno.ENOSPC: "free some space on that disk, then start again",
     errno.EDQUOT: "free some of your quota on that disk, then start again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), then start again",
     errno.EROFS: "choose a folder on a disk that can be written",
     errno.EACCES: "choose a folder you may write, or change its permissions",
     errno.EPERM: "choose a folder you may write, or change its permissions",
@@ -45,20 +47,38 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A binary file that takes its name only once it is complete.
+
+    Args:
+        path: Its final name; missing folders are made.
+        durable: Also wait until it is on the disk, so that it survives a power cut.
+
+    Raises:
+        OSError: The disk refuses; ``path`` is then as it was.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+    if durable:
+        sync_file(path.parent)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text`` in one step that survives a power cut.
 
     Raises:
         OSError: The disk refuses; ``path`` is then as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_file(path.parent)
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))

@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from piip_scale.checkpoint.files import disk_errors, write_text_atomically
 from piip_scale.errors import CheckpointError, RunError
+from piip_scale.files import disk_errors, write_text_atomically
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
