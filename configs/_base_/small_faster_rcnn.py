@@ -10,7 +10,7 @@ detector = dict(
         ),
         roi_head=dict(
             bbox_roi_extractor=dict(finest_scale=28, roi_layer=dict(sampling_ratio=2)),
-            bbox_head=dict(fc_out_channels=256),
+            bbox_head=dict(fc_out_channels=256, reg_class_agnostic=True),
         ),
         train_cfg=dict(
             rpn=dict(sampler=dict(num=64)),
