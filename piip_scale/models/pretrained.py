@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig, VitBranchConfig
 from piip_scale.errors import ModelError
 from piip_scale.logging import get_logger
 from piip_scale.models.official_keys import official_branch_name, unwrap
@@ -59,6 +59,13 @@ def load_pretrained(trunk: Trunk) -> None:
             load_branch(branch, config, Path(config.pretrained))
 
 
+def check_pretrained(config: PiipConfig) -> None:
+    """Raises a ``ModelError`` where a file that a branch's config names is absent; reads nothing."""
+    for branch in config.branches:
+        if branch.pretrained is not None and not Path(branch.pretrained).exists():
+            raise _absent(Path(branch.pretrained))
+
+
 def load_branch(branch: nn.Module, config: BranchConfig, path: Path) -> None:
     """Loads a file into a branch; position embeddings, tables and patch kernels are resized to it.
 
@@ -85,7 +92,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         path = _weights_in(path)
     if not path.is_file():
-        raise ModelError("pretrained weights: no such file", value=str(path), fix="correct the path, or download it")
+        raise _absent(path)
     if path.suffix == ".json":
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {name: tensor for shard in shards for name, tensor in read_weights(path.parent / shard).items()}
@@ -193,7 +200,7 @@ def _read_jax(path: Path, config: BranchConfig) -> dict[str, Tensor]:
     from timm.models.vision_transformer import VisionTransformer
 
     if not path.is_file():
-        raise ModelError("pretrained weights: no such file", value=str(path), fix="correct the path, or download it")
+        raise _absent(path)
     if not isinstance(config, VitBranchConfig):
         raise ModelError("pretrained weights: .npz is for vision transformers", value=str(path))
     with np.load(path) as arrays:
@@ -208,6 +215,10 @@ def _read_jax(path: Path, config: BranchConfig) -> dict[str, Tensor]:
     )
     model.load_pretrained(str(path))
     return dict(model.state_dict())
+
+
+def _absent(path: Path) -> ModelError:
+    return ModelError("pretrained weights: no such file", value=str(path), fix="correct the path, or download it")
 
 
 def _weights_in(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from piip_scale.models.convnext import ConvNext
 from piip_scale.models.official_keys import official_branch_name
 from piip_scale.models.piip import PIIP
 from piip_scale.models.position_tables import resize_position_table
-from piip_scale.models.pretrained import load_branch, load_pretrained, read_weights
+from piip_scale.models.pretrained import check_pretrained, load_branch, load_pretrained, read_weights
 from piip_scale.models.vit import Vit
 
 NUMBERS = {"resolution_px": 64, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -227,6 +227,16 @@ def test_an_absent_file_is_named(tmp_path, name):
     config = VitBranchConfig(**NUMBERS)
     with pytest.raises(ModelError, match=rf"no such file: got '.*{name}'"):
         load_branch(Vit(config), config, tmp_path / name)
+
+
+def test_a_start_looks_for_the_files_first(tmp_path):
+    here = tmp_path / "vit.pth"
+    branch = {"resolution_px": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "pretrained": str(here)}
+    config = PiipConfig(branches=(branch,))
+    with pytest.raises(ModelError, match="no such file"):
+        check_pretrained(config)
+    here.touch()
+    check_pretrained(config)
 
 
 def test_a_folder_without_one_file_is_refused(tmp_path):
