@@ -8,4 +8,4 @@ data = dict(
     num_streams=2,
     workers=1,
 )
-train = dict(steps=500, evaluate_every_steps=250, checkpoint_every_steps=250)
+train = dict(steps=400, evaluate_every_steps=200, checkpoint_every_steps=200)
