@@ -223,8 +223,10 @@ def _report(place: Demo, sets: Sequence[Manifest], metrics: dict[str, float], se
 
 def _rows(place: Demo, sets: Sequence[Manifest], metrics: dict[str, float]) -> list[tuple[str, str]]:
     rows = [("images", f"{sets[0].num_samples} to train, {sets[1].num_samples} held out")]
-    rates = [line["throughput/images_per_second"] for line in _logged_steps(place)]
-    rows.append(("training", f"{len(rates)} logged points, median {statistics.median(rates):.1f} images/s"))
+    logged = _logged_steps(place)
+    rate = statistics.median(line["throughput/images_per_second"] for line in logged)
+    rows.append(("training", f"{logged[-1]['step']} steps, median {rate:.1f} images/s on {NUM_PROCS} processes"))
+    rows.append(("total loss", f"{logged[0]['loss/total']:.2f} -> {logged[-1]['loss/total']:.2f}"))
     for kind in ("box", "mask"):
         if f"{kind}_ap" in metrics:
             rows.append((f"{kind} AP / AP50", f"{metrics[f'{kind}_ap']:.3f} / {metrics[f'{kind}_ap50']:.3f}"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides, WeightsPath
+from piip_scale.cli.shards import progress_bar
 from piip_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,20 +37,11 @@ def convert(
 
     Example: `piip-scale convert runs/mine mine.safetensors`
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from piip_scale.checkpoint.convert import convert as convert_checkpoint
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("converting", total=None)
+    with progress_bar("converting") as on_progress:
         report = convert_checkpoint(
-            checkpoint,
-            out,
-            dtype=dtype,
-            max_shard_gb=max_shard_gb,
-            overwrite=overwrite,
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            checkpoint, out, dtype=dtype, max_shard_gb=max_shard_gb, overwrite=overwrite, on_progress=on_progress
         )
     typer.echo(
         f"{out}: step {report.step}, {report.num_parameters:,} parameters, {report.num_bytes / 1e6:.1f} MB "

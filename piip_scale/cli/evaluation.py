@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,9 +31,9 @@ def evaluate_weights(config: RunConfig, weights: Path, detections_out: Path | No
     task = DetectionTask(config, World())
     model = load_detector(config, weights).to(device)
     metric = task.build_metric()
-    batches = task.val_batches()
     console = Console(stderr=True)
-    for batch in track(batches, "evaluating", console=console, transient=True, total=task.num_val_batches()):
+    bar = partial(track, console=console, transient=True, disable=not console.is_terminal)
+    for batch in bar(task.val_batches(), "evaluating", task.num_val_batches()):
         moved = batch.to(device)
         metric.update(moved, model.predict(moved))
     if detections_out is not None:
