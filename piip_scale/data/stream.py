@@ -153,6 +153,8 @@ class DetectionLoader:
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.config.workers,
+            # Python 3.14 starts processes in another way, which would open every shard's index again.
+            multiprocessing_context="fork" if self.config.workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=partial(_start_worker, closing, os.getpid()),
             # Without one of its own it would draw from the global generator, and a resumed run would differ.
