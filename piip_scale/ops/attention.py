@@ -14,6 +14,8 @@ from piip_scale.errors import KernelError
 
 _FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 """Newest first: FlashAttention 4, 3 and 2."""
+_FLASH_HEAD_SIZES = (64, 96, 128, 192, 256)
+"""What every generation has kernels for; others are padded by some and refused by others."""
 _HALF = (torch.float16, torch.bfloat16)
 _HOPPER = (9, 0)
 
@@ -41,9 +43,11 @@ def attention(
         KernelError: The kernel named cannot serve these tensors on this machine.
     """
     chosen = resolve_attention_kernel(kernel, query_BHLD.device.type, query_BHLD.dtype)
+    if kernel == "auto" and (bias_HLS is not None or query_BHLD.shape[-1] not in _FLASH_HEAD_SIZES):
+        chosen = "sdpa"
     if chosen == "flash" and bias_HLS is None:
         return _flash_layout(_flash_function(), query_BHLD, key_BHSD, value_BHSD)
-    if chosen == "flash" and kernel == "flash":
+    if chosen == "flash":
         raise KernelError("flash attention cannot add a position bias", fix="set attention_kernel to sdpa or auto")
     if chosen == "math":
         return _plain_attention(query_BHLD, key_BHSD, value_BHSD, bias_HLS)

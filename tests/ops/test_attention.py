@@ -115,6 +115,23 @@ def test_flash_is_called_in_its_own_layout(monkeypatch, returns_tuple):
     torch.testing.assert_close(output, slow_attention(query, key, value, None), atol=1e-10, rtol=0)
 
 
+def test_auto_uses_flash_only_where_every_generation_has_a_kernel(monkeypatch):
+    called = []
+    monkeypatch.setattr(module, "resolve_attention_kernel", lambda *_: "flash")
+    monkeypatch.setattr(module, "_find_flash", lambda: lambda query, key, value: called.append(query.shape) or query)
+    heads, bias = torch.randn(1, 2, 3, 64), torch.zeros(2, 3, 3)
+    attention(heads, heads, heads)
+    assert called == [(1, 3, 2, 64)]
+    odd = torch.randn(1, 2, 3, 80)
+    torch.testing.assert_close(attention(odd, odd, odd), slow_attention(odd, odd, odd, None))
+    torch.testing.assert_close(attention(heads, heads, heads, bias), slow_attention(heads, heads, heads, bias))
+    assert len(called) == 1
+    attention(odd, odd, odd, kernel="flash")
+    assert len(called) == 2
+    with pytest.raises(KernelError, match="cannot add a position bias"):
+        attention(heads, heads, heads, bias, kernel="flash")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kernel", ["sdpa", "auto"])
