@@ -6,6 +6,7 @@ from piip_scale.config.model import PiipConfig
 from piip_scale.errors import KernelError, ModelError
 from piip_scale.models.layers import LayerScale, build_norm
 from piip_scale.models.piip import PIIP
+from piip_scale.ops.deform_attention import deform_attention
 
 
 def branch(resolution: int, dim: int, depth: int = 4, **changes: object) -> dict[str, object]:
@@ -270,6 +271,20 @@ def test_a_kernel_asked_for_by_name_is_there_or_nothing_is_built(monkeypatch):
             PIIP(config(2, **{name: kernel}))
     with pytest.raises(ValueError, match="flash cannot add the relative_position_bias"):
         PiipConfig(interaction={"num_stages": 2, "num_heads": 4}, attention_kernel="flash", **MIXES[0])
+
+
+def test_sampling_locations_are_float32_in_bfloat16(monkeypatch):
+    seen = []
+
+    def watch(value, locations, weights, kernel):
+        seen.append((value.dtype, locations.dtype, weights.dtype))
+        return deform_attention(value, locations, weights, kernel)
+
+    monkeypatch.setattr("piip_scale.models.interaction.deform_attention", watch)
+    model = build(config(2)).eval()
+    model.set_precision(torch.bfloat16)
+    model(image())
+    assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])

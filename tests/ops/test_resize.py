@@ -47,3 +47,5 @@ def test_half_precision_is_resized_in_float32():
     image = torch.randn(1, 3, 16, 16).bfloat16()
     assert resize_map(image, 4, 4).dtype == torch.float32
     assert torch.equal(resize_image(image, 0.5), resize_image(image.float(), 0.5).bfloat16())
+    position = torch.randn(1, 16, 8).bfloat16()
+    assert torch.equal(resize_position(position, 4, 7, 5), resize_position(position.float(), 4, 7, 5).bfloat16())
