@@ -59,6 +59,7 @@ class VitBranchConfig(_BranchConfig):
     Attributes:
         window_size_tokens: Window of each block, 0 for full attention; empty is full attention everywhere.
         pretrain_resolution_px: Image size of the position embedding's own grid.
+        norm: ``rmsnorm`` is torch's own; ``apex_rmsnorm`` the same by NVIDIA's apex, where it is installed.
         key_bias: Whether the qkv bias has a part for keys (BEiT has none).
         qk_norm: Normalise queries and keys, as the tokens are, over the whole width before heads are split.
         layer_scale_init: Start of the per-channel scales, ``None`` for none.
@@ -78,7 +79,7 @@ class VitBranchConfig(_BranchConfig):
     patch_size_px: Positive = 16
     pretrain_resolution_px: Positive = 224
     window_size_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm: Literal["layernorm", "rmsnorm", "apex_rmsnorm"] = "layernorm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     qkv_bias: bool = True
     key_bias: bool = True

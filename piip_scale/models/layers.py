@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from piip_scale.errors import KernelError
 
 LINEAR_STD = 0.02
 NORM_EPS = 1e-6
@@ -112,13 +115,32 @@ class DropPath(nn.Module):
 
 
 def build_norm(kind: str, dim: int, eps: float = NORM_EPS) -> nn.Module:
-    """A norm over the last axis by its config name: ``layernorm``, ``rmsnorm`` or ``none``."""
+    """A norm over the last axis by its config name: ``layernorm``, ``rmsnorm``, ``apex_rmsnorm`` or ``none``.
+
+    Raises:
+        KernelError: ``apex_rmsnorm`` without NVIDIA's apex.
+    """
     builders: dict[str, Callable[[], nn.Module]] = {
         "layernorm": lambda: nn.LayerNorm(dim, eps=eps),
         "rmsnorm": lambda: nn.RMSNorm(dim, eps=eps),
+        "apex_rmsnorm": lambda: _apex_rmsnorm()(dim, eps=eps),
         "none": nn.Identity,
     }
     return builders[kind]()
+
+
+def _apex_rmsnorm() -> Callable[..., nn.Module]:
+    try:
+        found = getattr(importlib.import_module("apex.normalization"), "FusedRMSNorm", None)
+    except ImportError:
+        found = None
+    if found is None:
+        # The registry's package of that name is another one.
+        raise KernelError(
+            "norm apex_rmsnorm needs NVIDIA's apex, which is not installed",
+            fix="build it from NVIDIA's repository, or set norm to rmsnorm: the weights are the same",
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def build_activation(kind: str) -> nn.Module:

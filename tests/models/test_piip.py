@@ -1,3 +1,6 @@
+import sys
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -285,6 +288,25 @@ def test_sampling_locations_are_float32_in_bfloat16(monkeypatch):
     model.set_precision(torch.bfloat16)
     model(image())
     assert set(seen) == {(torch.bfloat16, torch.float32, torch.float32)}
+
+
+def test_apexs_norm_is_taken_where_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex.normalization", None)
+    with pytest.raises(KernelError, match="needs NVIDIA's apex"):
+        build_norm("apex_rmsnorm", 8)
+    # A registry package of the same name has no such norm.
+    monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "apex.normalization", types.SimpleNamespace())
+    with pytest.raises(KernelError, match="needs NVIDIA's apex"):
+        build_norm("apex_rmsnorm", 8)
+    monkeypatch.setitem(sys.modules, "apex.normalization", types.SimpleNamespace(FusedRMSNorm=nn.RMSNorm))
+    fused, own = (build(config_with_norm(kind)) for kind in ("apex_rmsnorm", "rmsnorm"))
+    assert set(fused.state_dict()) == set(own.state_dict())
+    torch.testing.assert_close(fused(image()), own(image()))
+
+
+def config_with_norm(kind: str) -> PiipConfig:
+    return PiipConfig(branches=(branch(64, 64, norm=kind, qk_norm=True),))
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
