@@ -9,7 +9,7 @@ import sys
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import count, demo, detect, shards, train
+from piip_scale.cli import count, demo, detect, shards, train, weights
 from piip_scale.errors import PiipError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app = typer.Typer(
     ),
 )
 app.add_typer(shards.app, name="shards")
+app.add_typer(weights.app, name="weights")
 train.register(app)
 detect.register(app)
 count.register(app)

@@ -246,11 +246,14 @@ class PiipConfig(Strict):
     """A PIIP network: branches with the largest model (lowest resolution) first.
 
     ``deform_kernel`` and ``attention_kernel`` choose an implementation by name; ``auto`` takes the fastest present.
+    ``pretrained`` is a file of the whole network's weights to start training from, by the names here; branches' own
+    files come after it.
     """
 
     branches: tuple[BranchConfig, ...]
     interaction: InteractionConfig = InteractionConfig(num_stages=1)
     pyramid: PyramidConfig = PyramidConfig()
+    pretrained: str | None = None
     attention_kernel: Literal["auto", "math", "sdpa", "flash"] = "auto"
     deform_kernel: Literal["auto", "reference", "triton"] = "auto"
 

@@ -42,18 +42,21 @@ _NOT_OF_A_BRANCH = re.compile(
 """What a classifier or a pretraining task has beyond the blocks."""
 _MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.")
 """Scales that this pretraining had none of start at the config's value."""
+_PROBLEMS_SHOWN = 20
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
 def load_pretrained(trunk: Trunk) -> None:
-    """Loads the weights that the branches' configs name; branches that name none stay as they are.
+    """Loads the weights that a network's config names for the whole or for single branches; the rest stays as it is.
 
     Args:
         trunk: A network that is not sharded.
 
     Raises:
-        ModelError: A file is absent or not readable, or does not fit its branch.
+        ModelError: A file is absent or not readable, or does not fit its network or branch.
     """
+    if trunk.config.pretrained is not None:
+        _load_network(trunk, Path(trunk.config.pretrained))
     for branch, config in zip(trunk.branches, trunk.config.branches, strict=True):
         if config.pretrained is not None:
             load_branch(branch, config, Path(config.pretrained))
@@ -61,9 +64,9 @@ def load_pretrained(trunk: Trunk) -> None:
 
 def check_pretrained(config: PiipConfig) -> None:
     """Raises a ``ModelError`` where a file that a branch's config names is absent; reads nothing."""
-    for branch in config.branches:
-        if branch.pretrained is not None and not Path(branch.pretrained).exists():
-            raise _absent(Path(branch.pretrained))
+    for named in (config.pretrained, *(branch.pretrained for branch in config.branches)):
+        if named is not None and not Path(named).exists():
+            raise _absent(Path(named))
 
 
 def load_branch(branch: nn.Module, config: BranchConfig, path: Path) -> None:
@@ -141,6 +144,25 @@ def fit_weights(
     if problems:
         raise ModelError(f"pretrained weights {where} do not fit their branch", value=problems)
     return fitted
+
+
+def _load_network(trunk: Trunk, path: Path) -> None:
+    weights, wanted = read_weights(path), trunk.state_dict()
+    problems = [f"missing {name}" for name in wanted if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in wanted]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)}, expected {list(parameter.shape)}"
+        for name, parameter in wanted.items()
+        if name in weights and weights[name].shape != parameter.shape
+    ]
+    if problems:
+        raise ModelError(
+            f"pretrained weights {path.name} do not fit their network",
+            value=problems[:_PROBLEMS_SHOWN],
+            rule=f"{len(problems)} keys differ",
+            fix="use a config of the same network, or import the file again",
+        )
+    trunk.load_state_dict(weights)
 
 
 def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Tensor]:
