@@ -212,7 +212,8 @@ class _Batches(Dataset[Loaded | DataError]):
         broken: list[BrokenSample] = []
         made = [self._sample_or_neighbour(number, broken) for number in numbers]
         targets, infos = zip(*made, strict=True)
-        crop_px = self._augment.crop_px if self._epoch is not None else None
+        jitters = self._epoch is not None and self._augment.jitter_scale is not None
+        crop_px = self._augment.crop_px if jitters else None
         images = _canvas(targets, crop_px, self._augment.pad_multiple_px)
         num_objects = tuple(len(target.labels) for target in targets)
         return Loaded(images, _objects(targets), num_objects, infos, tuple(broken))
@@ -242,7 +243,7 @@ class _Batches(Dataset[Loaded | DataError]):
             rng = random_of(self._seed, self._epoch, number)
             geometry = training_geometry((height, width), self._augment, rng)
         info = ImageInfo(sample.key, sample.image_id, (height, width), geometry.size_px, geometry.scale_xy)
-        return apply_geometry(sample, geometry), info
+        return apply_geometry(sample, geometry, recompute_boxes=self._augment.recompute_boxes), info
 
 
 def _canvas(targets: Sequence[Target], crop_px: tuple[int, int] | None, pad_multiple_px: int) -> Tensor:

@@ -1,18 +1,18 @@
 """From a decoded sample to network input: what is drawn, and what becomes of the objects.
 
-Scales, offsets and sizes are drawn and rounded as mmdet does (``RandomChoiceResize``, ``RandomResize``,
-``RandomCrop``), except that a crop is rounded to whole pixels of the stored image.
+Scales, offsets and sizes are drawn and rounded as mmdet does (``RandomChoiceResize``, ``RandomResize``, ``RandomCrop``
+and ``RandomChoice`` of them), except that a crop is rounded to whole pixels of the stored image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from piip_scale.config.run import AugmentConfig
+from piip_scale.config.run import AugmentConfig, CropFirstConfig
 from piip_scale.data.batch import MASK_SIZE_PX
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.masks import mini_mask, visible_bounds
@@ -46,33 +46,40 @@ class Target:
 
 def evaluation_geometry(size_px: Size, augment: AugmentConfig) -> Geometry:
     """Without chance: the last of the short edges, the long edge within its bound."""
-    return _whole(size_px, augment.short_edge_px[-1], augment.max_edge_px)
+    return _resized(_whole(size_px), augment.short_edge_px[-1], augment.max_edge_px).geometry(flip=False)
 
 
 def training_geometry(size_px: Size, augment: AugmentConfig, rng: np.random.Generator) -> Geometry:
-    """Large-scale jitter and a crop where configured, else one of the short edges; then perhaps a flip."""
+    """Large-scale jitter where configured, else one of the short edges; then perhaps a crop and a flip."""
+    view = _whole(size_px)
     if augment.jitter_scale is not None and augment.crop_px is not None:
         ratio = rng.uniform(*augment.jitter_scale)
         # mmdet truncates here: the edges are whole pixels before the image is fitted into them.
         edges_px = [int(edge * ratio) for edge in augment.crop_px]
-        geometry = _cropped(_whole(size_px, min(edges_px), max(edges_px)), augment.crop_px, rng)
+        view = _resized(view, min(edges_px), max(edges_px))
     else:
-        short_edge_px = augment.short_edge_px[int(rng.integers(len(augment.short_edge_px)))]
-        geometry = _whole(size_px, short_edge_px, augment.max_edge_px)
-    return Geometry(geometry.window, geometry.size_px, flip=bool(rng.random() < augment.flip_probability))
+        if augment.crop_first is not None and rng.random() < augment.crop_first.probability:
+            view = _cropped_first(view, augment.crop_first, augment.max_edge_px, rng)
+        view = _resized(view, _one_of(augment.short_edge_px, rng), augment.max_edge_px)
+    if augment.crop_px is not None:
+        view = _cropped(view, augment.crop_px, rng)
+    return view.geometry(flip=bool(rng.random() < augment.flip_probability))
 
 
-def apply_geometry(sample: Sample, geometry: Geometry) -> Target:
+def apply_geometry(sample: Sample, geometry: Geometry, *, recompute_boxes: bool = True) -> Target:
     """Moves image, boxes and masks; objects of which nothing is left are left out.
 
-    Where the window cuts an object with a mask, its box becomes that of what remains of the mask (mmdet's
-    ``recompute_bbox``).
+    Args:
+        sample: The stored sample.
+        geometry: Where it goes.
+        recompute_boxes: Where the window cuts an object with a mask, its box becomes that of what remains of the mask
+            (mmdet's ``recompute_bbox``), else it is cut itself.
 
     Raises:
         DataError: A mask cannot be decoded.
     """
     boxes = geometry.boxes(sample.boxes_xyxy_px)
-    if sample.segmentations is not None:
+    if sample.segmentations is not None and recompute_boxes:
         for index in np.flatnonzero(geometry.window.cuts(sample.boxes_xyxy_px)):
             bounds = visible_bounds(sample.segmentations[index], geometry.window)
             boxes[index] = 0 if bounds is None else geometry.boxes(bounds[None])[0]
@@ -86,22 +93,57 @@ def apply_geometry(sample: Sample, geometry: Geometry) -> Target:
     return Target(pixels, boxes[kept].astype(np.float32), sample.labels[kept], sample.is_crowd[kept], masks)
 
 
-def _whole(size_px: Size, short_edge_px: int, long_edge_px: int) -> Geometry:
-    """The whole image, as large as its edges allow."""
-    height, width = size_px
-    factor = min(long_edge_px / max(size_px), short_edge_px / min(size_px))
-    resized = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
-    return Geometry(Window(0, 0, width, height), resized)
+@dataclass(frozen=True)
+class _View:
+    """Resizes and crops so far, as one: sides in fractions of a stored pixel, so that they are rounded only once."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    size_px: Size
+
+    def geometry(self, flip: bool) -> Geometry:
+        left, right = _whole_pixels(self.left, self.right)
+        top, bottom = _whole_pixels(self.top, self.bottom)
+        return Geometry(Window(left, top, right, bottom), self.size_px, flip)
 
 
-def _cropped(whole: Geometry, crop_px: Size, rng: np.random.Generator) -> Geometry:
+def _whole(size_px: Size) -> _View:
+    return _View(0.0, 0.0, size_px[1], size_px[0], size_px)
+
+
+def _resized(view: _View, short_edge_px: int, long_edge_px: int) -> _View:
+    """As large as its edges allow."""
+    factor = min(long_edge_px / max(view.size_px), short_edge_px / min(view.size_px))
+    height, width = (max(1, int(side * factor + 0.5)) for side in view.size_px)
+    return replace(view, size_px=(height, width))
+
+
+def _cropped(view: _View, crop_px: Size, rng: np.random.Generator) -> _View:
     """A random window of the resized image, of the crop's size or what there is."""
-    size = min(crop_px[0], whole.size_px[0]), min(crop_px[1], whole.size_px[1])
-    top, left = (int(rng.integers(have - want, endpoint=True)) for have, want in zip(whole.size_px, size, strict=True))
-    scale_x, scale_y = whole.scale_xy
-    columns = _whole_pixels(left / scale_x, (left + size[1]) / scale_x)
-    rows = _whole_pixels(top / scale_y, (top + size[0]) / scale_y)
-    return Geometry(Window(columns[0], rows[0], columns[1], rows[1]), size)
+    size = min(crop_px[0], view.size_px[0]), min(crop_px[1], view.size_px[1])
+    top, left = (int(rng.integers(have - want, endpoint=True)) for have, want in zip(view.size_px, size, strict=True))
+    scale_x = view.size_px[1] / (view.right - view.left)
+    scale_y = view.size_px[0] / (view.bottom - view.top)
+    return _View(
+        left=view.left + left / scale_x,
+        top=view.top + top / scale_y,
+        right=view.left + (left + size[1]) / scale_x,
+        bottom=view.top + (top + size[0]) / scale_y,
+        size_px=size,
+    )
+
+
+def _cropped_first(view: _View, config: CropFirstConfig, max_edge_px: int, rng: np.random.Generator) -> _View:
+    view = _resized(view, _one_of(config.short_edge_px, rng), max_edge_px)
+    ranges = ([min(side, end) for end in config.crop_range_px] for side in view.size_px)
+    height, width = (int(rng.integers(low, high, endpoint=True)) for low, high in ranges)
+    return _cropped(view, (height, width), rng)
+
+
+def _one_of(sizes_px: tuple[int, ...], rng: np.random.Generator) -> int:
+    return sizes_px[int(rng.integers(len(sizes_px)))]
 
 
 def _whole_pixels(first: float, last: float) -> tuple[int, int]:

@@ -82,7 +82,17 @@ def test_resolved_text_loads_to_the_same_config(base, tmp_path):
         ("model.branches.0.preset=vit_huge", ["preset='vit_huge'", "deit_tiny"]),
         ("model.branches.9.depth=2", ["model.branches.9", "'9'", "0 to 1"]),
         ("train.epochs=2", ["exactly one of epochs=2 and steps=10"]),
-        ("data.augment.crop_px=(64,64)", ["data.augment", "jitter_scale and crop_px go together"]),
+        ("data.augment.jitter_scale=(0.5,2.0)", ["data.augment", "set crop_px as well"]),
+        ("data.augment.crop_first={'short_edge_px': (), 'crop_range_px': (3, 4)}", ["augment.crop_first", "empty"]),
+        (
+            "data.augment.crop_first={'short_edge_px': (9,), 'crop_range_px': (5, 4)}",
+            ["data.augment.crop_first", "[5, 4] must be low <= high"],
+        ),
+        (
+            "data.augment={'crop_first': {'short_edge_px': (9,), 'crop_range_px': (4, 5)}, 'jitter_scale': (1.0, 2.0),"
+            "'crop_px': (9, 9)}",
+            ["data.augment", "set one of them"],
+        ),
         ("detector.kind=yolo", ["detector.kind", "'yolo'", "'mask_rcnn'"]),
         ("no_equals_sign", ["override", "'no_equals_sign'", "key.path=value"]),
         ("train.steps.more=3", ["override train.steps.more", "10", "must hold a dict"]),

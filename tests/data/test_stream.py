@@ -296,3 +296,11 @@ def test_real_sets_stream(tmp_path, name):
     for instances in (i for batch in batches for i in batch.instances if i.mini_masks is not None):
         masks = instances.mini_masks.float()
         assert (masks.amax(dim=(1, 2)) > 127).all()
+
+
+def test_a_crop_without_jitter_leaves_the_canvas_as_large_as_its_images(packed):
+    augment = AugmentConfig(short_edge_px=(40, 50), max_edge_px=60, crop_px=(500, 50), pad_multiple_px=16)
+    for batch in loader(packed, augment=augment).batches(0):
+        sides = [max(info.size_px[axis] for info in batch.infos) for axis in (0, 1)]
+        assert sides[1] <= 50
+        assert batch.images_BHWC.shape[1:3] == tuple(-(-side // 16) * 16 for side in sides)

@@ -1,5 +1,7 @@
 """Geometry of images, boxes and masks against plain, slow twins."""
 
+import importlib
+
 import cv2
 import mmcv
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
+from scipy.stats import ks_2samp
 
-from piip_scale.config.run import AugmentConfig
+from piip_scale.config.run import AugmentConfig, CropFirstConfig
 from piip_scale.data.batch import MASK_SIZE_PX
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.masks import clip_polygon
@@ -251,3 +254,107 @@ def test_jitter_offsets_and_flips_are_uniform():
     assert abs(np.mean([geometry.flip for geometry in drawn]) - 0.5) < 5 * 0.5 / np.sqrt(4000)
     never = AugmentConfig(flip_probability=0.0)
     assert not any(training_geometry((9, 9), never, rng).flip for _ in range(50))
+
+
+DETR = AugmentConfig(
+    short_edge_px=(48, 64, 80),
+    max_edge_px=133,
+    crop_first=CropFirstConfig(short_edge_px=(40, 50, 60), crop_range_px=(38, 60)),
+    crop_px=(102, 102),
+)
+
+
+def plain_detr(size_px, augment: AugmentConfig, rng) -> tuple[np.ndarray, tuple[int, int]]:
+    """DETR's two ways one step after the other, as a product of elementary maps, and the size they lead to."""
+    matrix, size = np.eye(3), size_px
+
+    def resize(short_edge_px):
+        nonlocal matrix, size
+        new = mmcv.rescale_size(size[::-1], (augment.max_edge_px, short_edge_px))[::-1]
+        matrix, size = np.diag([new[1] / size[1], new[0] / size[0], 1.0]) @ matrix, new
+
+    def crop(height, width):
+        nonlocal matrix, size
+        height, width = min(height, size[0]), min(width, size[1])
+        top, left = rng.integers(0, size[0] - height + 1), rng.integers(0, size[1] - width + 1)
+        matrix, size = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]]) @ matrix, (height, width)
+
+    first = augment.crop_first
+    if rng.random() < first.probability:
+        resize(first.short_edge_px[rng.integers(0, len(first.short_edge_px))])
+        low, high = first.crop_range_px
+        height = rng.integers(min(size[0], low), min(size[0], high) + 1)
+        width = rng.integers(min(size[1], low), min(size[1], high) + 1)
+        crop(height, width)
+    resize(augment.short_edge_px[rng.integers(0, len(augment.short_edge_px))])
+    crop(*augment.crop_px)
+    return matrix, size
+
+
+@settings(deadline=None)
+@given(st.integers(30, 1500), st.integers(30, 1500), st.integers(0, 1000))
+def test_two_resizes_and_two_crops_are_one_window_of_the_stored_image(height, width, seed):
+    geometry = training_geometry((height, width), DETR, np.random.default_rng(seed))
+    matrix, size = plain_detr((height, width), DETR, np.random.default_rng(seed))
+    assert geometry.size_px == size
+    window = geometry.window
+    assert 0 <= window.left < window.right <= width
+    assert 0 <= window.top < window.bottom <= height
+    corners = np.linalg.inv(matrix) @ [[0, size[1]], [0, size[0]], [1, 1]]
+    # Half a pixel by rounding; a window of less than a pixel is widened to a whole one.
+    found = np.array([[window.left, window.right], [window.top, window.bottom]])
+    assert np.abs(found - corners[:2]).max() <= 1.0
+    large = (corners[:2, 1] - corners[:2, 0]) >= 1
+    assert np.abs(found - corners[:2])[large].max(initial=0) <= 0.5 + 1e-9
+
+
+def mmdets_windows(size_px, count: int) -> np.ndarray:
+    """Sides of the window and of the result, drawn by mmdet's own transforms, (count, 6)."""
+    importlib.import_module("piip_scale.tasks.mmlab")  # completes mmcv, which mmdet needs
+    from mmcv.transforms import RandomChoice, RandomChoiceResize
+    from mmdet.datasets.transforms import RandomCrop, RandomFlip, Resize
+    from mmengine.registry import DefaultScope
+
+    def resize(sizes):
+        scales = [(133, size) for size in sizes]
+        return RandomChoiceResize(scales=scales, resize_type=Resize, keep_ratio=True)
+
+    def crop(*size):
+        return RandomCrop(size, crop_type="absolute_range", allow_negative_crop=True)
+
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        ways = [[resize((48, 64, 80))], [resize((40, 50, 60)), crop(38, 60), resize((48, 64, 80))]]
+        steps = [RandomFlip(prob=0.5), RandomChoice(transforms=ways), crop(102, 102)]
+    drawn = []
+    for _ in range(count):
+        results = {"img": np.zeros((*size_px, 3), np.uint8), "img_shape": size_px}
+        for step in steps:
+            results = step(results)
+        height, width = results["img_shape"]
+        corners = np.linalg.inv(results["homography_matrix"]) @ [[0, width], [0, height], [1, 1]]
+        drawn.append([*np.sort(corners[0]), *np.sort(corners[1]), height, width])
+    return np.array(drawn)
+
+
+def test_crops_before_and_after_the_resize_are_distributed_as_mmdets():
+    size_px, count = (64, 121), 1500
+    np.random.seed(0)
+    theirs, rng = mmdets_windows(size_px, count), np.random.default_rng(0)
+    ours = []
+    for _ in range(count):
+        drawn = training_geometry(size_px, DETR, rng)
+        window = drawn.window
+        ours.append([window.left, window.right, window.top, window.bottom, *drawn.size_px])
+    for mine, reference in zip(np.array(ours).T, theirs.T, strict=True):
+        assert ks_2samp(mine, np.rint(reference)).pvalue > 1e-3
+
+
+def test_without_recomputing_a_cut_box_is_cut_itself():
+    geometry = GEOMETRIES["cut, mirrored"]
+    triangle = np.array([[20.0, 20.0], [60.0, 60.0], [20.0, 60.0]])
+    stored = sample_of(([triangle.ravel().tolist()],), [bounds(triangle)])
+    cut = apply_geometry(stored, geometry, recompute_boxes=False)
+    assert cut.boxes_xyxy_px == pytest.approx(geometry.boxes(stored.boxes_xyxy_px))
+    truth = plain_mask(cut.boxes_xyxy_px[0], lambda points: is_inside(points, triangle), geometry)
+    assert np.abs(cut.mini_masks[0] / 255 - truth).mean() < 0.012
+    assert (apply_geometry(stored, geometry).boxes_xyxy_px != cut.boxes_xyxy_px).any()
