@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,6 +15,9 @@ import numpy as np
 from piip_scale.data.files import json_bytes, write_bytes
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
+
+_MAX_ID = 2**63 - 1
+"""Indexes keep ids and sizes as int64."""
 
 OVERHANG_TOLERANCE_PX = 1.0
 """Annotation tools round: a box may stick out by less than this and is clipped without being asked."""
@@ -113,6 +116,9 @@ def load_coco_json(annotations: Path) -> dict[str, Any]:
             rule=f"line {error.lineno}, column {error.colno} of {len(content)} characters cannot be read",
             fix="copy or export the file again",
         ) from None
+    # Python's own limits: a number of thousands of digits, lists in lists without end.
+    except (ValueError, RecursionError) as error:
+        raise _file_error(annotations, "is not a COCO file", str(error)) from None
     keys = ("images", "annotations", "categories")
     missing = [key for key in keys if not isinstance(root, dict) or not isinstance(root.get(key), list)]
     if missing:
@@ -140,7 +146,7 @@ def split_coco(annotations: Path, out: Path, *, val_share: float = 0.2, seed: in
     root = load_coco_json(annotations)
     entries = _image_entries(root, annotations)
     ids = sorted(entries)
-    stray = next((note for note in root["annotations"] if note.get("image_id") not in entries), None)
+    stray = next((note for note in root["annotations"] if not _is_among(note.get("image_id"), entries)), None)
     if stray is not None:
         raise _stray_note(annotations, stray)
     if len(ids) < 2:
@@ -163,7 +169,7 @@ def split_coco(annotations: Path, out: Path, *, val_share: float = 0.2, seed: in
 
 def _read_text(annotations: Path) -> str:
     try:
-        content = annotations.read_text(encoding="utf-8")
+        content = annotations.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise DataError(
             f"annotation file {annotations} is not there", rule="a COCO JSON file is needed", fix="check the path"
@@ -180,14 +186,16 @@ def _file_error(annotations: Path, problem: str, rule: str, fix: str = "export t
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_ID
 
 
 def _unique_by_id(entries: Iterable[dict[str, Any]], what: str, annotations: Path) -> dict[int, dict[str, Any]]:
     by_id: dict[int, dict[str, Any]] = {}
     for entry in entries:
         if not _is_id(entry.get("id")):
-            raise _file_error(annotations, f"has {what} id {entry.get('id')!r}", "ids are whole numbers from 0 on")
+            raise _file_error(
+                annotations, f"has {what} id {entry.get('id')!r}", "ids are whole numbers from 0, below 2^63"
+            )
         if entry["id"] in by_id:
             raise _file_error(annotations, f"has {what} id {entry['id']} twice", "ids are unique", "renumber them")
         by_id[entry["id"]] = entry
@@ -266,7 +274,7 @@ class _BoxChecker:
         """Checked annotations under the id of their image."""
         found: dict[int, list[dict[str, Any]]] = {key: [] for key in images}
         for note in _unique_by_id(notes, "annotation", self._file).values():
-            if note.get("image_id") not in found:
+            if not _is_among(note.get("image_id"), found):
                 raise _stray_note(self._file, note)
             checked = self._note(note, images[note["image_id"]])
             if checked is not None:
@@ -275,7 +283,7 @@ class _BoxChecker:
 
     def _note(self, note: dict[str, Any], image: dict[str, Any]) -> dict[str, Any] | None:
         key = note["id"]
-        if note.get("category_id") not in self._category_ids:
+        if not _is_among(note.get("category_id"), self._category_ids):
             known = ", ".join(map(str, sorted(self._category_ids)[:20]))
             raise self._error(
                 f"annotation {key} has category id {note.get('category_id')!r}",
@@ -292,11 +300,18 @@ class _BoxChecker:
             "category_id": note["category_id"],
             "bbox": box,
             "area": float(area) if _is_number(area) else box[2] * box[3],
-            "iscrowd": int(bool(note.get("iscrowd", 0))),
+            "iscrowd": self._crowd(note),
         }
         if note.get("segmentation") and not self._boxes_only:
             checked["segmentation"] = self._segmentation(note, image)
         return checked
+
+    def _crowd(self, note: dict[str, Any]) -> int:
+        # Of the text "0" Python would make a crowd, which training leaves out.
+        value = note.get("iscrowd")
+        if value not in (0, 1, None):
+            raise self._error(f"annotation {note['id']} has iscrowd {value!r}", "it is 0 or 1")
+        return int(value or 0)
 
     def _box(self, note: dict[str, Any], image: dict[str, Any]) -> list[float] | None:
         box, key = note.get("bbox"), note["id"]
@@ -344,13 +359,18 @@ class _BoxChecker:
         return DataError(f"{self._file}: {problem}", rule=rule, fix=fix)
 
 
+def _is_among(value: object, ids: Container[int]) -> bool:
+    return _is_id(value) and value in ids
+
+
 def _stray_note(annotations: Path, note: dict[str, Any]) -> DataError:
     problem = f"{annotations}: annotation {note.get('id')} is of image {note.get('image_id')!r}"
     return DataError(problem, rule="no image has that id", fix="remove it")
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # An int of hundreds of digits is finite, and no float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_polygon(value: object) -> bool:

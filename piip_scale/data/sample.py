@@ -127,7 +127,7 @@ def decode_image(content: bytes, name: str) -> Image:
         raise DataError(
             f"image {name} cannot be decoded",
             value=str(error).strip(),
-            rule="it must be whole",
+            rule="it must be a whole image of 8 bits a channel",
             fix="replace the file, or remove its entry",
         ) from error
 
@@ -141,7 +141,14 @@ def _decode_jpeg(content: bytes) -> Image:
 def _decode_other(content: bytes) -> Image:
     import PIL.Image
 
-    with PIL.Image.open(io.BytesIO(content)) as image:
+    try:
+        image = PIL.Image.open(io.BytesIO(content))
+    # Pillow's own texts name an object of Python's, and a bomb is an error of no kind that others are.
+    except PIL.UnidentifiedImageError:
+        raise ValueError(f"{len(content)} bytes in no format that Pillow reads") from None
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    with image:
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
             raise ValueError(f"its pixels are of mode {image.mode}, not 8-bit")
         return np.asarray(image.convert("RGB"))

@@ -57,6 +57,13 @@ BAD = {
     "no lists": (lambda root: root.pop("annotations"), ["has no list annotations"]),
     "bad polygon": (note_with(segmentation=[[1, 2, 3]]), ["annotation 11", "3 points"]),
     "short runs": (note_with(segmentation={"size": [40, 60], "counts": [1, 2]}), ["annotation 11", "run lengths"]),
+    "list for an image id": (note_with(image_id=[1]), ["annotation 11", "image [1]"]),
+    "list for a category id": (note_with(category_id=[3]), ["annotation 11", "category id [3]"]),
+    "box of 400 digits": (note_with(bbox=[5, 6, 10**400, 10]), ["annotation 11", "four finite numbers"]),
+    "polygon of 400 digits": (note_with(segmentation=[[1, 2, 3, 4, 5, 10**400]]), ["annotation 11", "3 points"]),
+    "size of 400 digits": (image_with(width=10**400), ["image 1", "positive integers"]),
+    "id beyond int64": (image_with(id=2**63), [str(2**63), "whole numbers"]),
+    "text for a crowd": (note_with(iscrowd="0"), ["annotation 11", "iscrowd '0'", "0 or 1"]),
     "part has masks": (note_with(segmentation=[[5, 6, 9, 6, 9, 9]]), ["1 of 3", "is 10", "--boxes-only"]),
 }
 
@@ -72,7 +79,14 @@ def test_bad_file_is_one_line(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    ("text", "fragment"), [("", "is empty"), ('{"images": [', "not valid JSON"), ("[1]", "no list")]
+    ("text", "fragment"),
+    [
+        ("", "is empty"),
+        ('{"images": [', "not valid JSON"),
+        ("[1]", "no list"),
+        ("[" * 100_000, "recursion"),
+        ('{"images": %s}' % ("9" * 5000), "digits|no list"),
+    ],
 )
 def test_file_that_is_not_coco(tmp_path, text, fragment):
     path = tmp_path / "ann.json"
@@ -81,6 +95,23 @@ def test_file_that_is_not_coco(tmp_path, text, fragment):
         load_coco_json(path)
     with pytest.raises(DataError, match="is not there"):
         load_coco_json(tmp_path / "absent.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path):
+    path, images = make_set(tmp_path)
+    plain = read_coco(path, images)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_coco(path, images) == plain
+
+
+def test_area_and_crowd_may_be_left_out(tmp_path):
+    def change(root):
+        root["annotations"][1].update(iscrowd=None)
+        root["annotations"][2].update(iscrowd=1, area=7)
+
+    found = read_coco(*make_set(tmp_path, change))
+    told = [(image.annotations[0]["area"], image.annotations[0]["iscrowd"]) for image in found.images]
+    assert told == [(205, 0), (205, 0), (7, 1)]
 
 
 def test_small_overhang_is_clipped_and_counted(tmp_path, caplog, monkeypatch):

@@ -315,6 +315,23 @@ def test_other_image_formats_decode(tmp_path):
         decode_image((tmp_path / "deep.png").read_bytes(), "x")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "0 bytes in no format"), (b"not an image", "12 bytes in no format"), (None, "decompression bomb")],
+)
+def test_what_no_decoder_takes_is_one_line(tmp_path, monkeypatch, content, reason):
+    import PIL.Image
+
+    if content is None:
+        PIL.Image.new("RGB", (64, 64)).save(tmp_path / "large.png")
+        content = (tmp_path / "large.png").read_bytes()
+        monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=reason) as caught:
+        decode_image(content, "x.png")
+    assert "x.png" in caught.value.line
+    assert "0x" not in caught.value.line
+
+
 @pytest.mark.parametrize(("name", "masks"), [("bccd", False), ("nuclei_dsb2018", True)])
 def test_real_sets_pack(tmp_path, name, masks):
     if not (SHARED / name).is_dir():
