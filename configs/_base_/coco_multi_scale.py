@@ -1,0 +1,12 @@
+# The images of COCO at one of many sizes, half of them cropped first, as DETR's recipes do.
+_base_ = ["coco.py"]
+data = dict(
+    augment=dict(
+        short_edge_px=tuple(range(480, 801, 32)),
+        max_edge_px=1333,
+        crop_first=dict(short_edge_px=(400, 500, 600), crop_range_px=(384, 600)),
+        crop_px=(1024, 1024),
+        recompute_boxes=False,
+        pad_multiple_px=64,
+    ),
+)

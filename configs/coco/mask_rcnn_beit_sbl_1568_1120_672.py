@@ -1,0 +1,29 @@
+# PIIP-SBL (DeiT III, BEiT v2), 1568/1120/672 px: Mask R-CNN, 12 epochs, 8 GPUs x 2 images.
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/training_1x.py"]
+model = dict(
+    branches=[
+        dict(
+            preset="beitv2_large",
+            pretrained="pretrained/beitv2_large_patch16_224_pt1k_ft21k.pth",
+            resolution_px=672,
+            window_size_tokens=(28,) * 24,
+            drop_path_rate=0.4,
+        ),
+        dict(
+            preset="beitv2_base",
+            pretrained="pretrained/beitv2_base_patch16_224_pt1k_ft21k.pth",
+            resolution_px=1120,
+            window_size_tokens=(28,) * 12,
+            drop_path_rate=0.15,
+        ),
+        dict(
+            preset="deit3_small",
+            pretrained="pretrained/deit_3_small_224_21k.pth",
+            resolution_px=1568,
+            window_size_tokens=(28,) * 12,
+            drop_path_rate=0.05,
+        ),
+    ],
+    interaction=dict(num_stages=12, drop_path_rate=0.4),
+)
+data = dict(augment=dict(short_edge_px=(941,), max_edge_px=1568, pad_multiple_px=224))

@@ -1,0 +1,16 @@
+# ViT-B alone (DeiT III), 1024 px: Mask R-CNN, 12 epochs, 8 GPUs x 2 images.
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/training_1x.py"]
+model = dict(
+    branches=[
+        dict(
+            preset="deit3_base",
+            pretrained="pretrained/deit_3_base_224_21k.pth",
+            resolution_px=1024,
+            window_size_tokens=(14, 14, 0) * 4,
+            drop_path_rate=0.15,
+        ),
+    ],
+    pyramid=dict(norm="layernorm"),
+)
+data = dict(augment=dict(short_edge_px=(614,), max_edge_px=1024, pad_multiple_px=64))
+optimizer = dict(layer_decay=0.95)

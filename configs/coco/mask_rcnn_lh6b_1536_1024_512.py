@@ -1,0 +1,40 @@
+# PIIP-LH6B (DeiT III, MAE, InternViT-6B), 1536/1024/512 px: Mask R-CNN, 12 epochs, 16 GPUs x 2 images.
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_multi_scale.py", "../_base_/training_1x.py"]
+model = dict(
+    branches=[
+        dict(
+            preset="internvit_6b",
+            pretrained="pretrained/intern_vit_6b_224px.pth",
+            resolution_px=512,
+            activation="gelu_tanh",
+            drop_path_rate=0.4,
+            checkpoint_blocks=True,
+        ),
+        dict(
+            preset="mae_huge",
+            pretrained="pretrained/mae_pretrain_vit_huge.pth",
+            resolution_px=1024,
+            activation="gelu_tanh",
+            drop_path_rate=0.4,
+            checkpoint_blocks=True,
+        ),
+        dict(
+            preset="deit3_384_large",
+            pretrained="pretrained/deit_3_large_384_21k.pth",
+            resolution_px=1536,
+            activation="gelu_tanh",
+            drop_path_rate=0.4,
+        ),
+    ],
+    interaction=dict(num_stages=4, drop_path_rate=0.4, projection=False, norm="none"),
+)
+data = dict(
+    augment=dict(
+        short_edge_px=tuple(range(720, 1201, 48)),
+        max_edge_px=1999,
+        crop_first=dict(short_edge_px=(600, 750, 900), crop_range_px=(576, 900)),
+        crop_px=(1536, 1536),
+    ),
+)
+optimizer = dict(lr=2e-4)
+train = dict(evaluate_every_steps=3696)  # about an epoch at 32 images a step
