@@ -17,6 +17,8 @@ _FIXES = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), then start again",
     errno.EROFS: "choose a folder on a disk that can be written",
     errno.EACCES: "choose a folder you may write, or change its permissions",
+    errno.EISDIR: "name a file in it",
+    errno.EEXIST: "choose another name",
     errno.EPERM: "choose a folder you may write, or change its permissions",
 }
 
@@ -56,8 +58,13 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         durable: Also wait until it is on the disk, so that it survives a power cut.
 
     Raises:
-        OSError: The disk refuses; ``path`` is then as it was.
+        OSError: The disk refuses, or ``path`` is there and no file; it is then as it was.
     """
+    # A rename onto a device would put a file in its place: for root, onto /dev/null too.
+    if path.exists() and not path.is_file():
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise FileExistsError(errno.EEXIST, "It is there and is not a regular file", str(path))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

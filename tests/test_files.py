@@ -25,6 +25,18 @@ def test_a_refused_write_leaves_the_old_text_and_no_rubbish(tmp_path, monkeypatc
     assert path.read_text(encoding="utf-8") == "new ü"
 
 
+def test_only_a_file_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name, reason in (("pipe", "not a regular file"), ("link", "not a regular file"), ("folder", "Is a directory")):
+        with pytest.raises(OSError, match=reason):
+            write_text_atomically(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @pytest.mark.parametrize(
     ("code", "line"),
     [

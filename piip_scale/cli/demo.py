@@ -185,19 +185,20 @@ def _convert(place: Demo) -> None:
 
 def _evaluate(place: Demo) -> dict[str, float]:
     from piip_scale.cli.evaluation import evaluate_weights
-    from piip_scale.files import write_text_atomically
+    from piip_scale.data.files import write_bytes
 
     if not _is_newer(place.metrics, place.weights):
         metrics = evaluate_weights(load_config(place.run_dir / "config.py"), place.weights)
-        write_text_atomically(place.metrics, json.dumps(metrics, indent=2) + "\n")
+        write_bytes(place.metrics, f"{json.dumps(metrics, indent=2)}\n".encode())
     measured: dict[str, float] = json.loads(place.metrics.read_text(encoding="utf-8"))
     return measured
 
 
 def _draw(pair: CocoPair, place: Demo) -> None:
     from piip_scale.cli.prediction import predict_and_draw
+    from piip_scale.data.coco import load_coco_json
 
-    entries = json.loads(pair.val.read_text(encoding="utf-8"))["images"][:NUM_PICTURES]
+    entries = load_coco_json(pair.val)["images"][:NUM_PICTURES]
     photos = [pair.images / entry["file_name"] for entry in entries]
     found = predict_and_draw(load_config(place.run_dir / "config.py"), place.weights, photos, place.picture, 0.5)
     typer.echo(f"      {sum(found)} objects in {len(photos)} validation images: {place.picture}")

@@ -67,15 +67,16 @@ def evaluate(
 
     from piip_scale.cli.evaluation import evaluate_weights
     from piip_scale.config import load_config
-    from piip_scale.files import write_text_atomically
+    from piip_scale.data.files import write_bytes
 
     changes = list(overrides or [])
     if shards is not None:
         changes.append(f"data.val_shards={str(shards)!r}")
     metrics = evaluate_weights(load_config(config, changes), weights, detections)
-    if out is not None:
-        write_text_atomically(out, json.dumps(metrics, indent=2) + "\n")
+    # Shown first: a place that cannot be written must not cost the evaluation.
     Console().print(metrics_table(metrics))
+    if out is not None:
+        write_bytes(out, f"{json.dumps(metrics, indent=2)}\n".encode())
 
 
 def predict(

@@ -40,7 +40,6 @@ def predict_and_draw(
         PiipError: A photograph or the weights are absent, damaged, or do not fit.
     """
     from piip_scale.data.files import write_bytes
-    from piip_scale.files import write_text_atomically
     from piip_scale.tasks.detection import class_names, load_detector
     from piip_scale.tasks.drawing import DrawingStyle, contact_sheet, draw_detections, png_bytes
     from piip_scale.tasks.prediction import predict_image, read_image
@@ -55,7 +54,7 @@ def predict_and_draw(
     write_bytes(out, png_bytes(sheet))
     if json_out is not None:
         entries = [_entry(path, one, classes) for path, one in zip(images, found, strict=True)]
-        write_text_atomically(json_out, json.dumps(entries, indent=1) + "\n")
+        write_bytes(json_out, f"{json.dumps(entries, indent=1)}\n".encode())
     return [int((one.scores >= min_score).sum()) for one in found]
 
 
