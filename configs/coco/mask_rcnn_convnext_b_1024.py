@@ -1,5 +1,4 @@
 # ConvNeXt-B alone, 1024 px: Mask R-CNN, 12 epochs, 8 GPUs x 2 images.
-# The released optimiser lets norms and biases decay too; here they never do.
 _base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/training_1x.py"]
 model = dict(
     branches=[
@@ -14,4 +13,4 @@ model = dict(
     pyramid=dict(kind="regular", scales=(1.0,) * 4, stages=(0, 1, 2, 3)),
 )
 data = dict(augment=dict(short_edge_px=(614,), max_edge_px=1024, pad_multiple_px=64))
-optimizer = dict(layer_decay=1.0)
+optimizer = dict(layer_decay=1.0, decay_all=True)

@@ -114,12 +114,19 @@ class DataConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """AdamW with layer-wise decay of the learning rate."""
+    """AdamW with layer-wise decay of the learning rate.
+
+    Attributes:
+        layer_decay: Factor on the rate for every layer further from the output.
+        decay_all: Weight decay on norms and biases too, which it spares otherwise.
+        clip_grad_norm: Bound on the norm of the whole gradient; 0 leaves it alone.
+    """
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    decay_all: bool = False
     clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
 
 

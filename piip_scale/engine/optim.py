@@ -41,7 +41,8 @@ def build_param_groups(
         if parameter.requires_grad:
             rule = rules[name]
             scale = round(config.layer_decay ** (num_layers + 1 - rule.layer_id), _SCALE_DIGITS)
-            groups[scale, config.weight_decay if rule.decays else 0.0].append(name)
+            decays = rule.decays or config.decay_all
+            groups[scale, config.weight_decay if decays else 0.0].append(name)
     return [
         {
             "params": [names[name] for name in members],

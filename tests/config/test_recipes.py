@@ -148,6 +148,8 @@ def test_optimiser_and_schedule_are_the_recipes(name, recipes):
     assert theirs["type"] == "AdamW"
     assert (ours.lr, ours.betas, ours.weight_decay) == (theirs["lr"], tuple(theirs["betas"]), theirs["weight_decay"])
     assert ours.layer_decay == theirs.get("paramwise_cfg", {}).get("layer_decay_rate", 1.0)
+    # torch's plain AdamW lets everything decay; the released constructor spares norms and biases.
+    assert ours.decay_all == ("constructor" not in theirs)
     assert ours.clip_grad_norm == (recipe["optimizer_config"]["grad_clip"] or {"max_norm": 0})["max_norm"]
 
     rates, epochs = recipe["lr_config"], recipe["runner"]["max_epochs"]

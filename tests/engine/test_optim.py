@@ -25,6 +25,12 @@ def test_without_layer_decay_two_groups_hold_every_parameter_once():
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
 
 
+def test_weight_decay_on_everything_leaves_one_group():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    (group,) = build_param_groups(model, rules_of(model), 2, OptimizerConfig(weight_decay=0.1, decay_all=True))
+    assert (len(group["params"]), group["weight_decay"]) == (8, 0.1)
+
+
 def test_layer_decay_follows_the_formula_and_fractions_that_coincide_share_a_group():
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
     ids = {"0.weight": 0.0, "1.weight": 1.5, "2.weight": 1.5, "3.weight": 4.0}
