@@ -16,8 +16,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
     problems = error.errors(include_url=False)
     first = problems[0]
     location, kind = first["loc"], first["type"]
-    key = ".".join(_written(location, root)) or "config"
-    more = f"(and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    key = _key(location, root)
+    others = {_key(problem["loc"], root) for problem in problems} - {key}
+    more = f"(and {len(others)} more)" if others else ""
     if kind == "extra_forbidden":
         return ConfigError(
             f"unknown config key {key}", value=first["input"], rule=_valid_keys(location, root), fix=more
@@ -25,9 +26,19 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
     if kind == "missing":
         return ConfigError(f"config key {key} is missing", rule=_purpose(location, root), fix=more)
     # A rule over several keys of one object: the values stand in its message, the object itself would flood the line.
-    message = first["msg"].removeprefix("Value error, ")
+    # A value that fits no member of a union has one message for each.
+    messages = [_lowered(problem["msg"]) for problem in problems if _key(problem["loc"], root) == key]
     value = None if isinstance(first["input"], dict | tuple | BaseModel) and kind == "value_error" else first["input"]
-    return ConfigError(f"config key {key}", value=_short(value), rule=message[:1].lower() + message[1:], fix=more)
+    return ConfigError(f"config key {key}", value=_short(value), rule=" or ".join(messages), fix=more)
+
+
+def _key(location: Sequence[int | str], root: type[BaseModel]) -> str:
+    return ".".join(_written(location, root)) or "config"
+
+
+def _lowered(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
 
 
 def _valid_keys(location: Sequence[int | str], root: type[BaseModel]) -> str:
@@ -65,15 +76,18 @@ def _model_at(location: Sequence[int | str], root: type[BaseModel]) -> type[Base
 
 
 def _written(location: Sequence[int | str], root: type[BaseModel]) -> list[str]:
-    """A location as it stands in the file: pydantic puts the tag of a union's member between index and field."""
+    """A location as it stands in the file: without what pydantic adds to say which member of a union it tried."""
     return [
         str(part)
         for index, part in enumerate(location)
-        if index == 0 or isinstance(part, int) or not _is_tag(location[:index], part, root)
+        if index == 0 or isinstance(part, int) or not _is_member(location[:index], part, root)
     ]
 
 
-def _is_tag(parents: Sequence[int | str], part: str, root: type[BaseModel]) -> bool:
+def _is_member(parents: Sequence[int | str], part: str, root: type[BaseModel]) -> bool:
+    if _model_at(parents, root) is None:
+        # Below a plain value nothing has a name but a member of its type.
+        return True
     model = _model_at([*parents, part], root)
     return isinstance(parents[-1], int) and model is not None and model.model_fields["kind"].default == part
 

@@ -77,7 +77,8 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
         raise ConfigError("override", value=text, rule="it must read key.path=value", fix="for example train.steps=100")
     try:
         return key.strip().split("."), ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    # Text such as {[]: 1} or ten thousand brackets is no value either.
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return key.strip().split("."), value
 
 

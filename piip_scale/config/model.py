@@ -305,7 +305,7 @@ class PiipConfig(Strict):
         for last in self.last_blocks(index):
             dim = branch.width_after(last)
             width = int(dim * (unit.value_ratio if unit.attention == "deform" else 1.0))
-            if len(self.branches) > 1 and width % unit.num_heads:
+            if len(self.branches) > 1 and (width % unit.num_heads or not width):
                 raise ValueError(
                     f"interaction.num_heads={unit.num_heads} must divide {width}, the attention width of "
                     f"branches.{index} (embed_dim={dim})"

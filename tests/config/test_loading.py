@@ -94,6 +94,12 @@ def test_resolved_text_loads_to_the_same_config(base, tmp_path):
             ["data.augment", "set one of them"],
         ),
         ("detector.kind=yolo", ["detector.kind", "'yolo'", "'mask_rcnn'"]),
+        ("train.steps={[]: 1}", ["train.steps", "'{[]: 1}'", "integer"]),
+        (
+            "zero.persistence_threshold=-1",
+            ["config key zero.persistence_threshold: got -1", "'auto' or", "or equal to 0"],
+        ),
+        ("model.interaction.value_ratio=1e-9", ["num_heads", "divide 0", "branches.0"]),
         ("no_equals_sign", ["override", "'no_equals_sign'", "key.path=value"]),
         ("train.steps.more=3", ["override train.steps.more", "10", "must hold a dict"]),
     ],
