@@ -10,6 +10,7 @@ from piip_scale.config.base import Strict
 from piip_scale.config.model import PiipConfig, Positive
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rgb = tuple[float, float, float]
 
@@ -123,7 +124,7 @@ class OptimizerConfig(Strict):
     """
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     decay_all: bool = False
@@ -173,7 +174,7 @@ class TrainConfig(Strict):
 
     epochs: Positive | None = None
     steps: Positive | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_accumulation: Positive = 1
     log_every_steps: Positive = 10

@@ -99,6 +99,8 @@ def test_resolved_text_loads_to_the_same_config(base, tmp_path):
             "zero.persistence_threshold=-1",
             ["config key zero.persistence_threshold: got -1", "'auto' or", "or equal to 0"],
         ),
+        ("optimizer.betas=(2.0, 0.9)", ["optimizer.betas.0", "2.0", "less than 1"]),
+        (f"train.seed={2**63}", ["train.seed", str(2**63)]),
         ("model.interaction.value_ratio=1e-9", ["num_heads", "divide 0", "branches.0"]),
         ("no_equals_sign", ["override", "'no_equals_sign'", "key.path=value"]),
         ("train.steps.more=3", ["override train.steps.more", "10", "must hold a dict"]),
