@@ -2,7 +2,7 @@
 _base_ = ["coco.py"]
 data = dict(
     augment=dict(
-        short_edge_px=tuple(range(480, 801, 32)),
+        short_edge_px=(480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
         max_edge_px=1333,
         crop_first=dict(short_edge_px=(400, 500, 600), crop_range_px=(384, 600)),
         crop_px=(1024, 1024),

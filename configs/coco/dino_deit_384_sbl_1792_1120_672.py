@@ -29,7 +29,7 @@ model = dict(
 )
 data = dict(
     augment=dict(
-        short_edge_px=tuple(range(840, 1401, 56)),
+        short_edge_px=(840, 896, 952, 1008, 1064, 1120, 1176, 1232, 1288, 1344, 1400),
         max_edge_px=2332,
         crop_first=dict(short_edge_px=(700, 875, 1050), crop_range_px=(672, 1050)),
         crop_px=(1792, 1792),
