@@ -55,16 +55,19 @@ class Silence:
 class Tell:
     """Sends every step to the sink, and the status to the run directory with every logged one.
 
-    Losses are means over ranks in logged steps and this rank's own in between: what only moves a progress line is not
-    worth a collective.
+    Losses are means over ranks in logged steps (every n-th and the last) and this rank's own in between: what only
+    moves a progress line is not worth a collective.
     """
 
-    def __init__(self, sink: Sink, run: RunDirectory, world: World, device: torch.device, every: int) -> None:
-        self._sink, self._run, self._world, self._device, self._every = sink, run, world, device, every
+    def __init__(
+        self, sink: Sink, run: RunDirectory, world: World, device: torch.device, every: int, total_steps: int
+    ) -> None:
+        self._sink, self._run, self._world, self._device = sink, run, world, device
+        self._every, self._total = every, total_steps
 
     def after_step(self, report: StepReport) -> None:
         """Every rank takes part in the means."""
-        logged = report.step % self._every == 0
+        logged = report.step % self._every == 0 or report.step == self._total
         if logged:
             losses = mean_over_ranks(report.result.losses)
         elif self._world.is_main:

@@ -20,6 +20,7 @@ import torch
 
 from piip_scale.errors import PiipError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
+from piip_scale.logging import get_logger
 
 State = Literal["running", "stopped", "failed", "done"]
 _LIBRARIES = ("piip-scale", "torch", "torchvision", "deepspeed", "mmdet", "mmcv-lite", "mmengine", "webdataset")
@@ -73,6 +74,7 @@ class RunDirectory:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.config = self.path / "config.py"
+        self.resumed_config = self.path / "resumed_config.py"
         self.environment = self.path / "environment.json"
         self.status_file = self.path / "status.json"
         self.errors = self.path / "errors"
@@ -99,7 +101,8 @@ class RunDirectory:
         """Creates or reopens the directory and records the environment and the command. Main rank only.
 
         Args:
-            config_text: The resolved config; a resumed run keeps the one it started with, unless that is gone.
+            config_text: The resolved config. A resumed run keeps the one it started with, unless that is gone; where
+                this one differs, it is written beside it, and a warning says so.
             resume: Continue the run that is there.
 
         Raises:
@@ -107,9 +110,19 @@ class RunDirectory:
         """
         self.check(resume=resume)
         self.clear_errors()
-        if not (resume and self.config.exists()):
-            write_text_atomic(self.config, config_text)
+        self._keep_config(config_text, resume=resume)
         write_text_atomic(self.environment, json.dumps(describe_environment(), indent=2) + "\n")
+
+    def _keep_config(self, text: str, *, resume: bool) -> None:
+        with disk_errors(RunError, f"write {self.resumed_config}"):
+            self.resumed_config.unlink(missing_ok=True)
+        if not (resume and self.config.exists()):
+            write_text_atomic(self.config, text)
+        elif self.config.read_text(encoding="utf-8") != text:
+            write_text_atomic(self.resumed_config, text)
+            get_logger(__name__).warning(
+                "resuming with another config than %s: it is kept in %s", self.config, self.resumed_config.name
+            )
 
     def clear_errors(self) -> None:
         """Forgets the errors of an earlier process, which would keep a new one from telling its own.

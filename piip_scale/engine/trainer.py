@@ -31,7 +31,7 @@ class StepReport:
         step: Steps behind the run with this one.
         result: What it did.
         lr: Base rate it used.
-        seconds: Wall time since the end of the last one, hooks left out.
+        seconds: Wall time of it, waiting for the loader included and hooks left out.
         wait_seconds: The part spent waiting for the loader.
     """
 

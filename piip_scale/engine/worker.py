@@ -111,12 +111,17 @@ def _train(
     first_step = checkpointer.resume()
     sink = _open_sink(config, run, world, stream.total_steps, first_step, show_progress=show_progress)
     hooks: list[Hook] = [
-        Tell(sink, run, world, device, config.train.log_every_steps),
+        Tell(sink, run, world, device, config.train.log_every_steps, stream.total_steps),
         Save(checkpointer, sink, config.train.checkpoint_every_steps, first_step),
         Evaluate(lambda: evaluate(engine, task, device), sink, config.train.evaluate_every_steps),
     ]
     trainer = Trainer(engine, stream, config, world, device, stop, hooks, first_step)
-    _run(trainer, sink, run, world)
+    try:
+        _run(trainer, sink, run, world)
+    except Interrupted:
+        # Together: once one rank is gone, srun and launch_local end those that are still writing.
+        torch.distributed.barrier()
+        raise
     torch.distributed.destroy_process_group()
 
 

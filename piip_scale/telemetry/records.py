@@ -16,7 +16,7 @@ class StepRecord:
         losses: Each named loss; those whose name holds ``loss`` add up to the total. Others are measures, as accuracy.
         lr: Base learning rate of this step, before layer-wise decay.
         images: Images of this step, of all ranks and micro-batches together.
-        step_seconds: Wall time from the end of the last step to the end of this one, waiting for data included.
+        step_seconds: Wall time of this step, waiting for data included; saving and evaluating between steps left out.
         data_wait_seconds: The part of it spent waiting for the loader.
         memory_bytes: Peak memory of this process so far: the device allocator's on a GPU, else resident memory.
         grad_norm: Norm of the whole gradient before clipping, ``None`` where it is not computed.

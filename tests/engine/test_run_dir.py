@@ -1,5 +1,6 @@
 import errno
 import json
+import logging
 import os
 
 import pytest
@@ -42,6 +43,18 @@ def test_resume_needs_a_run_and_keeps_its_config(tmp_path):
     RunDirectory(tmp_path).open("other\n", resume=True)
     assert run.config.read_text() == "model = 1\n"
     assert run.first_error() is None
+
+
+def test_resuming_with_another_config_is_told_and_kept(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
+    run = opened(tmp_path)
+    RunDirectory(tmp_path).open("model = 2\n", resume=True)
+    assert run.resumed_config.read_text() == "model = 2\n"
+    assert "resuming with another config" in caplog.text
+    caplog.clear()
+    RunDirectory(tmp_path).open("model = 1\n", resume=True)
+    assert not run.resumed_config.exists()
+    assert not caplog.text
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
