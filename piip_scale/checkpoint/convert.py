@@ -144,7 +144,7 @@ class _Replacing:
 
 
 def _check_target(out: Path, max_shard_gb: float | None, overwrite: bool) -> None:
-    if max_shard_gb is not None and max_shard_gb <= 0:
+    if max_shard_gb is not None and not max_shard_gb > 0:
         raise CheckpointError("max_shard_gb cannot be", value=max_shard_gb, rule="it is a positive number of GB")
     if (max_shard_gb is None) != (out.suffix == ".safetensors"):
         raise CheckpointError(

@@ -24,7 +24,7 @@ def pack(
     out: Annotated[Path, typer.Option(help="Folder for the shards; made if absent.")],
     target_mb: Annotated[float, typer.Option(help="Size to aim at for one shard, in megabytes.")] = 256.0,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read and check images; default: all cores.")
+        int | None, typer.Option(min=1, help="Processes that read and check images; default: all cores.")
     ] = None,
     clip_boxes: Annotated[
         bool, typer.Option("--clip-boxes", help="Cut boxes that stick out, not refuse them.")
@@ -60,7 +60,7 @@ def pack(
 def verify(
     folder: Folder,
     other: Annotated[Path | None, typer.Option(help="A set that must not share images, such as validation's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read; default: all cores.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: all cores.")] = None,
 ) -> None:
     """Read a packed set to the last byte: checksums, images, boxes and masks.
 

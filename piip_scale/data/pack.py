@@ -105,7 +105,7 @@ def pack_coco(
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
     annotations, images, out = Path(annotations), Path(images), Path(out)
-    if target_mb <= 0 or (target_samples is not None and target_samples < 1):
+    if not target_mb > 0 or (target_samples is not None and target_samples < 1):
         raise DataError("target size of a shard", value=(target_mb, target_samples), rule="it must be above 0")
     found = read_coco(annotations, images, classes=classes, clip_boxes=clip_boxes, boxes_only=boxes_only)
     plans = list(_plan(found, images, out, target_mb * _MEGABYTE, target_samples))

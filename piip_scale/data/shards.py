@@ -210,6 +210,17 @@ class ShardSet:
         notes = self._files.read(shard, notes_offset, notes_bytes)
         return RawSample(str(self.keys[number]), image, notes, crc32)
 
+    def notes(self, number: int) -> dict[str, Any]:
+        """A sample's annotations alone, as ``parse_notes`` gives them: the image is not read.
+
+        Raises:
+            DataError: Its shard is gone, or the annotations are damaged.
+        """
+        shard, _, _, notes_offset, notes_bytes, crc32 = map(int, self._places[number])
+        return parse_notes(
+            RawSample(str(self.keys[number]), b"", self._files.read(shard, notes_offset, notes_bytes), crc32)
+        )
+
     def coco_ground_truth(self) -> dict[str, Any]:
         """The set as a COCO dict (``images``, ``annotations``, ``categories``), as packed.
 
@@ -219,7 +230,7 @@ class ShardSet:
         root: dict[str, Any] = {"info": {}, "images": [], "annotations": []}
         root["categories"] = [category.model_dump() for category in self.manifest.categories]
         for number in range(len(self)):
-            notes = parse_notes(self.read(number))
+            notes = self.notes(number)
             image = {"id": notes["image_id"], **{key: notes[key] for key in ("file_name", "height", "width")}}
             root["images"].append(image)
             root["annotations"] += [{**note, "image_id": notes["image_id"]} for note in notes["annotations"]]

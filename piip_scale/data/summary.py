@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from piip_scale.data.sample import parse_notes
 from piip_scale.data.shards import ShardSet
 
 SMALL_PX, LARGE_PX = 32, 96
@@ -50,7 +49,7 @@ def summarise(shards: ShardSet) -> SetSummary:
     sizes: Counter[str] = Counter()
     num_objects, num_crowds = [], 0
     for number in range(len(shards)):
-        notes = parse_notes(shards.read(number))["annotations"]
+        notes = shards.notes(number)["annotations"]
         objects = [note for note in notes if not note["iscrowd"]]
         classes.update(note["category_id"] for note in objects)
         sizes.update(_size_name(note) for note in objects)

@@ -11,7 +11,7 @@ from piip_scale.config.run import DetectorConfig
 from piip_scale.errors import ConfigError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.tasks.mmlab import PACKAGE_FOLDER, Config
-from piip_scale.tasks.overrides import Tree, assign, exists, mentions, merged, nested
+from piip_scale.tasks.overrides import Tree, assign, exists, mentions, merged, nested, values_at
 
 _BASES = {
     "mask_rcnn": "_base_/models/mask-rcnn_r50_fpn.py",
@@ -21,6 +21,7 @@ _BASES = {
 }
 _DINO_STRIDES_PX = (8, 16, 32)
 _DINO_WIDTH = 256
+_BASE_CLASSES = 80  # COCO's, in all of mmdet's base configs
 _PASS_THROUGH = {"type": "PassThroughBackbone"}
 
 
@@ -52,7 +53,8 @@ def plan_detector(config: DetectorConfig, features: Sequence[FeatureSpec], num_c
         num_classes: Classes without background.
 
     Raises:
-        ConfigError: An override names nothing that exists, or the features do not suit the detector.
+        ConfigError: An override names nothing that exists or another number of classes, or the features do not suit
+            the detector.
     """
     overrides = nested(config.overrides)
     model = merged(_base(config.kind), overrides, config.kind)
@@ -66,9 +68,10 @@ def plan_detector(config: DetectorConfig, features: Sequence[FeatureSpec], num_c
             value=f"{type(error).__name__}: {error}",
             fix="merge onto mmdet's dicts instead of replacing them by _delete_",
         ) from error
-    for path, value in (derived | _class_values(model, num_classes)).items():
+    for path, value in derived.items():
         if not mentions(overrides, path.split(".")):
             assign(model, path.split("."), value)
+    _set_classes(model, num_classes)
     return DetectorPlan(model, indices, has_masks=bool(model.get("roi_head", {}).get("mask_head")))
 
 
@@ -158,6 +161,17 @@ def _neck(model: Tree) -> tuple[int, int]:
     return model["neck"]["out_channels"], model["neck"]["num_outs"]
 
 
-def _class_values(model: Tree, num_classes: int) -> Tree:
+def _set_classes(model: Tree, num_classes: int) -> None:
+    """Gives every head the data's classes: labels beyond them would end in the loss, on a GPU without a word."""
     heads = ("bbox_head",) if "bbox_head" in model else ("roi_head.bbox_head", "roi_head.mask_head")
-    return {f"{head}.num_classes": num_classes for head in heads if exists(model, head.split("."))}
+    for head in (head for head in heads if exists(model, head.split("."))):
+        path = [*head.split("."), "num_classes"]
+        others = [value for value in values_at(model, path) if value not in (num_classes, _BASE_CLASSES)]
+        if others:
+            raise ConfigError(
+                f"config key detector.overrides.{head}.num_classes",
+                value=others[0],
+                rule=f"the data set has {num_classes} classes",
+                fix="leave it out: the shards decide it",
+            )
+        assign(model, path, num_classes)

@@ -148,6 +148,15 @@ def exists(tree: Any, path: Sequence[str]) -> bool:
     return not path or (isinstance(tree, dict) and path[0] in tree and exists(tree[path[0]], path[1:]))
 
 
+def values_at(tree: Any, path: Sequence[str]) -> list[Any]:
+    """What lies at a path, once for every entry of a list on the way; nothing where it does not exist."""
+    if not path:
+        return [tree]
+    if isinstance(tree, list):
+        return [value for item in tree for value in values_at(item, path)]
+    return values_at(tree[path[0]], path[1:]) if isinstance(tree, dict) and path[0] in tree else []
+
+
 def assign(tree: Any, path: Sequence[str], value: Any) -> None:
     """Sets the value at a path, in every entry of a list on the way; a path that does not exist is left alone."""
     if isinstance(tree, list):

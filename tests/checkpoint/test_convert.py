@@ -104,6 +104,7 @@ def test_an_output_in_the_way_is_refused_and_kept(tmp_path):
         ("model.bin", {}, r"one file ends in \.safetensors"),
         ("model.safetensors", {"max_shard_gb": 1.0}, "the output is a folder"),
         ("model", {"max_shard_gb": 0.0}, "it is a positive number of GB"),
+        ("model", {"max_shard_gb": float("nan")}, "it is a positive number of GB"),
     ],
 )
 def test_outputs_that_cannot_be_meant(tmp_path, out, options, message):

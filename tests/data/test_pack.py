@@ -16,7 +16,7 @@ from made_sets import SHARED, make_coco
 
 from piip_scale.data.files import sha256_of_file
 from piip_scale.data.pack import pack_coco
-from piip_scale.data.sample import decode_image, decode_sample
+from piip_scale.data.sample import decode_image, decode_sample, parse_notes
 from piip_scale.data.shards import ShardSet
 from piip_scale.errors import DataError
 
@@ -87,6 +87,8 @@ def test_target_size_bounds_the_shards(tmp_path):
     assert max(shard.size_bytes for shard in manifest.shards) <= 20_000 + tarfile.RECORDSIZE
     with pytest.raises(DataError, match="above 0"):
         pack_coco(*source, tmp_path / "c", target_mb=0)
+    with pytest.raises(DataError, match="above 0"):
+        pack_coco(*source, tmp_path / "c", target_mb=float("nan"))
 
 
 def test_tar_and_webdataset_read_what_the_index_says(tmp_path):
@@ -115,6 +117,7 @@ def test_ground_truth_and_samples_are_those_of_the_file(tmp_path):
     shards = ShardSet.open(tmp_path / "out", classes=("b", "a"))
     root = json.loads(annotations.read_text())
     truth = shards.coco_ground_truth()
+    assert all(shards.notes(number) == parse_notes(shards.read(number)) for number in range(len(shards)))
     assert truth["images"] == root["images"]
     assert truth["annotations"] == root["annotations"]
     assert truth["categories"] == sorted(root["categories"], key=lambda category: category["id"])

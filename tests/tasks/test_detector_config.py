@@ -47,6 +47,20 @@ def test_replacing_what_others_depend_on_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("mask_rcnn", "roi_head.mask_head.num_classes"),
+        ("cascade_mask_rcnn", "roi_head.bbox_head.1.num_classes"),
+        ("dino", "bbox_head.num_classes"),
+    ],
+)
+def test_the_data_decide_how_many_classes_there_are(kind, key):
+    with pytest.raises(ConfigError, match=r"num_classes: got 7; the data set has 3 classes"):
+        plan(kind, {key: 7}, num_classes=3)
+    assert plan(kind, {key: 3}, num_classes=3)
+
+
 def test_overrides_win_over_what_follows():
     model = plan("mask_rcnn", {"rpn_head.anchor_generator.strides": [4, 8, 16, 32, 128]}).model
     assert model["rpn_head"]["anchor_generator"]["strides"] == [4, 8, 16, 32, 128]
