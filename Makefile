@@ -12,7 +12,7 @@ help:  ## this list
 install: $(INSTALLED)  ## .venv with the pinned versions of requirements.txt and this package
 
 $(INSTALLED): requirements.txt setup.cfg
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "piip_scale needs Python >= 3.10, found %d.%d; pass PYTHON=python3.11, say" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "piip_scale needs Python >= 3.10, found %d.%d; say make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -22,7 +22,7 @@ demo: $(INSTALLED)  ## data, shards, training on two processes, conversion, eval
 	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)")
 
 test: $(INSTALLED)  ## everything that can be tested without a GPU, in under 15 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-all: $(INSTALLED)  ## the slow tests too
 	$(BIN)/python -m pytest

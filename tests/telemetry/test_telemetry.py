@@ -136,7 +136,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     first = "step 1/6  8.00 images/s  loss 1.250 (cls 1.000  bbox 0.250)  lr 1.0e-04  data wait 25%  left 2 s"
     assert told[0] == first
     assert told[1].startswith("step 6/6  8.00 images/s")  # those between came within ten seconds
-    assert told[2:] == ["step 6  bbox_mAP 0.5", "step 6  saved checkpoint"]
+    assert told[2:] == ["step 6  bbox_mAP 0.500", "step 6  saved checkpoint"]
 
 
 def test_one_redrawn_line_on_a_terminal(tmp_path):
