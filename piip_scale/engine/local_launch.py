@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
 from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.engine.stop import unsaved
 from piip_scale.errors import Interrupted, RunError
 from piip_scale.logging import get_logger
 from piip_scale.world import World
@@ -47,7 +48,7 @@ def launch_local(
         the rank that failed first. The ranks have told the user already.
 
     Raises:
-        RunError: A rank failed without a word of its own, as one killed by the system does.
+        RunError: A rank failed without a word of its own, as one killed by the system does, or a second SIGINT came.
     """
     run.clear_errors()
     ranks = _Ranks(num_procs, command, run)
@@ -62,18 +63,25 @@ def launch_local(
 
 
 def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
+    # Before anything else: ranks that were killed here have not failed by themselves.
+    if ranks.killed_by_user:
+        raise _noted(unsaved(), run)
     if ranks.first_failure is None:
         return 0
     rank, code = ranks.first_failure
-    if code == Interrupted.exit_code or ranks.killed_by_user:
+    if code == Interrupted.exit_code:
         return Interrupted.exit_code
     untold = ranks.untold or _silent_failure(rank, code)
     if ranks.untold or run.record_error(rank, untold):
-        if status := run.status():
-            run.write_status("failed", status.step, untold.line)
-        raise untold
+        raise _noted(untold, run)
     first = run.first_error()
     return first.exit_code if first else code
+
+
+def _noted(error: RunError, run: RunDirectory) -> RunError:
+    if status := run.status():
+        run.write_status("failed", status.step, error.line)
+    return error
 
 
 def _silent_failure(rank: int, code: int) -> RunError:

@@ -6,6 +6,8 @@ import signal
 import time
 from types import FrameType
 
+from piip_scale.errors import Interrupted
+
 # SIGUSR1 is NCCL's at times; SIGUSR2 is what the sbatch script forwards before the time limit.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # Two deliveries of one Ctrl-C (from the terminal and from a launcher) come within milliseconds, a second one later.
@@ -37,3 +39,10 @@ class StopFlag:
             raise KeyboardInterrupt
         if not self.signal_name:
             self.signal_name, self._since_s = signal.Signals(number).name, now
+
+
+def unsaved() -> Interrupted:
+    """What a second Ctrl-C ends a run with."""
+    return Interrupted(
+        "ended by a second Ctrl-C before it could save", fix="continue from its last checkpoint with --resume"
+    )

@@ -14,7 +14,7 @@ from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.hooks import Evaluate, Save, Silence, Sink, Tell
 from piip_scale.engine.run_dir import RunDirectory, error_line
 from piip_scale.engine.setup import build_engine, build_model, init_distributed
-from piip_scale.engine.stop import StopFlag
+from piip_scale.engine.stop import StopFlag, unsaved
 from piip_scale.engine.stream import BatchStream
 from piip_scale.engine.trainer import Hook, Trainer
 from piip_scale.errors import Interrupted, PiipError
@@ -70,7 +70,9 @@ def train_worker(
         if world.is_main:
             get_logger(__name__).warning(error.line)
         return error.exit_code
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place where a rank can still speak
+    except KeyboardInterrupt as error:
+        return _fail(run, world, unsaved().with_traceback(error.__traceback__))
+    except Exception as error:  # noqa: BLE001 - the last place where a rank can still speak
         return _fail(run, world, error)
     return 0
 

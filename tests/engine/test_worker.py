@@ -1,0 +1,58 @@
+import logging
+import os
+import signal
+import threading
+import time
+
+import pytest
+from ranks import tiny_config
+
+from piip_scale.engine import worker
+from piip_scale.engine.local_launch import launch_local
+from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.engine.stop import StopFlag
+from piip_scale.errors import Interrupted
+
+
+@pytest.fixture
+def quiet_signals(monkeypatch):
+    """The test's own process keeps its signals and its logging."""
+    monkeypatch.setattr(StopFlag, "install", lambda self: None)
+    monkeypatch.setattr(worker, "configure_logging", lambda rank: None)
+    monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
+
+
+def test_a_second_ctrl_c_is_one_line_and_exit_code_130(tmp_path, monkeypatch, caplog, quiet_signals):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "_train", interrupted)
+    run = RunDirectory(tmp_path)
+    assert worker.train_worker(tiny_config(), "config = 1\n", run, lambda *_: None) == 130
+    assert [record.message for record in caplog.records] == [
+        "piip-scale: error: ended by a second Ctrl-C before it could save; "
+        "continue from its last checkpoint with --resume"
+    ]
+    assert run.status().state == "failed"
+    assert "in interrupted" in (run.errors / "rank_0.txt").read_text()
+
+
+def test_a_second_ctrl_c_ends_ranks_that_do_not_listen_and_is_no_success(tmp_path):
+    run, begun = RunDirectory(tmp_path / "run"), tmp_path / "begun"
+    run.open("config = 1\n", resume=False)
+    run.write_status("running", 3)
+
+    def impatient():
+        while not begun.exists():
+            time.sleep(0.05)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    user = threading.Thread(target=impatient)
+    user.start()
+    with pytest.raises(Interrupted, match="second Ctrl-C") as caught:
+        launch_local(1, ["sh", "-c", f"trap '' INT; touch '{begun}'; sleep 60"], run)
+    user.join()
+    assert caught.value.exit_code == 130
+    assert (run.status().state, run.status().step) == ("failed", 3)
