@@ -69,6 +69,6 @@ def expand_preset(branch: dict[str, Any]) -> dict[str, Any]:
     if "preset" not in branch:
         return branch
     name = branch["preset"]
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset={name!r} is unknown; one of: {', '.join(sorted(PRESETS))}")
     return PRESETS[name] | {key: value for key, value in branch.items() if key != "preset"}

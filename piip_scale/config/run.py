@@ -13,6 +13,7 @@ Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rgb = tuple[float, float, float]
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class DetectorConfig(Strict):
@@ -77,7 +78,7 @@ class AugmentConfig(Strict):
     flip_probability: Rate = 0.5
     pad_multiple_px: Positive = 64
     mean: Rgb = (123.675, 116.28, 103.53)
-    std: Rgb = (58.395, 57.12, 57.375)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (58.395, 57.12, 57.375)
 
     @model_validator(mode="after")
     def _ways_agree(self) -> AugmentConfig:

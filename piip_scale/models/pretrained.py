@@ -109,7 +109,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(
             "pretrained weights: the pickle holds more than tensors, and loading it could run any code",
             value=str(path),
-            rule=str(error).splitlines()[0],
+            rule=str(error).split(". ")[0].splitlines()[0],
             fix="open it where that does no harm, and save its tensors as .safetensors",
         ) from None
 
