@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
 import torch
 
 from piip_scale.config.run import AugmentConfig
@@ -17,7 +21,7 @@ from piip_scale.tasks.detectors import DetectionModel
 
 
 def read_image(path: Path) -> Image:
-    """An image file's pixels as they are stored, RGB uint8 (H, W, 3).
+    """An image file's pixels, RGB uint8 (H, W, 3); a photograph that its EXIF data say to turn is turned upright.
 
     Raises:
         DataError: The file is absent, truncated, or not an image.
@@ -26,7 +30,11 @@ def read_image(path: Path) -> Image:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"image {path} cannot be read", value=error.strerror, fix="check the path") from None
-    return decode_image(content, str(path))
+    pixels = decode_image(content, str(path))
+    photo = PIL.Image.open(io.BytesIO(content))
+    if photo.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1:
+        return pixels
+    return np.array(PIL.ImageOps.exif_transpose(photo).convert("RGB"))
 
 
 def predict_image(model: DetectionModel, augment: AugmentConfig, pixels: Image, image_id: int = 1) -> Detections:
