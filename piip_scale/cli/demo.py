@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -240,9 +241,9 @@ def _logged_steps(place: Demo) -> list[dict[str, float]]:
 
 
 def _next_commands(place: Demo) -> list[str]:
-    run = f"{place.run_dir}/config.py {place.weights}"
+    run = f"{shlex.quote(str(place.run_dir / 'config.py'))} {shlex.quote(str(place.weights))}"
     return [
-        f".venv/bin/tensorboard --logdir {place.run_dir}/tensorboard",
+        f".venv/bin/tensorboard --logdir {shlex.quote(str(place.run_dir / 'tensorboard'))}",
         f".venv/bin/piip-scale predict {run} YOUR_PHOTO.jpg --out out.png",
         "make demo DATA=/path/to/instances.json IMAGES=/path/to/images",
     ]
