@@ -1,5 +1,6 @@
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,8 @@ def test_real_torchrun():
     done = subprocess.run(
         [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("World("))
+    # Not by line: ranks share the pipe, and what one prints may stand between another's text and its newline.
+    lines = sorted(re.findall(r"World\(.*?\)", done.stdout))
     for rank, line in enumerate(lines):
         assert f"rank={rank}, num_ranks=2, local_rank={rank}, ranks_per_node=2" in line
         assert "launcher='torchrun', node_rank=0" in line
@@ -163,7 +165,8 @@ def test_real_srun():
     environment = os.environ | MEETING
     command = ["srun", "-N2", "-n3", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("World("))
+    # Not by line: ranks share the pipe, and what one prints may stand between another's text and its newline.
+    lines = sorted(re.findall(r"World\(.*?\)", done.stdout))
     for line, (rank, local, count, node) in zip(lines, [(0, 0, 2, 0), (1, 1, 2, 0), (2, 0, 1, 1)], strict=True):
         assert f"rank={rank}, num_ranks=3, local_rank={local}, ranks_per_node={count}" in line
         assert f"launcher='slurm', node_rank={node}" in line
