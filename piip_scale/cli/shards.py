@@ -23,6 +23,10 @@ def pack(
     images: Annotated[Path, typer.Option(help="Folder that the file names in it are relative to.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards; made if absent.")],
     target_mb: Annotated[float, typer.Option(help="Size to aim at for one shard, in megabytes.")] = 256.0,
+    target_samples: Annotated[int | None, typer.Option(min=1, help="Most images in one shard.")] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Class names in label order, one each; default: the file's.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that read and check images; default: all cores.")
     ] = None,
@@ -46,7 +50,9 @@ def pack(
             coco,
             images,
             out,
+            classes=classes or (),
             target_mb=target_mb,
+            target_samples=target_samples,
             workers=workers,
             clip_boxes=clip_boxes,
             boxes_only=boxes_only,

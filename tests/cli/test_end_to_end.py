@@ -103,6 +103,19 @@ def test_packing_by_command_equals_packing_by_call(scenes, shards, tmp_path):
         assert made.read_bytes() == packed.read_bytes()
 
 
+def test_packing_takes_an_order_of_classes_and_a_size(scenes, tmp_path):
+    order = [str(digit) for digit in reversed(range(10))]
+    words = [word for name in order for word in ("--class", name)]
+    done = piip_scale(
+        *("shards", "pack", "--coco", scenes.val, "--images", scenes.images, "--out", tmp_path),
+        *("--target-samples", 4, *words),
+    )
+    assert "6 images" in succeeded(done).stdout
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [category["name"] for category in manifest["categories"]] == order
+    assert [shard["num_samples"] for shard in manifest["shards"]] == [4, 2]
+
+
 @pytest.mark.parametrize("words", [(), ("train",), ("shards", "pack"), ("convert",), ("evaluate",), ("predict",)])
 def test_help_teaches_by_example(words):
     done = succeeded(piip_scale(*words, "--help"))
