@@ -19,7 +19,7 @@ $(INSTALLED): requirements.txt setup.cfg
 	@touch $@
 
 demo: $(INSTALLED)  ## data, shards, training on two processes, conversion, evaluation, a picture (DATA=... for your own)
-	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)")
+	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(BOXES_ONLY),--boxes-only)
 
 test: $(INSTALLED)  ## everything that can be tested without a GPU, in under 15 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile

@@ -82,6 +82,7 @@ def demo(
         typer.Option(help="Your own COCO JSON, or a folder with instances_train.json and instances_val.json."),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of its images; default: images/ beside the JSON.")] = None,
+    boxes_only: Annotated[bool, typer.Option("--boxes-only", help="Leave masks out.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for everything; default: runs/demo[-NAME].")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key of the demo's config.")
@@ -94,7 +95,7 @@ def demo(
     started = time.monotonic()
     place = Demo(out or Path("runs") / (f"demo-{data.resolve().stem}" if data else "demo"))
     pair = _step("1/6 data", lambda: _own_scenes(place) if data is None else _user_data(data, images, place))
-    train_set, val_set = _step("2/6 shards", lambda: _pack(pair, place))
+    train_set, val_set = _step("2/6 shards", lambda: _pack(pair, place, boxes_only=boxes_only))
     config = _config_of(data, train_set)
     _step("3/6 training", lambda: _train(config, place, list(overrides or [])))
     _step("4/6 weights", lambda: _convert(place))
@@ -135,13 +136,14 @@ def _user_data(data: Path, images: Path | None, place: Demo) -> CocoPair:
     return CocoPair(train, val, images or data.parent / "images")
 
 
-def _pack(pair: CocoPair, place: Demo) -> tuple[Manifest, Manifest]:
+def _pack(pair: CocoPair, place: Demo, *, boxes_only: bool) -> tuple[Manifest, Manifest]:
     from piip_scale.data.pack import pack_coco
 
     manifests = []
     for split, source in (("train", pair.train), ("val", pair.val)):
         with progress_bar(f"packing {source.name}") as on_progress:
-            made = pack_coco(source, pair.images, place.shards(split), clip_boxes=True, on_progress=on_progress)
+            out = place.shards(split)
+            made = pack_coco(source, pair.images, out, clip_boxes=True, boxes_only=boxes_only, on_progress=on_progress)
         typer.echo(f"      {split}: {describe(made)}")
         manifests.append(made)
     return manifests[0], manifests[1]

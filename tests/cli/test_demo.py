@@ -44,7 +44,9 @@ def test_another_config_is_not_mixed_with_a_finished_demo(shown, scenes):
 
 def test_one_json_is_split_by_image(scenes, tmp_path):
     words = ["--data", scenes.val, "--images", scenes.images, "--out", tmp_path, "--set", "data.micro_batch_size=2"]
-    succeeded(piip_scale("demo", *words, *SHORT))
+    done = succeeded(piip_scale("demo", *words, "--boxes-only", *SHORT))
+    assert "box AP / AP50" in done.stdout
+    assert "mask AP" not in done.stdout
     names = [
         {image["file_name"] for image in json.loads(path.read_text())["images"]}
         for path in sorted((tmp_path / "data").glob("*.json"))
