@@ -5,6 +5,7 @@ zero = dict(stage=3)
 train = dict(
     epochs=12,
     precision="bf16",
-    evaluate_every_steps=7392,  # about an epoch at 16 images a step
+    images_per_step=16,
+    evaluate_every_steps=7392,  # about an epoch
     checkpoint_every_steps=1000,
 )

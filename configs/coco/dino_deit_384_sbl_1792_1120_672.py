@@ -1,4 +1,4 @@
-# PIIP-SBL (DeiT III at 384 px), 1792/1120/672 px: DINO, 36 epochs, 16 GPUs x 2 images.
+# PIIP-SBL (DeiT III at 384 px), 1792/1120/672 px: DINO, 36 epochs, 32 images a step.
 _base_ = ["../_base_/dino.py", "../_base_/coco_multi_scale.py", "../_base_/training_3x.py"]
 model = dict(
     branches=[
@@ -39,4 +39,4 @@ data = dict(
     ),
 )
 optimizer = dict(lr=2e-4, clip_grad_norm=0.1)
-train = dict(evaluate_every_steps=3696)  # about an epoch at 32 images a step
+train = dict(images_per_step=32, evaluate_every_steps=3696)  # about an epoch

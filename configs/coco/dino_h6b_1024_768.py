@@ -1,4 +1,4 @@
-# PIIP-H6B (MAE, InternViT-6B), 1024/768 px: DINO, 12 epochs, 16 GPUs x 2 images.
+# PIIP-H6B (MAE, InternViT-6B), 1024/768 px: DINO, 12 epochs, 32 images a step.
 _base_ = ["../_base_/dino.py", "../_base_/coco_multi_scale.py", "../_base_/training_1x.py"]
 model = dict(
     branches=[
@@ -22,4 +22,4 @@ model = dict(
     pyramid=dict(scales=(2.0, 1.0, 0.5)),
 )
 optimizer = dict(lr=2e-4, clip_grad_norm=0.1)
-train = dict(evaluate_every_steps=3696)  # about an epoch at 32 images a step
+train = dict(images_per_step=32, evaluate_every_steps=3696)  # about an epoch

@@ -1,4 +1,4 @@
-# PIIP-LH6B (DeiT III, MAE, InternViT-6B), 1536/1024/512 px: DINO, 24 epochs, 16 GPUs x 2 images.
+# PIIP-LH6B (DeiT III, MAE, InternViT-6B), 1536/1024/512 px: DINO, 24 epochs, 32 images a step.
 _base_ = ["../_base_/dino.py", "../_base_/coco_multi_scale.py", "../_base_/training_2x.py"]
 model = dict(
     branches=[
@@ -38,4 +38,4 @@ data = dict(
     ),
 )
 optimizer = dict(lr=2e-4, clip_grad_norm=0.1)
-train = dict(evaluate_every_steps=3696)  # about an epoch at 32 images a step
+train = dict(images_per_step=32, evaluate_every_steps=3696)  # about an epoch

@@ -1,4 +1,4 @@
-# PIIP-TSB (DeiT, DeiT III), 1120/896/448 px: Mask R-CNN, 12 epochs, 8 GPUs x 2 images.
+# PIIP-TSB (DeiT, DeiT III), 1120/896/448 px: Mask R-CNN, 12 epochs, 16 images a step.
 _base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/training_1x.py"]
 model = dict(
     branches=[

@@ -1,4 +1,4 @@
-# PIIP-H6B (MAE, InternViT-6B), 1024/512 px: Mask R-CNN, 12 epochs, 8 GPUs x 2 images; units without projections and norms, GELU by tanh.
+# PIIP-H6B (MAE, InternViT-6B), 1024/512 px: Mask R-CNN, 12 epochs, 16 images a step; units without projections and norms, GELU by tanh.
 _base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_multi_scale.py", "../_base_/training_1x.py"]
 model = dict(
     branches=[

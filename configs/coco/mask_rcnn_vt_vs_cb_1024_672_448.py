@@ -1,4 +1,4 @@
-# PIIP-VT-VS-CB (C: ConvNeXt, V: DeiT), 1024/672/448 px: Mask R-CNN, 12 epochs, 8 GPUs x 2 images.
+# PIIP-VT-VS-CB (C: ConvNeXt, V: DeiT), 1024/672/448 px: Mask R-CNN, 12 epochs, 16 images a step.
 _base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_convnext.py", "../_base_/training_1x.py"]
 model = dict(
     branches=[

@@ -96,12 +96,14 @@ def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bo
 
     from piip_scale.data.shards import ShardSet
     from piip_scale.data.stream import DetectionLoader
+    from piip_scale.engine.batching import scale_to_ranks
     from piip_scale.engine.run_dir import RunDirectory
     from piip_scale.models.pretrained import check_pretrained
     from piip_scale.tasks.detectors import build_detection_model
     from piip_scale.world import World
 
     RunDirectory(run_dir).check(resume=resume)
+    scale_to_ranks(config, num_procs)
     check_pretrained(config.model)
     shards = ShardSet.open(config.data.train_shards, config.data.classes)
     world = World(num_ranks=num_procs, ranks_per_node=num_procs)

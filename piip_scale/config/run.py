@@ -122,6 +122,10 @@ class OptimizerConfig(Strict):
         layer_decay: Factor on the rate for every layer further from the output.
         decay_all: Weight decay on norms and biases too, which it spares otherwise.
         clip_grad_norm: Bound on the norm of the whole gradient; 0 leaves it alone.
+        lr_scaling: How the rate follows the images of a step: multiplied by their ratio to the reference
+            (``linear``), by its root (``sqrt``), or not at all.
+        reference_images_per_step: The images of a step that ``lr`` and ``schedule.warmup_steps`` are meant for, with
+            ``linear`` and ``sqrt``; warm-up then takes as many images as there.
     """
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -130,6 +134,17 @@ class OptimizerConfig(Strict):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     decay_all: bool = False
     clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    reference_images_per_step: Positive | None = None
+
+    @model_validator(mode="after")
+    def _scaling_has_a_reference(self) -> OptimizerConfig:
+        if (self.lr_scaling == "none") != (self.reference_images_per_step is None):
+            raise ValueError(
+                f"lr_scaling={self.lr_scaling!r} and reference_images_per_step={self.reference_images_per_step} "
+                "belong together: set lr_scaling to linear or sqrt and a reference, or neither"
+            )
+        return self
 
 
 class ScheduleConfig(Strict):
@@ -170,6 +185,9 @@ class TrainConfig(Strict):
         epochs: Passes over the training set; exactly one of ``epochs`` and ``steps`` is set.
         steps: Optimiser steps.
         precision: Of branches and interactions; neck, heads and losses are always fp32.
+        images_per_step: Images of an optimiser step, the same on any number of ranks: accumulation follows from it.
+            ``None`` takes what micro-batch, ranks and accumulation make.
+        gradient_accumulation: Micro-batches that each rank adds up for a step.
         max_skipped_steps: The run stops when so many steps in a row had a loss or gradient that is not finite.
     """
 
@@ -177,6 +195,7 @@ class TrainConfig(Strict):
     steps: Positive | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    images_per_step: Positive | None = None
     gradient_accumulation: Positive = 1
     log_every_steps: Positive = 10
     evaluate_every_steps: NonNegative = 0
@@ -188,6 +207,15 @@ class TrainConfig(Strict):
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"exactly one of epochs={self.epochs} and steps={self.steps} must be set")
+        return self
+
+    @model_validator(mode="after")
+    def _one_batch_rule(self) -> TrainConfig:
+        if self.images_per_step is not None and self.gradient_accumulation != 1:
+            raise ValueError(
+                f"images_per_step={self.images_per_step} decides gradient_accumulation={self.gradient_accumulation}: "
+                "leave one of them out"
+            )
         return self
 
 

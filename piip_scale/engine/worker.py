@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.batching import batch_line, scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.hooks import Evaluate, Save, Silence, Sink, Tell
@@ -105,6 +106,8 @@ def _train(
     *,
     show_progress: bool,
 ) -> None:
+    get_logger(__name__).info(batch_line(config, world.num_ranks))
+    config = scale_to_ranks(config, world.num_ranks)
     device = init_distributed(world)
     task = task_factory(config, world)
     stream = BatchStream(task, config.train, device)

@@ -163,7 +163,7 @@ def test_optimiser_and_schedule_are_the_recipes(name, recipes):
     assert recipe["precision"].startswith("backbone bf16")
     assert (config.train.precision, config.zero.stage) == ("bf16", 3)
     gpus, images = recipe["gpus_x_images_comment"] or (8, recipe["samples_per_gpu"])
-    assert (config.data.micro_batch_size, config.train.gradient_accumulation) == (images, 1)
+    assert (config.data.micro_batch_size, config.train.images_per_step) == (images, gpus * images)
     assert config.train.evaluate_every_steps == IMAGES_OF_COCO // (gpus * images)
 
 

@@ -1,0 +1,104 @@
+"""What a run's batch, rate and warm-up become on a number of ranks: pure functions, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from piip_scale.config.run import OptimizerConfig, RunConfig
+from piip_scale.data.order import divisors
+from piip_scale.errors import ConfigError
+
+_EXPONENTS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
+def accumulation_for(images_per_step: int, micro_batch_size: int, num_ranks: int) -> int:
+    """Micro-batches that each rank adds up for a step of so many images.
+
+    Args:
+        images_per_step: Images of one optimiser step, over all ranks.
+        micro_batch_size: Images of one micro-batch on one rank.
+        num_ranks: Data-parallel ranks.
+
+    Raises:
+        ConfigError: They do not divide; lists what would.
+    """
+    at_once = micro_batch_size * num_ranks
+    if images_per_step % at_once:
+        raise ConfigError(
+            "train.images_per_step",
+            value=images_per_step,
+            rule=f"a multiple of {at_once}, the images that {num_ranks} ranks x data.micro_batch_size="
+            f"{micro_batch_size} take at once",
+            fix=_what_fits(images_per_step, micro_batch_size, num_ranks),
+        )
+    return images_per_step // at_once
+
+
+def images_per_step(config: RunConfig, num_ranks: int) -> int:
+    """Images of one optimiser step of a run, over all ranks."""
+    at_once = config.data.micro_batch_size * num_ranks
+    return config.train.images_per_step or at_once * config.train.gradient_accumulation
+
+
+def scale_to_ranks(config: RunConfig, num_ranks: int) -> RunConfig:
+    """The config with every rule that depends on the number of ranks applied, and so replaced by its result.
+
+    ``train.gradient_accumulation`` follows from ``train.images_per_step``. With ``optimizer.lr_scaling``, ``lr`` and
+    ``schedule.warmup_steps`` are meant at ``reference_images_per_step``: the rate is multiplied by the ratio of images,
+    or its root, and warm-up takes as many images as there. What is already scaled stays as it is.
+
+    Args:
+        config: The run.
+        num_ranks: Data-parallel ranks.
+
+    Raises:
+        ConfigError: The ranks cannot make a step of so many images.
+    """
+    images = images_per_step(config, num_ranks)
+    accumulation = accumulation_for(images, config.data.micro_batch_size, num_ranks)
+    train = config.train.model_copy(update={"images_per_step": None, "gradient_accumulation": accumulation})
+    reference = config.optimizer.reference_images_per_step
+    if reference is None:
+        return config.model_copy(update={"train": train})
+    warmup = round(config.schedule.warmup_steps * reference / images)
+    schedule = config.schedule.model_copy(update={"warmup_steps": warmup})
+    optimizer = _scaled(config.optimizer, images / reference)
+    return config.model_copy(update={"train": train, "schedule": schedule, "optimizer": optimizer})
+
+
+def batch_line(config: RunConfig, num_ranks: int) -> str:
+    """One line for the start report: the images of a step, and the rate where a rule made it."""
+    scaled = scale_to_ranks(config, num_ranks)
+    line = (
+        f"{images_per_step(config, num_ranks)} images a step: {num_ranks} ranks x {config.data.micro_batch_size} x "
+        f"{scaled.train.gradient_accumulation} accumulated"
+    )
+    if config.optimizer.reference_images_per_step is None:
+        return line
+    return (
+        f"{line}; lr {scaled.optimizer.lr:.4g} and warm-up of {scaled.schedule.warmup_steps} steps, from "
+        f"{config.optimizer.lr:.4g} and {config.schedule.warmup_steps} at "
+        f"{config.optimizer.reference_images_per_step} images ({config.optimizer.lr_scaling})"
+    )
+
+
+def _scaled(optimizer: OptimizerConfig, ratio: float) -> OptimizerConfig:
+    lr = optimizer.lr * ratio ** _EXPONENTS[optimizer.lr_scaling]
+    return optimizer.model_copy(update={"lr": lr, "lr_scaling": "none", "reference_images_per_step": None})
+
+
+def _what_fits(images: int, micro: int, num_ranks: int) -> str:
+    ways = []
+    if images % micro == 0:
+        ways.append(f"{_listed(divisors(images // micro))} ranks")
+    if images % num_ranks == 0:
+        ways.append(f"data.micro_batch_size {_listed(divisors(images // num_ranks))}")
+    at_once = micro * num_ranks
+    near = sorted({max(images // at_once, 1) * at_once, (images // at_once + 1) * at_once})
+    ways.append(f"train.images_per_step {_listed(near)} (which is another recipe)")
+    return f"what fits: {'; or '.join(ways)}"
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last

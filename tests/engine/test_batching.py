@@ -1,0 +1,76 @@
+import math
+import re
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from ranks import tiny_config
+
+from piip_scale.engine.batching import accumulation_for, batch_line, images_per_step, scale_to_ranks
+from piip_scale.engine.schedule import lr_factor
+from piip_scale.errors import ConfigError
+
+small = st.integers(1, 12)
+
+
+@given(small, small, small)
+def test_a_step_has_as_many_images_on_any_ranks_that_fit(accumulation, micro, ranks):
+    images = accumulation * micro * ranks
+    config = tiny_config(data={"micro_batch_size": micro}, train={"images_per_step": images})
+    scaled = scale_to_ranks(config, ranks)
+    assert scaled.train.gradient_accumulation == accumulation
+    assert images_per_step(scaled, ranks) == images_per_step(config, ranks) == images
+    assert scale_to_ranks(scaled, ranks) == scaled
+
+
+@given(st.integers(1, 60), small, small)
+def test_what_does_not_fit_names_only_what_does(images, micro, ranks):
+    assume(images % (micro * ranks))
+    with pytest.raises(ConfigError, match=r"train\.images_per_step: got") as caught:
+        accumulation_for(images, micro, ranks)
+    for way in caught.value.fix.removeprefix("what fits: ").split("; or "):
+        numbers = [int(number) for number in re.findall(r"\d+", way)]
+        assert numbers
+        for number in numbers:
+            if "micro_batch_size" in way:
+                accumulation_for(images, number, ranks)
+            elif "images_per_step" in way:
+                accumulation_for(number, micro, ranks)
+            else:
+                accumulation_for(images, micro, number)
+
+
+@pytest.mark.parametrize(("rule", "power"), [("linear", 1.0), ("sqrt", 0.5)])
+@pytest.mark.parametrize("ranks", [1, 2, 8, 64])
+def test_rate_and_warm_up_follow_the_images_of_a_step(rule, power, ranks):
+    config = tiny_config(
+        optimizer={"lr": 1e-4, "lr_scaling": rule, "reference_images_per_step": 16}, schedule={"warmup_steps": 480}
+    )
+    scaled, ratio = scale_to_ranks(config, ranks), 2 * ranks / 16
+    assert scaled.optimizer.lr == pytest.approx(1e-4 * math.pow(ratio, power))
+    # Half-way through warm-up as many images have been seen.
+    assert lr_factor(scaled.schedule, round(240 / ratio), 10**9) == pytest.approx(0.5, abs=0.01)
+    assert scale_to_ranks(scaled, ranks) == scaled
+    assert f"lr {scaled.optimizer.lr:.4g}" in batch_line(config, ranks)
+
+
+def test_at_the_reference_nothing_changes_and_without_a_rule_neither():
+    given_rule = tiny_config(optimizer={"lr": 3e-4, "lr_scaling": "linear", "reference_images_per_step": 16})
+    assert scale_to_ranks(given_rule, 8).optimizer.lr == 3e-4
+    plain = tiny_config(train={"gradient_accumulation": 3})
+    assert scale_to_ranks(plain, 8) == plain
+    assert batch_line(plain, 8) == "48 images a step: 8 ranks x 2 x 3 accumulated"
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "told"),
+    [
+        ("train", {"images_per_step": 16, "gradient_accumulation": 2}, "images_per_step=16 decides"),
+        ("optimizer", {"lr_scaling": "sqrt"}, "belong together"),
+        ("optimizer", {"reference_images_per_step": 16}, "belong together"),
+        ("train", {"images_per_step": 0}, "greater than 0"),
+    ],
+)
+def test_rules_that_contradict_are_refused(section, keys, told):
+    with pytest.raises(ConfigError, match=told):
+        tiny_config(**{section: keys})
