@@ -107,7 +107,8 @@ def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bo
     check_pretrained(config.model)
     shards = ShardSet.open(config.data.train_shards, config.data.classes)
     world = World(num_ranks=num_procs, ranks_per_node=num_procs)
-    len(DetectionLoader(shards, config.data, seed=config.train.seed, world=world))
+    accumulation = config.train.gradient_accumulation
+    len(DetectionLoader(shards, config.data, seed=config.train.seed, world=world, accumulation=accumulation))
     with torch.device("meta"):
         build_detection_model(config, len(config.data.classes))
 

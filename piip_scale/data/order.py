@@ -2,9 +2,11 @@
 
 The shards are put in a random order, each shard's samples too, and the long row that results is cut into C canonical
 streams, each shuffled inside a window of a few shards. Reading the streams in turn gives the canonical order: its
-sample p is of stream p mod C. Rank r of W takes the samples at p = r (mod W), so where W divides C it reads whole
-streams and few shards, and the samples of a global step are the same for every W. The world changes nothing but who
-reads what; a resume point is (epoch, step).
+sample p is of stream p mod C. A global batch is the next G samples; its M micro-batches of B images are dealt out like
+cards, the j-th taking every M-th of them from the j-th on, and micro-batch j belongs to rank j mod W. Rank r then takes
+the samples at p = r (mod W), so where W divides C it reads whole streams and few shards; and as long as G and B stay,
+the very micro-batches of a global step are the same for every W. The world changes nothing but who reads what; a resume
+point is (epoch, step).
 
 Source: the canonical streams are mosaicml/streaming's idea; here they are cut by samples, so that only an epoch's last
 incomplete global batch is left out.
@@ -85,7 +87,8 @@ class EpochOrder:
         num_streams: C, the canonical streams.
         num_ranks: W; it divides C.
         rank: This rank.
-        batch_size: Images per rank and step.
+        batch_size: Images of a micro-batch.
+        accumulation: Micro-batches of each rank that make a global batch.
     """
 
     num_samples: int
@@ -93,6 +96,7 @@ class EpochOrder:
     num_ranks: int
     rank: int
     batch_size: int
+    accumulation: int = 1
 
     def __post_init__(self) -> None:
         if self.num_streams % self.num_ranks:
@@ -104,29 +108,32 @@ class EpochOrder:
         if self.num_samples < self.global_batch_size:
             raise DataError(
                 f"a set of {self.num_samples} images",
-                rule=f"a step takes {self.batch_size} on each of {self.num_ranks} ranks = {self.global_batch_size}",
-                fix="use fewer ranks or a smaller data.micro_batch_size",
+                rule=f"a step takes {self.batch_size * self.accumulation} on each of {self.num_ranks} ranks"
+                f" = {self.global_batch_size}",
+                fix="use fewer ranks, a smaller data.micro_batch_size or train.gradient_accumulation, or add images",
             )
 
     @property
     def global_batch_size(self) -> int:
-        """Images of one step on all ranks."""
-        return self.num_ranks * self.batch_size
+        """G, the images of one step on all ranks."""
+        return self.num_ranks * self.accumulation * self.batch_size
 
     @property
-    def num_steps(self) -> int:
-        """Steps of an epoch, the same on every rank."""
-        return self.num_samples // self.global_batch_size
+    def num_batches(self) -> int:
+        """Micro-batches of an epoch, the same on every rank; they make whole steps."""
+        return self.num_samples // self.global_batch_size * self.accumulation
 
-    def batch(self, order: Indices, step: int) -> Indices:
-        """This rank's samples of a step, int64 (batch_size,).
+    def batch(self, order: Indices, micro_step: int) -> Indices:
+        """This rank's samples of a micro-step, int64 (batch_size,).
 
         Args:
             order: The epoch's ``canonical_order``.
-            step: Counted from 0 in the epoch.
+            micro_step: Counted from 0 in the epoch.
         """
-        first = step * self.global_batch_size + self.rank
-        return order[first : (step + 1) * self.global_batch_size : self.num_ranks]
+        step, turn = divmod(micro_step, self.accumulation)
+        begin = step * self.global_batch_size
+        first = begin + turn * self.num_ranks + self.rank
+        return order[first : begin + self.global_batch_size : self.num_ranks * self.accumulation]
 
 
 def divisors(number: int) -> list[int]:

@@ -87,14 +87,16 @@ class DetectionLoader:
         config: How samples become batches.
         seed: Of the run: order and augmentations follow from it.
         world: This rank among all.
+        accumulation: Micro-batches of each rank in a step: with the ranks it decides which samples share a batch.
 
     Attributes:
         num_seen: Samples asked for so far.
         num_broken: Those of them that had to be replaced.
     """
 
-    def __init__(self, shards: ShardSet, config: DataConfig, *, seed: int, world: World) -> None:
+    def __init__(self, shards: ShardSet, config: DataConfig, *, seed: int, world: World, accumulation: int = 1) -> None:
         self.shards, self.config, self.seed, self.world = shards, config, seed, world
+        self.accumulation = accumulation
         self.num_seen = self.num_broken = 0
         self._named: set[str] = set()
 
@@ -111,14 +113,15 @@ class DetectionLoader:
             num_ranks=self.world.num_ranks,
             rank=self.world.rank,
             batch_size=self.config.micro_batch_size,
+            accumulation=self.accumulation,
         )
 
     def __len__(self) -> int:
         """Training batches of an epoch, the same on every rank."""
-        return self.order.num_steps
+        return self.order.num_batches
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's training batches of an epoch from a step on, the same as if it had started at 0.
+        """This rank's training batches of an epoch from a micro-step on, the same as if it had started at 0.
 
         Raises:
             DataError: A shard is gone, or too many samples are broken.
@@ -127,7 +130,7 @@ class DetectionLoader:
         order = canonical_order(
             self.shards.num_samples_of_shard, seed=self.seed, epoch=epoch, num_streams=self.config.num_streams
         )
-        requests = [share.batch(order, step) for step in range(first_step, share.num_steps)]
+        requests = [share.batch(order, step) for step in range(first_step, share.num_batches)]
         return self._loaded(_Batches(self.shards, self.config.augment, requests, self.seed, epoch))
 
     def val_batches(self) -> Iterator[Batch]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from piip_scale.data.batch import Batch
 from piip_scale.engine.setup import gather_residents
 from piip_scale.errors import ModelError
+from piip_scale.world import World
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -42,7 +43,7 @@ def seed_step(seed: int, *position: int) -> None:
 
     Args:
         seed: The run's seed.
-        position: Step, micro-batch and rank.
+        position: Step, and micro-batch among those of all ranks.
     """
     words = np.random.SeedSequence([seed % 2**32, *position]).generate_state(2, np.uint64)
     torch.manual_seed(int(words[0]) >> 1)  # also seeds every GPU
@@ -50,17 +51,18 @@ def seed_step(seed: int, *position: int) -> None:
     random.seed(int(words[1]))
 
 
-def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int, seed: int, rank: int) -> StepResult:
+def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int, seed: int, world: World) -> StepResult:
     """Runs the step's micro-batches forward and backward, then the optimiser. Collective.
 
-    A step with a loss or a gradient that is not finite changes nothing, on any rank.
+    A step with a loss or a gradient that is not finite changes nothing, on any rank. Random numbers belong to a
+    micro-batch, whichever rank computes it.
 
     Args:
         engine: The engine; its groups already have this step's rates.
         batches: This rank's micro-batches, as many as the engine accumulates, on its device.
         step: Index of the step.
         seed: The run's seed.
-        rank: This rank.
+        world: This rank among all.
 
     Raises:
         ModelError: The model returned no loss.
@@ -68,7 +70,7 @@ def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int, see
     sums: dict[str, Tensor] = {}
     images, norm = 0, math.nan
     for micro, batch in enumerate(batches):
-        seed_step(seed, step, micro, rank)
+        seed_step(seed, step, micro * world.num_ranks + world.rank)
         losses: dict[str, Tensor] = engine(batch)
         engine.backward(_poisoned(total_loss(losses)))
         for name, value in losses.items():

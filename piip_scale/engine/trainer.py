@@ -110,7 +110,7 @@ class Trainer:
         lr = config.optimizer.lr * lr_factor(config.schedule, self.step, self._stream.total_steps)
         set_learning_rate(self._engine.optimizer.param_groups, lr)
         batches = self._stream.step(self.step)
-        result = train_step(self._engine, batches, self.step, config.train.seed, self._world.rank)
+        result = train_step(self._engine, batches, self.step, config.train.seed, self._world)
         self.step += 1
         seconds = time.perf_counter() - started
         return StepReport(self.step, result, lr, seconds, self._stream.wait_seconds - waited)

@@ -100,7 +100,10 @@ class DetectionTask:
         return self._loader(shards)
 
     def _loader(self, shards: ShardSet) -> DetectionLoader:
-        return DetectionLoader(shards, self.config.data, seed=self.config.train.seed, world=self.world)
+        train = self.config.train
+        return DetectionLoader(
+            shards, self.config.data, seed=train.seed, world=self.world, accumulation=train.gradient_accumulation
+        )
 
 
 def class_names(config: RunConfig) -> tuple[str, ...]:

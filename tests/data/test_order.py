@@ -14,8 +14,9 @@ SHARDS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 SEEDS = st.tuples(st.integers(-(2**31), 2**31), st.integers(0, 1000))
 
 
-def ranks(num_samples, num_streams, num_ranks, batch_size):
-    return [EpochOrder(num_samples, num_streams, num_ranks, rank, batch_size) for rank in range(num_ranks)]
+def ranks(num_samples, num_streams, num_ranks, batch_size, accumulation=1):
+    sizes = (num_samples, num_streams, num_ranks)
+    return [EpochOrder(*sizes, rank, batch_size, accumulation) for rank in range(num_ranks)]
 
 
 @settings(deadline=None)
@@ -37,8 +38,8 @@ def test_every_world_sees_the_same_global_batches(sizes, seeds, num_streams, fac
     seen = []
     for num_ranks in divisors(gcd(num_streams, global_batch)):
         shares = ranks(len(order), num_streams, num_ranks, global_batch // num_ranks)
-        assert {share.num_steps for share in shares} == {len(order) // global_batch}
-        steps = [[share.batch(order, step) for share in shares] for step in range(shares[0].num_steps)]
+        assert {share.num_batches for share in shares} == {len(order) // global_batch}
+        steps = [[share.batch(order, step) for share in shares] for step in range(shares[0].num_batches)]
         assert all(len(batch) == global_batch // num_ranks for step in steps for batch in step)
         seen.append([sorted(np.concatenate(step).tolist()) for step in steps])
     assert all(batches == seen[0] for batches in seen)
@@ -47,16 +48,36 @@ def test_every_world_sees_the_same_global_batches(sizes, seeds, num_streams, fac
 
 
 @settings(deadline=None, max_examples=60)
+@given(SHARDS, SEEDS, st.sampled_from([1, 2, 4, 6, 12]), st.integers(1, 3), st.integers(1, 3))
+def test_micro_batches_stay_together_on_every_world(sizes, seeds, most_ranks, batch_size, factor):
+    micro_batches = most_ranks * factor
+    sizes = [*sizes, micro_batches * batch_size]
+    order = canonical_order(sizes, seed=seeds[0], epoch=seeds[1], num_streams=12)
+    seen = []
+    for num_ranks in divisors(most_ranks):
+        shares = ranks(len(order), 12, num_ranks, batch_size, micro_batches // num_ranks)
+        seen.append([share.batch(order, i).tolist() for i in range(shares[0].num_batches) for share in shares])
+        # A rank reads its own streams only, whoever else there is.
+        position = np.empty(len(order), np.int64)
+        position[order] = np.arange(len(order))
+        for share in shares:
+            own = np.concatenate([share.batch(order, i) for i in range(share.num_batches)])
+            assert set(position[own] % num_ranks) == {share.rank}
+    assert all(batches == seen[0] for batches in seen)
+    assert len(seen[0]) == len(order) // (micro_batches * batch_size) * micro_batches
+
+
+@settings(deadline=None, max_examples=60)
 @given(SHARDS, SEEDS, st.sampled_from([(1, 6), (6, 2), (12, 3), (4, 4)]), st.floats(0, 1))
 def test_resuming_on_another_world_loses_and_repeats_nothing(sizes, seeds, worlds, share):
     sizes = [*sizes, 24]
     order = canonical_order(sizes, seed=seeds[0], epoch=seeds[1], num_streams=12)
     before, after = (ranks(len(order), 12, num_ranks, 24 // num_ranks) for num_ranks in worlds)
-    stop = int(share * before[0].num_steps)
+    stop = int(share * before[0].num_batches)
     seen = [rank.batch(order, step) for step in range(stop) for rank in before]
     # A resumed run computes the order anew, from the seed and the epoch alone.
     again = canonical_order(sizes, seed=seeds[0], epoch=seeds[1], num_streams=12)
-    seen += [rank.batch(again, step) for step in range(stop, after[0].num_steps) for rank in after]
+    seen += [rank.batch(again, step) for step in range(stop, after[0].num_batches) for rank in after]
     assert sorted(np.concatenate(seen)) == sorted(order[: len(order) // 24 * 24])
 
 
@@ -75,7 +96,7 @@ def test_hundred_images_in_one_shard_on_two_ranks():
     order = canonical_order([100], seed=0, epoch=0, num_streams=48)
     shares = ranks(100, 48, 2, 4)
     seen = np.concatenate([share.batch(order, step) for step in range(12) for share in shares])
-    assert shares[0].num_steps == 12
+    assert shares[0].num_batches == 12
     assert len(set(seen.tolist())) == 96
 
 

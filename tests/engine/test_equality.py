@@ -58,7 +58,7 @@ def train(world, _device, stage: int, accumulation: int, boxless=frozenset(), pr
         batches = global_batches(step, accumulation, world, boxless)
         if nan_at == calls and world.rank == world.num_ranks - 1:
             batches = [spoiled(batch) for batch in batches]
-        result = train_step(engine, batches, step, 0, world.rank)
+        result = train_step(engine, batches, step, 0, world)
         total = result.losses["loss_score"] + result.losses["loss_box"]
         torch.distributed.all_reduce(total)
         trace.append((total.item() / world.num_ranks, result.grad_norm, result.applied))

@@ -34,7 +34,7 @@ def evaluations(world, device):
     task = TinyTask(config, world, drop=0.0)
     engine, found = engine_of(world, config, drop=0.0), []
     for step in range(4):
-        train_step(engine, [next(iter(task.train_batches(0, step)))], step, 0, world.rank)
+        train_step(engine, [next(iter(task.train_batches(0, step)))], step, 0, world)
         metrics = evaluate(engine, task, device)
         with zero.GatheredParameters(list(engine.module.parameters())):
             weights = {name: p.detach().numpy().copy() for name, p in engine.module.named_parameters()}
@@ -140,7 +140,7 @@ def gathers_of_a_step(world, device):
     for step in range(4):
         if step == 3:
             comm.cdb.all_gather_function = counted
-        train_step(engine, [next(iter(task.train_batches(0, step)))], step, 0, world.rank)
+        train_step(engine, [next(iter(task.train_batches(0, step)))], step, 0, world)
     comm.cdb.all_gather_function = original
     parameters = list(engine.module.parameters())
     resident = [p for p in parameters if p.ds_persist]

@@ -44,7 +44,7 @@ def _rank(rank, port, kind, precision, results):
     model = build_detection_model(config, 3)
     engine, _ = build_engine(model, config, world)
     engine.train()
-    steps = [train_step(engine, [batch_of(seen[rank])], i, 0, rank) for i, seen in enumerate(STEPS)]
+    steps = [train_step(engine, [batch_of(seen[rank])], i, 0, world) for i, seen in enumerate(STEPS)]
     engine.eval()
     found = model.predict(batch_of(SOME))
     results.put((rank, [(s.grad_norm, _total(s.losses).item(), s.applied) for s in steps], len(found[0].scores)))
@@ -79,7 +79,7 @@ def test_mask_rcnn_equals_plain_gradient_averaging():
     model = build_detection_model(_config("mask_rcnn", "fp32"), 3).train()
     alone = []
     for rank, seen in enumerate(STEPS[0]):
-        seed_step(0, 0, 0, rank)
+        seed_step(0, 0, rank)
         alone.append(_total(model(batch=batch_of(seen))))
         (alone[-1] / 2).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
