@@ -1,0 +1,76 @@
+"""What is measured: small PIIP detectors on images made up on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from piip_scale.config.loading import check_config
+from piip_scale.config.run import RunConfig
+from piip_scale.data.batch import MASK_SIZE_PX, Batch, ImageInfo, Instances
+from piip_scale.tasks.detectors import DetectionModel, build_detection_model
+
+SIZE_PX = 128
+NUM_CLASSES = 3
+OBJECTS_PER_IMAGE = 3
+
+_RCNN = {
+    "neck.out_channels": 32,
+    "rpn_head.feat_channels": 32,
+    "roi_head.bbox_head.fc_out_channels": 64,
+    "roi_head.mask_head.conv_out_channels": 32,
+    "roi_head.mask_head.num_convs": 1,
+    "train_cfg.rpn_proposal.max_per_img": 50,
+}
+_DINO = {"num_queries": 40, "encoder.num_layers": 1, "decoder.num_layers": 2, "test_cfg.max_per_img": 20}
+_OVERRIDES = {"mask_rcnn": _RCNN, "dino": _DINO}
+
+
+def detector_config(kind: str = "mask_rcnn", large_dim: int = 64, depth: int = 2, **sections: Any) -> RunConfig:
+    """A two-branch detector whose large branch has ``depth`` blocks of width ``large_dim``, the small one half of it.
+
+    Args:
+        kind: The detector.
+        large_dim: A multiple of 64.
+        depth: A multiple of 2.
+        sections: Sections of the config, merged onto it; ``overrides`` onto the detector's.
+    """
+    branches = [
+        {"resolution_px": SIZE_PX // 2, "embed_dim": large_dim, "depth": depth, "num_heads": large_dim // 32},
+        {"resolution_px": SIZE_PX, "embed_dim": large_dim // 2, "depth": depth, "num_heads": large_dim // 32},
+    ]
+    values: dict[str, Any] = {
+        "model": {"branches": branches, "interaction": {"num_stages": 2, "num_heads": 2}},
+        "detector": {"kind": kind, "overrides": _OVERRIDES[kind] | sections.pop("overrides", {})},
+        "data": {"train_shards": "-", "val_shards": "-", "micro_batch_size": 1},
+        "schedule": {"warmup_steps": 0, "kind": "constant"},
+        "train": {"steps": 1000},
+    }
+    return check_config(values | {name: values.get(name, {}) | keys for name, keys in sections.items()})
+
+
+def build(config: RunConfig) -> DetectionModel:
+    """The config's detector, the same at every call."""
+    torch.manual_seed(0)
+    return build_detection_model(config, NUM_CLASSES)
+
+
+def made_up_batch(key: int, num_images: int = 1, size_px: int = SIZE_PX) -> Batch:
+    """Noise with boxes, the same for the same key; as many objects in each image."""
+    generator = torch.Generator().manual_seed(key)
+    images = torch.randint(0, 256, (num_images, size_px, size_px, 3), dtype=torch.uint8, generator=generator)
+    side = (size_px, size_px)
+    infos = tuple(ImageInfo(f"{key}_{i}", key * num_images + i, side, side, (1.0, 1.0)) for i in range(num_images))
+    return Batch(images, tuple(_objects(size_px, generator) for _ in range(num_images)), infos)
+
+
+def _objects(size_px: int, generator: torch.Generator) -> Instances:
+    corner = torch.rand(OBJECTS_PER_IMAGE, 2, generator=generator) * size_px / 2
+    extent = (0.2 + 0.3 * torch.rand(OBJECTS_PER_IMAGE, 2, generator=generator)) * size_px
+    return Instances(
+        boxes_xyxy_px=torch.cat([corner, corner + extent], dim=1),
+        labels=torch.randint(0, NUM_CLASSES, (OBJECTS_PER_IMAGE,), generator=generator),
+        is_crowd=torch.zeros(OBJECTS_PER_IMAGE, dtype=torch.bool),
+        mini_masks=torch.full((OBJECTS_PER_IMAGE, MASK_SIZE_PX, MASK_SIZE_PX), 255, dtype=torch.uint8),
+    )
