@@ -14,6 +14,7 @@ from piip_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from piip_scale.models.counting import PartCount
+    from piip_scale.tasks.counting import RunCount
 
 _MEGA, _GIGA = 1e6, 1e9
 
@@ -29,34 +30,40 @@ def count(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Count a network's parameters and multiply-accumulates by part: branches, interactions, merging, pyramid.
+    """Count a model's parameters and multiply-accumulates by part: branches, interactions, pyramid, neck, heads.
 
-    Builds no weights: the largest networks count in seconds on any machine. Neck and heads are the detector's and not
-    counted.
+    For one image at evaluation; heads are counted with as many proposals and detections as the detector's test_cfg
+    lets through. Builds no weights: the largest networks count in seconds on any machine.
 
     Example: `piip-scale count configs/demo/digits.py --size 800x1216`
     """
     from piip_scale.config.loading import load_config
-    from piip_scale.models.counting import count_network
+    from piip_scale.tasks.counting import count_run
 
-    network = load_config(Path(config), overrides or []).model
-    height_px, width_px = _read_size(size) if size else (network.branches[-1].resolution_px,) * 2
-    parts = count_network(network, height_px, width_px)
+    run = load_config(Path(config), overrides or [])
+    height_px, width_px = _read_size(size) if size else (run.model.branches[-1].resolution_px,) * 2
+    counted = count_run(run, height_px, width_px)
     if as_json:
-        rows = [asdict(part) | {"total_macs": part.total_macs} for part in parts]
-        typer.echo(json.dumps({"height_px": height_px, "width_px": width_px, "parts": rows}, indent=1))
+        rows = [asdict(part) | {"total_macs": part.total_macs} for part in counted.parts]
+        facts = {"height_px": height_px, "width_px": width_px} | asdict(counted) | {"parts": rows}
+        typer.echo(json.dumps(facts, indent=1))
     else:
-        typer.echo(f"{height_px}x{width_px} px, one image")
-        typer.echo("\n".join(_table(parts)))
+        typer.echo(f"{height_px}x{width_px} px, one image, {_classes(counted)}")
+        typer.echo("\n".join(_table(counted.parts)))
+
+
+def _classes(counted: RunCount) -> str:
+    why = "" if counted.classes_told else " (mmdet's own number: neither the config nor shards beside it name any)"
+    return f"{counted.num_classes} classes{why}"
 
 
 def _table(parts: tuple[PartCount, ...]) -> list[str]:
-    names = [part.name for part in parts] + ["total"]
-    parameters = [part.parameters for part in parts]
-    macs = [part.total_macs for part in parts]
-    rows = zip(names, [*parameters, sum(parameters)], [*macs, sum(macs)], strict=True)
+    parameters, macs = sum(part.parameters for part in parts), sum(part.total_macs for part in parts)
+    rows = [(part.name, part.parameters, part.total_macs, part.note) for part in parts]
+    rows.append(("total", parameters, macs, ""))
     head = f"{'part':<16}{'parameters (M)':>16}{'GMACs':>12}"
-    return [head, *(f"{name:<16}{number / _MEGA:>16,.3f}{cost / _GIGA:>12,.3f}" for name, number, cost in rows)]
+    lines = (f"{name:<16}{number / _MEGA:>16,.3f}{cost / _GIGA:>12,.3f}  {note}" for name, number, cost, note in rows)
+    return [head, *(line.rstrip() for line in lines)]
 
 
 def _read_size(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from piip_scale.config.model import (
     BranchConfig,
@@ -18,13 +18,14 @@ from piip_scale.config.model import (
     PiipConfig,
     VitBranchConfig,
 )
+from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.classifier import PiipClassifier
 from piip_scale.models.piip import PIIP
 from piip_scale.models.trunk import Trunk
 
 Grid = tuple[int, int]
 
-_MACS_PER_SAMPLE = 5
+MACS_PER_SAMPLE = 5
 """Of a bilinear sample and its weight, for each channel of the query: the convention of the published counts."""
 _FFN_KERNEL = _MERGE_KERNEL = 3
 _CONVNEXT_KERNEL, _CONVNEXT_RATIO = 7, 4
@@ -57,16 +58,19 @@ class PartCount:
     """A part of a network.
 
     Attributes:
-        name: ``branch 1`` (the largest model) ..., ``interaction 1`` ..., ``merging``, ``pyramid`` or ``head``.
+        name: ``branch 1`` (the largest model) ..., ``interaction 1`` ..., ``merging``, ``pyramid``, or what follows it.
         parameters: Parameters.
         macs: Multiply-accumulates of one image in linear layers, convolutions and products of attention.
-        sampling_macs: Those of deformable attention's sampling.
+        sampling_macs: Those of deformable attention's sampling, which torch's counter does not see: for each query and
+            point, 5 for each channel of the values (four corners and the attention's weight).
+        note: What the count takes for granted.
     """
 
     name: str
     parameters: int
     macs: int
     sampling_macs: int = 0
+    note: str = ""
 
     @property
     def total_macs(self) -> int:
@@ -96,14 +100,28 @@ def count_network(
     model = _build(config, head)
     grids = [_grids(config, index, height_px, width_px) for index in range(len(config.branches))]
     parts = [
-        PartCount(f"branch {index + 1}", _parameters(module), _branch_macs(branch, grid, convention))
+        PartCount(f"branch {index + 1}", num_parameters(module), _branch_macs(branch, grid, convention))
         for index, (module, branch, grid) in enumerate(zip(model.branches, config.branches, grids, strict=True))
     ]
     for stage, units in enumerate(model.interactions):
         if len(config.branches) > 1:
             macs, sampling = _stage_macs(config, stage, grids)
-            parts.append(PartCount(f"interaction {stage + 1}", _parameters(units), macs, sampling))
+            parts.append(PartCount(f"interaction {stage + 1}", num_parameters(units), macs, sampling))
     return (*parts, *_rest(model, grids, convention))
+
+
+def feature_maps(config: PiipConfig, height_px: int, width_px: int) -> tuple[tuple[FeatureSpec, Tensor], ...]:
+    """What the network hands to a neck: each map's spec, and the map of one image on the meta device."""
+    model = _build(config, None)
+    assert isinstance(model, PIIP)
+    grids = _grids(config, len(config.branches) - 1, height_px, width_px)
+    sources = [grids[config.last_blocks(len(config.branches) - 1)[stage]] for stage in config.level_stages()]
+    sizes = [[int(side * scale) for side in grid] for grid, scale in zip(sources, config.pyramid.scales, strict=True)]
+    maps = (
+        torch.empty(1, spec.channels, *size, device="meta")
+        for spec, size in zip(model.feature_specs, sizes, strict=True)
+    )
+    return tuple(zip(model.feature_specs, maps, strict=True))
 
 
 # Building takes longer than counting, and several conventions count one network.
@@ -116,14 +134,15 @@ def _build(config: PiipConfig, head: ClassifierConfig | None) -> Trunk:
 def _rest(model: Trunk, grids: list[list[Grid]], convention: Convention) -> list[PartCount]:
     config = model.config
     if isinstance(model, PiipClassifier):
-        return [PartCount("head", _parameters(model.head), _head_macs(model, grids))]
+        return [PartCount("head", num_parameters(model.head), _head_macs(model, grids))]
     assert isinstance(model, PIIP)
     merging = sum(_merging_macs(config, stage, grids, convention) for stage in set(config.level_stages()))
-    parts = [PartCount("merging", _parameters(model.mergings), merging)] if len(config.branches) > 1 else []
-    return [*parts, PartCount("pyramid", _parameters(model.pyramid), _pyramid_macs(config, grids))]
+    parts = [PartCount("merging", num_parameters(model.mergings), merging)] if len(config.branches) > 1 else []
+    return [*parts, PartCount("pyramid", num_parameters(model.pyramid), _pyramid_macs(config, grids))]
 
 
-def _parameters(module: nn.Module) -> int:
+def num_parameters(module: nn.Module) -> int:
+    """Parameters of a module, frozen ones included."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -185,7 +204,7 @@ def _stage_macs(config: PiipConfig, stage: int, grids: list[list[Grid]]) -> tupl
         ):
             macs += _injection_macs(unit, *query, *source)
             if unit.attention == "deform":
-                sampling += _MACS_PER_SAMPLE * query[0] * unit.num_points * query[1]
+                sampling += MACS_PER_SAMPLE * query[0] * unit.num_points * query[1]
     return macs, sampling
 
 

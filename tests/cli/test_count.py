@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from piip_scale.cli.main import app
 from piip_scale.config.loading import load_config
 from piip_scale.errors import ConfigError
-from piip_scale.models.piip import PIIP
+from piip_scale.tasks.detectors import build_detection_model
 
 CONFIG = """
 model = dict(
@@ -38,7 +38,8 @@ def test_json_holds_the_exact_numbers(config):
     counted = json.loads(run(config, "--json", "--size", "64x128").output)
     assert (counted["height_px"], counted["width_px"]) == (64, 128)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in PIIP(load_config(config).model).parameters())
+        model = build_detection_model(load_config(config), counted["num_classes"])
+        parameters = sum(p.numel() for p in model.parameters())
     assert sum(part["parameters"] for part in counted["parts"]) == parameters
     square = json.loads(run(config, "--json").output)
     large = {part["name"]: part["macs"] for part in counted["parts"]}
@@ -46,15 +47,20 @@ def test_json_holds_the_exact_numbers(config):
     # Twice the cells: convolutions cost twice, attention more.
     assert large["pyramid"] == 2 * small["pyramid"]
     assert large["branch 2"] > 2 * small["branch 2"]
+    # Boxes are as many on an image of any size.
+    assert large["box head"] == small["box head"]
 
 
 def test_the_table_names_every_part_and_their_sum(config):
     lines = run(config, "--set", "model.interaction.num_stages=1").output.splitlines()
-    names = [line.rsplit(None, 2)[0].strip() for line in lines[2:]]
-    assert lines[0] == "64x64 px, one image"
-    assert names == ["branch 1", "branch 2", "interaction 1", "merging", "pyramid", "total"]
-    columns = [[float(number) for number in line.split()[-2:]] for line in lines[2:]]
-    assert sum(row[0] for row in columns[:-1]) == pytest.approx(columns[-1][0], abs=0.003)
+    assert lines[0].startswith("64x64 px, one image, 80 classes (mmdet's own number")
+    names = [line[:16].strip() for line in lines[2:]]
+    heads = ["neck", "rpn", "box head", "mask head"]
+    assert names == ["branch 1", "branch 2", "interaction 1", "merging", "pyramid", *heads, "total"]
+    columns = [[float(number.replace(",", "")) for number in line[16:].split()[:2]] for line in lines[2:]]
+    assert sum(row[0] for row in columns[:-1]) == pytest.approx(columns[-1][0], abs=0.005)
+    assert sum(row[1] for row in columns[:-1]) == pytest.approx(columns[-1][1], abs=0.005)
+    assert lines[names.index("mask head") + 2].endswith("at most 100 detections")
 
 
 @pytest.mark.parametrize("size", ["640", "0x64", "64x64x64", "axb"])

@@ -229,6 +229,23 @@ def test_backbone_has_the_released_number_of_parameters(name, parameter_counts):
     assert sum(p.numel() for p in meta_model_of(name).backbone.parameters()) == released["total"] - unused
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dino_deit_384_sbl_1792_1120_672",
+        "dino_h6b_1024_768",
+        "mask_rcnn_ct_vs_cb_1024_672_448",
+        "mask_rcnn_deit_tsbl_1344_896_672_448",
+        "mask_rcnn_internvit_6b_1024",
+    ],
+)
+def test_every_parameter_is_counted(name):
+    from piip_scale.tasks.counting import count_run
+
+    counted = count_run(config_of(name), 1024, 1024)
+    assert sum(part.parameters for part in counted.parts) == sum(p.numel() for p in meta_model_of(name).parameters())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_layer_decay_follows_the_recipes_layers(name, recipes):
     model, settings = meta_model_of(name), recipes[released_path(name)]["optimizer"].get("paramwise_cfg")
