@@ -58,7 +58,7 @@ def rank_bytes(world: World, _device: torch.device, stage: int, precision: str) 
     model = build(config)
     engine, plan = build_engine(model, config, world)
     whole = Part("all", measure(engine.module, model.parts()).parameters)
-    train_step(engine, [made_up_batch(world.rank)], 0, 0, world.rank)
+    train_step(engine, [made_up_batch(world.rank)], 0, 0, world)
     found: dict[str, Any] = {}
     update = engine.step
 
@@ -67,7 +67,7 @@ def rank_bytes(world: World, _device: torch.device, stage: int, precision: str) 
         update()
 
     engine.step = look_first
-    train_step(engine, [made_up_batch(world.rank)], 1, 0, world.rank)
+    train_step(engine, [made_up_batch(world.rank)], 1, 0, world)
     expected = bytes_per_rank(whole, plan)
     return found | {"parameters": whole.numel, "expected": {kind: getattr(expected, kind) for kind in KINDS}}
 

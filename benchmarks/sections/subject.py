@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from piip_scale.config.detection import DetectionRun
 from piip_scale.config.loading import check_config
-from piip_scale.config.run import RunConfig
-from piip_scale.data.batch import MASK_SIZE_PX, Batch, ImageInfo, Instances
+from piip_scale.data.batch import MASK_SIZE_PX, DetectionBatch, ImageInfo, Instances
 from piip_scale.tasks.detectors import DetectionModel, build_detection_model
 
 SIZE_PX = 128
@@ -27,7 +27,7 @@ _DINO = {"num_queries": 40, "encoder.num_layers": 1, "decoder.num_layers": 2, "t
 _OVERRIDES = {"mask_rcnn": _RCNN, "dino": _DINO}
 
 
-def detector_config(kind: str = "mask_rcnn", large_dim: int = 64, depth: int = 2, **sections: Any) -> RunConfig:
+def detector_config(kind: str = "mask_rcnn", large_dim: int = 64, depth: int = 2, **sections: Any) -> DetectionRun:
     """A two-branch detector whose large branch has ``depth`` blocks of width ``large_dim``, the small one half of it.
 
     Args:
@@ -47,22 +47,24 @@ def detector_config(kind: str = "mask_rcnn", large_dim: int = 64, depth: int = 2
         "schedule": {"warmup_steps": 0, "kind": "constant"},
         "train": {"steps": 1000},
     }
-    return check_config(values | {name: values.get(name, {}) | keys for name, keys in sections.items()})
+    return cast(
+        DetectionRun, check_config(values | {name: values.get(name, {}) | keys for name, keys in sections.items()})
+    )
 
 
-def build(config: RunConfig) -> DetectionModel:
+def build(config: DetectionRun) -> DetectionModel:
     """The config's detector, the same at every call."""
     torch.manual_seed(0)
     return build_detection_model(config, NUM_CLASSES)
 
 
-def made_up_batch(key: int, num_images: int = 1, size_px: int = SIZE_PX) -> Batch:
+def made_up_batch(key: int, num_images: int = 1, size_px: int = SIZE_PX) -> DetectionBatch:
     """Noise with boxes, the same for the same key; as many objects in each image."""
     generator = torch.Generator().manual_seed(key)
     images = torch.randint(0, 256, (num_images, size_px, size_px, 3), dtype=torch.uint8, generator=generator)
     side = (size_px, size_px)
     infos = tuple(ImageInfo(f"{key}_{i}", key * num_images + i, side, side, (1.0, 1.0)) for i in range(num_images))
-    return Batch(images, tuple(_objects(size_px, generator) for _ in range(num_images)), infos)
+    return DetectionBatch(images, infos, tuple(_objects(size_px, generator) for _ in range(num_images)))
 
 
 def _objects(size_px: int, generator: torch.Generator) -> Instances:

@@ -203,8 +203,8 @@ def _draw(pair: CocoPair, place: Demo) -> None:
 
     entries = load_coco_json(pair.val)["images"][:NUM_PICTURES]
     photos = [pair.images / entry["file_name"] for entry in entries]
-    found = predict_and_draw(load_config(place.run_dir / "config.py"), place.weights, photos, place.picture, 0.5)
-    typer.echo(f"      {sum(found)} objects in {len(photos)} validation images: {place.picture}")
+    predict_and_draw(load_config(place.run_dir / "config.py"), place.weights, photos, place.picture, 0.5)
+    typer.echo(f"      {len(photos)} validation images: {place.picture}")
 
 
 def _is_newer(path: Path, source: Path) -> bool:

@@ -54,12 +54,17 @@ def evaluate(
     weights: WeightsPath,
     shards: Annotated[Path | None, typer.Option(help="Shards to evaluate on; default: data.val_shards.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the metrics there, as JSON.")] = None,
-    detections: Annotated[
-        Path | None, typer.Option(help="Write all detections there, in COCO's result format.")
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictions",
+            "--detections",
+            help="Write what was found in every image there, as JSON (COCO results).",
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure COCO average precision of converted weights on packed shards.
+    """Measure converted weights on packed shards: average precision for a detector.
 
     Example: `piip-scale evaluate runs/mine/config.py mine.safetensors --shards shards/val`
     """
@@ -72,7 +77,7 @@ def evaluate(
     changes = list(overrides or [])
     if shards is not None:
         changes.append(f"data.val_shards={str(shards)!r}")
-    metrics = evaluate_weights(load_config(config, changes), weights, detections)
+    metrics = evaluate_weights(load_config(config, changes), weights, predictions)
     # Shown first: a place that cannot be written must not cost the evaluation.
     Console().print(metrics_table(metrics))
     if out is not None:
@@ -98,14 +103,20 @@ def predict(
     if out.suffix.lower() != ".png":
         raise DataError("--out", value=str(out), rule="pictures are written as .png")
     found = predict_and_draw(load_config(config, overrides or []), weights, images, out, score_threshold, json_out)
-    for path, count in zip(images, found, strict=True):
-        typer.echo(f"{path}: {count} objects of score {score_threshold} or more")
+    for path, summary in zip(images, found, strict=True):
+        typer.echo(f"{path}: {summary}")
     typer.echo(f"picture: {out}")
 
 
 def metrics_table(metrics: dict[str, float]) -> Table:
-    """COCO's numbers as a table: one row per kind (box, mask), one column per measure."""
+    """A detector's numbers as a table: one row per kind (box, mask), one column per measure; others line by line."""
     from rich.table import Table
+
+    if "box_ap" not in metrics:
+        table = Table("metric", "value")
+        for name, value in metrics.items():
+            table.add_row(name, f"{value:.4f}")
+        return table
 
     kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
     measures = [name.removeprefix("box_") for name in metrics if name.startswith("box_ap")]

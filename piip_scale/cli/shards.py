@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from piip_scale.data.pack import Progress
+    from piip_scale.data.packing import Progress
     from piip_scale.data.shards import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream, check them, look at them.")

@@ -32,7 +32,7 @@ def train(
     progress: Annotated[bool, typer.Option(help="Draw a progress line.")] = True,
     overrides: Overrides = None,
 ) -> None:
-    """Train a detector; the run directory keeps config, metrics and checkpoints.
+    """Train a model; the run directory keeps config, metrics and checkpoints.
 
     Starts its processes itself, or is one rank where torchrun or srun started it. Ctrl-C saves and stops; `--resume`
     goes on from the newest checkpoint as if nothing had happened.
@@ -92,34 +92,25 @@ def with_classes(config: RunConfig) -> RunConfig:
 
 def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bool) -> None:
     """Says once, before any process starts, what every rank would."""
-    import torch
-
-    from piip_scale.data.shards import ShardSet
-    from piip_scale.data.stream import DetectionLoader
     from piip_scale.engine.batching import scale_to_ranks
     from piip_scale.engine.run_dir import RunDirectory
     from piip_scale.models.pretrained import check_pretrained
-    from piip_scale.tasks.detectors import build_detection_model
+    from piip_scale.tasks.kinds import build_task
     from piip_scale.world import World
 
     RunDirectory(run_dir).check(resume=resume)
-    scale_to_ranks(config, num_procs)
+    scaled = scale_to_ranks(config, num_procs)
     check_pretrained(config.model)
-    shards = ShardSet.open(config.data.train_shards, config.data.classes)
-    world = World(num_ranks=num_procs, ranks_per_node=num_procs)
-    accumulation = config.train.gradient_accumulation
-    len(DetectionLoader(shards, config.data, seed=config.train.seed, world=world, accumulation=accumulation))
-    with torch.device("meta"):
-        build_detection_model(config, len(config.data.classes))
+    build_task(scaled, World(num_ranks=num_procs, ranks_per_node=num_procs)).check()
 
 
 def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:
     from piip_scale.engine.run_dir import RunDirectory
     from piip_scale.engine.worker import train_worker
-    from piip_scale.tasks.detection import DetectionTask
+    from piip_scale.tasks.kinds import build_task
 
     run = RunDirectory(run_dir)
-    return train_worker(config, config_text(config), run, DetectionTask, resume=resume, show_progress=progress)
+    return train_worker(config, config_text(config), run, build_task, resume=resume, show_progress=progress)
 
 
 def _num_gpus() -> int:

@@ -1,11 +1,10 @@
 """What a run can be told, and the checks it must pass before any process starts."""
 
+from piip_scale.config.detection import AugmentConfig, DetectionData, DetectionRun, DetectorConfig
 from piip_scale.config.loading import load_config
 from piip_scale.config.model import BranchConfig, InteractionConfig, PiipConfig, PyramidConfig, VitBranchConfig
 from piip_scale.config.run import (
-    AugmentConfig,
     DataConfig,
-    DetectorConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -17,6 +16,8 @@ __all__ = [
     "AugmentConfig",
     "BranchConfig",
     "DataConfig",
+    "DetectionData",
+    "DetectionRun",
     "DetectorConfig",
     "InteractionConfig",
     "OptimizerConfig",

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from piip_scale.config.explain import explain
+from piip_scale.config.kinds import run_kind
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import ConfigError
 
@@ -38,15 +39,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def check_config(values: Mapping[str, Any]) -> RunConfig:
-    """Validates plain values into a ``RunConfig``.
+    """Validates plain values into the ``RunConfig`` of their task.
 
     Raises:
         ConfigError: Naming the first offending key, its value, the rule and the nearest valid keys.
     """
+    kind = run_kind(values)
     try:
-        return RunConfig.model_validate(_tuples(values))
+        return kind.model_validate(_tuples(values))
     except ValidationError as error:
-        raise explain(error, RunConfig) from None
+        raise explain(error, kind) from None
 
 
 def config_text(config: RunConfig) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 MASK_SIZE_PX = 112
 """Side of an instance's mini-mask: its box, stretched to this square."""
@@ -59,23 +60,35 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's micro-batch of B images.
+    """One rank's micro-batch of B images; each task's adds the targets.
 
     Attributes:
         images_BHWC: RGB, uint8 (B, H, W, 3); each image at the top left, the rest zero; H and W are multiples of
             the augmentation's ``pad_multiple_px``.
-        instances: One entry per image.
         infos: One entry per image.
     """
 
     images_BHWC: Tensor
-    instances: tuple[Instances, ...]
     infos: tuple[ImageInfo, ...]
 
     def __len__(self) -> int:
         return len(self.infos)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """A copy on ``device``."""
-        moved = tuple(instances.to(device) for instances in self.instances)
-        return Batch(self.images_BHWC.to(device, non_blocking=True), moved, self.infos)
+        return replace(self, images_BHWC=self.images_BHWC.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class DetectionBatch(Batch):
+    """Images and their objects.
+
+    Attributes:
+        instances: One entry per image.
+    """
+
+    instances: tuple[Instances, ...]
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on ``device``."""
+        return replace(super().to(device), instances=tuple(instances.to(device) for instances in self.instances))

@@ -1,73 +1,16 @@
-"""COCO to shards: parallel, restartable, the same bytes for the same input.
-
-A shard is written aside and renamed, its index after it, the manifest last; whatever is killed in between, a set with
-a manifest is whole, and packing again keeps the shards that are.
-"""
+"""COCO to shards."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import json
-import os
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import piip_scale
-from piip_scale.data.coco import CocoImage, CocoSet, read_coco
-from piip_scale.data.files import HashingWriter, json_bytes, sha256_of, sha256_of_file, whole_file, write_bytes
-from piip_scale.data.pool import map_in_processes, num_processes
-from piip_scale.data.sample import check_size, checksum, decode_image
-from piip_scale.data.shards import (
-    FORMAT_VERSION,
-    MANIFEST,
-    SHARD_GLOB,
-    Category,
-    Manifest,
-    ShardIndex,
-    ShardInfo,
-    index_name,
-    read_index,
-    read_json_model,
-    shard_name,
-)
+from piip_scale.data.coco import CocoImage, read_coco
+from piip_scale.data.files import json_bytes, sha256_of_file
+from piip_scale.data.packing import PackItem, PackOptions, Progress, SetFacts, pack_items
+from piip_scale.data.shards import Category, Manifest
 from piip_scale.errors import DataError
-from piip_scale.logging import get_logger
-
-Progress = Callable[[int, int], None]
-"""Called with the number of images packed so far and of all."""
-
-_MEGABYTE = 1_000_000
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A sample to be packed; light, because it goes to another process."""
-
-    image_id: int
-    path: Path
-    height_px: int
-    width_px: int
-    file_bytes: int
-    num_annotations: int
-    notes: bytes
-
-    @property
-    def key(self) -> str:
-        return f"{self.image_id:012d}"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A shard to be packed, decided before anything is read."""
-
-    path: Path
-    items: tuple[_Item, ...]
-    sha256: str
 
 
 def pack_coco(
@@ -105,57 +48,26 @@ def pack_coco(
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
     annotations, images, out = Path(annotations), Path(images), Path(out)
-    if not target_mb > 0 or (target_samples is not None and target_samples < 1):
-        raise DataError("target size of a shard", value=(target_mb, target_samples), rule="it must be above 0")
+    how = PackOptions(target_mb, target_samples, workers, overwrite, on_progress)
     found = read_coco(annotations, images, classes=classes, clip_boxes=clip_boxes, boxes_only=boxes_only)
-    plans = list(_plan(found, images, out, target_mb * _MEGABYTE, target_samples))
-    options: dict[str, Any] = {"target_mb": float(target_mb), "target_samples": target_samples}
-    options |= {"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)}
-    facts = _facts(found, plans, options, annotations)
+    facts = SetFacts(
+        tuple(Category(**category) for category in found.categories),
+        found.has_masks,
+        options={"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)},
+        source={
+            "annotations": annotations.name,
+            "annotations_sha256": sha256_of_file(annotations),
+            "num_clipped": found.num_clipped,
+            "num_dropped": found.num_dropped,
+        },
+    )
+    items = [_item(image, images) for image in found.images]
     # The parsed annotations of a large set take gigabytes, which every process would be forked with.
     del found
-    if (manifest := _complete_set(out, facts["input_sha256"], overwrite)) is not None:
-        return manifest
-    _prepare(out)
-    manifest = Manifest(shards=_write_shards(plans, workers, on_progress), **facts)
-    _remove_other_shards(out, plans)
-    write_bytes(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
-    return manifest
+    return pack_items(items, out, facts, how)
 
 
-def _facts(found: CocoSet, plans: Sequence[_Plan], options: dict[str, Any], annotations: Path) -> dict[str, Any]:
-    """The manifest but for the shards."""
-    source = {"annotations": annotations.name, "annotations_sha256": sha256_of_file(annotations)}
-    repairs = {"num_clipped": found.num_clipped, "num_dropped": found.num_dropped}
-    packed = [FORMAT_VERSION, options, list(found.categories), found.has_masks, [plan.sha256 for plan in plans]]
-    return {
-        "format_version": FORMAT_VERSION,
-        "categories": tuple(Category(**category) for category in found.categories),
-        "has_masks": found.has_masks,
-        "num_samples": len(found.images),
-        "num_annotations": sum(len(image.annotations) for image in found.images),
-        "input_sha256": sha256_of(json_bytes(packed)),
-        "made_with": {**options, **source, **repairs, "piip_scale": piip_scale.__version__},
-    }
-
-
-def _plan(found: CocoSet, images: Path, out: Path, target_bytes: float, target_samples: int | None) -> Iterator[_Plan]:
-    items: list[_Item] = []
-    num_bytes = 0
-    number = 0
-    for image in found.images:
-        item = _item(image, images)
-        # Two tar members, each a header block and up to a block of padding.
-        size = image.file_bytes + len(item.notes) + 4 * tarfile.BLOCKSIZE
-        if items and (num_bytes + size > target_bytes or len(items) == target_samples):
-            yield _shard_plan(out / shard_name(number), items)
-            items, num_bytes, number = [], 0, number + 1
-        items.append(item)
-        num_bytes += size
-    yield _shard_plan(out / shard_name(number), items)
-
-
-def _item(image: CocoImage, images: Path) -> _Item:
+def _item(image: CocoImage, images: Path) -> PackItem:
     notes = {
         "image_id": image.image_id,
         "file_name": image.file_name,
@@ -163,7 +75,7 @@ def _item(image: CocoImage, images: Path) -> _Item:
         "width": image.width_px,
         "annotations": list(image.annotations),
     }
-    return _Item(
+    return PackItem(
         image.image_id,
         images / image.file_name,
         image.height_px,
@@ -171,155 +83,16 @@ def _item(image: CocoImage, images: Path) -> _Item:
         image.file_bytes,
         len(image.annotations),
         json_bytes(notes),
+        _check_masks,
     )
 
 
-def _shard_plan(path: Path, items: Sequence[_Item]) -> _Plan:
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {path.name}".encode())
-    for item in items:
-        digest.update(json_bytes([item.key, item.file_bytes]) + item.notes)
-    return _Plan(path, tuple(items), digest.hexdigest())
-
-
-def _complete_set(out: Path, input_sha256: str, overwrite: bool) -> Manifest | None:
-    """The set in ``out`` where it is whole and of this input; ``None`` where packing has to go on."""
-    if not (out / MANIFEST).is_file():
-        return None
-    try:
-        manifest, _ = read_json_model(out / MANIFEST, Manifest)
-        same = manifest.input_sha256 == input_sha256
-    except DataError:
-        same = False
-    if not same and not overwrite:
-        raise DataError(
-            f"{out} holds a set packed from another input or with other options",
-            rule="a set is never replaced without being asked",
-            fix="choose another folder, or replace it with --overwrite",
-        )
-    if not same:
-        return None
-    try:
-        for shard in manifest.shards:
-            read_index(out, shard)
-    except DataError as error:
-        get_logger(__name__).warning("%s; packing it again", error)
-        return None
-    return manifest
-
-
-def _prepare(out: Path) -> None:
-    foreign = [path for path in out.glob(SHARD_GLOB) if not path.with_name(index_name(path.name)).exists()]
-    if foreign:
-        raise DataError(
-            f"{out} holds {foreign[0].name} without an index",
-            rule="it was not written by this command, which would replace it",
-            fix="choose another folder",
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / MANIFEST).unlink(missing_ok=True)
-        for part in out.glob(".*.part"):
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {out}", value=os.strerror(error.errno or 0), fix="choose another folder"
-        ) from error
-
-
-def _remove_other_shards(out: Path, plans: Sequence[_Plan]) -> None:
-    kept = {plan.path for plan in plans}
-    for path in out.glob(SHARD_GLOB):
-        if path not in kept:
-            path.unlink()
-            path.with_name(index_name(path.name)).unlink(missing_ok=True)
-
-
-def _write_shards(plans: Sequence[_Plan], workers: int | None, on_progress: Progress | None) -> tuple[ShardInfo, ...]:
-    total = sum(len(plan.items) for plan in plans)
-    num_done = 0
-
-    def advance(num_images: int) -> None:
-        nonlocal num_done
-        num_done += num_images
-        if on_progress is not None:
-            on_progress(num_done, total)
-
-    num_workers = num_processes(workers, len(plans))
-    if num_workers == 1:
-        return tuple(_finished_or_written(plan, advance) for plan in plans)
-    return tuple(map_in_processes(_finished_or_written, plans, num_workers, lambda plan: advance(len(plan.items))))
-
-
-def _finished_or_written(plan: _Plan, advance: Callable[[int], None] | None = None) -> ShardInfo:
-    """Packs a shard, unless an earlier run finished it."""
-    index_path = plan.path.with_name(index_name(plan.path.name))
-    with contextlib.suppress(DataError, FileNotFoundError):
-        index, content = read_json_model(index_path, ShardIndex)
-        if index.plan_sha256 == plan.sha256 and plan.path.stat().st_size == index.shard_bytes:
-            if advance is not None:
-                advance(len(plan.items))
-            return _info(plan, index, content)
-    # In this order, so that a shard without an index is never one of ours.
-    plan.path.unlink(missing_ok=True)
-    index_path.unlink(missing_ok=True)
-    return _write_shard(plan, index_path, advance)
-
-
-def _info(plan: _Plan, index: ShardIndex, index_content: bytes) -> ShardInfo:
-    return ShardInfo(
-        name=plan.path.name,
-        num_samples=len(index.keys),
-        size_bytes=index.shard_bytes,
-        sha256=index.shard_sha256,
-        index_sha256=sha256_of(index_content),
-    )
-
-
-def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] | None) -> ShardInfo:
-    columns: dict[str, list[int]] = {
-        name: [] for name in ("image_offsets", "image_bytes", "notes_offsets", "notes_bytes", "crc32s")
-    }
-    with whole_file(plan.path) as file:
-        writer = HashingWriter(file)
-        with tarfile.open(fileobj=writer, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-            for item in plan.items:
-                content = _checked_image(item)
-                suffix = item.path.suffix.lower() or ".img"
-                columns["image_offsets"].append(_add(tar, item.key + suffix, content))
-                columns["notes_offsets"].append(_add(tar, f"{item.key}.json", item.notes))
-                columns["image_bytes"].append(len(content))
-                columns["notes_bytes"].append(len(item.notes))
-                columns["crc32s"].append(checksum(content, item.notes))
-                if advance is not None:
-                    advance(1)
-        index = ShardIndex(
-            shard_bytes=writer.num_bytes,
-            shard_sha256=writer.sha256,
-            plan_sha256=plan.sha256,
-            num_annotations=sum(item.num_annotations for item in plan.items),
-            keys=tuple(item.key for item in plan.items),
-            image_ids=tuple(item.image_id for item in plan.items),
-            heights_px=tuple(item.height_px for item in plan.items),
-            widths_px=tuple(item.width_px for item in plan.items),
-            **{name: tuple(column) for name, column in columns.items()},
-        )
-        index_content = index.model_dump_json().encode()
-        write_bytes(index_path, index_content)
-    return _info(plan, index, index_content)
-
-
-def _checked_image(item: _Item) -> bytes:
-    name = f"{item.image_id} ({item.path})"
-    try:
-        content = item.path.read_bytes()
-    except OSError as error:
-        raise DataError(f"image {name} cannot be read", value=os.strerror(error.errno or 0)) from error
-    check_size(decode_image(content, name), item.height_px, item.width_px, name)
-    if b'"counts"' in item.notes:
-        for note in json.loads(item.notes)["annotations"]:
-            if isinstance(note.get("segmentation"), dict):
-                _check_run_lengths(note["segmentation"], f"annotation {note['id']} of image {name}")
-    return content
+def _check_masks(notes: bytes, name: str) -> None:
+    if b'"counts"' not in notes:
+        return
+    for note in json.loads(notes)["annotations"]:
+        if isinstance(note.get("segmentation"), dict):
+            _check_run_lengths(note["segmentation"], f"annotation {note['id']} of image {name}")
 
 
 def _check_run_lengths(segmentation: dict[str, object], name: str) -> None:
@@ -329,14 +102,3 @@ def _check_run_lengths(segmentation: dict[str, object], name: str) -> None:
         coco_mask.decode(segmentation)
     except (ValueError, TypeError) as error:
         raise DataError(f"mask of {name} cannot be decoded", value=str(error), fix="correct or remove it") from error
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Appends a member whose header depends on its name and size alone; returns the offset of its content."""
-    header = tarfile.TarInfo(name)
-    header.size = len(content)
-    header.mode = 0o644
-    source: BinaryIO = io.BytesIO(content)
-    offset = int(tar.offset) + tarfile.BLOCKSIZE  # type: ignore[attr-defined]
-    tar.addfile(header, source)
-    return offset

@@ -12,19 +12,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
-from piip_scale.config.run import AugmentConfig, DataConfig
-from piip_scale.data.batch import Batch, ImageInfo, Instances
+from piip_scale.config.run import DataConfig
+from piip_scale.data.batch import Batch
 from piip_scale.data.order import EpochOrder, canonical_order, evaluation_batches, random_of
-from piip_scale.data.sample import Sample, decode_sample
+from piip_scale.data.sample import RawSample
 from piip_scale.data.shards import ShardSet
-from piip_scale.data.transforms import Target, apply_geometry, evaluation_geometry, training_geometry
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.world import World
@@ -48,43 +47,58 @@ class BrokenSample:
     reason: str
 
 
+BatchT = TypeVar("BatchT", bound=Batch, covariant=True)
+_Made = TypeVar("_Made")
+
+
+class Packed(Protocol[BatchT]):
+    """A batch on its way from a worker, in few tensors: each that changes process takes a file descriptor."""
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked memory."""
+        ...
+
+    def batch(self) -> BatchT:
+        """The batch."""
+        ...
+
+
+class SampleMaker(Protocol[BatchT]):
+    """How a task makes batches of its samples; it is copied into the loader's processes."""
+
+    def sample(self, raw: RawSample, rng: np.random.Generator | None) -> Any:
+        """A decoded and augmented sample; without chance, as for evaluation, where ``rng`` is ``None``.
+
+        Raises:
+            DataError: The sample is broken.
+        """
+        ...
+
+    def collate(self, samples: Sequence[Any], *, training: bool) -> Packed[BatchT]:
+        """A batch of what ``sample`` returned."""
+        ...
+
+
 @dataclass(frozen=True)
-class Loaded:
-    """A batch on its way from a worker, and what was replaced to make it whole.
+class _Loaded(Generic[BatchT]):
+    """A batch, and what was replaced to make it whole."""
 
-    The objects of all images lie in one tensor a kind: each tensor that changes process takes a file descriptor.
-
-    Attributes:
-        images_BHWC: As in ``Batch``.
-        objects: Boxes, labels, crowd flags and, for a set with masks, mini-masks of all images in turn.
-        num_objects: Per image.
-        infos: As in ``Batch``.
-        broken: Samples that were replaced.
-    """
-
-    images_BHWC: Tensor
-    objects: tuple[Tensor, ...]
-    num_objects: tuple[int, ...]
-    infos: tuple[ImageInfo, ...]
+    packed: Packed[BatchT]
+    num_samples: int
     broken: tuple[BrokenSample, ...]
 
-    def pin_memory(self) -> Loaded:
-        """A copy in page-locked memory; torch's loader calls it by this name."""
-        pinned = tuple(tensor.pin_memory() for tensor in self.objects)
-        return replace(self, images_BHWC=self.images_BHWC.pin_memory(), objects=pinned)
-
-    def batch(self) -> Batch:
-        """The batch; its instances are views."""
-        per_image = zip(*(tensor.split(self.num_objects) for tensor in self.objects), strict=True)
-        return Batch(self.images_BHWC, tuple(Instances(*tensors) for tensors in per_image), self.infos)
+    def pin_memory(self) -> _Loaded[BatchT]:
+        """Torch's loader calls it by this name."""
+        return replace(self, packed=self.packed.pin_memory())
 
 
-class DetectionLoader:
+class ShardLoader(Generic[BatchT]):
     """Batches of a packed set for one rank.
 
     Args:
         shards: The set.
-        config: How samples become batches.
+        config: How many samples a batch has, and who loads them.
+        maker: How they become batches.
         seed: Of the run: order and augmentations follow from it.
         world: This rank among all.
         accumulation: Micro-batches of each rank in a step: with the ranks it decides which samples share a batch.
@@ -94,8 +108,17 @@ class DetectionLoader:
         num_broken: Those of them that had to be replaced.
     """
 
-    def __init__(self, shards: ShardSet, config: DataConfig, *, seed: int, world: World, accumulation: int = 1) -> None:
-        self.shards, self.config, self.seed, self.world = shards, config, seed, world
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: DataConfig,
+        maker: SampleMaker[BatchT],
+        *,
+        seed: int,
+        world: World,
+        accumulation: int = 1,
+    ) -> None:
+        self.shards, self.config, self.maker, self.seed, self.world = shards, config, maker, seed, world
         self.accumulation = accumulation
         self.num_seen = self.num_broken = 0
         self._named: set[str] = set()
@@ -120,7 +143,7 @@ class DetectionLoader:
         """Training batches of an epoch, the same on every rank."""
         return self.order.num_batches
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[BatchT]:
         """This rank's training batches of an epoch from a micro-step on, the same as if it had started at 0.
 
         Raises:
@@ -131,9 +154,9 @@ class DetectionLoader:
             self.shards.num_samples_of_shard, seed=self.seed, epoch=epoch, num_streams=self.config.num_streams
         )
         requests = [share.batch(order, step) for step in range(first_step, share.num_batches)]
-        return self._loaded(_Batches(self.shards, self.config.augment, requests, self.seed, epoch))
+        return self._loaded(_Batches(self.shards, self.maker, requests, self.seed, epoch))
 
-    def val_batches(self) -> Iterator[Batch]:
+    def val_batches(self) -> Iterator[BatchT]:
         """This rank's batches of a pass over the whole set, without chance.
 
         Equally many on every rank; the last repeat samples from the start, which a metric knows by ``image_id``.
@@ -147,9 +170,9 @@ class DetectionLoader:
             rank=self.world.rank,
             batch_size=self.config.micro_batch_size,
         )
-        return self._loaded(_Batches(self.shards, self.config.augment, requests, self.seed, None))
+        return self._loaded(_Batches(self.shards, self.maker, requests, self.seed, None))
 
-    def _loaded(self, batches: _Batches) -> Iterator[Batch]:
+    def _loaded(self, batches: _Batches[BatchT]) -> Iterator[BatchT]:
         closing = _closing(os.getpid())
         loader = DataLoader(
             batches,
@@ -167,10 +190,10 @@ class DetectionLoader:
             if isinstance(loaded, DataError):
                 raise loaded
             self._count(loaded)
-            yield loaded.batch()
+            yield loaded.packed.batch()
 
-    def _count(self, loaded: Loaded) -> None:
-        self.num_seen += len(loaded.infos)
+    def _count(self, loaded: _Loaded[BatchT]) -> None:
+        self.num_seen += loaded.num_samples
         self.num_broken += len(loaded.broken)
         for sample in loaded.broken:
             if sample.key not in self._named:
@@ -187,47 +210,43 @@ class DetectionLoader:
             )
 
 
-class _Batches(Dataset[Loaded | DataError]):
+class _Batches(Dataset["_Loaded[BatchT] | DataError"], Generic[BatchT]):
     """Batch by number, made from scratch by whichever process is asked; ``epoch`` is ``None`` for evaluation."""
 
     def __init__(
         self,
         shards: ShardSet,
-        augment: AugmentConfig,
+        maker: SampleMaker[BatchT],
         requests: Sequence[np.ndarray],
         seed: int,
         epoch: int | None,
     ) -> None:
-        self._shards, self._augment, self._requests = shards, augment, requests
+        self._shards, self._maker, self._requests = shards, maker, requests
         self._seed, self._epoch = seed, epoch
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __getitem__(self, index: int) -> Loaded | DataError:
+    def __getitem__(self, index: int) -> _Loaded[BatchT] | DataError:
         # Errors are returned: torch would raise ours again with a traceback for its message.
         try:
             return self._batch([int(number) for number in self._requests[index]])
         except DataError as error:
             return error
 
-    def _batch(self, numbers: Sequence[int]) -> Loaded:
+    def _batch(self, numbers: Sequence[int]) -> _Loaded[BatchT]:
         broken: list[BrokenSample] = []
-        made = [self._sample_or_neighbour(number, broken) for number in numbers]
-        targets, infos = zip(*made, strict=True)
-        jitters = self._epoch is not None and self._augment.jitter_scale is not None
-        crop_px = self._augment.crop_px if jitters else None
-        images = _canvas(targets, crop_px, self._augment.pad_multiple_px)
-        num_objects = tuple(len(target.labels) for target in targets)
-        return Loaded(images, _objects(targets), num_objects, infos, tuple(broken))
+        samples = [self._sample_or_neighbour(number, broken) for number in numbers]
+        packed = self._maker.collate(samples, training=self._epoch is not None)
+        return _Loaded(packed, len(samples), tuple(broken))
 
-    def _sample_or_neighbour(self, number: int, broken: list[BrokenSample]) -> tuple[Target, ImageInfo]:
+    def _sample_or_neighbour(self, number: int, broken: list[BrokenSample]) -> Any:
         for distance in range(min(MAX_NEIGHBOURS, len(self._shards))):
             # Outside the try: a shard that is gone must not be taken for a broken sample.
             raw = self._shards.read((number + distance) % len(self._shards))
+            rng = None if self._epoch is None else random_of(self._seed, self._epoch, number)
             try:
-                sample = decode_sample(raw, self._shards.label_of_category, has_masks=self._shards.manifest.has_masks)
-                return self._transformed(sample, number)
+                return self._maker.sample(raw, rng)
             except DataError as error:
                 reason = str(error)
             if not distance:
@@ -238,39 +257,12 @@ class _Batches(Dataset[Loaded | DataError]):
             fix="pack the set again",
         )
 
-    def _transformed(self, sample: Sample, number: int) -> tuple[Target, ImageInfo]:
-        height, width = sample.pixels.shape[:2]
-        if self._epoch is None:
-            geometry = evaluation_geometry((height, width), self._augment)
-        else:
-            rng = random_of(self._seed, self._epoch, number)
-            geometry = training_geometry((height, width), self._augment, rng)
-        info = ImageInfo(sample.key, sample.image_id, (height, width), geometry.size_px, geometry.scale_xy)
-        return apply_geometry(sample, geometry, recompute_boxes=self._augment.recompute_boxes), info
-
-
-def _canvas(targets: Sequence[Target], crop_px: tuple[int, int] | None, pad_multiple_px: int) -> Tensor:
-    sizes = [target.pixels.shape[:2] for target in targets]
-    if crop_px is not None:
-        # Under jitter the canvas is the crop, as in mmdet's recipes: shapes stay the same from step to step.
-        sizes.append(crop_px)
-    height, width = (-(-max(size[axis] for size in sizes) // pad_multiple_px) * pad_multiple_px for axis in (0, 1))
-    images = np.zeros((len(targets), height, width, 3), np.uint8)
-    for image, target in zip(images, targets, strict=True):
-        image[: target.pixels.shape[0], : target.pixels.shape[1]] = target.pixels
-    return torch.from_numpy(images)
-
-
-def _objects(targets: Sequence[Target]) -> tuple[Tensor, ...]:
-    kinds = [(target.boxes_xyxy_px, target.labels, target.is_crowd, target.mini_masks) for target in targets]
-    return tuple(torch.from_numpy(np.concatenate(kind)) for kind in zip(*kinds, strict=True) if kind[0] is not None)
-
 
 def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _named_worker_deaths(loader: DataLoader[Loaded | DataError], closing: Flag) -> Iterator[Loaded | DataError]:
+def _named_worker_deaths(loader: DataLoader[_Made], closing: Flag) -> Iterator[_Made]:
     try:
         iterator = iter(loader)
         # Last registered, first called: before torch waits seconds for workers that do not know of the end.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from piip_scale.config.run import AugmentConfig, CropFirstConfig
+from piip_scale.config.detection import AugmentConfig, CropFirstConfig
 from piip_scale.data.batch import MASK_SIZE_PX
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.masks import mini_mask, visible_bounds

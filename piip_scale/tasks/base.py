@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 from piip_scale.data.batch import Batch
 from piip_scale.models.rules import ParameterRule
 
-__all__ = ["Detections", "Metric", "ParameterRule", "Task", "TrainableModel"]
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from piip_scale.data.sample import Image
+
+__all__ = ["Detections", "Metric", "ParameterRule", "Predictor", "Task", "TrainableModel"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class TrainableModel(Protocol):
         """Named losses of one micro-batch."""
         ...
 
-    def predict(self, batch: Batch) -> list[Detections]:
-        """Detections of every image of the batch, in eval mode and without gradients."""
+    def predict(self, batch: Batch) -> Sequence[Any]:
+        """What the task finds in every image of the batch, in eval mode and without gradients."""
         ...
 
     def head_leaf(self) -> nn.Module:
@@ -82,12 +88,16 @@ class TrainableModel(Protocol):
 class Metric(Protocol):
     """Collects predictions over a validation set; one instance per rank and evaluation."""
 
-    def update(self, batch: Batch, detections: Sequence[Detections]) -> None:
-        """Adds one batch's detections."""
+    def update(self, batch: Any, predictions: Sequence[Any]) -> None:
+        """Adds one batch and what the model's ``predict`` returned for it."""
         ...
 
     def compute(self) -> dict[str, float]:
         """The metrics over all ranks. Collective: every rank calls it; the result is the same on all."""
+        ...
+
+    def write_results(self, path: Path) -> None:
+        """Writes what was found in every image as JSON, whole or not at all. Collective; rank 0 writes."""
         ...
 
 
@@ -102,6 +112,10 @@ class Task(Protocol):
         """This rank's micro-batches of one epoch from micro-step ``first_step`` on; equally many on every rank."""
         ...
 
+    def check(self) -> None:
+        """Raises a ``PiipError`` for what would go wrong at the start of a training; takes no model's memory."""
+        ...
+
     def num_train_batches(self) -> int:
         """Micro-batches of one epoch, the same on every rank."""
         ...
@@ -110,6 +124,30 @@ class Task(Protocol):
         """This rank's share of the validation set; equally many batches on every rank (the tail repeats samples)."""
         ...
 
+    def num_val_batches(self) -> int:
+        """Batches of ``val_batches``, the same on every rank."""
+        ...
+
     def build_metric(self) -> Metric:
         """A fresh metric."""
+        ...
+
+
+class Predictor(Protocol):
+    """A trained model on single images: what it finds, drawn for people and written down for programs."""
+
+    def predict(self, pixels: Image, number: int) -> Any:
+        """What the model finds in an image, RGB uint8 (H, W, 3); ``number`` is what the image is called."""
+        ...
+
+    def draw(self, pixels: Image, found: Any) -> PIL.Image.Image:
+        """The image with what was found drawn on it."""
+        ...
+
+    def entry(self, found: Any) -> dict[str, Any]:
+        """What was found as values for JSON."""
+        ...
+
+    def summary(self, found: Any) -> str:
+        """What was found, in a few words."""
         ...

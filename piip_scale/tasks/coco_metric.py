@@ -41,10 +41,10 @@ class CocoMetric:
         self._parts = ("box", "mask") if with_masks else ("box",)
         self._results: dict[int, list[Result]] = {}
 
-    def update(self, batch: Batch, detections: Sequence[Detections]) -> None:
+    def update(self, batch: Batch, predictions: Sequence[Detections]) -> None:
         """Adds one batch's detections; an image seen before, as at a padded end, counts once."""
         ids = [category["id"] for category in self._categories]
-        for found in detections:
+        for found in predictions:
             self._results.setdefault(found.image_id, coco_results(found, ids))
 
     def results(self) -> list[Result]:

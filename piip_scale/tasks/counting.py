@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from piip_scale.config.detection import DetectionRun
 from piip_scale.config.run import RunConfig
+from piip_scale.errors import ConfigError
 from piip_scale.models.counting import PartCount, count_network, feature_maps
-from piip_scale.tasks.detection import told_classes
+from piip_scale.tasks.classes import told_classes
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ def count_run(config: RunConfig, height_px: int, width_px: int) -> RunCount:
         ConfigError: Heads that cannot be built, or that no rule counts.
         DataError: The run's shards are damaged.
     """
+    if not isinstance(config, DetectionRun):
+        raise ConfigError("config key task", value=config.task, rule="no rule counts its heads")
     from piip_scale.tasks.detector_config import BASE_CLASSES  # mmdet takes seconds to import
     from piip_scale.tasks.detector_counting import detector_parts
 

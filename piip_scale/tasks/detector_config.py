@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from piip_scale.config.run import DetectorConfig
+from piip_scale.config.detection import DetectorConfig
 from piip_scale.errors import ConfigError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.tasks.mmlab import PACKAGE_FOLDER, Config

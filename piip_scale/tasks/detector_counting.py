@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.run import DetectorConfig
+from piip_scale.config.detection import DetectorConfig
 from piip_scale.errors import ConfigError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.counting import MACS_PER_SAMPLE, PartCount, num_parameters

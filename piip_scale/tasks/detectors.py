@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.run import AugmentConfig, DetectorConfig, RunConfig
-from piip_scale.data.batch import Batch
+from piip_scale.config.detection import AugmentConfig, DetectionRun, DetectorConfig
+from piip_scale.data.batch import DetectionBatch
 from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.piip import PIIP
@@ -19,12 +19,13 @@ from piip_scale.models.rules import ParameterRule
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detector_config import DetectorPlan, plan_detector
 from piip_scale.tasks.mmlab import MODELS, BaseModule, ConfigDict, DefaultScope, DetDataSample, MMLogger
+from piip_scale.tasks.pixels import network_input
 from piip_scale.tasks.samples import data_samples, detections
 
 Prediction = dict[str, Tensor]
 
 
-def build_detection_model(config: RunConfig, num_classes: int) -> DetectionModel:
+def build_detection_model(config: DetectionRun, num_classes: int) -> DetectionModel:
     """The initialised detector of a run, on the CPU in float32.
 
     Args:
@@ -127,7 +128,7 @@ class DetectionModel(nn.Module):
         self.backbone, self.heads = backbone, heads
         self._mean, self._std = augment.mean, augment.std
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
         """Named losses, float32 scalars.
 
         Raises:
@@ -140,7 +141,7 @@ class DetectionModel(nn.Module):
         return dict(zip(self.heads.loss_names, losses, strict=True))
 
     @torch.no_grad()
-    def predict(self, batch: Batch) -> list[Detections]:
+    def predict(self, batch: DetectionBatch) -> list[Detections]:
         """Detections of every image, in pixels of the stored image, on the CPU.
 
         Raises:
@@ -151,8 +152,8 @@ class DetectionModel(nn.Module):
         predictions = self._run(batch, with_masks=False)
         return [detections(found, info) for found, info in zip(predictions, batch.infos, strict=True)]
 
-    def _run(self, batch: Batch, with_masks: bool) -> Any:
-        features = self.backbone(self._network_input(batch))
+    def _run(self, batch: DetectionBatch, with_masks: bool) -> Any:
+        features = self.backbone(network_input(batch, self._mean, self._std))
         return self.heads(*features, samples=data_samples(batch, with_masks))
 
     def head_leaf(self) -> nn.Module:
@@ -183,15 +184,6 @@ class DetectionModel(nn.Module):
     def set_precision(self, dtype: torch.dtype) -> None:
         """Dtype of the network; neck, heads and losses stay float32."""
         self.backbone.set_precision(dtype)
-
-    def _network_input(self, batch: Batch) -> Tensor:
-        """Normalised images, float32 (B, 3, H, W); padding is zero after normalisation, as mmdet pads."""
-        images = batch.images_BHWC.permute(0, 3, 1, 2).float()
-        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self._mean, self._std))
-        sizes = torch.tensor([info.size_px for info in batch.infos], device=images.device)
-        rows, columns = (torch.arange(length, device=images.device) for length in images.shape[2:])
-        inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
-        return (images - mean) / std * inside[:, None]
 
 
 @MODELS.register_module()

@@ -1,23 +1,30 @@
-"""Detection in image files outside shards."""
+"""Image files outside shards: reading them, and detecting in them."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import torch
+from torch import nn
 
-from piip_scale.config.run import AugmentConfig
-from piip_scale.data.batch import Batch, ImageInfo, Instances
+from piip_scale.config.detection import AugmentConfig
+from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
+from piip_scale.data.canvas import canvas_of
 from piip_scale.data.sample import Image, decode_image
 from piip_scale.data.transforms import evaluation_geometry
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Detections
-from piip_scale.tasks.detectors import DetectionModel
+from piip_scale.tasks.drawing import DrawingStyle, draw_detections
+
+if TYPE_CHECKING:
+    from piip_scale.tasks.detectors import DetectionModel
 
 
 def read_image(path: Path) -> Image:
@@ -37,22 +44,47 @@ def read_image(path: Path) -> Image:
     return np.array(PIL.ImageOps.exif_transpose(photo).convert("RGB"))
 
 
-def predict_image(model: DetectionModel, augment: AugmentConfig, pixels: Image, image_id: int = 1) -> Detections:
-    """What a detector finds in one image, in its own pixels.
+class DetectionPredictor:
+    """A detector on single images, in their own pixels: a ``Predictor``.
 
     Args:
         model: In eval mode, on any device.
-        augment: Of its run; the image is resized as for evaluation.
-        pixels: RGB, uint8 (H, W, 3).
-        image_id: What the result is called.
+        augment: Of its run; images are resized as for evaluation.
+        classes: Names in label order.
+        min_score: Detections below it are not drawn.
     """
-    height, width = pixels.shape[:2]
-    geometry = evaluation_geometry((height, width), augment)
-    resized, multiple = geometry.image(pixels), augment.pad_multiple_px
-    canvas = np.zeros((*(-(-side // multiple) * multiple for side in geometry.size_px), 3), np.uint8)
-    canvas[: resized.shape[0], : resized.shape[1]] = resized
-    info = ImageInfo(f"image {image_id}", image_id, (height, width), geometry.size_px, geometry.scale_xy)
-    nothing = Instances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
-    batch = Batch(torch.from_numpy(canvas)[None], (nothing,), (info,))
-    device = next(model.parameters()).device
-    return model.predict(batch.to(device))[0]
+
+    def __init__(self, model: nn.Module, augment: AugmentConfig, classes: Sequence[str], min_score: float) -> None:
+        self._model, self._augment = cast("DetectionModel", model), augment
+        self._classes, self._style = classes, DrawingStyle(min_score=min_score)
+
+    def predict(self, pixels: Image, number: int = 1) -> Detections:
+        """What the detector finds in an image, RGB uint8 (H, W, 3)."""
+        height, width = pixels.shape[:2]
+        geometry = evaluation_geometry((height, width), self._augment)
+        images = canvas_of([geometry.image(pixels)], self._augment.pad_multiple_px)
+        info = ImageInfo(f"image {number}", number, (height, width), geometry.size_px, geometry.scale_xy)
+        nothing = Instances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
+        batch = DetectionBatch(images, (info,), (nothing,))
+        return self._model.predict(batch.to(next(self._model.parameters()).device))[0]
+
+    def draw(self, pixels: Image, found: Detections) -> PIL.Image.Image:
+        """The image with boxes, masks, names and scores."""
+        return draw_detections(pixels, found, self._classes, self._style)
+
+    def entry(self, found: Detections) -> dict[str, Any]:
+        """All detections; boxes are left, top, right, bottom in the image's pixels."""
+        return {"objects": [self._object(found, index) for index in range(len(found.labels))]}
+
+    def summary(self, found: Detections) -> str:
+        """How many objects are drawn."""
+        count = int((found.scores >= self._style.min_score).sum())
+        return f"{count} objects of score {self._style.min_score} or more"
+
+    def _object(self, found: Detections, index: int) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "class": self._classes[int(found.labels[index])],
+            "score": round(found.scores[index].item(), 4),
+            "box_xyxy_px": [round(edge, 2) for edge in found.boxes_xyxy_px[index].tolist()],
+        }
+        return entry if found.masks_rle is None else entry | {"mask_rle": found.masks_rle[index]}

@@ -9,14 +9,14 @@ import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor
 
-from piip_scale.data.batch import Batch, ImageInfo, Instances
+from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.mini_masks import MiniMasks
 from piip_scale.tasks.mmlab import DetDataSample, InstanceData
 
 
-def data_samples(batch: Batch, with_masks: bool) -> list[DetDataSample]:
+def data_samples(batch: DetectionBatch, with_masks: bool) -> list[DetDataSample]:
     """One mmdet sample per image: its sizes, its objects, and the crowds to ignore.
 
     Args:

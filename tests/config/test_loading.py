@@ -119,7 +119,7 @@ def test_a_bad_override_is_one_line_naming_key_value_and_rule(base, override, ex
 def test_a_missing_key_says_what_is_needed(base):
     base.write_text(BASE.replace("detector = dict", "_unused = dict"))
     with pytest.raises(
-        ConfigError, match="config key detector is missing; RunConfig needs model, detector, data, train"
+        ConfigError, match="config key detector is missing; DetectionRun needs model, data, train, detector"
     ):
         load_config(base)
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from made_sets import SHARED, make_coco
 
-from piip_scale.config.run import AugmentConfig, DataConfig
+from piip_scale.config.detection import AugmentConfig, DetectionData
 from piip_scale.data.batch import MASK_SIZE_PX
+from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.pack import pack_coco
 from piip_scale.data.shards import ShardSet
-from piip_scale.data.stream import DetectionLoader
+from piip_scale.data.stream import ShardLoader
 from piip_scale.errors import DataError
 from piip_scale.world import World
 
@@ -41,9 +42,10 @@ def own_packed(tmp_path):
 
 def loader(folder, *, rank=0, num_ranks=1, **keys):
     keys = {"micro_batch_size": 4, "num_streams": 12, "workers": 0, "augment": AUGMENT} | keys
-    config = DataConfig(train_shards=str(folder), val_shards=str(folder), **keys)
+    config = DetectionData(train_shards=str(folder), val_shards=str(folder), **keys)
     world = World(rank=rank, num_ranks=num_ranks, ranks_per_node=num_ranks, local_rank=rank)
-    return DetectionLoader(ShardSet.open(folder), config, seed=3, world=world)
+    shards = ShardSet.open(folder)
+    return ShardLoader(shards, config, DetectionSamples(shards, config.augment), seed=3, world=world)
 
 
 def content(batch):
@@ -219,12 +221,14 @@ def test_batches_are_pinned_where_there_is_a_device(packed, workers):
 
 STREAM = """
 import signal, sys, time
-from piip_scale.config.run import DataConfig
+from piip_scale.config.detection import DetectionData
+from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.shards import ShardSet
-from piip_scale.data.stream import DetectionLoader
+from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World
-config = DataConfig(train_shards="", val_shards="", workers=2, micro_batch_size=2, num_streams=4)
-stream = DetectionLoader(ShardSet.open(sys.argv[1]), config, seed=0, world=World())
+config = DetectionData(train_shards="", val_shards="", workers=2, micro_batch_size=2, num_streams=4)
+shards = ShardSet.open(sys.argv[1])
+stream = ShardLoader(shards, config, DetectionSamples(shards, config.augment), seed=0, world=World())
 {setup}
 num_batches = 0
 for batch in stream.batches(0):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from scipy.stats import ks_2samp
 
-from piip_scale.config.run import AugmentConfig, CropFirstConfig
+from piip_scale.config.detection import AugmentConfig, CropFirstConfig
 from piip_scale.data.batch import MASK_SIZE_PX
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.masks import clip_polygon

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from piip_scale.config.run import RunConfig
-from piip_scale.data.batch import Batch, ImageInfo, Instances
+from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
 from piip_scale.tasks.base import Detections, ParameterRule
 
 SIDE_PX = 16
@@ -68,16 +68,16 @@ class TinyModel(nn.Module):
         self.head = Head(dim)
         self.num_depth = depth
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
         losses = self.head(self.features(batch), batch.instances)
         return dict(zip(("loss_score", "loss_box", "mean_score"), losses, strict=True))
 
-    def features(self, batch: Batch) -> Tensor:
+    def features(self, batch: DetectionBatch) -> Tensor:
         x = batch.images_BHWC.float().div(255).permute(0, 3, 1, 2)
         tokens = F.unfold(x, PATCH_PX, stride=PATCH_PX).transpose(1, 2)
         return self.large(tokens) + self.join(self.small(tokens))
 
-    def predict(self, batch: Batch) -> list[Detections]:
+    def predict(self, batch: DetectionBatch) -> list[Detections]:
         score = self.head(self.features(batch), batch.instances)[2].reshape(1)
         empty = torch.zeros(1, dtype=torch.int64)
         return [Detections(info.image_id, torch.zeros(1, 4), score, empty) for info in batch.infos]
@@ -104,7 +104,7 @@ class TinyModel(nn.Module):
         self.to(dtype)
 
 
-def make_batch(key: int, size: int, *, boxes: bool = True) -> Batch:
+def make_batch(key: int, size: int, *, boxes: bool = True) -> DetectionBatch:
     generator = torch.Generator().manual_seed(key)
     images = torch.randint(0, 256, (size, SIDE_PX, SIDE_PX, 3), dtype=torch.uint8, generator=generator)
     infos = tuple(
@@ -119,14 +119,14 @@ def make_batch(key: int, size: int, *, boxes: bool = True) -> Batch:
         )
         for _ in range(size)
     )
-    return Batch(images, objects, infos)
+    return DetectionBatch(images, infos, objects)
 
 
 class MeanScore:
     def __init__(self) -> None:
         self.total = torch.zeros(2)
 
-    def update(self, batch: Batch, detections: list[Detections]) -> None:
+    def update(self, batch: DetectionBatch, detections: list[Detections]) -> None:
         self.total += torch.tensor([sum(float(d.scores.sum()) for d in detections), len(detections)])
 
     def compute(self) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 import torch
 
+from piip_scale.config.detection import DetectorConfig
 from piip_scale.config.loading import check_config
-from piip_scale.config.run import DetectorConfig
-from piip_scale.data.batch import MASK_SIZE_PX, Batch, ImageInfo, Instances
+from piip_scale.data.batch import MASK_SIZE_PX, DetectionBatch, ImageInfo, Instances
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.tasks.detector_config import plan_detector
 
@@ -67,7 +67,7 @@ def batch_of(*images_instances, size_px=(128, 160), sizes_px=None, scale=0.5):
     for image, (height, width) in zip(images, sizes, strict=True):
         image[height:] = 0
         image[:, width:] = 0
-    return Batch(images, tuple(images_instances), infos)
+    return DetectionBatch(images, infos, tuple(images_instances))
 
 
 def two_image_batch():

@@ -15,9 +15,11 @@ from small_detectors import CLASSES, run_config
 
 from piip_scale.data.pack import pack_coco
 from piip_scale.errors import ConfigError, DataError, ModelError
-from piip_scale.tasks.detection import MASK_KINDS, DetectionTask, class_names, load_detector
+from piip_scale.tasks.classes import class_names
+from piip_scale.tasks.detection import MASK_KINDS, DetectionTask
 from piip_scale.tasks.detectors import build_detection_model
-from piip_scale.tasks.prediction import predict_image, read_image
+from piip_scale.tasks.kinds import load_model
+from piip_scale.tasks.prediction import DetectionPredictor, read_image
 from piip_scale.world import World
 
 SIZE_HW = (60, 80)
@@ -161,7 +163,7 @@ def test_weights_come_back_from_one_file_and_from_several(trained, tmp_path):
     save_file({n: tensors[n] for n in names[::2]}, folder / "model-00001-of-00002.safetensors")
     save_file({n: tensors[n] for n in names[1::2]}, folder / "model-00002-of-00002.safetensors")
     for source in (path, folder):
-        loaded = load_detector(config, source)
+        loaded = load_model(config, source)
         assert not loaded.training
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
@@ -175,7 +177,7 @@ def test_weights_that_do_not_fit_are_named(trained, tmp_path):
     tensors["stranger"] = torch.zeros(1)
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(ModelError) as caught:
-        load_detector(config, tmp_path / "other.safetensors")
+        load_model(config, tmp_path / "other.safetensors")
     line = str(caught.value)
     assert f"1 missing ({names[0]})" in line
     assert "1 unexpected (stranger)" in line
@@ -186,11 +188,11 @@ def test_weights_that_do_not_fit_are_named(trained, tmp_path):
 def test_absent_and_damaged_weights_are_one_line(trained, tmp_path):
     config, _, path = trained
     with pytest.raises(ModelError, match="not found"):
-        load_detector(config, tmp_path / "nothing.safetensors")
+        load_model(config, tmp_path / "nothing.safetensors")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ModelError, match=re.escape(str(cut))) as caught:
-        load_detector(config, cut)
+        load_model(config, cut)
     assert "\n" not in str(caught.value)
 
 
@@ -198,7 +200,8 @@ def test_files_are_predicted_like_shards(trained, shards):
     config, model, _ = trained
     model.eval()
     paths = [shards["images"] / f"{image_id}.png" for image_id in range(1, 6)]
-    from_files = [predict_image(model, config.data.augment, read_image(path), i) for i, path in enumerate(paths, 1)]
+    predictor = DetectionPredictor(model, config.data.augment, CLASSES, min_score=0.5)
+    from_files = [predictor.predict(read_image(path), i) for i, path in enumerate(paths, 1)]
     single = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch_size": 1})})
     for batch, mine in zip(DetectionTask(single, World()).val_batches(), from_files, strict=True):
         theirs = model.predict(batch)[0]

@@ -1,0 +1,39 @@
+"""The class names of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from piip_scale.config.run import RunConfig
+from piip_scale.data.shards import MANIFEST, ShardSet
+from piip_scale.errors import ConfigError
+
+
+def class_names(config: RunConfig) -> tuple[str, ...]:
+    """The classes of a run: as the config names them, else those of its validation or training shards.
+
+    Raises:
+        ConfigError: The config names none, and no shards are there to tell.
+        DataError: The shards are damaged.
+    """
+    if classes := told_classes(config):
+        return classes
+    raise ConfigError(
+        "config key data.classes is empty, and the run's shards are not there to tell",
+        value=config.data.val_shards,
+        fix="set data.classes to the names in label order, or use the config of the run directory",
+    )
+
+
+def told_classes(config: RunConfig) -> tuple[str, ...]:
+    """The classes of a run: as the config names them, else those of its shards; empty where neither tells.
+
+    Raises:
+        DataError: The shards are damaged.
+    """
+    if config.data.classes:
+        return config.data.classes
+    for folder in (config.data.val_shards, config.data.train_shards):
+        if (Path(folder) / MANIFEST).is_file():
+            return ShardSet.open(folder).classes
+    return ()

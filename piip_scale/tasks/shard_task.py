@@ -1,0 +1,125 @@
+"""What tasks over packed shards have in common: opening the sets and loading from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from piip_scale.config.run import RunConfig
+from piip_scale.data.batch import Batch
+from piip_scale.data.shards import ShardSet
+from piip_scale.data.stream import SampleMaker, ShardLoader
+from piip_scale.models.pretrained import load_pretrained
+from piip_scale.models.trunk import Trunk
+from piip_scale.tasks.base import Metric
+from piip_scale.world import World
+
+BatchT = TypeVar("BatchT", bound=Batch)
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+class ShardTask(ABC, Generic[ConfigT, BatchT]):
+    """A ``Task`` over packed shards.
+
+    Validation shards are opened at once, training shards when first asked for, so that evaluating needs none.
+
+    Args:
+        config: The run.
+        world: This rank among all.
+
+    Raises:
+        DataError: Validation shards that are absent, damaged, or of other classes than the config's.
+    """
+
+    def __init__(self, config: ConfigT, world: World) -> None:
+        self.config, self.world = config, world
+        self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes)
+        self._val_loader = self._loader(self.val_shards)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order."""
+        return self.val_shards.classes
+
+    def build_model(self) -> nn.Module:
+        """The initialised model, on the CPU in float32; branches whose config names a file start from it.
+
+        Raises:
+            ConfigError: Heads that cannot be built as the config says.
+            ModelError: Pretrained weights that are absent or do not fit their branch.
+        """
+        model = self._new_model()
+        load_pretrained(self._trunk_of(model))
+        return model
+
+    def check(self) -> None:
+        """Says what would go wrong at the start of a training, without the model's memory.
+
+        Raises:
+            PiipError: Training shards, loader or model do not go together with the config.
+        """
+        self.num_train_batches()
+        with torch.device("meta"):
+            self._new_model()
+
+    def train_batches(self, epoch: int, first_step: int) -> Iterator[BatchT]:
+        """This rank's micro-batches of an epoch from a micro-step on; equally many on every rank.
+
+        Raises:
+            DataError: Shards that are absent or damaged, lack what the task needs, or hold too few images.
+        """
+        return self._train_loader.batches(epoch, first_step)
+
+    def num_train_batches(self) -> int:
+        """Micro-batches of one epoch, the same on every rank."""
+        return len(self._train_loader)
+
+    def val_batches(self) -> Iterator[BatchT]:
+        """This rank's share of the validation set; equally many batches on every rank, the last repeat samples."""
+        return self._val_loader.val_batches()
+
+    def num_val_batches(self) -> int:
+        """Batches of ``val_batches``, the same on every rank."""
+        images_per_step = self.world.num_ranks * self.config.data.micro_batch_size
+        return -(-len(self.val_shards) // images_per_step)
+
+    @abstractmethod
+    def build_metric(self) -> Metric:
+        """A fresh metric over the validation set."""
+
+    @abstractmethod
+    def _new_model(self) -> nn.Module:
+        """The model with random weights."""
+
+    @abstractmethod
+    def _trunk_of(self, model: nn.Module) -> Trunk:
+        """The part of it that pretrained weights are for."""
+
+    @abstractmethod
+    def _maker(self, shards: ShardSet) -> SampleMaker[BatchT]:
+        """Makes batches of a set's samples."""
+
+    def _check_train_shards(self, shards: ShardSet) -> None:
+        """Raises a ``DataError`` where the set lacks what training needs."""
+
+    @cached_property
+    def _train_loader(self) -> ShardLoader[BatchT]:
+        shards = ShardSet.open(self.config.data.train_shards, self.classes)
+        self._check_train_shards(shards)
+        return self._loader(shards)
+
+    def _loader(self, shards: ShardSet) -> ShardLoader[BatchT]:
+        data, train = self.config.data, self.config.train
+        return ShardLoader(
+            shards,
+            data,
+            self._maker(shards),
+            seed=train.seed,
+            world=self.world,
+            accumulation=train.gradient_accumulation,
+        )
