@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ LATEST = "latest"
 FORMAT_VERSION = 1
 
 _COMMITTED = re.compile(r"step_(\d{8,})")
+_PART = re.compile(r"\.rank_\d{5,}\.json")
 _HIDDEN = re.compile(r"\.(saving|dropped)_\d{8,}|\.latest\.\d+\.part")
 
 # A checksum covers files of up to 64 MiB whole; of larger ones that many MiB, evenly spaced with both ends among
@@ -35,20 +37,25 @@ _MAX_BLOCKS = 64
 class CheckpointStore:
     """The checkpoints of one run; no method is collective, and only the main rank may call those that write.
 
-    Saving on many ranks: main ``begin``s, a barrier, every rank writes into ``staging(step)`` and closes its files, a
-    barrier, main ``commit``s. A process may die anywhere in between.
+    Saving on many ranks: main ``begin``s, a barrier, every rank writes into ``staging(step)`` and calls
+    ``finish_part``, and main ``commit``s as soon as ``finished_ranks`` are all. A process may die anywhere in between.
 
     Args:
         folder: Holds the checkpoints and nothing else; made by the first ``begin``.
         keep: How many of the newest checkpoints stay.
+        milestone_every: Checkpoints of steps that it divides stay whatever their age; 0 for none.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder: Path, keep: int, milestone_every: int = 0) -> None:
+        self.folder, self.keep, self.milestone_every = Path(folder), keep, milestone_every
 
     def staging(self, step: int) -> Path:
         """The hidden folder that ``begin(step)`` makes; any rank may ask."""
         return self.folder / f".saving_{step:08d}"
+
+    def path(self, step: int) -> Path:
+        """Where a step's checkpoint is, if there is one."""
+        return self.folder / f"step_{step:08d}"
 
     def begin(self, step: int) -> Path:
         """Makes a fresh, hidden folder for the files of this step's checkpoint. Main rank only.
@@ -56,7 +63,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: The step already has a whole checkpoint, or the disk refuses.
         """
-        target, staging = self._target(step), self.staging(step)
+        target, staging = self.path(step), self.staging(step)
         if target.exists() and _fault(target) is None:
             raise CheckpointError(
                 f"step {step} already has a checkpoint: {target}",
@@ -69,10 +76,33 @@ class CheckpointStore:
             staging.mkdir(parents=True)
         return staging
 
+    def finish_part(self, step: int, rank: int, names: Iterable[str]) -> None:
+        """Waits until a rank's files of a save are on its disk, and leaves a mark that they are. Any rank.
+
+        Args:
+            step: The save's.
+            rank: Whose files.
+            names: Their paths inside ``staging(step)``; closed.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        staging = self.staging(step)
+        entries = {name: _entry(staging / name) for name in names}
+        write_text_atomically(staging / f".rank_{rank:05d}.json", json.dumps(entries))
+
+    def finished_ranks(self, step: int) -> int:
+        """How many ranks have finished their part of a save.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        return sum(_PART.fullmatch(name) is not None for name in os.listdir(self.staging(step)))
+
     def commit(self, step: int) -> Path:
         """Makes the checkpoint visible, points ``latest`` at it and prunes. Main rank only.
 
-        Call it after a barrier that follows every rank's last write: files are listed here, once.
+        Call it when every rank has written its last: files are listed here, once. Those in no finished part count too.
 
         Returns:
             The checkpoint's folder, ``step_00000120`` for step 120.
@@ -81,7 +111,7 @@ class CheckpointStore:
             CheckpointError: Nothing was written, or the disk refuses; no part of the checkpoint is visible then, and
                 the space it took is freed.
         """
-        staging, target = self.staging(step), self._target(step)
+        staging, target = self.staging(step), self.path(step)
         try:
             with disk_errors(CheckpointError, f"save checkpoint {target}"):
                 _write_manifest(staging, step)
@@ -110,9 +140,9 @@ class CheckpointStore:
         Skips, with a warning that says why, newer ones that are damaged.
         """
         for step in reversed(self.steps()):
-            fault = _fault(self._target(step))
+            fault = _fault(self.path(step))
             if fault is None:
-                return self._target(step)
+                return self.path(step)
             get_logger(__name__).warning("skipping a damaged checkpoint: %s", fault)
         return None
 
@@ -123,7 +153,7 @@ class CheckpointStore:
             CheckpointError: Names the file and what is wrong with it.
         """
         path = Path(path)
-        files = _check_sizes(path)
+        files = _whole_files(path)
         for name, entry in files.items():
             with disk_errors(CheckpointError, f"read {path / name}"):
                 found = checksum(path / name)
@@ -147,22 +177,22 @@ class CheckpointStore:
                 if _HIDDEN.fullmatch(path.name):
                     _remove(path)
 
-    def _target(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
-
     def _tidy(self) -> None:
         """Updates ``latest``, which is for people, and prunes, just after a checkpoint was saved.
 
         An error about either is worth less than the checkpoint, which ``latest()`` finds without the file.
         """
-        whole = [step for step in self.steps() if _fault(self._target(step)) is None]
+        whole = [step for step in self.steps() if _fault(self.path(step)) is None]
         try:
-            write_text_atomically(self.folder / LATEST, f"{self._target(whole[-1]).name}\n")
+            write_text_atomically(self.folder / LATEST, f"{self.path(whole[-1]).name}\n")
             for step in self.steps():
-                if step < whole[-self.keep :][0]:
-                    self._drop(self._target(step))
+                if step < whole[-self.keep :][0] and not self._is_milestone(step):
+                    self._drop(self.path(step))
         except OSError as error:
             get_logger(__name__).warning("cannot tidy %s: %s", self.folder, error)
+
+    def _is_milestone(self, step: int) -> bool:
+        return self.milestone_every > 0 and step % self.milestone_every == 0
 
     def _drop(self, target: Path) -> None:
         """Hides a checkpoint first, so that no half-deleted one is ever visible."""
@@ -184,7 +214,7 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     path = Path(path)
     if path.is_dir() and _COMMITTED.fullmatch(path.resolve().name):
-        _check_sizes(path)
+        _whole_files(path)
         return path
     folder = path.parent if path.name == LATEST else path
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
@@ -207,6 +237,15 @@ def read_step(checkpoint: Path) -> int:
     return int(_read_manifest(checkpoint)["step"])
 
 
+def num_bytes(checkpoint: Path) -> int:
+    """Size of all files of a committed checkpoint but its manifest.
+
+    Raises:
+        CheckpointError: The manifest is missing or broken.
+    """
+    return sum(entry["bytes"] for entry in _read_manifest(checkpoint)["files"].values())
+
+
 def checksum(path: Path) -> str:
     """CRC-32 of a file as hex; of a file above 64 MiB, that of 64 evenly spaced blocks of 1 MiB.
 
@@ -225,19 +264,34 @@ def checksum(path: Path) -> str:
 
 
 def _write_manifest(staging: Path, step: int) -> None:
-    """Lists and syncs everything in ``staging``."""
+    """Lists everything in ``staging``: finished parts as their ranks found them, the rest here."""
+    files = _take_parts(staging)
     paths = sorted(path for path in staging.rglob("*") if path.is_file())
     if not paths:
         raise CheckpointError(f"nothing was written into {staging}", fix="write the checkpoint's files before commit")
-    files = {}
     for path in paths:
-        # Other ranks' files too: closing them handed them to the file system, and a sync works through any handle.
-        sync_file(path)
-        files[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "crc32": checksum(path)}
+        name = str(path.relative_to(staging))
+        files[name] = files.get(name) or _entry(path)
     for inner in (path for path in staging.rglob("*") if path.is_dir()):
         sync_file(inner)
     content = {"format": FORMAT_VERSION, "step": step, "files": files}
     write_text_atomically(staging / MANIFEST, json.dumps(content, indent=1))
+
+
+def _take_parts(staging: Path) -> dict[str, dict[str, Any]]:
+    """The entries of all finished parts; their marks are removed."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in staging.iterdir() if _PART.fullmatch(path.name)):
+        files |= json.loads(path.read_text(encoding="utf-8"))
+        path.unlink()
+    _check_sizes(staging, files, fix="let all ranks write to one disk that they share")
+    return files
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file that is on the disk."""
+    sync_file(path)
+    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -262,24 +316,26 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def _check_sizes(checkpoint: Path) -> dict[str, dict[str, Any]]:
+def _whole_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """The manifest's entries by relative path, after a look at each file's size."""
     files: dict[str, dict[str, Any]] = _read_manifest(checkpoint)["files"]
+    _check_sizes(checkpoint, files, fix="take another checkpoint")
+    return files
+
+
+def _check_sizes(folder: Path, files: dict[str, dict[str, Any]], fix: str) -> None:
     for name, entry in files.items():
-        path = checkpoint / name
+        path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size != entry["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise CheckpointError(
-                f"{path} {found}", rule=f"it was saved with {entry['bytes']} bytes", fix="take another checkpoint"
-            )
-    return files
+            raise CheckpointError(f"{path} {found}", rule=f"it was saved with {entry['bytes']} bytes", fix=fix)
 
 
 def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's manifest or sizes, ``None`` for nothing."""
     try:
-        _check_sizes(checkpoint)
+        _whole_files(checkpoint)
     except CheckpointError as error:
         return error.line
     return None

@@ -110,6 +110,10 @@ class TrainConfig(Strict):
         images_per_step: Images of an optimiser step, the same on any number of ranks: accumulation follows from it.
             ``None`` takes what micro-batch, ranks and accumulation make.
         gradient_accumulation: Micro-batches that each rank adds up for a step.
+        keep_checkpoints: So many of the newest stay.
+        milestone_every_steps: Checkpoints of steps that it divides stay whatever their age; 0 for none.
+        background_saves: Write checkpoints while training goes on, from a copy in host memory that is as large as
+            this rank's files; without, training waits for the disk.
         max_skipped_steps: The run stops when so many steps in a row had a loss or gradient that is not finite.
     """
 
@@ -123,6 +127,8 @@ class TrainConfig(Strict):
     evaluate_every_steps: NonNegative = 0
     checkpoint_every_steps: Positive = 500
     keep_checkpoints: Positive = 2
+    milestone_every_steps: NonNegative = 0
+    background_saves: bool = True
     max_skipped_steps: Positive = 10
 
     @model_validator(mode="after")
@@ -137,6 +143,15 @@ class TrainConfig(Strict):
             raise ValueError(
                 f"images_per_step={self.images_per_step} decides gradient_accumulation={self.gradient_accumulation}: "
                 "leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_are_saved(self) -> TrainConfig:
+        if self.milestone_every_steps % self.checkpoint_every_steps:
+            raise ValueError(
+                f"milestone_every_steps={self.milestone_every_steps} must be a multiple of "
+                f"checkpoint_every_steps={self.checkpoint_every_steps}"
             )
         return self
 

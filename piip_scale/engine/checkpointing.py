@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from piip_scale import __version__
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.collective import on_main
+from piip_scale.engine.engine_files import engine_files
+from piip_scale.engine.host_copy import HostCopies
+from piip_scale.engine.save_job import Progress, SaveFiles, SaveJob
 from piip_scale.errors import CheckpointError
-from piip_scale.files import disk_errors
+from piip_scale.logging import get_logger
+from piip_scale.telemetry.records import SaveRecord
 from piip_scale.world import World
 
 if TYPE_CHECKING:
@@ -26,7 +32,9 @@ STATE_FILE = "training.json"
 _ZERO_FOLDER = "zero"
 _CLIENT_KEY = "piip_scale"
 _NAMES_SHOWN = 3
-_TORCH_WRITE_FAILURES = ("PytorchStreamWriter failed", "inline_container.cc")
+# What an error leaves of a run may take so long to end; srun and launch_local kill it soon after.
+_LAST_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,9 @@ class TrainingState:
 
 
 class Checkpointer:
-    """Saves and restores one engine. Every method is collective.
+    """Saves and restores one engine. Every method but ``add_part`` and ``close`` is collective.
+
+    A save copies to host memory and returns; ``poll`` after each step tells when the checkpoint is visible.
 
     Args:
         engine: The engine.
@@ -73,41 +83,108 @@ class Checkpointer:
         self, engine: DeepSpeedEngine, folder: Path, config: RunConfig, world: World, num_train_batches: int
     ) -> None:
         self._engine, self._config, self._world = engine, config, world
-        self._store = CheckpointStore(folder, config.train.keep_checkpoints)
+        self._store = CheckpointStore(folder, config.train.keep_checkpoints, config.train.milestone_every_steps)
         self._batches = num_train_batches
         self._shapes, self._groups = _describe(engine)
+        self._parts: dict[str, Callable[[], object]] = {}
+        self._copies = HostCopies()
+        self._job: SaveJob | None = None
+        self._stall_seconds = 0.0
 
-    def save(self, step: int) -> str:
-        """Writes a checkpoint of the weights after ``step`` steps; returns its name.
+    def add_part(self, name: str, state: Callable[[], object]) -> None:
+        """Has every rank's checkpoints hold something beside the engine, as ``part_path`` finds it.
+
+        Args:
+            name: A word.
+            state: Called at each save, on every rank; returns what ``torch.save`` can write. Its tensors are copied
+                before ``save`` returns.
+        """
+        self._parts[name] = state
+
+    def save(self, step: int) -> SaveRecord | None:
+        """Copies the state after ``step`` steps and has it written, after an earlier save has ended.
+
+        Returns:
+            The earlier save, where it ended only now.
 
         Raises:
-            CheckpointError: The disk refuses; no part of the checkpoint is visible then.
+            CheckpointError: The disk refused the earlier save, on any rank; or this one at its start.
         """
+        started = time.perf_counter()
+        earlier = self.finish()
         on_main(lambda: self._store.begin(step))
-        state = asdict(self._state(step))
-        try:
-            self._write(self._store.staging(step), state)
-        except CheckpointError:
-            # The run ends here; what the disk took of this save is room for the next.
-            self._store.abandon(step)
-            raise
-        dist.barrier()
-        return on_main(lambda: self._commit(step, state))
+        self._job = SaveJob(self._store, step, self._world, self._collect(step))
+        if not self._config.train.background_saves:
+            self._wait(self._job)
+        self._stall_seconds = time.perf_counter() - started
+        return earlier
 
-    def _write(self, staging: Path, state: dict[str, Any]) -> None:
-        try:
-            with disk_errors(CheckpointError, f"write checkpoint {staging} on rank {self._world.rank}"):
-                self._engine.save_checkpoint(
-                    str(staging), tag=_ZERO_FOLDER, client_state={_CLIENT_KEY: state}, save_latest=False
-                )
-        except RuntimeError as error:
-            # torch.save reports a full disk as a failed write of its zip file, without an errno.
-            if not any(sign in str(error) for sign in _TORCH_WRITE_FAILURES):
-                raise
-            raise CheckpointError(
-                f"cannot write checkpoint {staging} on rank {self._world.rank}: the disk took only a part",
-                fix="free some space on that disk, then continue with --resume",
-            ) from error
+    def poll(self) -> SaveRecord | None:
+        """The save under way, if it has ended by now on all ranks.
+
+        Raises:
+            CheckpointError: The disk refused it on some rank, the same on every rank; no part of it is visible.
+        """
+        if self._job is None:
+            return None
+        progress = self._agree(self._job)
+        if progress is Progress.WRITING:
+            return None
+        job, self._job = self._job, None
+        if progress is Progress.FAILED:
+            self._raise_failure(job)
+        return self._record(job)
+
+    def finish(self) -> SaveRecord | None:
+        """As ``poll``, but waits for the end of the save."""
+        if self._job is not None:
+            self._wait(self._job)
+        return self.poll()
+
+    def close(self) -> None:
+        """Gives a save that an error overtook a moment to end, and tells what became of it. Not collective."""
+        job, self._job = self._job, None
+        if job is None:
+            return
+        if not job.wait(_LAST_SECONDS):
+            job.cancel()
+            get_logger(__name__).warning("the checkpoint of step %d was still being written: it is lost", job.step)
+        elif job.error:
+            get_logger(__name__).warning("the checkpoint of step %d is lost: %s", job.step, job.error.line)
+
+    def _collect(self, step: int) -> SaveFiles:
+        """This rank's files of a checkpoint; copies, where training goes on meanwhile."""
+        self._copies.start()
+        frozen = self._copies.copy if self._config.train.background_saves else _unchanged
+        staging, state = self._store.staging(step), asdict(self._state(step))
+        tensors = engine_files(self._engine, staging, _ZERO_FOLDER, {_CLIENT_KEY: state}, frozen)
+        for name, part in self._parts.items():
+            tensors[_part_name(name, self._world.rank)] = frozen(part())
+        return SaveFiles(tensors, {STATE_FILE: json.dumps(state, indent=1)} if self._world.is_main else {})
+
+    def _agree(self, job: SaveJob) -> Progress:
+        progress = torch.tensor([job.progress], device=self._engine.device)
+        dist.all_reduce(progress, dist.ReduceOp.MAX)
+        return Progress(int(progress.item()))
+
+    def _wait(self, job: SaveJob) -> None:
+        # In small portions: a rank whose disk refused must not wait for one that waits for its files.
+        while self._agree(job) is Progress.WRITING:
+            job.wait(_LOOK_SECONDS)
+
+    def _raise_failure(self, job: SaveJob) -> NoReturn:
+        errors: list[CheckpointError | None] = [None] * self._world.num_ranks
+        dist.all_gather_object(errors, job.error)
+        job.cancel()
+        job.wait(_LAST_SECONDS)
+        dist.barrier()
+        if self._world.is_main:
+            # The run ends here; what the disk took of this save is room for the next.
+            self._store.abandon(job.step)
+        raise next(error for error in errors if error)
+
+    def _record(self, job: SaveJob) -> SaveRecord:
+        return SaveRecord(job.step, self._store.path(job.step).name, self._stall_seconds, job.seconds, job.num_bytes)
 
     def resume(self) -> int:
         """Restores the newest valid checkpoint; returns its step, 0 where there is none.
@@ -131,12 +208,6 @@ class Checkpointer:
         if newest is not None:
             self._store.validate(newest)
         return newest
-
-    def _commit(self, step: int, state: dict[str, Any]) -> str:
-        staging = self._store.staging(step)
-        with disk_errors(CheckpointError, f"write checkpoint {staging}"):
-            (staging / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        return self._store.commit(step).name
 
     def _state(self, step: int) -> TrainingState:
         return TrainingState(
@@ -192,6 +263,19 @@ def read_state(checkpoint: Path) -> TrainingState:
             rule="this version of piip-scale writes one into every checkpoint",
             fix="resume with the version that wrote it, or convert its weights",
         ) from error
+
+
+def part_path(checkpoint: Path, name: str, rank: int) -> Path:
+    """Where a rank's state of a part is that ``Checkpointer.add_part`` added, for ``torch.load``."""
+    return checkpoint / _part_name(name, rank)
+
+
+def _part_name(name: str, rank: int) -> str:
+    return f"{name}/rank_{rank:05d}.pt"
+
+
+def _unchanged(value: object) -> Any:
+    return value
 
 
 def _describe(engine: DeepSpeedEngine) -> tuple[dict[str, list[int]], list[list[str]]]:

@@ -12,7 +12,7 @@ from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.trainer import StepReport
 from piip_scale.telemetry.memory import peak_memory_bytes
-from piip_scale.telemetry.records import StepRecord
+from piip_scale.telemetry.records import SaveRecord, StepRecord
 from piip_scale.world import World
 
 
@@ -25,6 +25,10 @@ class Sink(Protocol):
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of an evaluation."""
+        ...
+
+    def save(self, record: SaveRecord) -> None:
+        """A checkpoint that is visible now."""
         ...
 
     def event(self, step: int, text: str) -> None:
@@ -43,6 +47,9 @@ class Silence:
         """Nothing."""
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def save(self, record: SaveRecord) -> None:
         """Nothing."""
 
     def event(self, step: int, text: str) -> None:
@@ -127,26 +134,35 @@ class Evaluate:
 
 
 class Save:
-    """Saves a checkpoint every so many steps, when stopped and at the end."""
+    """Saves a checkpoint every so many steps, when stopped and at the end; only the last ones are waited for."""
 
     def __init__(self, checkpointer: Checkpointer, sink: Sink, every: int, first_step: int) -> None:
         self._checkpointer, self._sink, self._every = checkpointer, sink, every
         self._last = first_step
 
     def after_step(self, report: StepReport) -> None:
-        """Saves when due."""
+        """Saves when due, and tells of a save that has ended."""
+        self._tell(self._checkpointer.poll())
         if report.step % self._every == 0:
             self._save(report.step)
 
     def at_stop(self, step: int) -> None:
         """Saves what is not saved yet."""
-        self._save(step)
+        self._finish(step)
 
     def at_end(self, step: int) -> None:
         """Saves what is not saved yet."""
+        self._finish(step)
+
+    def _finish(self, step: int) -> None:
         self._save(step)
+        self._tell(self._checkpointer.finish())
 
     def _save(self, step: int) -> None:
         if step != self._last:
-            self._sink.event(step, f"saved {self._checkpointer.save(step)}")
+            self._tell(self._checkpointer.save(step))
             self._last = step
+
+    def _tell(self, record: SaveRecord | None) -> None:
+        if record is not None:
+            self._sink.save(record)

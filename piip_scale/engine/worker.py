@@ -122,7 +122,7 @@ def _train(
     ]
     trainer = Trainer(engine, stream, config, world, device, stop, hooks, first_step)
     try:
-        _run(trainer, sink, run, world)
+        _run(trainer, checkpointer, sink, run, world)
     except Interrupted:
         # Together: once one rank is gone, srun and launch_local end those that are still writing.
         torch.distributed.barrier()
@@ -130,12 +130,15 @@ def _train(
     torch.distributed.destroy_process_group()
 
 
-def _run(trainer: Trainer, sink: Sink, run: RunDirectory, world: World) -> None:
+def _run(trainer: Trainer, checkpointer: Checkpointer, sink: Sink, run: RunDirectory, world: World) -> None:
     try:
         trainer.run()
     except Interrupted as error:
         if world.is_main:
             run.write_status("stopped", trainer.step, error.line)
+        raise
+    except Exception:
+        checkpointer.close()
         raise
     finally:
         sink.close()

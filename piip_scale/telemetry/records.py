@@ -35,3 +35,22 @@ class StepRecord:
     def total_loss(self) -> float:
         """Sum of the losses proper."""
         return sum(value for name, value in self.losses.items() if "loss" in name)
+
+
+@dataclass(frozen=True)
+class SaveRecord:
+    """One checkpoint, once it is visible.
+
+    Attributes:
+        step: Optimiser steps behind it.
+        name: Its folder's name.
+        stall_seconds: How long training stood still for it: waiting for the save before, copying to host memory.
+        write_seconds: From then until it was visible, all ranks' files on the disk.
+        num_bytes: Of all its files.
+    """
+
+    step: int
+    name: str
+    stall_seconds: float
+    write_seconds: float
+    num_bytes: int

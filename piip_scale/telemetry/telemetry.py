@@ -9,10 +9,11 @@ from typing import TextIO
 from piip_scale.errors import RunError
 from piip_scale.files import disk_errors
 from piip_scale.telemetry.jsonl import JsonLines
+from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.progress import ProgressLine
-from piip_scale.telemetry.records import StepRecord
-from piip_scale.telemetry.tensorboard import TensorBoardWriter, step_scalars
+from piip_scale.telemetry.records import SaveRecord, StepRecord
+from piip_scale.telemetry.tensorboard import TensorBoardWriter, save_scalars, step_scalars
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -67,8 +68,17 @@ class Telemetry:
         shown = {name: value for name, value in metrics.items() if "/" not in name}
         self._note(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
 
+    def save(self, record: SaveRecord) -> None:
+        """Tells of a checkpoint that is visible now."""
+        self._write(record.step, "checkpoint", save_scalars(record))
+        self.event(
+            record.step,
+            f"saved {record.name}: {record.num_bytes / GIB:.2f} GiB, stood still {record.stall_seconds:.2f} s, "
+            f"written {record.write_seconds:.2f} s later",
+        )
+
     def event(self, step: int, text: str) -> None:
-        """Tells of anything else worth a line: a checkpoint saved, a sample skipped."""
+        """Tells of anything else worth a line: a sample skipped, a run resumed."""
         with disk_errors(RunError, self._action):
             self._lines.write(step, "event", {"text": text})
             self._board.text(step, text)

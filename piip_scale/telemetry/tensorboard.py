@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from piip_scale.telemetry.memory import GIB
-from piip_scale.telemetry.records import StepRecord
+from piip_scale.telemetry.records import SaveRecord, StepRecord
 
 _FLUSH_SECONDS = 10
 
@@ -74,6 +74,15 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
     if record.grad_norm is not None:
         values["train/grad_norm"] = record.grad_norm
     return values
+
+
+def save_scalars(record: SaveRecord) -> dict[str, float]:
+    """Every scalar of one checkpoint by its TensorBoard tag."""
+    return {
+        "checkpoint/stall_seconds": record.stall_seconds,
+        "checkpoint/write_seconds": record.write_seconds,
+        "checkpoint/gib": record.num_bytes / GIB,
+    }
 
 
 def _loss_tag(name: str) -> str:

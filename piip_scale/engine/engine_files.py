@@ -1,0 +1,71 @@
+"""What DeepSpeed would write into a checkpoint, caught before it reaches the disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def engine_files(
+    engine: DeepSpeedEngine, folder: Path, tag: str, client_state: Mapping[str, Any], keep: Callable[[object], Any]
+) -> dict[str, Any]:
+    """This rank's files of a DeepSpeed checkpoint. Collective; writes none of them.
+
+    Args:
+        engine: The engine.
+        folder: Where the checkpoint is to be.
+        tag: The folder in it for DeepSpeed's files.
+        client_state: Merged into DeepSpeed's own state.
+        keep: What to keep of a file's content: DeepSpeed's tensors change with the next step.
+
+    Returns:
+        Contents for ``torch.save`` by path inside ``folder``.
+    """
+    catch = _Catch(keep)
+    with _instead_of_writing(engine, catch):
+        engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
+    return {str(path.relative_to(folder)): content for path, content in catch.files.items()}
+
+
+class _Catch:
+    """Stands in for DeepSpeed's checkpoint engine, with the methods that deepspeed 0.19.8 calls while it saves."""
+
+    def __init__(self, keep: Callable[[object], Any]) -> None:
+        self.files: dict[Path, Any] = {}
+        self._keep = keep
+
+    def save(self, state_dict: object, path: str) -> None:
+        self.files[Path(path)] = self._keep(state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Folders are made by who writes into them."""
+
+    def create(self, info: object) -> None:
+        """Nothing is begun here."""
+
+    def commit(self, info: object) -> None:
+        """Nothing is done here."""
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _instead_of_writing(engine: DeepSpeedEngine, catch: _Catch) -> Iterator[None]:
+    writer = engine.checkpoint_engine
+    engine.checkpoint_engine = catch
+    # deepspeed 0.19.8 puts two scripts into each checkpoint, from this thread; `convert` does what they do.
+    engine._copy_recovery_script = lambda path: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = writer
+        del engine._copy_recovery_script
