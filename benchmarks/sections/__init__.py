@@ -1,1 +1,1 @@
-"""What benchmarks/engine.py measures, a module for each section."""
+"""What the scripts beside it measure, a module for each section."""

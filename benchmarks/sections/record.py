@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import typer
 
-RECORD = Path(__file__).parents[1] / "engine.md"
+from piip_scale.files import write_text_atomically
+
+
+def measure(
+    sections: Mapping[str, Callable[[], str]], names: Sequence[str] | None, script: Path, record: Path | None
+) -> None:
+    """Runs sections and prints their Markdown; every one says when, where and with what it was measured.
+
+    Args:
+        sections: By name; each returns its Markdown, without its heading.
+        names: Those to run; all where none is named.
+        script: The command to run them again.
+        record: The file whose sections of the same names are replaced.
+
+    Raises:
+        typer.BadParameter: There is no section of a name.
+    """
+    unknown = sorted(set(names or ()) - sections.keys())
+    if unknown:
+        raise typer.BadParameter(f"no section {unknown[0]!r}; there are {', '.join(sections)}")
+    for name in names or sections:
+        text = f"{sections[name]().strip()}\n\n{provenance(name, script)}"
+        typer.echo(f"## {name}\n\n{text}\n")
+        sys.stdout.flush()
+        if record is not None:
+            write_text_atomically(record, replaced(record.read_text(encoding="utf-8"), name, text))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -24,13 +51,13 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def provenance(name: str) -> str:
+def provenance(name: str, script: Path) -> str:
     """One line: when, on what and by which command a section was measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "deepspeed"))
     return (
         f"*{date.today().isoformat()}; {os.cpu_count()} cores ({platform.machine()}), {gpu}; Python "
-        f"{platform.python_version()}, {versions}; `python benchmarks/engine.py {name} --record`.*"
+        f"{platform.python_version()}, {versions}; `python benchmarks/{script.name} {name} --record`.*"
     )
 
 
