@@ -38,7 +38,8 @@ _DEFAULTS: dict[str, Arguments] = {
     | {"init_values": None, "qk_normalization": False, "norm_layer_type": "ln", "mlp_type": "regular"},
     "beit": _VIT | {"pretrain_img_size": 512, "qkv_bias": False, "init_values": None, "use_abs_pos_emb": False},
     "perceiver": _VIT,
-    "convnext": {"drop_path_rate": 0.0, "downsample_ratios": None, "hf_config": None, "pretrained": ""},
+    "convnext": {"drop_path_rate": 0.0, "downsample_ratios": None, "hf_config": None, "pretrained": ""}
+    | {"with_simple_fpn": False},
 }
 """Defaults of the released constructors' arguments that matter, by the class of a branch."""
 
@@ -140,7 +141,7 @@ def _read_single(backbone: Mapping[str, Any]) -> OfficialModel:
     if name not in _SINGLE_KINDS:
         raise ConfigError("released config: type", value=name, rule=f"one of {', '.join(_SINGLE_KINDS)}")
     kind = _SINGLE_KINDS[name]
-    given = _without(backbone, "img_size", "real_size", "with_simple_fpn")
+    given = _without(backbone, "img_size", "real_size")
     branch = _READERS[kind](_arguments("backbone", given, _DEFAULTS[kind]))
     branch["resolution_px"] = backbone.get("real_size") or backbone.get("img_size") or branch["pretrain_resolution_px"]
     if kind != "convnext":
@@ -287,6 +288,8 @@ def _perceiver(given: Arguments) -> Arguments:
 
 
 def _convnext(given: Arguments) -> Arguments:
+    if given["with_simple_fpn"]:
+        raise ConfigError("released config: with_simple_fpn", value=True, rule="a ConvNeXt has levels of its own")
     name = given["pretrained"]
     sizes = given["hf_config"] or next((s for size, s in _CONVNEXT_SIZES.items() if size in name), None)
     if sizes is None:

@@ -55,6 +55,7 @@ def test_parameter_counts_are_the_released_ones_part_by_part(reference, released
 
 
 def test_every_released_config_is_understood(released_backbones, released_models):
+    assert len(released_models) == 41
     for path, backbone in released_backbones.items():
         model = released_models[path]
         assert isinstance(model, PiipClassifier if path.startswith("classification") else PIIP)
@@ -127,6 +128,7 @@ def test_every_key_is_accounted_for():
         ({"interact_atn_type": "deform"}, "unknown keys in backbone: got ['interact_atn_type']"),
         ({"branch1": NETWORK["branch1"] | {"depht": 3}}, "unknown keys in branch1: got ['depht']"),
         ({"branch1": NETWORK["branch1"] | {"drop_rate": 0.1}}, "branch1.drop_rate: got 0.1; only 0 is supported"),
+        ({"branch1": NETWORK["branch1"] | {"use_simple_fpn": False}}, "branch1.use_simple_fpn: got False"),
         ({"branch1": NETWORK["branch1"] | {"interaction_indexes": [[0, 0]]}}, "does not fit"),
         ({"branch1": NETWORK["branch1"] | {"interaction_indexes": [[0, 0], [2, 2]]}}, "no block is left out"),
         ({"branch1": NETWORK["branch1"] | {"window_attn": True}}, "pads after qkv"),
@@ -144,6 +146,20 @@ def test_a_config_that_is_not_understood_is_one_line(change, part):
 def test_an_unknown_single_class_is_named():
     with pytest.raises(ConfigError, match=r"type: got 'ResNet'; one of vit_models, InternViT6B"):
         from_official({"type": "ResNet"})
+
+
+@pytest.mark.parametrize(
+    ("backbone", "part"),
+    [
+        ({"type": "vit_models", "with_simple_fpn": False}, "unknown keys in backbone: got ['with_simple_fpn']"),
+        ({"type": "vit_models", "with_fpn": True, "use_simple_fpn": False}, "only True is supported"),
+        ({"type": "ConvNextHFWrapper", "pretrained": "base", "with_simple_fpn": True}, "levels of its own"),
+    ],
+)
+def test_pyramids_that_no_single_class_has_are_refused(backbone, part):
+    with pytest.raises(ConfigError) as raised:
+        read_official_config(backbone | {"real_size": 64})
+    assert part in raised.value.line
 
 
 def test_the_four_branch_class_builds_its_last_branch_from_the_third():
