@@ -6,7 +6,8 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.building import Cutter, fill, named_weights, place_cut, place_whole, settle
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
 from piip_scale.engine.report import start_report
-from piip_scale.engine.zero import BUCKET_ELEMENTS, Sharding, measure, plan_sharding
+from piip_scale.engine.zero import BUCKET_ELEMENTS, Sharding, Sizes, measure, plan_sharding
 from piip_scale.errors import ConfigError, ModelError, WorldError
 from piip_scale.logging import get_logger
 from piip_scale.tasks.base import Task, TrainableModel
@@ -75,7 +77,7 @@ def init_distributed(world: World) -> torch.device:
 
 
 def build_model(task: Task, seed: int) -> nn.Module:
-    """The task's model, the same on every rank."""
+    """The task's model, the same on every rank; what it leaves on the meta device ``build_engine`` gives values."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -83,25 +85,29 @@ def build_model(task: Task, seed: int) -> nn.Module:
 
 
 def build_engine(model: nn.Module, config: RunConfig, world: World) -> tuple[DeepSpeedEngine, Sharding]:
-    """Marks the leaf, sets the precision, groups the parameters and hands all to DeepSpeed. Collective.
+    """Gives the model its first weights, marks the leaf, groups the parameters and hands all to DeepSpeed. Collective.
 
     Prints the start report on the main rank.
 
     Args:
-        model: A ``TrainableModel``, initialised alike on all ranks.
+        model: A ``TrainableModel``, alike on all ranks. Parameters on the meta device are drawn or read here, under
+            ZeRO-3 each rank's share only.
         config: The run.
         world: The ranks.
 
     Raises:
         ConfigError: DeepSpeed refuses a raw key, or it contradicts ours.
-        ModelError: The model's parts or rules do not fit its parameters.
+        ModelError: The model's parts or rules do not fit its parameters, or pretrained weights do not fit the model.
     """
     trainable = cast(TrainableModel, model)
     sizes = measure(model, trainable.parts())
     plan = plan_sharding(config, sizes, world.num_ranks)
+    for line in start_report(sizes, plan):
+        get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
+    give_weights(model, config, sizes, plan, choose_device(world))
     groups = build_param_groups(model, trainable.parameter_rules(), trainable.num_layers, config.optimizer)
-    for line in [*start_report(sizes, plan), "optimiser groups", *group_lines(groups)]:
+    for line in ["optimiser groups", *group_lines(groups)]:
         get_logger(__name__).info(line)
     _mark_leaf(model, trainable.head_leaf())
     engine = _initialize(model, build_optimizer(groups, config.optimizer), plan.deepspeed)
@@ -110,6 +116,31 @@ def build_engine(model: nn.Module, config: RunConfig, world: World) -> tuple[Dee
         _unhook_residents(engine, trainable.head_leaf())
         gather_residents(engine)
     return engine, plan
+
+
+def give_weights(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Sharding, device: torch.device) -> None:
+    """Reads the weights that the config names files for and draws the others; cuts what ZeRO-3 shards. Collective.
+
+    Args:
+        model: Of the plan's sizes, its parameters in the dtypes they shall have.
+        config: The run.
+        sizes: The model's.
+        plan: Which parameters are cut.
+        device: This rank's; parameters that have values stay where they are unless some are cut.
+
+    Raises:
+        ConfigError: DeepSpeed refuses a raw key.
+        ModelError: Pretrained weights are absent or do not fit the model, or it cannot draw its own.
+    """
+    absent = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    sharded = absent & {parameter.name for parameter in sizes.parameters if plan.shards(parameter)}
+    place = place_whole(device)
+    if sharded:
+        with _deepspeed_refusals():
+            place = place_cut(device, sharded, Cutter(plan.deepspeed))
+    fill(model, named_weights(model), config.train.seed, place)
+    if sharded:
+        settle(model, device, _DTYPES[config.train.precision])
 
 
 def _gather_residents_together(engine: DeepSpeedEngine) -> None:
@@ -184,12 +215,20 @@ def _check_leaf_output(leaf: nn.Module, _inputs: object, output: object) -> None
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
-    from pydantic import ValidationError
-
-    try:
+    with _deepspeed_refusals():
         engine, *_ = _import_deepspeed().initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
+    return cast("DeepSpeedEngine", engine)
+
+
+@contextmanager
+def _deepspeed_refusals() -> Iterator[None]:
+    """Tells of a key that DeepSpeed's own config models refuse as a ``ConfigError``."""
+    from pydantic import ValidationError
+
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -199,7 +238,6 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict
             rule=str(first["msg"]),
             fix="correct the key or leave it out",
         ) from error
-    return cast("DeepSpeedEngine", engine)
 
 
 def _import_deepspeed() -> Any:

@@ -153,15 +153,6 @@ def build_layer_scale(dim: int, start: float | None) -> nn.Module:
     return nn.Identity() if start is None else LayerScale(dim, start)
 
 
-def reset_all_parameters(module: nn.Module) -> None:
-    """Calls ``reset_parameters`` of every submodule that owns parameters; nothing needs to have a value before."""
-    # Children first: a parent may refine what its children drew.
-    for child in reversed(list(module.modules())):
-        reset = getattr(child, "reset_parameters", None)
-        if child is not module and callable(reset):
-            reset()
-
-
 def _normal_by_fan_out(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
     fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
     nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))

@@ -14,7 +14,8 @@ from piip_scale.models.trunk import Trunk
 class PIIP(Trunk):
     """A trunk whose branches are merged into a feature pyramid.
 
-    Built inside ``torch.device("meta")`` it takes no memory: then ``to_empty``, and ``reset_parameters`` or weights.
+    Built inside ``torch.device("meta")`` it takes no memory. Each module with parameters has a ``reset_parameters``
+    that draws those and no others.
 
     Args:
         config: The network.

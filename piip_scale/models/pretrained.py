@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,20 +47,26 @@ _PROBLEMS_SHOWN = 20
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
-def load_pretrained(trunk: Trunk) -> None:
-    """Loads the weights that a network's config names for the whole or for single branches; the rest stays as it is.
+def pretrained_weights(trunk: Trunk) -> dict[str, Tensor]:
+    """The weights that a network's config names files for, for the whole or for single branches.
+
+    Tensors that need no resizing are mapped from their files: whoever takes a slice of one reads no more than that.
 
     Args:
-        trunk: A network that is not sharded.
+        trunk: A network, on any device, sharded or not.
+
+    Returns:
+        Tensors by the network's own names and shapes, in the files' dtypes; parameters without any start afresh.
 
     Raises:
         ModelError: A file is absent or not readable, or does not fit its network or branch.
     """
-    if trunk.config.pretrained is not None:
-        _load_network(trunk, Path(trunk.config.pretrained))
-    for branch, config in zip(trunk.branches, trunk.config.branches, strict=True):
+    found = {} if trunk.config.pretrained is None else _network_weights(trunk, Path(trunk.config.pretrained))
+    for index, (branch, config) in enumerate(zip(trunk.branches, trunk.config.branches, strict=True)):
         if config.pretrained is not None:
-            load_branch(branch, config, Path(config.pretrained))
+            weights = branch_weights(branch, config, Path(config.pretrained))
+            found |= {f"branches.{index}.{name}": tensor for name, tensor in weights.items()}
+    return found
 
 
 def check_pretrained(config: PiipConfig) -> None:
@@ -69,8 +76,8 @@ def check_pretrained(config: PiipConfig) -> None:
             raise _absent(Path(named))
 
 
-def load_branch(branch: nn.Module, config: BranchConfig, path: Path) -> None:
-    """Loads a file into a branch; position embeddings, tables and patch kernels are resized to it.
+def branch_weights(branch: nn.Module, config: BranchConfig, path: Path) -> dict[str, Tensor]:
+    """A file's weights by a branch's own names; position embeddings, tables and patch kernels are resized to it.
 
     Raises:
         ModelError: The file is absent or not readable, or does not fit the branch.
@@ -80,11 +87,13 @@ def load_branch(branch: nn.Module, config: BranchConfig, path: Path) -> None:
     fresh = sorted(set(branch.state_dict()) - set(fitted))
     if fresh:
         _LOG.info("%s has no %s: they start afresh", path.name, ", ".join(fresh[:3]) + (" ..." if fresh[3:] else ""))
-    branch.load_state_dict(fitted, strict=False)
+    return fitted
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, a Hugging Face index of shards, or a folder with either.
+    """The tensors of a file, a Hugging Face index of shards, or a folder with either; mapped into memory, not read.
+
+    Pickles of before torch 1.6 cannot be mapped: those are read whole, by every rank that asks.
 
     Args:
         path: ``.safetensors``, a pickle of tensors (``.pth``, ``.pt``, ``.bin``), ``*.index.json``, or a folder.
@@ -100,11 +109,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         return {name: tensor for shard in shards for name, tensor in read_weights(path.parent / shard).items()}
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        return _map_safetensors(path)
+    can_map = zipfile.is_zipfile(path)
+    if not can_map:
+        _LOG.warning("%s is a pickle of before torch 1.6: every rank reads it whole; save it again to avoid that", path)
     try:
-        return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+        return unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=can_map))
     except pickle.UnpicklingError as error:
         raise ModelError(
             "pretrained weights: the pickle holds more than tensors, and loading it could run any code",
@@ -146,7 +156,7 @@ def fit_weights(
     return fitted
 
 
-def _load_network(trunk: Trunk, path: Path) -> None:
+def _network_weights(trunk: Trunk, path: Path) -> dict[str, Tensor]:
     weights, wanted = read_weights(path), trunk.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in wanted]
@@ -162,7 +172,7 @@ def _load_network(trunk: Trunk, path: Path) -> None:
             rule=f"{len(problems)} keys differ",
             fix="use a config of the same network, or import the file again",
         )
-    trunk.load_state_dict(weights)
+    return weights
 
 
 def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Tensor]:
@@ -237,6 +247,19 @@ def _read_jax(path: Path, config: BranchConfig) -> dict[str, Tensor]:
     )
     model.load_pretrained(str(path))
     return dict(model.state_dict())
+
+
+def _map_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Views of the mapped file (seen with safetensors 0.8.0): elements are read when somebody looks at them.
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ModelError(
+            "pretrained weights cannot be read", value=str(path), rule=str(error), fix="download it again"
+        ) from None
 
 
 def _absent(path: Path) -> ModelError:

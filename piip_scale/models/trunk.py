@@ -13,7 +13,6 @@ from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConf
 from piip_scale.models.branch import Branch, BranchState, FeatureSpec
 from piip_scale.models.convnext import ConvNext
 from piip_scale.models.interaction import InteractionUnit
-from piip_scale.models.layers import reset_all_parameters
 from piip_scale.models.rules import ParameterRule
 from piip_scale.models.vit import Vit
 from piip_scale.ops.attention import require_attention_kernel
@@ -76,10 +75,6 @@ class Trunk(nn.Module):
         """Blocks of the deepest branch with layer decay, the scale of ``ParameterRule.layer_id``."""
         layered = [branch for branch in self._branches if branch.has_layer_decay] or self._branches
         return max(len(branch.blocks) for branch in layered)
-
-    def reset_parameters(self) -> None:
-        """Draws every parameter anew; none needs to have a value before."""
-        reset_all_parameters(self)
 
     def set_precision(self, dtype: torch.dtype) -> None:
         """Casts the network; norm statistics, sampling locations, resizing and what leaves it stay float32."""

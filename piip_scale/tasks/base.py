@@ -105,7 +105,11 @@ class Task(Protocol):
     """Everything the engine needs to know of what it trains."""
 
     def build_model(self) -> nn.Module:
-        """The initialised model, a ``TrainableModel``, on the CPU in float32."""
+        """The model, a ``TrainableModel``, in float32: its network on the meta device, everything else initialised.
+
+        The engine draws the network's parameters or reads them from the files its config names, under ZeRO-3 each rank
+        only what it keeps.
+        """
         ...
 
     def train_batches(self, epoch: int, first_step: int) -> Iterable[Batch]:

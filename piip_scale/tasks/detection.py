@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import cast
 
 from torch import nn
 
@@ -12,7 +11,6 @@ from piip_scale.data.batch import DetectionBatch
 from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.shards import ShardSet
 from piip_scale.errors import DataError
-from piip_scale.models.trunk import Trunk
 from piip_scale.tasks.coco_metric import CocoMetric
 from piip_scale.tasks.shard_task import ShardTask
 
@@ -32,13 +30,10 @@ class DetectionTask(ShardTask[DetectionRun, DetectionBatch]):
     def _ground_truth(self) -> dict[str, object]:
         return self.val_shards.coco_ground_truth()
 
-    def _new_model(self) -> nn.Module:
+    def _new_model(self, network_device: str | None = None) -> nn.Module:
         from piip_scale.tasks.detectors import build_detection_model  # mmdet takes seconds to import
 
-        return build_detection_model(self.config, len(self.classes))
-
-    def _trunk_of(self, model: nn.Module) -> Trunk:
-        return cast(Trunk, model.backbone)
+        return build_detection_model(self.config, len(self.classes), network_device)
 
     def _maker(self, shards: ShardSet) -> DetectionSamples:
         return DetectionSamples(shards, self.config.data.augment)

@@ -25,18 +25,20 @@ from piip_scale.tasks.samples import data_samples, detections
 Prediction = dict[str, Tensor]
 
 
-def build_detection_model(config: DetectionRun, num_classes: int) -> DetectionModel:
-    """The initialised detector of a run, on the CPU in float32.
+def build_detection_model(config: DetectionRun, num_classes: int, network_device: str | None = None) -> DetectionModel:
+    """The initialised detector of a run, on torch's default device in float32.
 
     Args:
         config: The run.
         num_classes: Classes without background.
+        network_device: Where the network is built, if elsewhere; ``meta`` leaves it without values.
 
     Raises:
         ConfigError: Overrides that mmdet does not know, or features that the detector cannot take.
         KernelError: A kernel that the config names cannot be had.
     """
-    backbone = PIIP(config.model)
+    with torch.device(network_device or torch.get_default_device()):
+        backbone = PIIP(config.model)
     heads = DetectionHeads(config.detector, backbone.feature_specs, num_classes)
     return DetectionModel(backbone, heads, config.data.augment)
 

@@ -14,8 +14,6 @@ from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.stream import SampleMaker, ShardLoader
-from piip_scale.models.pretrained import load_pretrained
-from piip_scale.models.trunk import Trunk
 from piip_scale.tasks.base import Metric
 from piip_scale.world import World
 
@@ -47,15 +45,12 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         return self.val_shards.classes
 
     def build_model(self) -> nn.Module:
-        """The initialised model, on the CPU in float32; branches whose config names a file start from it.
+        """The model in float32: heads initialised on the CPU, the network on the meta device.
 
         Raises:
             ConfigError: Heads that cannot be built as the config says.
-            ModelError: Pretrained weights that are absent or do not fit their branch.
         """
-        model = self._new_model()
-        load_pretrained(self._trunk_of(model))
-        return model
+        return self._new_model(network_device="meta")
 
     def check(self) -> None:
         """Says what would go wrong at the start of a training, without the model's memory.
@@ -93,12 +88,8 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         """A fresh metric over the validation set."""
 
     @abstractmethod
-    def _new_model(self) -> nn.Module:
-        """The model with random weights."""
-
-    @abstractmethod
-    def _trunk_of(self, model: nn.Module) -> Trunk:
-        """The part of it that pretrained weights are for."""
+    def _new_model(self, network_device: str | None = None) -> nn.Module:
+        """The model with random weights; its network on another device than torch's default one, if given."""
 
     @abstractmethod
     def _maker(self, shards: ShardSet) -> SampleMaker[BatchT]:

@@ -11,7 +11,7 @@ from piip_scale.models.official import from_official
 from piip_scale.models.official_config import read_official_config
 from piip_scale.models.official_keys import official_name
 from piip_scale.models.piip import PIIP
-from piip_scale.models.pretrained import load_pretrained
+from piip_scale.models.pretrained import pretrained_weights
 
 VIT = {"depth": 2, "num_heads": 4, "qkv_bias": True, "pretrain_img_size": 32, "interaction_indexes": [[0, 0], [1, 1]]}
 BACKBONE = {
@@ -48,7 +48,7 @@ def test_a_released_checkpoint_becomes_the_start_of_a_network(released):
     assert f"{sum(value.numel() for value in weights.values()):,} parameters" in result.output
     config = read_official_config(BACKBONE).config.model_copy(update={"pretrained": str(folder / "out.safetensors")})
     ours, image = PIIP(config).eval(), torch.randn(1, 3, 64, 64)
-    load_pretrained(ours)
+    ours.load_state_dict(pretrained_weights(ours))
     for feature, expected in zip(ours(image), from_official(BACKBONE, weights)(image), strict=True):
         assert torch.equal(feature, expected)
 
@@ -85,4 +85,4 @@ def test_weights_of_another_network_are_told(released):
     config = read_official_config(BACKBONE).config
     other = config.model_copy(update={"branches": config.branches[:1], "pretrained": str(folder / "out.safetensors")})
     with pytest.raises(ModelError, match=r"do not fit their network.*unexpected branches.1"):
-        load_pretrained(PIIP(other))
+        pretrained_weights(PIIP(other))

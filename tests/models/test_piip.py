@@ -186,22 +186,11 @@ def test_too_small_an_image_says_so(size, line):
         build(config(2))(image(*size))
 
 
-def test_meta_build_then_reset_equals_a_normal_build():
+def test_on_the_meta_device_it_has_no_memory_and_no_buffers():
     with torch.device("meta"):
         model = PIIP(config(3))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not list(model.buffers())
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        nn.init.constant_(parameter, float("nan"))
-    model.reset_parameters()
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    fresh = dict(build(config(3)).named_parameters())
-    for name, parameter in model.named_parameters():
-        assert parameter.shape == fresh[name].shape
-        assert parameter.float().std(correction=0).item() == pytest.approx(
-            fresh[name].float().std(correction=0).item(), rel=0.25, abs=1e-3
-        ), name
 
 
 def test_a_fresh_network_neither_dies_nor_explodes():
