@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from piip_scale.config.loading import load_config
+from piip_scale.engine.building import fill, place_whole
 from piip_scale.models.counting import num_parameters
 from piip_scale.models.piip import PIIP
 from sections.record import table
@@ -46,7 +47,7 @@ def bf16_section() -> str:
     row = _in_a_fresh_process(_in_bf16, LH6B)
     head = ["network", "weights, GiB", "on meta, s", "drawing weights, s", f"{_IMAGE_PX} px image, s", "peak, GiB"]
     return (
-        "Built on the meta device, cast there, given memory, and drawn in bfloat16: no weight is ever float32. One "
+        "Built on the meta device and cast there; then module by module drawn in float32 and kept in bfloat16. One "
         "forward pass of one image then has finite features. Seconds are the clock's, in brackets the processor's. "
         "Peak is of the process's resident memory, before and after the image.\n\n" + table(head, [row])
     )
@@ -87,7 +88,7 @@ def _in_bf16(name: str) -> list[str]:
     model, building = _build(name)
     model.set_precision(torch.bfloat16)
     watch = _Stopwatch()
-    model.to_empty(device="cpu").reset_parameters()
+    fill(model, {}, 0, place_whole(torch.device("cpu")))
     drawing, peak = str(watch), f"{_peak_gib():.2f}"
     weights = sum(parameter.nbytes for parameter in model.parameters()) / _GIB
     watch = _Stopwatch()
