@@ -52,9 +52,9 @@ def section() -> str:
     )
 
 
-def rank_bytes(world: World, _device: torch.device, stage: int, precision: str) -> dict[str, Any]:
+def rank_bytes(world: World, _device: torch.device, zero: dict[str, Any], precision: str) -> dict[str, Any]:
     """This rank's bytes by kind at the end of the second step's backward pass, and what the report says of them."""
-    config = detector_config(large_dim=256, depth=6, zero={"stage": stage}, train={"steps": 2, "precision": precision})
+    config = detector_config(large_dim=256, depth=6, zero=zero, train={"steps": 2, "precision": precision})
     model = build(config)
     engine, plan = build_engine(model, config, world)
     whole = Part("all", measure(engine.module, model.parts()).parameters)

@@ -92,16 +92,22 @@ def with_classes(config: RunConfig) -> RunConfig:
 
 def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bool) -> None:
     """Says once, before any process starts, what every rank would."""
+    import torch
+
     from piip_scale.engine.batching import scale_to_ranks
     from piip_scale.engine.run_dir import RunDirectory
+    from piip_scale.engine.sharding_checks import checked_plan
     from piip_scale.models.pretrained import check_pretrained
-    from piip_scale.tasks.kinds import build_task
+    from piip_scale.tasks.kinds import build_model, build_task
     from piip_scale.world import World
 
     RunDirectory(run_dir).check(resume=resume)
     scaled = scale_to_ranks(config, num_procs)
     check_pretrained(config.model)
-    build_task(scaled, World(num_ranks=num_procs, ranks_per_node=num_procs)).check()
+    world = World(num_ranks=num_procs, ranks_per_node=num_procs)
+    build_task(scaled, world).check()
+    with torch.device("meta"):
+        checked_plan(build_model(scaled, len(scaled.data.classes)), scaled, world)
 
 
 def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from piip_scale.config.base import Strict
 from piip_scale.config.model import PiipConfig, Positive
@@ -14,6 +14,15 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rgb = tuple[float, float, float]
 PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+def _place(value: str) -> str:
+    if value not in ("none", "cpu") and not value.startswith("/"):
+        raise ValueError("must be 'none', 'cpu' or the absolute path of a folder on a local disk")
+    return value
+
+
+Offload = Annotated[str, AfterValidator(_place)]
 
 
 class DataConfig(Strict):
@@ -92,12 +101,34 @@ class ZeroConfig(Strict):
         stage: 0 plain data parallel, 1 optimiser, 2 and gradients, 3 and parameters.
         persistence_threshold: Parameters of fewer elements stay whole on every rank; ``auto`` puts it between the
             largest branch's matrices and the next branch's.
+        offload_optimizer: Where master weights and moments live and are updated: ``none`` leaves them on the device,
+            ``cpu`` takes host memory, an absolute path a folder on a local NVMe disk (stage 3).
+        offload_parameters: Where slices of parameters wait for their use, likewise; stage 3 only.
+        node_partition: Ranks of a node that between them keep a second copy of the sharded parameters, so that
+            gathers of the backward pass stay inside the node (hpZ); 1 keeps none. Stage 3 only.
         deepspeed: Raw DeepSpeed keys merged on top.
     """
 
     stage: Literal[0, 1, 2, 3] = 3
     persistence_threshold: Literal["auto"] | NonNegative = "auto"
+    offload_optimizer: Offload = "none"
+    offload_parameters: Offload = "none"
+    node_partition: Positive = 1
     deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _stage_can(self) -> ZeroConfig:
+        if self.offload_optimizer != "none" and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3: without ZeRO nothing is moved")
+        on_disk = self.offload_optimizer not in ("none", "cpu")
+        for name, used in (
+            ("offload_optimizer to a disk", on_disk),
+            ("offload_parameters", self.offload_parameters != "none"),
+            ("node_partition", self.node_partition > 1),
+        ):
+            if used and self.stage != 3:
+                raise ValueError(f"{name} needs stage=3, got stage={self.stage}")
+        return self
 
 
 class TrainConfig(Strict):

@@ -6,8 +6,7 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,8 +18,9 @@ from piip_scale.config.run import RunConfig
 from piip_scale.engine.building import Cutter, fill, named_weights, place_cut, place_whole, settle
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
 from piip_scale.engine.report import start_report
-from piip_scale.engine.zero import BUCKET_ELEMENTS, Sharding, Sizes, measure, plan_sharding
-from piip_scale.errors import ConfigError, ModelError, WorldError
+from piip_scale.engine.sharding_checks import checked_plan
+from piip_scale.engine.zero import BUCKET_ELEMENTS, Sharding, Sizes
+from piip_scale.errors import ModelError, WorldError
 from piip_scale.logging import get_logger
 from piip_scale.tasks.base import Task, TrainableModel
 from piip_scale.world import World
@@ -97,11 +97,11 @@ def build_engine(model: nn.Module, config: RunConfig, world: World) -> tuple[Dee
 
     Raises:
         ConfigError: DeepSpeed refuses a raw key, or it contradicts ours.
+        KernelError: Offloading to a disk is not possible here.
         ModelError: The model's parts or rules do not fit its parameters, or pretrained weights do not fit the model.
     """
     trainable = cast(TrainableModel, model)
-    sizes = measure(model, trainable.parts())
-    plan = plan_sharding(config, sizes, world.num_ranks)
+    sizes, plan = checked_plan(model, config, world)
     for line in start_report(sizes, plan):
         get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
@@ -129,15 +129,13 @@ def give_weights(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Shardi
         device: This rank's; parameters that have values stay where they are unless some are cut.
 
     Raises:
-        ConfigError: DeepSpeed refuses a raw key.
         ModelError: Pretrained weights are absent or do not fit the model, or it cannot draw its own.
     """
     absent = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     sharded = absent & {parameter.name for parameter in sizes.parameters if plan.shards(parameter)}
     place = place_whole(device)
     if sharded:
-        with _deepspeed_refusals():
-            place = place_cut(device, sharded, Cutter(plan.deepspeed))
+        place = place_cut(device, sharded, Cutter(plan.deepspeed))
     fill(model, named_weights(model), config.train.seed, place)
     if sharded:
         settle(model, device, _DTYPES[config.train.precision])
@@ -184,6 +182,9 @@ def _gather_coalesced(first: nn.Parameter, param_list: Sequence[nn.Parameter] | 
 
     wanted: Sequence[Any] = [first] if param_list is None else param_list
     missing = [param for param in wanted if param.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    for param in missing:
+        # all_gather_coalesced would prefer hpZ's second copy, which at this point is that from before the update.
+        param.ds_secondary_tensor = None
     while missing:
         taken, numel = 0, 0
         while taken < len(missing) and (taken == 0 or numel + missing[taken].ds_numel <= BUCKET_ELEMENTS):
@@ -215,29 +216,10 @@ def _check_leaf_output(leaf: nn.Module, _inputs: object, output: object) -> None
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
-    with _deepspeed_refusals():
-        engine, *_ = _import_deepspeed().initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
+    engine, *_ = _import_deepspeed().initialize(
+        model=model, optimizer=optimizer, config=config, dist_init_required=False
+    )
     return cast("DeepSpeedEngine", engine)
-
-
-@contextmanager
-def _deepspeed_refusals() -> Iterator[None]:
-    """Tells of a key that DeepSpeed's own config models refuse as a ``ConfigError``."""
-    from pydantic import ValidationError
-
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(
-            f"DeepSpeed refuses {key} in zero.deepspeed",
-            value=first.get("input"),
-            rule=str(first["msg"]),
-            fix="correct the key or leave it out",
-        ) from error
 
 
 def _import_deepspeed() -> Any:

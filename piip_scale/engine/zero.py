@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from piip_scale.config.run import RunConfig
+from piip_scale.config.run import RunConfig, ZeroConfig
 from piip_scale.errors import ConfigError, ModelError
 
 _REST = "rest"
@@ -37,6 +37,17 @@ _OWNED = {
     "zero_optimization.stage3_module_granularity_threshold": "head_leaf() of the model",
     "zero_optimization.module_granularity_threshold": "head_leaf() of the model",
     "zero_optimization.leaf_module": "head_leaf() of the model",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "zero.offload_optimizer",
+    "zero_optimization.cpu_offload": "zero.offload_optimizer",
+    "zero_optimization.offload_param.device": "zero.offload_parameters",
+    "zero_optimization.offload_param.nvme_path": "zero.offload_parameters",
+    "zero_optimization.cpu_offload_param": "zero.offload_parameters",
+    "zero_optimization.zero_hpz_partition_size": "zero.node_partition",
+    "torch_autocast": "train.precision",
+    "data_types.param_dtype": "train.precision",
+    "managed_gradient_accumulation": "train.gradient_accumulation",
+    "zero_force_ds_cpu_optimizer": "optimizer",
     "optimizer": "optimizer",
     "scheduler": "schedule",
 }
@@ -100,19 +111,24 @@ class Sharding:
 
     Attributes:
         deepspeed: DeepSpeed's config dict.
-        stage: ZeRO stage.
         threshold: Parameters of at most so many elements stay whole on every rank (stage 3).
         reason: One line on the threshold.
         precision: ``fp32`` or ``bf16``.
         num_ranks: Ranks that share the sharded state.
+        zero: What the config says of it.
     """
 
     deepspeed: dict[str, Any]
-    stage: int
     threshold: int
     reason: str
     precision: str
     num_ranks: int
+    zero: ZeroConfig
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return self.zero.stage
 
     def shards(self, parameter: Parameter) -> bool:
         """Whether the parameter is kept in slices and gathered for use."""
@@ -169,7 +185,7 @@ def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int) -> Sharding:
     decided = _decided(config, sizes, threshold)
     _check_owned(config.zero.deepspeed, decided)
     merged = _merged(decided, config.zero.deepspeed)
-    return Sharding(merged, config.zero.stage, threshold, reason, config.train.precision, num_ranks)
+    return Sharding(merged, threshold, reason, config.train.precision, num_ranks, config.zero)
 
 
 def _threshold(config: RunConfig, sizes: Sizes) -> tuple[int, str]:
@@ -204,7 +220,11 @@ def _decided(config: RunConfig, sizes: Sizes, threshold: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation,
         "gradient_clipping": config.optimizer.clip_grad_norm,
-        "zero_optimization": {"stage": config.zero.stage, **_zero_keys(config.zero.stage, sizes, threshold)},
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            **_zero_keys(config.zero.stage, sizes, threshold),
+            **_offload_keys(config.zero, sizes),
+        },
         "zero_force_ds_cpu_optimizer": False,
     }
     if config.train.precision == "bf16":
@@ -230,6 +250,24 @@ def _zero_keys(stage: int, sizes: Sizes, threshold: int) -> dict[str, Any]:
         "stage3_param_persistence_threshold": threshold,
         "sub_group_size": _SUB_GROUP_ELEMENTS,
     }
+
+
+def _offload_keys(zero: ZeroConfig, sizes: Sizes) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    if zero.offload_optimizer != "none":
+        keys["offload_optimizer"] = _place(zero.offload_optimizer)
+    if zero.offload_parameters != "none":
+        keys["offload_param"] = _place(zero.offload_parameters)
+    if "nvme_path" in keys.get("offload_param", {}):
+        # A buffer takes one parameter's slice; on one rank, that is the whole of it.
+        keys["offload_param"]["buffer_size"] = max(parameter.numel for parameter in sizes.parameters)
+    if zero.node_partition > 1:
+        keys["zero_hpz_partition_size"] = zero.node_partition
+    return keys
+
+
+def _place(place: str) -> dict[str, Any]:
+    return {"device": "cpu"} if place == "cpu" else {"device": "nvme", "nvme_path": place}
 
 
 def _check_owned(raw: Mapping[str, Any], decided: Mapping[str, Any]) -> None:

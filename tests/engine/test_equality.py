@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,15 +40,17 @@ def global_batches(step: int, accumulation: int, world, boxless) -> list:
 
 def joined(a, b):
     images = torch.cat([a.images_BHWC, b.images_BHWC])
-    return type(a)(images, a.instances + b.instances, a.infos + b.infos)
+    return replace(a, images_BHWC=images, infos=a.infos + b.infos, instances=a.instances + b.instances)
 
 
-def train(world, _device, stage: int, accumulation: int, boxless=frozenset(), precision="fp32", nan_at=None):
+def train(
+    world, _device, stage: int, accumulation: int, boxless=frozenset(), precision="fp32", nan_at=None, **zero
+) -> dict:
     # Layer decay and clipping are on, and each rank's loss is a mean over equally many images.
     config = tiny_config(
         data={"micro_batch_size": GLOBAL_BATCH // (accumulation * world.num_ranks)},
         optimizer={"lr": 1e-2, "layer_decay": 0.8, "clip_grad_norm": 0.5},
-        zero={"stage": stage, "deepspeed": FORCED_RELEASE if stage == 3 else {}},
+        zero={"stage": stage, "deepspeed": FORCED_RELEASE if stage == 3 else {}, **zero},
         train={"steps": STEPS, "gradient_accumulation": accumulation, "precision": precision},
     )
     task = TinyTask(config, world, drop=0.0)
@@ -70,7 +73,7 @@ def train(world, _device, stage: int, accumulation: int, boxless=frozenset(), pr
 
 def spoiled(batch):
     boxes = [type(i)(i.boxes_xyxy_px * float("nan"), i.labels, i.is_crowd) for i in batch.instances]
-    return type(batch)(batch.images_BHWC, tuple(boxes), batch.infos)
+    return replace(batch, instances=tuple(boxes))
 
 
 def plan_sizes(engine):
@@ -183,6 +186,39 @@ def test_a_step_with_nan_in_bf16_changes_nothing(oddities, stage):
     found, clean = oddities[0][f"nan at {stage}, bf16"], oddities[0][f"bf16 at {stage}"]
     assert not found["trace"].pop(2)[2]
     assert found["trace"] == clean["trace"]
+
+
+CPU = {"offload_optimizer": "cpu"}
+OFFLOADED = {"1": (1, CPU), "2": (2, CPU), "3": (3, CPU), "3, parameters too": (3, CPU | {"offload_parameters": "cpu"})}
+
+
+def offloaded_steps(world, device):
+    with_nan = {name: train(world, device, stage, 2, nan_at=2, **zero) for name, (stage, zero) in OFFLOADED.items()}
+    return with_nan | {"bf16": train(world, device, 3, 2, precision="bf16", nan_at=2, **OFFLOADED["3"][1])}
+
+
+@pytest.fixture(scope="module")
+def offloaded():
+    return run_ranks(2, offloaded_steps)
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloading_changes_no_number_and_no_nan_gets_through(offloaded, name):
+    for rank in (0, 1):
+        trace = offloaded[rank][name]["trace"]
+        assert [applied for *_, applied in trace] == [True, True, False, True, True, True]
+        trace.pop(2)
+        assert_same(offloaded[rank][name], plain(2))
+
+
+def test_offloading_in_bf16_follows_fp32(offloaded):
+    found = offloaded[0]["bf16"]["trace"]
+    assert not found.pop(2)[2]
+    np.testing.assert_allclose(found, plain(2)["trace"], rtol=0.05)
+
+
+def test_a_second_copy_on_every_two_of_four_ranks_changes_no_number():
+    assert_same(run_ranks(4, functools.partial(train, node_partition=2), 3, 1)[0], plain())
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -67,12 +67,65 @@ def test_a_threshold_of_the_config_means_fewer_elements():
         ({"optimizer": {"type": "Lion"}}, "optimizer decides it"),
         ({"zero_optimization": {"leaf_module": {"classes": ["A"]}}}, "head_leaf"),
         ({"scheduler": {"type": "WarmupLR"}}, "schedule"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero.offload_optimizer decides it"),
+        ({"zero_optimization": {"offload_param": {"nvme_path": "/x"}}}, "zero.offload_parameters"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero.node_partition"),
+        ({"torch_autocast": {"enabled": True}}, "train.precision"),
     ],
 )
 def test_a_raw_key_that_contradicts_names_both(raw, named):
     with pytest.raises(ConfigError, match=named) as caught:
         plan_sharding(tiny_config(zero={"deepspeed": raw}), Sizes((branch("a", 8, 2),)), 1)
     assert "\n" not in caught.value.line
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({}, {}),
+        ({"stage": 2, "offload_optimizer": "cpu"}, {"offload_optimizer": {"device": "cpu"}}),
+        (
+            {"offload_optimizer": "/nvme", "offload_parameters": "/nvme"},
+            {
+                "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"},
+                "offload_param": {"device": "nvme", "nvme_path": "/nvme", "buffer_size": 768 * 8},
+            },
+        ),
+        ({"offload_parameters": "cpu"}, {"offload_param": {"device": "cpu"}}),
+        ({"node_partition": 2}, {"zero_hpz_partition_size": 2}),
+    ],
+)
+def test_a_field_of_ours_is_what_deepspeed_calls_it(zero, expected):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    plan = plan_sharding(tiny_config(zero=zero), Sizes((branch("a", 8, 2),)), 4)
+    keys = plan.deepspeed["zero_optimization"]
+    names = ("offload_optimizer", "offload_param", "zero_hpz_partition_size")
+    assert {name: keys[name] for name in names if name in keys} == expected
+    DeepSpeedZeroConfig(**keys)
+
+
+def test_raw_keys_refine_a_field_of_ours():
+    raw = {"zero_optimization": {"offload_optimizer": {"pin_memory": False}}}
+    config = tiny_config(zero={"offload_optimizer": "cpu", "deepspeed": raw})
+    plan = plan_sharding(config, Sizes((branch("a", 8, 2),)), 1)
+    assert plan.deepspeed["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer needs stage 1, 2 or 3"),
+        ({"stage": 2, "offload_optimizer": "/nvme"}, "offload_optimizer to a disk needs stage=3, got stage=2"),
+        ({"stage": 1, "offload_parameters": "cpu"}, "offload_parameters needs stage=3, got stage=1"),
+        ({"stage": 2, "node_partition": 2}, "node_partition needs stage=3"),
+        ({"offload_parameters": "gpu"}, "'none', 'cpu' or the absolute path"),
+        ({"node_partition": 0}, "greater than 0"),
+    ],
+)
+def test_what_a_stage_cannot_is_refused_with_the_config(zero, said):
+    with pytest.raises(ConfigError, match=said):
+        tiny_config(zero=zero)
 
 
 def test_raw_keys_go_on_top_and_agreeing_ones_pass():
@@ -109,6 +162,35 @@ def test_bytes_follow_the_arithmetic_of_eighteen_per_parameter():
     assert bytes_per_rank(part, plan_sharding(bf16, whole, 8)).total == pytest.approx(18 * part.numel / 8)
     plain = tiny_config(zero={"stage": 0})
     assert bytes_per_rank(part, plan_sharding(plain, whole, 8)).total == pytest.approx(16 * part.numel)
+
+
+def test_residents_of_a_single_rank_count_once():
+    part = branch("a", 64, 3)
+    plan = plan_sharding(tiny_config(train={"precision": "bf16"}), Sizes((part,)), 1)
+    assert any(not plan.shards(p) for p in part.parameters)
+    assert bytes_per_rank(part, plan).total == pytest.approx(18 * part.numel)
+
+
+def test_the_second_copy_of_a_node_costs_its_share():
+    part = branch("a", 64, 3)
+    plans = {size: plan_sharding(tiny_config(zero={"node_partition": size}), Sizes((part,)), 8) for size in (1, 4, 8)}
+    kept = {size: bytes_per_rank(part, plan).weights for size, plan in plans.items()}
+    sharded = sum(p.numel for p in part.parameters if p.is_matrix)
+    assert kept[8] - kept[1] == pytest.approx(4 * sharded / 8)
+    assert kept[4] - kept[1] == pytest.approx(4 * sharded / 4)
+
+
+def test_offloading_moves_bytes_and_adds_none():
+    part = branch("a", 64, 3)
+    sizes = Sizes((part,))
+    both = {"offload_optimizer": "cpu", "offload_parameters": "/mnt/nvme", "persistence_threshold": 0}
+    here = bytes_per_rank(part, plan_sharding(tiny_config(zero={"persistence_threshold": 0}), sizes, 8))
+    moved = bytes_per_rank(part, plan_sharding(tiny_config(zero=both), sizes, 8))
+    assert moved.total == here.total == here.device
+    assert (moved.device, moved.host) == pytest.approx((0, here.total))
+    title, head, row = start_report(sizes, plan_sharding(tiny_config(zero=both), sizes, 8))[:3]
+    assert "optimiser offloaded to host memory, parameters offloaded to /mnt/nvme" in title
+    assert (head.split()[-1], row.split()[-1]) == ("offloaded", f"{here.total / 2**20:,.1f}")
 
 
 def test_the_report_has_a_row_for_each_part_and_adds_up():
