@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from piip_scale.config.model import ClassifierConfig, PiipConfig
 from piip_scale.models.classifier import PiipClassifier
-from piip_scale.models.counting import count_network
+from piip_scale.models.counting import count_network, feature_maps
 from piip_scale.models.piip import PIIP
 from piip_scale.models.published import compare_published, published_table
 
@@ -48,6 +48,17 @@ def test_counts_equal_torchs(name, size):
     parts = count_network(config, *size)
     assert sum(part.macs for part in parts) == counted_by_torch(model, *size)
     assert sum(part.parameters for part in parts) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(128, 128), (160, 97)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_feature_maps_have_the_sizes_that_leave_the_network(name, size):
+    config = PiipConfig(**NETWORKS[name])
+    with torch.no_grad():
+        features = PIIP(config).eval()(torch.zeros(1, 3, *size))
+    specs, maps = zip(*feature_maps(config, *size), strict=True)
+    assert [tuple(feature.shape) for feature in features] == [tuple(empty.shape) for empty in maps]
+    assert [feature.shape[1] for feature in features] == [spec.channels for spec in specs]
 
 
 @pytest.mark.parametrize("separate", [True, False])
