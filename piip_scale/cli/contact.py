@@ -9,27 +9,60 @@ import numpy as np
 import torch
 
 from piip_scale.data.files import write_bytes
-from piip_scale.data.sample import decode_image, parse_notes
+from piip_scale.data.sample import decode_image, decode_labelled, parse_notes
 from piip_scale.tasks.base import Detections
 
 if TYPE_CHECKING:
+    import PIL.Image
     from rich.table import Table
 
     from piip_scale.data.shards import ShardSet
-    from piip_scale.data.summary import SetSummary
+    from piip_scale.tasks.drawing import DrawingStyle
 
 _COLUMNS = 4
+_MOST_CLASSES = 40
+"""A set of more classes is told by its rarest and its most frequent one."""
 
 
-def summary_table(folder: Path, summary: SetSummary) -> Table:
-    """A set's numbers, one row each."""
+def summary_table(shards: ShardSet) -> Table:
+    """A set's numbers, one row each.
+
+    Raises:
+        DataError: A shard is gone or its annotations are damaged.
+    """
+    return _label_table(shards) if shards.manifest.kind == "classification" else _object_table(shards)
+
+
+def _label_table(shards: ShardSet) -> Table:
+    from piip_scale.data.summary import summarise_labels
+
+    summary = summarise_labels(shards)
+    table = _table(shards.folder, str(summary.num_images), summary.short_edges_px, summary.long_edges_px)
+    counts = sorted(summary.images_of_class.items(), key=lambda item: item[1])
+    (rarest, fewest), (middle, (frequent, most)) = counts[0], (counts[len(counts) // 2][1], counts[-1])
+    table.add_row("classes", str(len(counts)))
+    table.add_row("images a class", f"{fewest} ({rarest}) to {most} ({frequent}), median {middle}")
+    for name, count in summary.images_of_class.items() if len(counts) <= _MOST_CLASSES else ():
+        table.add_row(f"class {name}", str(count))
+    return table
+
+
+def _table(folder: Path, images: str, short_px: tuple[int, int, int], long_px: tuple[int, int, int]) -> Table:
     from rich.table import Table
 
-    low, middle, high = summary.short_edges_px
     table = Table(title=str(folder), show_header=False)
-    table.add_row("images", f"{summary.num_images}, {summary.num_empty_images} without objects")
-    table.add_row("short edge", f"{low} to {high} px, median {middle}")
-    table.add_row("long edge", "{} to {} px, median {}".format(*(summary.long_edges_px[i] for i in (0, 2, 1))))
+    table.add_row("images", images)
+    for name, (low, middle, high) in (("short edge", short_px), ("long edge", long_px)):
+        table.add_row(name, f"{low} to {high} px, median {middle}")
+    return table
+
+
+def _object_table(shards: ShardSet) -> Table:
+    from piip_scale.data.summary import summarise
+
+    summary = summarise(shards)
+    images = f"{summary.num_images}, {summary.num_empty_images} without objects"
+    table = _table(shards.folder, images, summary.short_edges_px, summary.long_edges_px)
     table.add_row("objects an image", "median {}, most {}".format(*summary.objects_per_image))
     table.add_row("objects by size", ", ".join(f"{count} {name}" for name, count in summary.objects_of_size.items()))
     table.add_row("crowd regions", str(summary.num_crowds))
@@ -39,22 +72,29 @@ def summary_table(folder: Path, summary: SetSummary) -> Table:
 
 
 def draw_contact_sheet(shards: ShardSet, out: Path, num_images: int) -> None:
-    """Draws samples spread evenly over a set, with their boxes and masks, into one PNG.
+    """Draws samples spread evenly over a set, with their boxes and masks or their class, into one PNG.
 
     Raises:
         DataError: A sample is damaged, or the picture cannot be written.
     """
-    from piip_scale.tasks.drawing import DrawingStyle, contact_sheet, draw_detections, png_bytes
+    from piip_scale.tasks.drawing import DrawingStyle, contact_sheet, png_bytes
 
     style = DrawingStyle(long_edge_px=360, text_px=12, scores=False)
     numbers = np.unique(np.linspace(0, len(shards) - 1, min(num_images, len(shards))).round().astype(int)).tolist()
-    pictures = []
-    for number in numbers:
-        sample = shards.read(number)
-        pixels = decode_image(sample.image, sample.key)
-        pictures.append(draw_detections(pixels, _ground_truth(parse_notes(sample), shards), shards.classes, style))
+    pictures = [_picture(shards, number, style) for number in numbers]
     caption = f"{len(numbers)} of {len(shards)} images: " + ", ".join(shards.keys[numbers])
     write_bytes(out, png_bytes(contact_sheet(pictures, caption, _COLUMNS, style)))
+
+
+def _picture(shards: ShardSet, number: int, style: DrawingStyle) -> PIL.Image.Image:
+    from piip_scale.tasks.drawing import draw_detections, draw_names
+
+    raw = shards.read(number)
+    if shards.manifest.kind == "classification":
+        labelled = decode_labelled(raw, len(shards.classes))
+        return draw_names(labelled.pixels, [(labelled.label, shards.classes[labelled.label])], style)
+    pixels = decode_image(raw.image, raw.key)
+    return draw_detections(pixels, _ground_truth(parse_notes(raw), shards), shards.classes, style)
 
 
 def _ground_truth(notes: dict[str, Any], shards: ShardSet) -> Detections:

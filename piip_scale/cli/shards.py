@@ -5,28 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from piip_scale.errors import DataError
+
 if TYPE_CHECKING:
     from piip_scale.data.packing import Progress
+    from piip_scale.data.sample import SetKind
     from piip_scale.data.shards import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream, check them, look at them.")
 Folder = Annotated[Path, typer.Argument(help="Folder of packed shards.")]
+_TARGETS: dict[SetKind, str] = {"detection": "objects", "classification": "labels"}
 
 
 @app.command()
 def pack(
-    coco: Annotated[Path, typer.Option(help="COCO annotation file (JSON) with boxes, and masks if there are any.")],
-    images: Annotated[Path, typer.Option(help="Folder that the file names in it are relative to.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards; made if absent.")],
+    coco: Annotated[
+        Path | None, typer.Option(help="COCO annotation file (JSON) with boxes, and masks if there are any.")
+    ] = None,
+    image_folders: Annotated[
+        Path | None, typer.Option(help="Folder with a folder of images for each class, for classification.")
+    ] = None,
+    image_list: Annotated[
+        Path | None, typer.Option(help="List of images, PATH LABEL in each line, for classification.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that the file names in it are relative to.")] = None,
     target_mb: Annotated[float, typer.Option(help="Size to aim at for one shard, in megabytes.")] = 256.0,
     target_samples: Annotated[int | None, typer.Option(min=1, help="Most images in one shard.")] = None,
     classes: Annotated[
-        list[str] | None, typer.Option("--class", help="Class names in label order, one each; default: the file's.")
+        list[str] | None, typer.Option("--class", help="Class names in label order, one each; default: the input's.")
     ] = None,
+    class_names: Annotated[Path | None, typer.Option(help="Text file of them instead, a name in each line.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that read and check images; default: all cores.")
     ] = None,
@@ -36,29 +49,46 @@ def pack(
     boxes_only: Annotated[bool, typer.Option("--boxes-only", help="Leave masks out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a set of another input in --out.")] = False,
 ) -> None:
-    """Pack a COCO data set into tar shards, each with an index, and one manifest for all.
+    """Pack a data set into tar shards, each with an index, and one manifest for all.
 
-    Images are checked and stored as they are. The same input gives the same bytes; a second call on a finished folder
-    does nothing; a killed one continues. Any webdataset reader, and plain tar, can read the shards.
+    From a COCO file for detection; from image folders, or a list of images with labels, for classification. Images are
+    checked and stored as they are. The same input gives the same bytes; a second call on a finished folder does
+    nothing; a killed one continues. Any webdataset reader, and plain tar, can read the shards.
 
     Example: `piip-scale shards pack --coco ann.json --images DIR --out shards/train`
     """
     from piip_scale.data.pack import pack_coco
+    from piip_scale.data.pack_classes import pack_folders, pack_list
+    from piip_scale.data.packing import PackOptions
 
-    with progress_bar(f"packing {coco.name}") as on_progress:
-        manifest = pack_coco(
-            coco,
-            images,
-            out,
-            classes=classes or (),
-            target_mb=target_mb,
-            target_samples=target_samples,
-            workers=workers,
-            clip_boxes=clip_boxes,
-            boxes_only=boxes_only,
-            overwrite=overwrite,
-            on_progress=on_progress,
+    source = _only_source(coco=coco, image_folders=image_folders, image_list=image_list)
+    if (source == image_folders) != (images is None):
+        raise DataError(
+            "--images", value=str(images or ""), rule="it goes with --coco and --image-list, and only with them"
         )
+    if source != coco and (clip_boxes or boxes_only):
+        raise DataError("--clip-boxes and --boxes-only", rule="they go with --coco alone", fix="leave them out")
+    names = _classes(classes, class_names)
+    with progress_bar(f"packing {source.name}") as on_progress:
+        how = PackOptions(target_mb, target_samples, workers, overwrite, on_progress)
+        if image_folders is not None:
+            manifest = pack_folders(image_folders, out, classes=names, how=how)
+        elif image_list is not None:
+            manifest = pack_list(image_list, cast(Path, images), out, classes=names, how=how)
+        else:
+            manifest = pack_coco(
+                source,
+                cast(Path, images),
+                out,
+                classes=names,
+                target_mb=target_mb,
+                target_samples=target_samples,
+                workers=workers,
+                clip_boxes=clip_boxes,
+                boxes_only=boxes_only,
+                overwrite=overwrite,
+                on_progress=on_progress,
+            )
     typer.echo(f"{out}: {describe(manifest)}")
 
 
@@ -68,7 +98,7 @@ def verify(
     other: Annotated[Path | None, typer.Option(help="A set that must not share images, such as validation's.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: all cores.")] = None,
 ) -> None:
-    """Read a packed set to the last byte: checksums, images, boxes and masks.
+    """Read a packed set to the last byte: checksums, images, labels, boxes and masks.
 
     Prints one line a problem and ends with exit code 1 if there are any.
 
@@ -83,7 +113,8 @@ def verify(
     for here, there in report.shared_images:
         typer.echo(f"{here} is the same image as {there} in {other}")
     faults = len(report.problems) + len(report.shared_images)
-    typer.echo(f"{folder}: {report.num_samples} images, {report.num_targets} objects, {faults} problems")
+    targets = f"{report.num_targets} {_TARGETS[report.kind]}"
+    typer.echo(f"{folder}: {report.num_samples} images, {targets}, {faults} problems")
     raise typer.Exit(int(faults > 0))
 
 
@@ -93,7 +124,7 @@ def show(
     out: Annotated[Path | None, typer.Option(help="Draw a contact sheet there (.png).")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images on the sheet, spread evenly over the set.")] = 12,
 ) -> None:
-    """Say what a packed set holds, and draw some of it with its boxes and masks.
+    """Say what a packed set holds, and draw some of it with its boxes and masks, or class names.
 
     Example: `piip-scale shards show shards/train --out train.png`
     """
@@ -101,10 +132,9 @@ def show(
 
     from piip_scale.cli.contact import draw_contact_sheet, summary_table
     from piip_scale.data.shards import ShardSet
-    from piip_scale.data.summary import summarise
 
     shards = ShardSet.open(folder)
-    Console().print(summary_table(folder, summarise(shards)))
+    Console().print(summary_table(shards))
     if out is not None:
         draw_contact_sheet(shards, out, num_images)
         typer.echo(f"picture: {out}")
@@ -126,12 +156,30 @@ def progress_bar(title: str) -> Iterator[Progress]:
         yield show
 
 
+def _only_source(**sources: Path | None) -> Path:
+    """The one that is given."""
+    given = {name: path for name, path in sources.items() if path is not None}
+    if len(given) != 1:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in sources)
+        raise DataError("what to pack", value=[str(path) for path in given.values()], rule=f"exactly one of {options}")
+    return next(iter(given.values()))
+
+
+def _classes(names: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    from piip_scale.data.pack_classes import read_class_names
+
+    if names and file is not None:
+        raise DataError("--class and --class-names", rule="they are two ways to name classes", fix="use one of them")
+    return read_class_names(file) if file is not None else tuple(names or ())
+
+
 def describe(manifest: Manifest, most_classes: int = 8) -> str:
-    """One line: images, objects, shards, classes."""
+    """One line: images, objects or labels, shards, classes."""
     names = [category.name for category in manifest.categories]
     shown = ", ".join(names[:most_classes]) + (", ..." if len(names) > most_classes else "")
-    objects = "boxes with masks" if manifest.has_masks else "boxes"
+    boxes = "boxes with masks" if manifest.has_masks else "boxes"
+    targets = boxes if manifest.kind == "detection" else _TARGETS[manifest.kind]
     return (
-        f"{manifest.num_samples} images, {manifest.num_annotations} {objects}, {len(manifest.shards)} shard(s), "
+        f"{manifest.num_samples} images, {manifest.num_annotations} {targets}, {len(manifest.shards)} shard(s), "
         f"{len(names)} class(es): {shown}"
     )

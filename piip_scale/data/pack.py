@@ -51,6 +51,7 @@ def pack_coco(
     how = PackOptions(target_mb, target_samples, workers, overwrite, on_progress)
     found = read_coco(annotations, images, classes=classes, clip_boxes=clip_boxes, boxes_only=boxes_only)
     facts = SetFacts(
+        "detection",
         tuple(Category(**category) for category in found.categories),
         found.has_masks,
         options={"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)},
@@ -78,8 +79,7 @@ def _item(image: CocoImage, images: Path) -> PackItem:
     return PackItem(
         image.image_id,
         images / image.file_name,
-        image.height_px,
-        image.width_px,
+        (image.height_px, image.width_px),
         image.file_bytes,
         len(image.annotations),
         json_bytes(notes),

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import piip_scale
 from piip_scale.data.files import HashingWriter, json_bytes, sha256_of, whole_file, write_bytes
 from piip_scale.data.pool import map_in_processes, num_processes
-from piip_scale.data.sample import check_size, checksum, decode_image
+from piip_scale.data.sample import SetKind, check_size, checksum, decode_image
 from piip_scale.data.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -42,15 +42,15 @@ Progress = Callable[[int, int], None]
 _MEGABYTE = 1_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PackItem:
     """A sample to be packed; light, because it goes to another process.
 
     Attributes:
         image_id: Names the sample.
         path: The image file; it is stored as it is.
-        height_px: Of the image, which is held to it.
-        width_px: Of the image, which is held to it.
+        size_px: Height and width that the image is held to; ``None`` where nothing states them, since reading every
+            image's head only to plan would take as long as packing it.
         file_bytes: Size of the image file.
         num_annotations: In the notes.
         notes: JSON: what ``parse_notes`` reads.
@@ -60,8 +60,7 @@ class PackItem:
 
     image_id: int
     path: Path
-    height_px: int
-    width_px: int
+    size_px: tuple[int, int] | None
     file_bytes: int
     num_annotations: int
     notes: bytes
@@ -87,12 +86,14 @@ class SetFacts:
     """What the manifest says of a set beside its samples.
 
     Attributes:
+        kind: What its samples are labelled with.
         categories: In label order.
         has_masks: Every annotation has a segmentation.
         options: What the user asked for; another choice makes another set.
         source: Where it comes from, for people.
     """
 
+    kind: SetKind
     categories: tuple[Category, ...]
     has_masks: bool
     options: dict[str, Any]
@@ -144,6 +145,7 @@ def pack_items(items: Iterable[PackItem], out: Path, facts: SetFacts, how: PackO
     _prepare(out)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
+        kind=facts.kind,
         categories=facts.categories,
         has_masks=facts.has_masks,
         num_samples=sum(len(plan.items) for plan in plans),
@@ -275,16 +277,27 @@ def _info(plan: _Plan, index: ShardIndex, index_content: bytes) -> ShardInfo:
 
 def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] | None) -> ShardInfo:
     columns: dict[str, list[int]] = {
-        name: [] for name in ("image_offsets", "image_bytes", "notes_offsets", "notes_bytes", "crc32s")
+        name: []
+        for name in (
+            "heights_px",
+            "widths_px",
+            "image_offsets",
+            "image_bytes",
+            "notes_offsets",
+            "notes_bytes",
+            "crc32s",
+        )
     }
     with whole_file(plan.path) as file:
         writer = HashingWriter(file)
         with tarfile.open(fileobj=writer, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for item in plan.items:
-                content = _checked_image(item)
+                content, (height_px, width_px) = _checked_image(item)
                 suffix = item.path.suffix.lower() or ".img"
                 columns["image_offsets"].append(_add(tar, item.key + suffix, content))
                 columns["notes_offsets"].append(_add(tar, f"{item.key}.json", item.notes))
+                columns["heights_px"].append(height_px)
+                columns["widths_px"].append(width_px)
                 columns["image_bytes"].append(len(content))
                 columns["notes_bytes"].append(len(item.notes))
                 columns["crc32s"].append(checksum(content, item.notes))
@@ -297,8 +310,6 @@ def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] |
             num_annotations=sum(item.num_annotations for item in plan.items),
             keys=tuple(item.key for item in plan.items),
             image_ids=tuple(item.image_id for item in plan.items),
-            heights_px=tuple(item.height_px for item in plan.items),
-            widths_px=tuple(item.width_px for item in plan.items),
             **{name: tuple(column) for name, column in columns.items()},
         )
         index_content = index.model_dump_json().encode()
@@ -306,16 +317,19 @@ def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] |
     return _info(plan, index, index_content)
 
 
-def _checked_image(item: PackItem) -> bytes:
+def _checked_image(item: PackItem) -> tuple[bytes, tuple[int, int]]:
+    """An image's file, and its height and width."""
     name = f"{item.image_id} ({item.path})"
     try:
         content = item.path.read_bytes()
     except OSError as error:
         raise DataError(f"image {name} cannot be read", value=os.strerror(error.errno or 0)) from error
-    check_size(decode_image(content, name), item.height_px, item.width_px, name)
+    pixels = decode_image(content, name)
+    if item.size_px is not None:
+        check_size(pixels, *item.size_px, name)
     if item.check_notes is not None:
         item.check_notes(item.notes, name)
-    return content
+    return content, (pixels.shape[0], pixels.shape[1])
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:

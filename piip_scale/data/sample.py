@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,14 @@ MIN_BOX_PX = 1.0
 Image = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
+SetKind = Literal["detection", "classification"]
+"""What a packed set's samples are labelled with, by the task that trains on it."""
+
+_IN_NOTES: dict[SetKind, frozenset[str]] = {
+    "detection": frozenset({"image_id", "file_name", "height", "width", "annotations"}),
+    "classification": frozenset({"image_id", "file_name", "label"}),
+}
+
 
 @dataclass(frozen=True)
 class RawSample:
@@ -28,7 +36,8 @@ class RawSample:
 
     Attributes:
         image: The image file, as it was packed.
-        notes: JSON: ``image_id, file_name, height, width, annotations``, the last as in COCO.
+        notes: JSON: ``image_id`` and ``file_name``; for detection ``height, width, annotations``, the last as in COCO;
+            for classification ``label``.
         crc32: Of ``image`` followed by ``notes``, when they were packed.
     """
 
@@ -59,6 +68,21 @@ class Sample:
     segmentations: tuple[Any, ...] | None
 
 
+@dataclass(frozen=True)
+class LabelledImage:
+    """A decoded sample of a classification set.
+
+    Attributes:
+        pixels: RGB, uint8 (H, W, 3).
+        label: Index of its class.
+    """
+
+    key: str
+    image_id: int
+    pixels: Image
+    label: int
+
+
 def checksum(image: bytes, notes: bytes) -> int:
     """The CRC-32 of a sample's bytes."""
     return zlib.crc32(notes, zlib.crc32(image))
@@ -70,8 +94,7 @@ def decode_sample(raw: RawSample, label_of_category: Mapping[int, int], *, has_m
     Raises:
         DataError: The bytes changed since they were packed, or the image or an annotation cannot be read.
     """
-    if checksum(raw.image, raw.notes) != raw.crc32:
-        raise DataError(f"sample {raw.key} changed since it was packed", rule="its checksum must match")
+    _check_bytes(raw)
     notes = parse_notes(raw)
     pixels = decode_image(raw.image, raw.key)
     check_size(pixels, notes["height"], notes["width"], raw.key)
@@ -94,8 +117,33 @@ def decode_sample(raw: RawSample, label_of_category: Mapping[int, int], *, has_m
     )
 
 
-def parse_notes(raw: RawSample) -> dict[str, Any]:
+def decode_labelled(raw: RawSample, num_classes: int) -> LabelledImage:
+    """Decodes a sample of a classification set.
+
+    Raises:
+        DataError: The bytes changed since they were packed, or the image or its label cannot be used.
+    """
+    _check_bytes(raw)
+    notes = parse_notes(raw, "classification")
+    label = notes["label"]
+    if not isinstance(label, int) or not 0 <= label < num_classes:
+        raise DataError(
+            f"label of sample {raw.key}", value=label, rule=f"the manifest names classes 0-{num_classes - 1}"
+        )
+    return LabelledImage(raw.key, notes["image_id"], decode_image(raw.image, raw.key), label)
+
+
+def _check_bytes(raw: RawSample) -> None:
+    if checksum(raw.image, raw.notes) != raw.crc32:
+        raise DataError(f"sample {raw.key} changed since it was packed", rule="its checksum must match")
+
+
+def parse_notes(raw: RawSample, kind: SetKind = "detection") -> dict[str, Any]:
     """A sample's annotations.
+
+    Args:
+        raw: The sample; its image is not looked at.
+        kind: Of its set.
 
     Raises:
         DataError: They are not the JSON that packing writes.
@@ -104,7 +152,7 @@ def parse_notes(raw: RawSample) -> dict[str, Any]:
         notes: dict[str, Any] = json.loads(raw.notes)
     except ValueError as error:
         raise DataError(f"annotations of sample {raw.key} cannot be read", value=str(error)) from None
-    missing = {"image_id", "file_name", "height", "width", "annotations"} - set(notes)
+    missing = _IN_NOTES[kind] - set(notes)
     if missing:
         raise DataError(f"annotations of sample {raw.key} lack {sorted(missing)}", fix="pack the set again")
     return notes

@@ -13,7 +13,7 @@ import pydantic
 
 from piip_scale.config.base import Strict
 from piip_scale.data.files import sha256_of
-from piip_scale.data.sample import RawSample, parse_notes
+from piip_scale.data.sample import RawSample, SetKind, parse_notes
 from piip_scale.errors import DataError
 
 FORMAT_VERSION = 1
@@ -50,13 +50,15 @@ class Manifest(Strict):
     """A whole set; written last, so that a set without it is unfinished.
 
     Attributes:
-        categories: In label order; ids are the COCO file's.
+        kind: What its samples are labelled with.
+        categories: In label order; ids are the COCO file's, or the labels themselves.
         has_masks: Every annotation has a segmentation.
         input_sha256: Of the annotations, the images' names and sizes, and the options.
         made_with: The options and versions it was packed with.
     """
 
     format_version: int
+    kind: SetKind = "detection"
     categories: tuple[Category, ...]
     has_masks: bool
     num_samples: int
@@ -161,15 +163,16 @@ class ShardSet:
         self._files = _ShardFiles([folder / shard.name for shard in manifest.shards])
 
     @classmethod
-    def open(cls, folder: str | Path, classes: Sequence[str] = ()) -> ShardSet:
+    def open(cls, folder: str | Path, classes: Sequence[str] = (), kind: SetKind | None = None) -> ShardSet:
         """Opens a set and checks that it is whole: manifest, indexes and sizes, not every byte.
 
         Args:
-            folder: Where ``pack_coco`` wrote it.
+            folder: Where it was packed to.
             classes: The class names expected, in label order; empty takes the set's own.
+            kind: The kind expected; ``None`` takes any.
 
         Raises:
-            DataError: It is absent, unfinished, damaged (naming the shard), or of other classes.
+            DataError: It is absent, unfinished, damaged (naming the shard), of another kind or of other classes.
         """
         folder = Path(folder)
         _require_manifest(folder)
@@ -180,6 +183,12 @@ class ShardSet:
                 value=manifest.format_version,
                 rule=f"this version reads {FORMAT_VERSION}",
                 fix="pack the set again with --overwrite",
+            )
+        if kind not in (None, manifest.kind):
+            raise DataError(
+                f"the shards in {folder} are packed for {manifest.kind}",
+                rule=f"this needs a set for {kind}",
+                fix=f"choose another folder, or pack a set for {kind}: see `piip-scale shards pack --help`",
             )
         names = [category.name for category in manifest.categories]
         if classes and list(classes) != names:
@@ -217,9 +226,8 @@ class ShardSet:
             DataError: Its shard is gone, or the annotations are damaged.
         """
         shard, _, _, notes_offset, notes_bytes, crc32 = map(int, self._places[number])
-        return parse_notes(
-            RawSample(str(self.keys[number]), b"", self._files.read(shard, notes_offset, notes_bytes), crc32)
-        )
+        notes = self._files.read(shard, notes_offset, notes_bytes)
+        return parse_notes(RawSample(str(self.keys[number]), b"", notes, crc32), self.manifest.kind)
 
     def coco_ground_truth(self) -> dict[str, Any]:
         """The set as a COCO dict (``images``, ``annotations``, ``categories``), as packed.

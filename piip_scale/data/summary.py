@@ -16,8 +16,24 @@ SMALL_PX, LARGE_PX = 32, 96
 
 
 @dataclass(frozen=True)
+class LabelSummary:
+    """A classification set in numbers.
+
+    Attributes:
+        images_of_class: By class name, in label order.
+        short_edges_px: Smallest, median and largest short edge of the images.
+        long_edges_px: The same of the long edge.
+    """
+
+    num_images: int
+    images_of_class: dict[str, int]
+    short_edges_px: tuple[int, int, int]
+    long_edges_px: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class SetSummary:
-    """A set in numbers.
+    """A detection set in numbers.
 
     Attributes:
         objects_of_class: By class name, in label order; crowds are not counted.
@@ -37,6 +53,21 @@ class SetSummary:
     short_edges_px: tuple[int, int, int]
     long_edges_px: tuple[int, int, int]
     objects_per_image: tuple[int, int]
+
+
+def summarise_labels(shards: ShardSet) -> LabelSummary:
+    """Counts the images of each class; reads labels, no images.
+
+    Raises:
+        DataError: A shard is gone or its labels are damaged.
+    """
+    counts = Counter(shards.notes(number)["label"] for number in range(len(shards)))
+    return LabelSummary(
+        num_images=len(shards),
+        images_of_class={name: counts[label] for label, name in enumerate(shards.classes)},
+        short_edges_px=_spread(shards.sizes_px.min(axis=1)),
+        long_edges_px=_spread(shards.sizes_px.max(axis=1)),
+    )
 
 
 def summarise(shards: ShardSet) -> SetSummary:

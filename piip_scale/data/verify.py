@@ -13,7 +13,7 @@ import numpy as np
 from piip_scale.data.files import sha256_of_file
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.pool import map_in_processes, num_processes
-from piip_scale.data.sample import RawSample, decode_sample
+from piip_scale.data.sample import RawSample, SetKind, check_size, decode_labelled, decode_sample
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.transforms import apply_geometry
 from piip_scale.errors import DataError
@@ -27,10 +27,12 @@ class VerifyReport:
     """What reading a set brought to light.
 
     Attributes:
+        kind: What the set's samples are labelled with.
         problems: One line each; empty for a sound set.
         shared_images: Pairs of a key here and a key in the other set whose image files are the same.
     """
 
+    kind: SetKind
     num_samples: int
     num_targets: int
     problems: tuple[str, ...]
@@ -51,7 +53,7 @@ def verify_shards(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Checks every shard's checksum, decodes every sample, and looks at every box and mask.
+    """Checks every shard's checksum, decodes every sample, and looks at every label, box and mask.
 
     Args:
         folder: The set.
@@ -77,6 +79,7 @@ def verify_shards(
     here, there = found[: len(sets[0].manifest.shards)], found[len(sets[0].manifest.shards) :]
     keys_there = {digest: key for findings in there for digest, key in findings.digests.items()}
     return VerifyReport(
+        kind=sets[0].manifest.kind,
         num_samples=len(sets[0]),
         num_targets=sum(findings.num_targets for findings in here),
         problems=tuple(problem for findings in here for problem in findings.problems),
@@ -101,13 +104,13 @@ def _read_shard(checked_folder: Path, job: tuple[ShardSet, int]) -> _Findings:
         raw = shards.read(index)
         digests[hashlib.blake2b(raw.image, digest_size=_DIGEST_BYTES).digest()] = raw.key
         try:
-            num_targets += _num_targets(shards, raw) if is_checked else 0
+            num_targets += _NUM_TARGETS[shards.manifest.kind](shards, raw, index) if is_checked else 0
         except DataError as error:
             problems.append(f"{info.name}: {error}")
     return _Findings(num_targets, tuple(problems), digests)
 
 
-def _num_targets(shards: ShardSet, raw: RawSample) -> int:
+def _num_objects(shards: ShardSet, raw: RawSample, index: int) -> int:
     sample = decode_sample(raw, shards.label_of_category, has_masks=shards.manifest.has_masks)
     height, width = sample.pixels.shape[:2]
     boxes = sample.boxes_xyxy_px
@@ -120,3 +123,16 @@ def _num_targets(shards: ShardSet, raw: RawSample) -> int:
     if target.mini_masks is not None and not target.mini_masks.any(axis=(1, 2)).all():
         raise DataError(f"sample {raw.key} has a mask that does not reach into its box")
     return len(target.labels)
+
+
+def _num_labels(shards: ShardSet, raw: RawSample, index: int) -> int:
+    sample = decode_labelled(raw, len(shards.classes))
+    height_px, width_px = shards.sizes_px[index].tolist()
+    check_size(sample.pixels, height_px, width_px, raw.key)
+    return 1
+
+
+_NUM_TARGETS: dict[SetKind, Callable[[ShardSet, RawSample, int], int]] = {
+    "detection": _num_objects,
+    "classification": _num_labels,
+}

@@ -59,11 +59,9 @@ def draw_detections(
         style: Sizes; the default where ``None``.
     """
     style = style or DrawingStyle()
-    height, width = image.shape[:2]
-    scale = style.long_edge_px / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    scale = style.long_edge_px / max(image.shape[:2])
     shown = [index for index, score in enumerate(found.scores.tolist()) if score >= style.min_score]
-    picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    picture = _scaled(image, style)
     for index in reversed(shown):
         if found.masks_rle is not None:
             _paint_mask(picture, found.masks_rle[index], class_colour(int(found.labels[index])))
@@ -79,6 +77,23 @@ def draw_detections(
         place = _free_place(draw.textlength(text, font=_font(style.text_px)), box, picture.size, style, taken)
         _write_tag(draw, text, place, class_colour(label), style)
         taken.append(place)
+    return picture
+
+
+def draw_names(image: Pixels, names: Sequence[tuple[int, str]], style: DrawingStyle | None = None) -> Image.Image:
+    """An image with names at its top left, one below the other.
+
+    Args:
+        image: RGB, uint8 (H, W, 3).
+        names: A label, for the colour, and a text each.
+        style: Sizes; the default where ``None``.
+    """
+    style = style or DrawingStyle()
+    picture = _scaled(image, style)
+    draw = ImageDraw.Draw(picture)
+    for row, (label, text) in enumerate(names):
+        width, height = draw.textlength(text, font=_font(style.text_px)) + 6, style.text_px + 5
+        _write_tag(draw, text, (0, row * height, width, height), class_colour(label), style)
     return picture
 
 
@@ -126,6 +141,13 @@ def class_colour(label: int) -> Rgb:
     hue = (0.02 + label * _GOLDEN_RATIO) % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, (0.95, 0.7)[label // 8 % 2])
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _scaled(image: Pixels, style: DrawingStyle) -> Image.Image:
+    height, width = image.shape[:2]
+    scale = style.long_edge_px / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
 
 
 def _paint_mask(picture: Image.Image, rle: dict[str, object], colour: Rgb) -> None:

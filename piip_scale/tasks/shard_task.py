@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
+from piip_scale.data.sample import SetKind
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.stream import SampleMaker, ShardLoader
 from piip_scale.tasks.base import Metric
@@ -26,17 +27,22 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
 
     Validation shards are opened at once, training shards when first asked for, so that evaluating needs none.
 
+    Attributes:
+        set_kind: The kind of shards it takes.
+
     Args:
         config: The run.
         world: This rank among all.
 
     Raises:
-        DataError: Validation shards that are absent, damaged, or of other classes than the config's.
+        DataError: Validation shards that are absent, damaged, of another kind, or of other classes than the config's.
     """
+
+    set_kind: ClassVar[SetKind]
 
     def __init__(self, config: ConfigT, world: World) -> None:
         self.config, self.world = config, world
-        self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes)
+        self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes, self.set_kind)
         self._val_loader = self._loader(self.val_shards)
 
     @property
@@ -100,7 +106,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
 
     @cached_property
     def _train_loader(self) -> ShardLoader[BatchT]:
-        shards = ShardSet.open(self.config.data.train_shards, self.classes)
+        shards = ShardSet.open(self.config.data.train_shards, self.classes, self.set_kind)
         self._check_train_shards(shards)
         return self._loader(shards)
 

@@ -12,7 +12,7 @@ from piip_scale.data.pack import pack_coco
 from piip_scale.data.sample import RawSample, checksum
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.summary import summarise
-from piip_scale.data.verify import _num_targets, verify_shards
+from piip_scale.data.verify import _num_objects, verify_shards
 from piip_scale.errors import DataError
 
 
@@ -67,10 +67,10 @@ def test_annotations_that_packing_would_refuse_are_found(packed):
         content = json_bytes(notes)
         changed = RawSample(raw.key, raw.image, content, checksum(raw.image, content))
         with pytest.raises(DataError) as caught:
-            _num_targets(shards, changed)
+            _num_objects(shards, changed, 0)
         return str(caught.value)
 
-    assert _num_targets(shards, raw) == len(sound["annotations"]) == 3
+    assert _num_objects(shards, raw, 0) == len(sound["annotations"]) == 3
     assert "outside its image" in problem(bbox=[60, 40, 30, 30])
     assert "does not reach into its box" in problem(segmentation=[[60, 50, 63, 50, 63, 53]])
     assert "not what the manifest says" in problem(category_id=5)
