@@ -36,10 +36,13 @@ class _BranchConfig(Strict):
             ``models.pretrained``.
         drop_path_mode: ``zero`` computes dropped residuals and multiplies by 0; ``skip`` leaves a fixed share of the
             batch's samples out of the computation, drawn anew for every residual.
+        frozen_blocks: So many first blocks, and the embedding below them, are never updated and drop no paths; ``all``
+            freezes the whole branch.
     """
 
     resolution_px: Positive
     pretrained: str | None = None
+    frozen_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = 0
     blocks_per_stage: tuple[Positive, ...] = ()
     drop_path_rate: Share = 0.0
     drop_path_schedule: Literal["constant", "linear"] = "constant"
@@ -283,6 +286,7 @@ class PiipConfig(Strict):
             raise ValueError(f"branches see {sizes} px and must rise: the largest model, at the lowest, comes first")
         for index, branch in enumerate(self.branches):
             self._check_stages(index, branch)
+            self._check_frozen(index, branch)
             self._check_heads(index, branch)
         self._check_pyramid()
         return self
@@ -298,6 +302,13 @@ class PiipConfig(Strict):
             raise ValueError(
                 f"interaction.num_stages={stages} must divide branches.{index}.depth={branch.depth}, "
                 "or blocks_per_stage must be given"
+            )
+
+    def _check_frozen(self, index: int, branch: BranchConfig) -> None:
+        if branch.frozen_blocks != "all" and branch.frozen_blocks > branch.depth:
+            raise ValueError(
+                f"branches.{index}.frozen_blocks={branch.frozen_blocks} must be at most depth={branch.depth}, "
+                "or 'all' for the whole branch"
             )
 
     def _check_heads(self, index: int, branch: BranchConfig) -> None:

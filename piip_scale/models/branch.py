@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -81,10 +82,18 @@ def check_size(image_BCHW: Tensor, smallest_px: int) -> None:
 
 
 def run_block(block: nn.Module, checkpointed: bool, *arguments: Tensor | int) -> Tensor:
-    """Calls a block, keeping only its arguments for the backward pass where ``checkpointed``."""
-    if checkpointed and block.training:
+    """Calls a block, keeping only its arguments for the backward pass where ``checkpointed``.
+
+    A frozen block above frozen ones only has no backward pass: it keeps nothing.
+    """
+    if checkpointed and block.training and _has_backward_pass(block, arguments):
         # The reentrant kind needs an input with a gradient, which a frozen stem does not give.
         output: Tensor = checkpoint(block, *arguments, use_reentrant=False)
         return output
     output = block(*arguments)
     return output
+
+
+def _has_backward_pass(block: nn.Module, arguments: Sequence[Tensor | int]) -> bool:
+    tensors = (*arguments, *block.parameters())
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)

@@ -13,6 +13,7 @@ from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConf
 from piip_scale.models.branch import Branch, BranchState, FeatureSpec
 from piip_scale.models.convnext import ConvNext
 from piip_scale.models.interaction import InteractionUnit
+from piip_scale.models.layers import DropPath
 from piip_scale.models.rules import ParameterRule
 from piip_scale.models.vit import Vit
 from piip_scale.ops.attention import require_attention_kernel
@@ -37,6 +38,8 @@ class Trunk(nn.Module):
         self.config = config
         self.branches = nn.ModuleList(_build_branch(branch, config.attention_kernel) for branch in config.branches)
         self.interactions = nn.ModuleList(self._build_units(stage) for stage in range(config.interaction.num_stages))
+        for branch, numbers in zip(self._branches, config.branches, strict=True):
+            _freeze(branch, numbers.frozen_blocks)
 
     def walk(self, image_BCHW: Tensor) -> Iterator[list[BranchState]]:
         """The branches' states after each stage.
@@ -127,6 +130,16 @@ def _build_branch(config: BranchConfig, attention_kernel: str) -> Branch:
     if isinstance(config, ConvNextBranchConfig):
         return ConvNext(config)
     return Vit(config, attention_kernel)
+
+
+def _freeze(branch: Branch, frozen_blocks: int | str) -> None:
+    num_blocks = len(branch.blocks) if frozen_blocks == "all" else int(frozen_blocks)
+    frozen = [*branch.embedding_modules(), *branch.blocks[:num_blocks]] if num_blocks else []
+    for module in frozen:
+        module.requires_grad_(False)
+        for part in module.modules():
+            if isinstance(part, DropPath):
+                part.rate = 0.0
 
 
 def _layer_ids(branch: Branch, stretch: float) -> dict[int, float]:
