@@ -10,9 +10,10 @@ import torch
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.engine.starting import StartClock
 from piip_scale.engine.trainer import StepReport
 from piip_scale.telemetry.memory import peak_memory_bytes
-from piip_scale.telemetry.records import SaveRecord, StepRecord
+from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 from piip_scale.world import World
 
 
@@ -25,6 +26,10 @@ class Sink(Protocol):
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of an evaluation."""
+        ...
+
+    def start(self, record: StartRecord) -> None:
+        """The way to the first step."""
         ...
 
     def save(self, record: SaveRecord) -> None:
@@ -47,6 +52,9 @@ class Silence:
         """Nothing."""
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def start(self, record: StartRecord) -> None:
         """Nothing."""
 
     def save(self, record: SaveRecord) -> None:
@@ -106,6 +114,28 @@ class Tell:
     def at_end(self, step: int) -> None:
         """Says so."""
         self._sink.event(step, "training is done")
+
+
+class TellStart:
+    """Tells after the process's first step how long each phase up to there took, on this rank."""
+
+    def __init__(self, sink: Sink, clock: StartClock) -> None:
+        self._sink, self._clock = sink, clock
+        self._told = False
+
+    def after_step(self, report: StepReport) -> None:
+        """Tells once."""
+        if self._told:
+            return
+        self._told = True
+        first = {"first_batch": report.wait_seconds, "first_step": report.seconds - report.wait_seconds}
+        self._sink.start(StartRecord(report.step, self._clock.seconds | first))
+
+    def at_stop(self, step: int) -> None:
+        """Nothing."""
+
+    def at_end(self, step: int) -> None:
+        """Nothing."""
 
 
 class Evaluate:

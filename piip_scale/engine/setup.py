@@ -19,6 +19,7 @@ from piip_scale.engine.building import Cutter, fill, named_weights, place_cut, p
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
 from piip_scale.engine.report import start_report
 from piip_scale.engine.sharding_checks import checked_plan
+from piip_scale.engine.starting import StartClock
 from piip_scale.engine.zero import BUCKET_ELEMENTS, Sharding, Sizes
 from piip_scale.errors import ModelError, WorldError
 from piip_scale.logging import get_logger
@@ -84,7 +85,9 @@ def build_model(task: Task, seed: int) -> nn.Module:
     return task.build_model()
 
 
-def build_engine(model: nn.Module, config: RunConfig, world: World) -> tuple[DeepSpeedEngine, Sharding]:
+def build_engine(
+    model: nn.Module, config: RunConfig, world: World, clock: StartClock | None = None
+) -> tuple[DeepSpeedEngine, Sharding]:
     """Gives the model its first weights, marks the leaf, groups the parameters and hands all to DeepSpeed. Collective.
 
     Prints the start report on the main rank.
@@ -94,18 +97,20 @@ def build_engine(model: nn.Module, config: RunConfig, world: World) -> tuple[Dee
             ZeRO-3 each rank's share only.
         config: The run.
         world: The ranks.
+        clock: Is told the end of the phases ``weights`` and ``shard``.
 
     Raises:
         ConfigError: DeepSpeed refuses a raw key, or it contradicts ours.
         KernelError: Offloading to a disk is not possible here.
         ModelError: The model's parts or rules do not fit its parameters, or pretrained weights do not fit the model.
     """
-    trainable = cast(TrainableModel, model)
+    trainable, clock = cast(TrainableModel, model), clock or StartClock()
     sizes, plan = checked_plan(model, config, world)
     for line in start_report(sizes, plan):
         get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
     give_weights(model, config, sizes, plan, choose_device(world))
+    clock.end_phase("weights")
     groups = build_param_groups(model, trainable.parameter_rules(), trainable.num_layers, config.optimizer)
     for line in ["optimiser groups", *group_lines(groups)]:
         get_logger(__name__).info(line)
@@ -115,6 +120,7 @@ def build_engine(model: nn.Module, config: RunConfig, world: World) -> tuple[Dee
         _gather_residents_together(engine)
         _unhook_residents(engine, trainable.head_leaf())
         gather_residents(engine)
+    clock.end_phase("shard")
     return engine, plan
 
 

@@ -12,9 +12,10 @@ from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import batch_line, scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.evaluation import evaluate
-from piip_scale.engine.hooks import Evaluate, Save, Silence, Sink, Tell
+from piip_scale.engine.hooks import Evaluate, Save, Silence, Sink, Tell, TellStart
 from piip_scale.engine.run_dir import RunDirectory, error_line
 from piip_scale.engine.setup import build_engine, build_model, init_distributed
+from piip_scale.engine.starting import StartClock
 from piip_scale.engine.stop import StopFlag, unsaved
 from piip_scale.engine.stream import BatchStream
 from piip_scale.engine.trainer import Hook, Trainer
@@ -108,15 +109,22 @@ def _train(
 ) -> None:
     get_logger(__name__).info(batch_line(config, world.num_ranks))
     config = scale_to_ranks(config, world.num_ranks)
+    clock = StartClock()
+    clock.end_phase("imports")
     device = init_distributed(world)
+    clock.end_phase("join")
     task = task_factory(config, world)
     stream = BatchStream(task, config.train, device)
-    engine, _ = build_engine(build_model(task, config.train.seed), config, world)
+    model = build_model(task, config.train.seed)
+    clock.end_phase("build")
+    engine, _ = build_engine(model, config, world, clock)
     checkpointer = Checkpointer(engine, run.checkpoints, config, world, task.num_train_batches())
     first_step = checkpointer.resume()
+    clock.end_phase("resume")
     sink = _open_sink(config, run, world, stream.total_steps, first_step, show_progress=show_progress)
     hooks: list[Hook] = [
         Tell(sink, run, world, device, config.train.log_every_steps, stream.total_steps),
+        TellStart(sink, clock),
         Save(checkpointer, sink, config.train.checkpoint_every_steps, first_step),
         Evaluate(lambda: evaluate(engine, task, device), sink, config.train.evaluate_every_steps),
     ]

@@ -38,6 +38,19 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class StartRecord:
+    """A process's way to its first step.
+
+    Attributes:
+        step: The first step, as ``StepRecord`` counts.
+        seconds: Of each phase, by name, in order.
+    """
+
+    step: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class SaveRecord:
     """One checkpoint, once it is visible.
 

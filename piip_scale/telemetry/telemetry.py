@@ -12,8 +12,8 @@ from piip_scale.telemetry.jsonl import JsonLines
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.progress import ProgressLine
-from piip_scale.telemetry.records import SaveRecord, StepRecord
-from piip_scale.telemetry.tensorboard import TensorBoardWriter, save_scalars, step_scalars
+from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
+from piip_scale.telemetry.tensorboard import TensorBoardWriter, save_scalars, start_scalars, step_scalars
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -67,6 +67,12 @@ class Telemetry:
         # Names with a slash are details, such as one class's share: files have them, a line has no room.
         shown = {name: value for name, value in metrics.items() if "/" not in name}
         self._note(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+
+    def start(self, record: StartRecord) -> None:
+        """Tells how the run came to its first step."""
+        self._write(record.step, "start", start_scalars(record))
+        phases = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in record.seconds.items())
+        self.event(record.step, f"{sum(record.seconds.values()):.1f} s from process to first step: {phases}")
 
     def save(self, record: SaveRecord) -> None:
         """Tells of a checkpoint that is visible now."""

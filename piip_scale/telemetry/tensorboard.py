@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from piip_scale.telemetry.memory import GIB
-from piip_scale.telemetry.records import SaveRecord, StepRecord
+from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 
 _FLUSH_SECONDS = 10
 
@@ -74,6 +74,11 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
     if record.grad_norm is not None:
         values["train/grad_norm"] = record.grad_norm
     return values
+
+
+def start_scalars(record: StartRecord) -> dict[str, float]:
+    """Every scalar of a start by its TensorBoard tag."""
+    return {f"start/{name}_seconds": seconds for name, seconds in record.seconds.items()}
 
 
 def save_scalars(record: SaveRecord) -> dict[str, float]:
