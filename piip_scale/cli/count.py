@@ -53,8 +53,9 @@ def count(
 
 
 def _classes(counted: RunCount) -> str:
-    why = "" if counted.classes_told else " (mmdet's own number: neither the config nor shards beside it name any)"
-    return f"{counted.num_classes} classes{why}"
+    if not counted.assumed_set:
+        return f"{counted.num_classes} classes"
+    return f"{counted.num_classes} classes ({counted.assumed_set}'s: neither the config nor its shards name any)"
 
 
 def _table(parts: tuple[PartCount, ...]) -> list[str]:

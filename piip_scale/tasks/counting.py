@@ -10,21 +10,23 @@ from piip_scale.errors import ConfigError
 from piip_scale.models.counting import PartCount, count_network, feature_maps
 from piip_scale.tasks.classes import told_classes
 
+_PUBLIC_SETS = {"detection": ("COCO", 80)}
+"""By task: the set that is counted for, and its classes, where a run's own are not known."""
+
 
 @dataclass(frozen=True)
 class RunCount:
     """The count of a whole model.
 
     Attributes:
-        parts: The network's, then neck and heads.
+        parts: The network's, then what follows it.
         num_classes: Classes that the heads were built for.
-        classes_told: Whether the config or its shards name them; otherwise they are as many as mmdet's own configs
-            have.
+        assumed_set: The public set that has so many, where neither the config nor its shards name any; else empty.
     """
 
     parts: tuple[PartCount, ...]
     num_classes: int
-    classes_told: bool
+    assumed_set: str
 
 
 def count_run(config: RunConfig, height_px: int, width_px: int) -> RunCount:
@@ -39,12 +41,18 @@ def count_run(config: RunConfig, height_px: int, width_px: int) -> RunCount:
         ConfigError: Heads that cannot be built, or that no rule counts.
         DataError: The run's shards are damaged.
     """
-    if not isinstance(config, DetectionRun):
-        raise ConfigError("config key task", value=config.task, rule="no rule counts its heads")
-    from piip_scale.tasks.detector_config import BASE_CLASSES  # mmdet takes seconds to import
-    from piip_scale.tasks.detector_counting import detector_parts
+    if config.task not in _PUBLIC_SETS:
+        raise ConfigError("config key task", value=config.task, rule=f"counted are {', '.join(_PUBLIC_SETS)}")
+    name, num_classes = _PUBLIC_SETS[config.task]
+    if classes := told_classes(config):
+        name, num_classes = "", len(classes)
+    return RunCount(_parts(config, num_classes, height_px, width_px), num_classes, name)
 
-    classes = told_classes(config)
-    num_classes = len(classes) or BASE_CLASSES
-    heads = detector_parts(config.detector, feature_maps(config.model, height_px, width_px), num_classes)
-    return RunCount((*count_network(config.model, height_px, width_px), *heads), num_classes, bool(classes))
+
+def _parts(config: RunConfig, num_classes: int, height_px: int, width_px: int) -> tuple[PartCount, ...]:
+    network = count_network(config.model, height_px, width_px)
+    features = feature_maps(config.model, height_px, width_px)
+    assert isinstance(config, DetectionRun)
+    from piip_scale.tasks.detector_counting import detector_parts  # mmdet takes seconds to import
+
+    return (*network, *detector_parts(config.detector, features, num_classes))

@@ -21,8 +21,7 @@ _BASES = {
 }
 _DINO_STRIDES_PX = (8, 16, 32)
 _DINO_WIDTH = 256
-BASE_CLASSES = 80
-"""Of all mmdet's base configs: COCO's."""
+_BASE_CLASSES = 80  # COCO's, in all of mmdet's base configs
 _PASS_THROUGH = {"type": "PassThroughBackbone"}
 
 
@@ -167,7 +166,7 @@ def _set_classes(model: Tree, num_classes: int) -> None:
     heads = ("bbox_head",) if "bbox_head" in model else ("roi_head.bbox_head", "roi_head.mask_head")
     for head in (head for head in heads if exists(model, head.split("."))):
         path = [*head.split("."), "num_classes"]
-        others = [value for value in values_at(model, path) if value not in (num_classes, BASE_CLASSES)]
+        others = [value for value in values_at(model, path) if value not in (num_classes, _BASE_CLASSES)]
         if others:
             raise ConfigError(
                 f"config key detector.overrides.{head}.num_classes",

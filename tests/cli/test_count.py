@@ -53,7 +53,7 @@ def test_json_holds_the_exact_numbers(config):
 
 def test_the_table_names_every_part_and_their_sum(config):
     lines = run(config, "--set", "model.interaction.num_stages=1").output.splitlines()
-    assert lines[0].startswith("64x64 px, one image, 80 classes (mmdet's own number")
+    assert lines[0].startswith("64x64 px, one image, 80 classes (COCO's: neither")
     names = [line[:16].strip() for line in lines[2:]]
     heads = ["neck", "rpn", "box head", "mask head"]
     assert names == ["branch 1", "branch 2", "interaction 1", "merging", "pyramid", *heads, "total"]

@@ -95,12 +95,12 @@ def test_notes_say_what_heads_work_on():
     assert parts["decoder"] == "40 queries"
 
 
-def test_classes_that_nobody_tells_are_mmdets():
+def test_classes_that_nobody_tells_are_those_of_a_public_set():
     untold = small_run("faster_rcnn").model_copy(update={"data": run_config("faster_rcnn").data})
     counted = count_run(untold, 128, 160)
-    assert (counted.num_classes, counted.classes_told) == (80, False)
+    assert (counted.num_classes, counted.assumed_set) == (80, "COCO")
     told = count_run(small_run("faster_rcnn"), 128, 160)
-    assert (told.num_classes, told.classes_told) == (3, True)
+    assert (told.num_classes, told.assumed_set) == (3, "")
 
 
 @pytest.mark.parametrize(
