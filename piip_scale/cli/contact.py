@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from piip_scale.data.files import write_bytes
+from piip_scale.data.label_maps import decode_mapped
 from piip_scale.data.sample import decode_image, decode_labelled, parse_notes
 from piip_scale.tasks.base import Detections
 
@@ -30,7 +31,22 @@ def summary_table(shards: ShardSet) -> Table:
     Raises:
         DataError: A shard is gone or its annotations are damaged.
     """
-    return _label_table(shards) if shards.manifest.kind == "classification" else _object_table(shards)
+    tables = {"classification": _label_table, "segmentation": _map_table, "detection": _object_table}
+    return tables[shards.manifest.kind](shards)
+
+
+def _map_table(shards: ShardSet) -> Table:
+    from piip_scale.data.summary import summarise_maps
+
+    summary = summarise_maps(shards)
+    table = _table(shards.folder, str(summary.num_images), summary.short_edges_px, summary.long_edges_px)
+    shares = summary.share_of_class.items()
+    shown = shares if len(shares) <= _MOST_CLASSES else sorted(shares, key=lambda item: -item[1])[:_MOST_CLASSES]
+    table.add_row("classes", str(len(shares)) + (f", the largest {len(shown)}:" if len(shown) < len(shares) else ""))
+    for name, share in shown:
+        table.add_row(f"class {name}", f"{share:.2%} of the pixels")
+    table.add_row("no class", f"{summary.ignored_share:.2%} of the pixels")
+    return table
 
 
 def _label_table(shards: ShardSet) -> Table:
@@ -72,7 +88,7 @@ def _object_table(shards: ShardSet) -> Table:
 
 
 def draw_contact_sheet(shards: ShardSet, out: Path, num_images: int) -> None:
-    """Draws samples spread evenly over a set, with their boxes and masks or their class, into one PNG.
+    """Draws samples spread evenly over a set, with their boxes and masks, label map or class, into one PNG.
 
     Raises:
         DataError: A sample is damaged, or the picture cannot be written.
@@ -87,12 +103,15 @@ def draw_contact_sheet(shards: ShardSet, out: Path, num_images: int) -> None:
 
 
 def _picture(shards: ShardSet, number: int, style: DrawingStyle) -> PIL.Image.Image:
-    from piip_scale.tasks.drawing import draw_detections, draw_names
+    from piip_scale.tasks.drawing import draw_detections, draw_label_map, draw_names
 
     raw = shards.read(number)
     if shards.manifest.kind == "classification":
         labelled = decode_labelled(raw, len(shards.classes))
         return draw_names(labelled.pixels, [(labelled.label, shards.classes[labelled.label])], style)
+    if shards.manifest.kind == "segmentation":
+        mapped = decode_mapped(raw, shards.map_rule)
+        return draw_label_map(mapped.pixels, mapped.labels, shards.classes, style)
     pixels = decode_image(raw.image, raw.key)
     return draw_detections(pixels, _ground_truth(parse_notes(raw), shards), shards.classes, style)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream, check them, look at them.")
 Folder = Annotated[Path, typer.Argument(help="Folder of packed shards.")]
-_TARGETS: dict[SetKind, str] = {"detection": "objects", "classification": "labels"}
+_TARGETS: dict[SetKind, str] = {"detection": "objects", "classification": "labels", "segmentation": "label maps"}
 
 
 @app.command()
@@ -33,6 +33,12 @@ def pack(
     image_list: Annotated[
         Path | None, typer.Option(help="List of images, PATH LABEL in each line, for classification.")
     ] = None,
+    label_maps: Annotated[
+        Path | None, typer.Option(help="Folder of label maps (8-bit PNG), named as --images, for segmentation.")
+    ] = None,
+    reduce_zero_label: Annotated[
+        bool, typer.Option("--reduce-zero-label", help="In label maps 0 is no class, as in ADE20K.")
+    ] = False,
     images: Annotated[Path | None, typer.Option(help="Folder that the file names in it are relative to.")] = None,
     target_mb: Annotated[float, typer.Option(help="Size to aim at for one shard, in megabytes.")] = 256.0,
     target_samples: Annotated[int | None, typer.Option(min=1, help="Most images in one shard.")] = None,
@@ -51,28 +57,38 @@ def pack(
 ) -> None:
     """Pack a data set into tar shards, each with an index, and one manifest for all.
 
-    From a COCO file for detection; from image folders, or a list of images with labels, for classification. Images are
-    checked and stored as they are. The same input gives the same bytes; a second call on a finished folder does
-    nothing; a killed one continues. Any webdataset reader, and plain tar, can read the shards.
+    From a COCO file for detection; from image folders, or a list of images with labels, for classification; from two
+    folders of images and label maps for segmentation. Images are checked and stored as they are. The same input gives
+    the same bytes; a second call on a finished folder does nothing; a killed one continues. Any webdataset reader, and
+    plain tar, can read the shards.
 
     Example: `piip-scale shards pack --coco ann.json --images DIR --out shards/train`
     """
     from piip_scale.data.pack import pack_coco
     from piip_scale.data.pack_classes import pack_folders, pack_list
+    from piip_scale.data.pack_maps import pack_label_maps
     from piip_scale.data.packing import PackOptions
 
-    source = _only_source(coco=coco, image_folders=image_folders, image_list=image_list)
+    source = _only_source(coco=coco, image_folders=image_folders, image_list=image_list, label_maps=label_maps)
     if (source == image_folders) != (images is None):
         raise DataError(
-            "--images", value=str(images or ""), rule="it goes with --coco and --image-list, and only with them"
+            "--images",
+            value=str(images or ""),
+            rule="it goes with --coco, --image-list and --label-maps, and only with them",
         )
     if source != coco and (clip_boxes or boxes_only):
         raise DataError("--clip-boxes and --boxes-only", rule="they go with --coco alone", fix="leave them out")
+    if source != label_maps and reduce_zero_label:
+        raise DataError("--reduce-zero-label", rule="it goes with --label-maps alone", fix="leave it out")
     names = _classes(classes, class_names)
     with progress_bar(f"packing {source.name}") as on_progress:
         how = PackOptions(target_mb, target_samples, workers, overwrite, on_progress)
         if image_folders is not None:
             manifest = pack_folders(image_folders, out, classes=names, how=how)
+        elif label_maps is not None:
+            manifest = pack_label_maps(
+                cast(Path, images), label_maps, out, classes=names, reduce_zero_label=reduce_zero_label, how=how
+            )
         elif image_list is not None:
             manifest = pack_list(image_list, cast(Path, images), out, classes=names, how=how)
         else:
@@ -98,7 +114,7 @@ def verify(
     other: Annotated[Path | None, typer.Option(help="A set that must not share images, such as validation's.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: all cores.")] = None,
 ) -> None:
-    """Read a packed set to the last byte: checksums, images, labels, boxes and masks.
+    """Read a packed set to the last byte: checksums, images, labels, label maps, boxes and masks.
 
     Prints one line a problem and ends with exit code 1 if there are any.
 
@@ -124,7 +140,7 @@ def show(
     out: Annotated[Path | None, typer.Option(help="Draw a contact sheet there (.png).")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images on the sheet, spread evenly over the set.")] = 12,
 ) -> None:
-    """Say what a packed set holds, and draw some of it with its boxes and masks, or class names.
+    """Say what a packed set holds, and draw some of it with its boxes and masks, label maps or class names.
 
     Example: `piip-scale shards show shards/train --out train.png`
     """

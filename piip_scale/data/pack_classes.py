@@ -47,7 +47,7 @@ def pack_folders(
             f"{folder} holds folders that are no class", value=unknown[:5], fix="name them, or move them away"
         )
     names = tuple(classes) or tuple(found)
-    labelled = [(file, label) for label, name in enumerate(names) for file in _images_of(folder, name)]
+    labelled = [(file, label) for label, name in enumerate(names) for file in images_under(folder, name)]
     if not classes and (empty := sorted(set(names) - {file.split("/")[0] for file, _ in labelled})):
         raise DataError(
             f"classes of {folder} without images", value=empty[:5], fix="remove the folders, or name all classes"
@@ -89,8 +89,12 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     return names
 
 
-def _images_of(folder: Path, name: str) -> list[str]:
-    """The images of a class, by their paths under ``folder``, sorted."""
+def images_under(folder: Path, name: str = "") -> list[str]:
+    """The images of a folder in ``folder``, or of all of it, by their paths under ``folder``, sorted.
+
+    Raises:
+        DataError: A file is no image.
+    """
     found = []
     for place, folders, files in os.walk(folder / name, followlinks=True):
         folders[:] = [inner for inner in folders if not inner.startswith(".")]
@@ -149,14 +153,28 @@ def _pack(
 def _items(images: Path, labelled: Sequence[Labelled]) -> Iterator[PackItem]:
     """The samples in the order of the shards."""
     paths = [images / file for file, _ in labelled]
-    # Storage behind a network answers one question in a millisecond, and many at once in little more.
-    with ThreadPoolExecutor(_STAT_THREADS) as threads:
-        sizes = list(threads.map(_file_bytes, paths))
+    sizes = file_sizes(paths)
     # Sorted by class, a shard would hold one class or two, and a batch, drawn from few shards, too few.
-    for number in sorted(range(len(labelled)), key=lambda n: hashlib.blake2b(labelled[n][0].encode()).digest()):
+    for number in mixed([file for file, _ in labelled]):
         file, label = labelled[number]
         notes = json_bytes({"image_id": number, "file_name": file, "label": label})
         yield PackItem(number, paths[number], None, sizes[number], 1, notes)
+
+
+def file_sizes(paths: Sequence[Path]) -> list[int]:
+    """Sizes of many files, in bytes.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    # Storage behind a network answers one question in a millisecond, and many at once in little more.
+    with ThreadPoolExecutor(_STAT_THREADS) as threads:
+        return list(threads.map(_file_bytes, paths))
+
+
+def mixed(names: Sequence[str]) -> list[int]:
+    """Their indices in an order that follows from the names alone, and mixes them well."""
+    return sorted(range(len(names)), key=lambda index: hashlib.blake2b(names[index].encode()).digest())
 
 
 def _file_bytes(path: Path) -> int:

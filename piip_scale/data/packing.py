@@ -12,12 +12,13 @@ import io
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import piip_scale
 from piip_scale.data.files import HashingWriter, json_bytes, sha256_of, whole_file, write_bytes
+from piip_scale.data.label_maps import MapRule, decode_label_map
 from piip_scale.data.pool import map_in_processes, num_processes
 from piip_scale.data.sample import SetKind, check_size, checksum, decode_image
 from piip_scale.data.shards import (
@@ -43,6 +44,21 @@ _MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class LabelMap:
+    """A label map to be packed beside its image.
+
+    Attributes:
+        path: The file; it is stored as it is.
+        file_bytes: Its size.
+        rule: What its pixels may be.
+    """
+
+    path: Path
+    file_bytes: int
+    rule: MapRule
+
+
+@dataclass(frozen=True, slots=True)
 class PackItem:
     """A sample to be packed; light, because it goes to another process.
 
@@ -56,6 +72,7 @@ class PackItem:
         notes: JSON: what ``parse_notes`` reads.
         check_notes: A function of a module, called with notes and the image's name: raises a ``DataError`` for what
             takes too long to check while planning.
+        label_map: Of a segmentation set.
     """
 
     image_id: int
@@ -65,6 +82,7 @@ class PackItem:
     num_annotations: int
     notes: bytes
     check_notes: Callable[[bytes, str], None] | None = None
+    label_map: LabelMap | None = None
 
     @property
     def key(self) -> str:
@@ -91,6 +109,7 @@ class SetFacts:
         has_masks: Every annotation has a segmentation.
         options: What the user asked for; another choice makes another set.
         source: Where it comes from, for people.
+        reduce_zero_label: As in ``Manifest``.
     """
 
     kind: SetKind
@@ -98,6 +117,7 @@ class SetFacts:
     has_masks: bool
     options: dict[str, Any]
     source: dict[str, Any]
+    reduce_zero_label: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +166,7 @@ def pack_items(items: Iterable[PackItem], out: Path, facts: SetFacts, how: PackO
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         kind=facts.kind,
+        reduce_zero_label=facts.reduce_zero_label,
         categories=facts.categories,
         has_masks=facts.has_masks,
         num_samples=sum(len(plan.items) for plan in plans),
@@ -164,8 +185,10 @@ def _plan(samples: Iterable[PackItem], out: Path, target_bytes: float, target_sa
     num_bytes = 0
     number = 0
     for item in samples:
-        # Two tar members, each a header block and up to a block of padding.
+        # Each tar member has a header block and up to a block of padding.
         size = item.file_bytes + len(item.notes) + 4 * tarfile.BLOCKSIZE
+        if item.label_map is not None:
+            size += item.label_map.file_bytes + 2 * tarfile.BLOCKSIZE
         if items and (num_bytes + size > target_bytes or len(items) == target_samples):
             yield _shard_plan(out / shard_name(number), items)
             items, num_bytes, number = [], 0, number + 1
@@ -178,6 +201,8 @@ def _shard_plan(path: Path, items: Sequence[PackItem]) -> _Plan:
     digest = hashlib.sha256(f"{FORMAT_VERSION} {path.name}".encode())
     for item in items:
         digest.update(json_bytes([item.key, item.file_bytes]) + item.notes)
+        if (label_map := item.label_map) is not None:
+            digest.update(json_bytes([label_map.path.name, label_map.file_bytes, asdict(label_map.rule)]))
     return _Plan(path, tuple(items), digest.hexdigest())
 
 
@@ -286,6 +311,8 @@ def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] |
             "notes_offsets",
             "notes_bytes",
             "crc32s",
+            "map_offsets",
+            "map_bytes",
         )
     }
     with whole_file(plan.path) as file:
@@ -300,7 +327,12 @@ def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] |
                 columns["widths_px"].append(width_px)
                 columns["image_bytes"].append(len(content))
                 columns["notes_bytes"].append(len(item.notes))
-                columns["crc32s"].append(checksum(content, item.notes))
+                label_map = b""
+                if item.label_map is not None:
+                    label_map = _checked_map(item, item.label_map, (height_px, width_px))
+                    columns["map_offsets"].append(_add(tar, f"{item.key}.seg.png", label_map))
+                    columns["map_bytes"].append(len(label_map))
+                columns["crc32s"].append(checksum(content, item.notes, label_map))
                 if advance is not None:
                     advance(1)
         index = ShardIndex(
@@ -312,7 +344,8 @@ def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] |
             image_ids=tuple(item.image_id for item in plan.items),
             **{name: tuple(column) for name, column in columns.items()},
         )
-        index_content = index.model_dump_json().encode()
+        # Columns that a set has no use for are left out: its index is what it was before there were any.
+        index_content = index.model_dump_json(exclude_defaults=True).encode()
         write_bytes(index_path, index_content)
     return _info(plan, index, index_content)
 
@@ -320,16 +353,33 @@ def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] |
 def _checked_image(item: PackItem) -> tuple[bytes, tuple[int, int]]:
     """An image's file, and its height and width."""
     name = f"{item.image_id} ({item.path})"
-    try:
-        content = item.path.read_bytes()
-    except OSError as error:
-        raise DataError(f"image {name} cannot be read", value=os.strerror(error.errno or 0)) from error
+    content = _read(item.path, f"image {name}")
     pixels = decode_image(content, name)
     if item.size_px is not None:
         check_size(pixels, *item.size_px, name)
     if item.check_notes is not None:
         item.check_notes(item.notes, name)
     return content, (pixels.shape[0], pixels.shape[1])
+
+
+def _checked_map(item: PackItem, label_map: LabelMap, size_px: tuple[int, int]) -> bytes:
+    """A label map's file, of the size of its image."""
+    name = f"{item.image_id} ({label_map.path})"
+    content = _read(label_map.path, f"label map {name}")
+    labels = decode_label_map(content, label_map.rule, name)
+    if labels.shape != size_px:
+        raise DataError(
+            f"label map {name} is {labels.shape[1]} x {labels.shape[0]} px",
+            rule=f"its image is {size_px[1]} x {size_px[0]}",
+        )
+    return content
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name} cannot be read", value=os.strerror(error.errno or 0)) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:

@@ -21,12 +21,13 @@ MIN_BOX_PX = 1.0
 Image = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
-SetKind = Literal["detection", "classification"]
+SetKind = Literal["detection", "classification", "segmentation"]
 """What a packed set's samples are labelled with, by the task that trains on it."""
 
 _IN_NOTES: dict[SetKind, frozenset[str]] = {
     "detection": frozenset({"image_id", "file_name", "height", "width", "annotations"}),
     "classification": frozenset({"image_id", "file_name", "label"}),
+    "segmentation": frozenset({"image_id", "file_name"}),
 }
 
 
@@ -38,13 +39,15 @@ class RawSample:
         image: The image file, as it was packed.
         notes: JSON: ``image_id`` and ``file_name``; for detection ``height, width, annotations``, the last as in COCO;
             for classification ``label``.
-        crc32: Of ``image`` followed by ``notes``, when they were packed.
+        crc32: Of ``image``, ``notes`` and ``label_map`` in this order, when they were packed.
+        label_map: The file of a segmentation set's label map, as it was packed; empty in other sets.
     """
 
     key: str
     image: bytes
     notes: bytes
     crc32: int
+    label_map: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ class LabelledImage:
     label: int
 
 
-def checksum(image: bytes, notes: bytes) -> int:
+def checksum(image: bytes, notes: bytes, label_map: bytes = b"") -> int:
     """The CRC-32 of a sample's bytes."""
-    return zlib.crc32(notes, zlib.crc32(image))
+    return zlib.crc32(label_map, zlib.crc32(notes, zlib.crc32(image)))
 
 
 def decode_sample(raw: RawSample, label_of_category: Mapping[int, int], *, has_masks: bool) -> Sample:
@@ -94,7 +97,7 @@ def decode_sample(raw: RawSample, label_of_category: Mapping[int, int], *, has_m
     Raises:
         DataError: The bytes changed since they were packed, or the image or an annotation cannot be read.
     """
-    _check_bytes(raw)
+    check_bytes(raw)
     notes = parse_notes(raw)
     pixels = decode_image(raw.image, raw.key)
     check_size(pixels, notes["height"], notes["width"], raw.key)
@@ -123,7 +126,7 @@ def decode_labelled(raw: RawSample, num_classes: int) -> LabelledImage:
     Raises:
         DataError: The bytes changed since they were packed, or the image or its label cannot be used.
     """
-    _check_bytes(raw)
+    check_bytes(raw)
     notes = parse_notes(raw, "classification")
     label = notes["label"]
     if not isinstance(label, int) or not 0 <= label < num_classes:
@@ -133,8 +136,13 @@ def decode_labelled(raw: RawSample, num_classes: int) -> LabelledImage:
     return LabelledImage(raw.key, notes["image_id"], decode_image(raw.image, raw.key), label)
 
 
-def _check_bytes(raw: RawSample) -> None:
-    if checksum(raw.image, raw.notes) != raw.crc32:
+def check_bytes(raw: RawSample) -> None:
+    """Holds a sample to its checksum.
+
+    Raises:
+        DataError: Its bytes changed since they were packed.
+    """
+    if checksum(raw.image, raw.notes, raw.label_map) != raw.crc32:
         raise DataError(f"sample {raw.key} changed since it was packed", rule="its checksum must match")
 
 

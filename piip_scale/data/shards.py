@@ -13,6 +13,7 @@ import pydantic
 
 from piip_scale.config.base import Strict
 from piip_scale.data.files import sha256_of
+from piip_scale.data.label_maps import MapRule
 from piip_scale.data.sample import RawSample, SetKind, parse_notes
 from piip_scale.errors import DataError
 
@@ -51,6 +52,7 @@ class Manifest(Strict):
 
     Attributes:
         kind: What its samples are labelled with.
+        reduce_zero_label: In the label maps of a segmentation set 0 is ignored and the classes count from 1.
         categories: In label order; ids are the COCO file's, or the labels themselves.
         has_masks: Every annotation has a segmentation.
         input_sha256: Of the annotations, the images' names and sizes, and the options.
@@ -59,6 +61,7 @@ class Manifest(Strict):
 
     format_version: int
     kind: SetKind = "detection"
+    reduce_zero_label: bool = False
     categories: tuple[Category, ...]
     has_masks: bool
     num_samples: int
@@ -73,6 +76,7 @@ class ShardIndex(Strict):
 
     Attributes:
         plan_sha256: Of what was to be packed; a restart keeps a shard whose plan is the same.
+        map_offsets: Of label maps, like ``map_bytes``; empty where there are none.
     """
 
     shard_bytes: int
@@ -88,6 +92,8 @@ class ShardIndex(Strict):
     notes_offsets: tuple[int, ...]
     notes_bytes: tuple[int, ...]
     crc32s: tuple[int, ...]
+    map_offsets: tuple[int, ...] = ()
+    map_bytes: tuple[int, ...] = ()
 
 
 def shard_name(number: int) -> str:
@@ -155,11 +161,13 @@ class ShardSet:
                     index.notes_offsets,
                     index.notes_bytes,
                     index.crc32s,
+                    index.map_offsets or (0,) * len(index.keys),
+                    index.map_bytes or (0,) * len(index.keys),
                     strict=True,
                 )
             ],
             np.int64,
-        ).reshape(-1, 6)
+        ).reshape(-1, 8)
         self._files = _ShardFiles([folder / shard.name for shard in manifest.shards])
 
     @classmethod
@@ -203,6 +211,11 @@ class ShardSet:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def map_rule(self) -> MapRule:
+        """What the pixels of a segmentation set's label maps mean."""
+        return MapRule(len(self.classes), self.manifest.reduce_zero_label)
+
     def numbers_of_shard(self, shard: int) -> range:
         """The numbers of a shard's samples."""
         first = sum(self.num_samples_of_shard[:shard])
@@ -214,10 +227,19 @@ class ShardSet:
         Raises:
             DataError: Its shard is gone or cut off, which no other sample can make up for.
         """
-        shard, image_offset, image_bytes, notes_offset, notes_bytes, crc32 = map(int, self._places[number])
+        shard, image_offset, image_bytes, notes_offset, notes_bytes, crc32, *_ = map(int, self._places[number])
         image = self._files.read(shard, image_offset, image_bytes)
         notes = self._files.read(shard, notes_offset, notes_bytes)
-        return RawSample(str(self.keys[number]), image, notes, crc32)
+        return RawSample(str(self.keys[number]), image, notes, crc32, self.label_map(number))
+
+    def label_map(self, number: int) -> bytes:
+        """The file of a sample's label map alone; empty where the set has none.
+
+        Raises:
+            DataError: Its shard is gone or cut off.
+        """
+        shard, offset, num_bytes = (int(self._places[number, column]) for column in (0, 6, 7))
+        return self._files.read(shard, offset, num_bytes) if num_bytes else b""
 
     def notes(self, number: int) -> dict[str, Any]:
         """A sample's annotations alone, as ``parse_notes`` gives them: the image is not read.
@@ -225,7 +247,7 @@ class ShardSet:
         Raises:
             DataError: Its shard is gone, or the annotations are damaged.
         """
-        shard, _, _, notes_offset, notes_bytes, crc32 = map(int, self._places[number])
+        shard, _, _, notes_offset, notes_bytes, crc32, *_ = map(int, self._places[number])
         notes = self._files.read(shard, notes_offset, notes_bytes)
         return parse_notes(RawSample(str(self.keys[number]), b"", notes, crc32), self.manifest.kind)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from piip_scale.data.label_maps import IGNORED, decode_label_map
 from piip_scale.data.shards import ShardSet
 
 SMALL_PX, LARGE_PX = 32, 96
@@ -55,6 +56,24 @@ class SetSummary:
     objects_per_image: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class MapSummary:
+    """A segmentation set in numbers.
+
+    Attributes:
+        share_of_class: Of all pixels, 0 to 1, by class name in label order.
+        ignored_share: Pixels of no class.
+        short_edges_px: Smallest, median and largest short edge of the images.
+        long_edges_px: The same of the long edge.
+    """
+
+    num_images: int
+    share_of_class: dict[str, float]
+    ignored_share: float
+    short_edges_px: tuple[int, int, int]
+    long_edges_px: tuple[int, int, int]
+
+
 def summarise_labels(shards: ShardSet) -> LabelSummary:
     """Counts the images of each class; reads labels, no images.
 
@@ -65,6 +84,26 @@ def summarise_labels(shards: ShardSet) -> LabelSummary:
     return LabelSummary(
         num_images=len(shards),
         images_of_class={name: counts[label] for label, name in enumerate(shards.classes)},
+        short_edges_px=_spread(shards.sizes_px.min(axis=1)),
+        long_edges_px=_spread(shards.sizes_px.max(axis=1)),
+    )
+
+
+def summarise_maps(shards: ShardSet) -> MapSummary:
+    """Counts the pixels of each class; reads label maps, no images.
+
+    Raises:
+        DataError: A shard is gone or a label map is damaged.
+    """
+    pixels = np.zeros(IGNORED + 1, np.int64)
+    for number in range(len(shards)):
+        labels = decode_label_map(shards.label_map(number), shards.map_rule, str(shards.keys[number]))
+        pixels += np.bincount(labels.ravel(), minlength=len(pixels))
+    total = max(int(pixels.sum()), 1)
+    return MapSummary(
+        num_images=len(shards),
+        share_of_class={name: pixels[label] / total for label, name in enumerate(shards.classes)},
+        ignored_share=pixels[IGNORED] / total,
         short_edges_px=_spread(shards.sizes_px.min(axis=1)),
         long_edges_px=_spread(shards.sizes_px.max(axis=1)),
     )

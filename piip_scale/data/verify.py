@@ -12,6 +12,7 @@ import numpy as np
 
 from piip_scale.data.files import sha256_of_file
 from piip_scale.data.geometry import Geometry, Window
+from piip_scale.data.label_maps import decode_mapped
 from piip_scale.data.pool import map_in_processes, num_processes
 from piip_scale.data.sample import RawSample, SetKind, check_size, decode_labelled, decode_sample
 from piip_scale.data.shards import ShardSet
@@ -53,7 +54,7 @@ def verify_shards(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Checks every shard's checksum, decodes every sample, and looks at every label, box and mask.
+    """Checks every shard's checksum, decodes every sample, and looks at every label, label map, box and mask.
 
     Args:
         folder: The set.
@@ -132,7 +133,15 @@ def _num_labels(shards: ShardSet, raw: RawSample, index: int) -> int:
     return 1
 
 
+def _num_maps(shards: ShardSet, raw: RawSample, index: int) -> int:
+    sample = decode_mapped(raw, shards.map_rule)
+    height_px, width_px = shards.sizes_px[index].tolist()
+    check_size(sample.pixels, height_px, width_px, raw.key)
+    return 1
+
+
 _NUM_TARGETS: dict[SetKind, Callable[[ShardSet, RawSample, int], int]] = {
     "detection": _num_objects,
     "classification": _num_labels,
+    "segmentation": _num_maps,
 }

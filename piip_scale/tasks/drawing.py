@@ -22,6 +22,7 @@ _Place = tuple[float, float, float, float]
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _MASK_OPACITY = 0.45
+_MOST_NAMES = 6
 _BACKGROUND: Rgb = (250, 250, 250)
 _TEXT: Rgb = (30, 30, 30)
 
@@ -95,6 +96,28 @@ def draw_names(image: Pixels, names: Sequence[tuple[int, str]], style: DrawingSt
         width, height = draw.textlength(text, font=_font(style.text_px)) + 6, style.text_px + 5
         _write_tag(draw, text, (0, row * height, width, height), class_colour(label), style)
     return picture
+
+
+def draw_label_map(
+    image: Pixels, labels: Pixels, classes: Sequence[str], style: DrawingStyle | None = None
+) -> Image.Image:
+    """An image with the classes of its pixels over it, and the names of the largest at its top left.
+
+    Args:
+        image: RGB, uint8 (H, W, 3).
+        labels: uint8 (H, W); values that are no label stay as the image is.
+        classes: Names in label order.
+        style: Sizes; the default where ``None``.
+    """
+    style = style or DrawingStyle()
+    counts = np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)]
+    colours = np.array([class_colour(label) for label in range(len(classes))], np.float32)
+    known = labels < len(classes)
+    mixed = image.astype(np.float32)
+    mixed[known] += _MASK_OPACITY * (colours[labels[known]] - mixed[known])
+    largest = [int(label) for label in np.argsort(-counts, kind="stable")[:_MOST_NAMES] if counts[label]]
+    names = [(label, f"{classes[label]} {counts[label] / labels.size:.0%}") for label in largest]
+    return draw_names(mixed.astype(np.uint8), names, style)
 
 
 def contact_sheet(

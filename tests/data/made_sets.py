@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import simplejpeg
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -35,3 +36,17 @@ def make_coco(folder: Path, num_images: int = 10, *, masks: bool = True, max_obj
     path = folder / "ann.json"
     path.write_text(json.dumps(root))
     return path, folder / "images"
+
+
+def make_maps(folder, count=6, values=4, size=(40, 56), ignored=255):
+    """Photographs under ``images``, and under ``maps`` blocks of class numbers below ``values``, some pixels none."""
+    for index in range(count):
+        height, width = size[0] + index % 3, size[1] + index % 2
+        write_jpeg(folder / "images" / f"scene{index % 2}" / f"photo_{index}.jpg", height, width, index)
+        blocks = np.random.default_rng(index).integers(0, values, (-(-height // 8), -(-width // 8)), dtype=np.uint8)
+        labels = np.kron(blocks, np.ones((8, 8), np.uint8))[:height, :width]
+        labels[:3] = ignored
+        path = folder / "maps" / f"scene{index % 2}" / f"photo_{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(labels).save(path)
+    return folder / "images", folder / "maps"
