@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import memory
+from sections import collectives, equality, memory
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
 # A section returns its Markdown, without its heading.
 SECTIONS: dict[str, Callable[[], str]] = {
+    "Equality": equality.section,
     "Memory": memory.section,
+    "Collectives": collectives.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."
 

@@ -23,6 +23,21 @@ if TYPE_CHECKING:
 
 KINDS = ("weights", "gradients", "optimizer")
 _MIB = 2**20
+_CPU = {"offload_optimizer": "cpu"}
+_CASES: tuple[tuple[str, dict[str, Any], str, int], ...] = (
+    ("stage 0", {"stage": 0}, "fp32", 1),
+    ("stage 3", {"stage": 3}, "fp32", 2),
+    ("stage 1", {"stage": 1}, "bf16", 2),
+    ("stage 2", {"stage": 2}, "bf16", 2),
+    ("stage 3", {"stage": 3}, "bf16", 1),
+    ("stage 3", {"stage": 3}, "bf16", 2),
+    ("stage 3", {"stage": 3}, "bf16", 4),
+    ("stage 3, optimiser offloaded", {"stage": 3, **_CPU}, "bf16", 2),
+    ("stage 3, parameters too", {"stage": 3, "offload_parameters": "cpu", **_CPU}, "bf16", 2),
+    ("stage 3, hpZ of 2", {"stage": 3, "node_partition": 2}, "bf16", 4),
+)
+# A parameter, its slice, and hpZ's second copy.
+_WEIGHTS = ("data", "ds_tensor", "ds_secondary_tensor")
 # Where DeepSpeed's optimisers keep gradients: stage 3; 1 and 2; 1 in bf16.
 _GRADIENTS = (
     "grad_partitions_flat_buffer",
@@ -34,21 +49,20 @@ _GRADIENTS = (
 
 
 def section() -> str:
-    """The table for every stage, precision and number of ranks."""
-    cases = [(stage, precision, ranks) for precision in ("fp32", "bf16") for stage in (1, 2, 3) for ranks in (1, 2, 4)]
+    """The table for every stage, some precisions and numbers of ranks."""
     rows = []
-    for stage, precision, ranks in [(0, "fp32", 1), *cases]:
-        found = run_ranks(ranks, rank_bytes, stage, precision)[0]
+    for label, zero, precision, ranks in _CASES:
+        found = run_ranks(ranks, rank_bytes, zero, precision)[0]
         cells = [f"{found[kind] / _MIB:.1f} / {found['expected'][kind] / _MIB:.1f}" for kind in KINDS]
         per_parameter = sum(found[kind] for kind in KINDS) / found["parameters"]
-        rows.append(
-            [f"{precision}, stage {stage}", ranks, *cells, f"{per_parameter:.2f}", f"{found['rest'] / _MIB:.1f}"]
-        )
+        rows.append([f"{precision}, {label}", ranks, *cells, f"{per_parameter:.2f}", f"{found['rest'] / _MIB:.1f}"])
     head = ["", "ranks", *(f"{kind}, MiB" for kind in KINDS), "bytes a parameter", "other tensors, MiB"]
     return (
         "Measured / computed by the start report, on rank 0, when the step's gradients are whole, of a Mask R-CNN of "
-        f"{found['parameters'] / 1e6:.1f} M parameters. Every tensor that Python can reach counts, once by storage; "
-        "the other tensors are buckets, activations and images.\n\n" + table(head, rows)
+        f"{found['parameters'] / 1e6:.1f} M parameters, {found['sharded'] / 1e6:.1f} M of them sharded. Every tensor "
+        "that Python can reach counts, once by storage; the other tensors are buckets for messages (in stage 3, fp32 "
+        "of the whole of so small a model) and, under offloading, a second copy of the gradients.\n\n"
+        + table(head, rows)
     )
 
 
@@ -69,14 +83,23 @@ def rank_bytes(world: World, _device: torch.device, zero: dict[str, Any], precis
     engine.step = look_first
     train_step(engine, [made_up_batch(world.rank)], 1, 0, world)
     expected = bytes_per_rank(whole, plan)
-    return found | {"parameters": whole.numel, "expected": {kind: getattr(expected, kind) for kind in KINDS}}
+    sharded = sum(p.numel for p in whole.parameters if plan.shards(p))
+    return found | {
+        "parameters": whole.numel,
+        "sharded": sharded,
+        "expected": {kind: getattr(expected, kind) for kind in KINDS},
+    }
 
 
 def by_kind(engine: DeepSpeedEngine) -> dict[str, int]:
     """Bytes of all storages by what they are for; a storage of two kinds counts in the first."""
     adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
     kinds = {
-        "weights": [t for p in engine.module.parameters() for t in (p.data, getattr(p, "ds_tensor", None))],
+        "weights": [
+            t
+            for p in engine.module.parameters()
+            for t in (p.data, getattr(p, "ds_tensor", None), getattr(p, "ds_secondary_tensor", None))
+        ],
         "optimizer": [*(t for state in adam.state.values() for t in state.values()), *_masters(engine)],
         "gradients": _gradients(engine),
         "rest": [item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)],

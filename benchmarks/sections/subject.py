@@ -18,7 +18,7 @@ OBJECTS_PER_IMAGE = 3
 _RCNN = {
     "neck.out_channels": 32,
     "rpn_head.feat_channels": 32,
-    "roi_head.bbox_head.fc_out_channels": 64,
+    "roi_head.bbox_head.fc_out_channels": 32,
     "roi_head.mask_head.conv_out_channels": 32,
     "roi_head.mask_head.num_convs": 1,
     "train_cfg.rpn_proposal.max_per_img": 50,
@@ -27,18 +27,22 @@ _DINO = {"num_queries": 40, "encoder.num_layers": 1, "decoder.num_layers": 2, "t
 _OVERRIDES = {"mask_rcnn": _RCNN, "dino": _DINO}
 
 
-def detector_config(kind: str = "mask_rcnn", large_dim: int = 64, depth: int = 2, **sections: Any) -> DetectionRun:
-    """A two-branch detector whose large branch has ``depth`` blocks of width ``large_dim``, the small one half of it.
+def detector_config(
+    kind: str = "mask_rcnn", large_dim: int = 128, depth: int = 2, checkpoint_blocks: bool = False, **sections: Any
+) -> DetectionRun:
+    """A detector of two branches with ``depth`` blocks each, the small one of a quarter of the large one's width.
 
     Args:
         kind: The detector.
-        large_dim: A multiple of 64.
+        large_dim: Width of the large branch, a multiple of 128.
         depth: A multiple of 2.
+        checkpoint_blocks: Of both branches.
         sections: Sections of the config, merged onto it; ``overrides`` onto the detector's.
     """
+    shared = {"depth": depth, "num_heads": large_dim // 32, "checkpoint_blocks": checkpoint_blocks}
     branches = [
-        {"resolution_px": SIZE_PX // 2, "embed_dim": large_dim, "depth": depth, "num_heads": large_dim // 32},
-        {"resolution_px": SIZE_PX, "embed_dim": large_dim // 2, "depth": depth, "num_heads": large_dim // 32},
+        shared | {"resolution_px": SIZE_PX // 2, "embed_dim": large_dim},
+        shared | {"resolution_px": SIZE_PX, "embed_dim": large_dim // 4},
     ]
     values: dict[str, Any] = {
         "model": {"branches": branches, "interaction": {"num_stages": 2, "num_heads": 2}},
