@@ -11,9 +11,16 @@ class PiipError(Exception):
         value: The offending value; left out of the message when ``None``.
         rule: What would have been right.
         fix: What to do about it, as an imperative.
+
+    Attributes:
+        exit_code: What a process that ends with it exits with.
+        reason: What kind of end it is, for whoever restarts runs: ``error``, or a kind of its own.
+        is_echo: It was raised here because another rank raised it, and that rank tells of it.
     """
 
     exit_code = 2
+    reason = "error"
+    is_echo = False
 
     def __init__(self, problem: str, *, value: object = None, rule: str = "", fix: str = "") -> None:
         self.problem, self.value, self.rule, self.fix = problem, value, rule, fix
@@ -73,6 +80,24 @@ class RunError(PiipError):
     """A run directory or a running training that cannot go on."""
 
     exit_code = 1
+
+
+class HangError(RunError):
+    """Ranks waited too long for each other, or for something outside."""
+
+    reason = "hang"
+
+
+class DeviceMemoryError(RunError):
+    """A rank's device ran out of memory."""
+
+    reason = "out of device memory"
+
+
+class LostRankError(RunError):
+    """A rank's process ended without a word, as one that the system kills does."""
+
+    reason = "lost rank"
 
 
 class Interrupted(RunError):

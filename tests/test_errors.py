@@ -63,6 +63,9 @@ def test_exit_codes_tell_how_it_ended():
         "DataError": 2,
         "CheckpointError": 2,
         "RunError": 1,
+        "HangError": 1,
+        "DeviceMemoryError": 1,
+        "LostRankError": 1,
         "Interrupted": 130,
     }
     assert issubclass(Interrupted, RunError)

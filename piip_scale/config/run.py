@@ -146,6 +146,10 @@ class TrainConfig(Strict):
         background_saves: Write checkpoints while training goes on, from a copy in host memory that is as large as
             this rank's files; without, training waits for the disk.
         max_skipped_steps: The run stops when so many steps in a row had a loss or gradient that is not finite.
+        hang_minutes: The run ends, with the stacks of all ranks, when one waits for its data or computes for longer
+            than that in a step.
+        slow_hang_minutes: The same for what may take longer: the start, the first step with its compiling, a
+            checkpoint, a batch of an evaluation and its metric.
     """
 
     epochs: Positive | None = None
@@ -161,11 +165,21 @@ class TrainConfig(Strict):
     milestone_every_steps: NonNegative = 0
     background_saves: bool = True
     max_skipped_steps: Positive = 10
+    hang_minutes: PositiveFloat = 10.0
+    slow_hang_minutes: PositiveFloat = 60.0
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"exactly one of epochs={self.epochs} and steps={self.steps} must be set")
+        return self
+
+    @model_validator(mode="after")
+    def _slow_is_slower(self) -> TrainConfig:
+        if self.slow_hang_minutes < self.hang_minutes:
+            raise ValueError(
+                f"slow_hang_minutes={self.slow_hang_minutes} must be at least hang_minutes={self.hang_minutes}"
+            )
         return self
 
     @model_validator(mode="after")

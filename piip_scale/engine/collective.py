@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piip_scale.errors import PiipError
+from piip_scale.errors import PiipError, RunError
 
 T = TypeVar("T")
 
@@ -36,16 +36,26 @@ def on_main(function: Callable[[], T]) -> T:
         function: Returns something small that pickles.
 
     Raises:
-        PiipError: What the function raised on rank 0, the same on every rank, so that nobody waits for the others.
+        PiipError: What the function raised on rank 0, the same on every rank, so that nobody waits for the others. An
+            error of another type is raised on rank 0 as it is, and as a ``RunError`` on the others.
     """
-    box: list[Any] = [None, None]
+    result: T
     if dist.get_rank() == 0:
         try:
-            box[0] = function()
-        except PiipError as error:
-            box[1] = error
+            result = function()
+        except Exception as error:
+            _send(None, error if isinstance(error, PiipError) else RunError(f"rank 0: {type(error).__name__}: {error}"))
+            raise
+        _send(result, None)
+        return result
+    box: list[Any] = [None, None]
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
+        box[1].is_echo = True
         raise box[1]
-    result: T = box[0]
+    result = box[0]
     return result
+
+
+def _send(result: object, error: PiipError | None) -> None:
+    dist.broadcast_object_list([result, error], src=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def evaluate(engine: DeepSpeedEngine, task: Task, device: torch.device) -> dict[str, float]:
+def evaluate(
+    engine: DeepSpeedEngine, task: Task, device: torch.device, goes_on: Callable[[], bool]
+) -> dict[str, float] | None:
     """The task's metrics of the current weights over its validation set. Collective; the same on every rank.
 
     Every rank must get equally many batches (``Task.val_batches`` sees to it): under ZeRO-3 each batch gathers
@@ -23,6 +26,10 @@ def evaluate(engine: DeepSpeedEngine, task: Task, device: torch.device) -> dict[
         engine: The engine; it is back in training mode afterwards.
         task: Gives the batches and the metric.
         device: Where batches go.
+        goes_on: Asked before every batch, and the same on every rank.
+
+    Returns:
+        The metrics, or ``None`` where ``goes_on`` ended it.
     """
     metric = task.build_metric()
     engine.eval()
@@ -30,6 +37,9 @@ def evaluate(engine: DeepSpeedEngine, task: Task, device: torch.device) -> dict[
         # DeepSpeed's backward hooks sit on every module, also where there is no backward pass to hook.
         warnings.filterwarnings("ignore", message="For backward hooks to be called")
         for batch in task.val_batches():
+            if not goes_on():
+                engine.train()
+                return None
             moved = batch.to(device)
             _begin_forward(engine)
             metric.update(moved, engine.module.predict(moved))

@@ -12,6 +12,7 @@ from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.starting import StartClock
 from piip_scale.engine.trainer import StepReport
+from piip_scale.errors import Interrupted
 from piip_scale.telemetry.memory import peak_memory_bytes
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 from piip_scale.world import World
@@ -139,9 +140,15 @@ class TellStart:
 
 
 class Evaluate:
-    """Runs an evaluation every so many steps and after the last; never where ``every`` is 0."""
+    """Runs an evaluation every so many steps and after the last; never where ``every`` is 0.
 
-    def __init__(self, run: Callable[[], Mapping[str, float]], sink: Sink, every: int) -> None:
+    Args:
+        run: Evaluates; gives ``None`` where it was left because the run is asked to stop.
+        sink: Is told the metrics.
+        every: Steps between evaluations.
+    """
+
+    def __init__(self, run: Callable[[], Mapping[str, float] | None], sink: Sink, every: int) -> None:
         self._evaluate, self._sink, self._every = run, sink, every
         self._last = -1
 
@@ -154,13 +161,25 @@ class Evaluate:
         """Whoever stops a run does not want to wait for an evaluation."""
 
     def at_end(self, step: int) -> None:
-        """Evaluates the final weights, unless the last step just did."""
-        if self._every and self._last != step:
-            self._run(step)
+        """Evaluates the final weights, unless the last step just did.
 
-    def _run(self, step: int) -> None:
-        self._sink.evaluation(step, self._evaluate())
+        Raises:
+            Interrupted: The run was asked to stop meanwhile; the weights are saved.
+        """
+        if self._every and self._last != step and not self._run(step):
+            raise Interrupted(
+                f"stopped as asked in the last evaluation, after step {step}, which is saved",
+                fix="evaluate with the same command and --resume",
+            )
+
+    def _run(self, step: int) -> bool:
+        metrics = self._evaluate()
+        if metrics is None:
+            self._sink.event(step, "evaluation left: asked to stop")
+            return False
+        self._sink.evaluation(step, metrics)
         self._last = step
+        return True
 
 
 class Save:

@@ -15,7 +15,7 @@ from types import FrameType
 
 from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.stop import unsaved
-from piip_scale.errors import Interrupted, RunError
+from piip_scale.errors import Interrupted, LostRankError, RunError
 from piip_scale.logging import get_logger
 from piip_scale.world import World
 
@@ -48,9 +48,10 @@ def launch_local(
         the rank that failed first. The ranks have told the user already.
 
     Raises:
-        RunError: A rank failed without a word of its own, as one killed by the system does, or a second SIGINT came.
+        LostRankError: A rank failed without a word of its own, as one killed by the system does.
+        Interrupted: A second SIGINT came.
     """
-    run.clear_errors()
+    run.clear_traces()
     ranks = _Ranks(num_procs, command, run)
     previous = {number: signal.signal(number, ranks.forward) for number in _FORWARDED}
     try:
@@ -79,14 +80,14 @@ def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
 
 
 def _noted(error: RunError, run: RunDirectory) -> RunError:
-    if status := run.status():
-        run.write_status("failed", status.step, error.line)
+    if run.status():
+        run.write_failure(error)
     return error
 
 
-def _silent_failure(rank: int, code: int) -> RunError:
+def _silent_failure(rank: int, code: int) -> LostRankError:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return RunError(
+    return LostRankError(
         f"rank {rank} {how} before it could say why",
         fix="look above for its last words; SIGKILL mostly means that the machine ran out of memory",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import socket
@@ -13,11 +14,13 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from piip_scale.engine.starting import process_age_seconds
 from piip_scale.errors import PiipError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.logging import get_logger
@@ -34,11 +37,13 @@ class Status:
         state: ``running``, ``stopped`` (asked to, saved), ``failed`` or ``done``.
         step: Optimiser steps behind it.
         note: One line about the state; the error of a failed run.
+        reason: Why it failed, in the words of ``PiipError.reason``: ``hang``, ``lost rank``, ``error`` ...
     """
 
     state: State
     step: int
     note: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,11 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 class RunDirectory:
-    """The files of one run, by name. Writing is for the main rank, errors aside."""
+    """The files of one run, by name. Writing is for the main rank, errors, stacks and heartbeats aside.
+
+    Ranks start and fail in any order: what was written before this process began is of an earlier launch and does not
+    count, so that no rank has to wait until the main rank has cleared it away.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -78,6 +87,8 @@ class RunDirectory:
         self.environment = self.path / "environment.json"
         self.status_file = self.path / "status.json"
         self.errors = self.path / "errors"
+        self.stacks = self.path / "stacks"
+        self.heartbeats = self.path / "heartbeats"
         self.checkpoints = self.path / "checkpoints"
 
     def check(self, *, resume: bool) -> None:
@@ -109,7 +120,7 @@ class RunDirectory:
             RunError: The directory holds a run and ``resume`` is off, holds none and it is on, or cannot be written.
         """
         self.check(resume=resume)
-        self.clear_errors()
+        self.clear_traces(before_unix_s=process_start_unix_s())
         self._keep_config(config_text, resume=resume)
         write_text_atomic(self.environment, json.dumps(describe_environment(), indent=2) + "\n")
 
@@ -124,16 +135,21 @@ class RunDirectory:
                 "resuming with another config than %s: it is kept in %s", self.config, self.resumed_config.name
             )
 
-    def clear_errors(self) -> None:
-        """Forgets the errors of an earlier process, which would keep a new one from telling its own.
+    def clear_traces(self, before_unix_s: float = math.inf) -> None:
+        """Forgets errors, stacks and heartbeats of earlier processes.
+
+        Args:
+            before_unix_s: Younger ones stay: other ranks of this launch may have failed already.
 
         Raises:
             RunError: The disk refuses.
         """
         with disk_errors(RunError, f"create run directory {self.path}"):
-            self.errors.mkdir(parents=True, exist_ok=True)
-            for stale in self.errors.iterdir():
-                stale.unlink()
+            for folder in (self.errors, self.stacks, self.heartbeats):
+                folder.mkdir(parents=True, exist_ok=True)
+                for trace in folder.iterdir():
+                    if trace.stat().st_mtime < before_unix_s:
+                        trace.unlink()
 
     def status(self) -> Status | None:
         """What the run last said of itself; ``None`` where no run started.
@@ -148,14 +164,29 @@ class RunDirectory:
         except (ValueError, TypeError) as error:
             raise RunError(f"{self.status_file} cannot be read: {error}", fix="choose another --run-dir") from error
 
-    def write_status(self, state: State, step: int, note: str = "") -> None:
+    def write_status(self, state: State, step: int, note: str = "", reason: str = "") -> None:
         """Replaces the status. Main rank only, or the rank that failed first."""
-        write_text_atomic(self.status_file, json.dumps(asdict(Status(state, step, note))) + "\n")
+        write_text_atomic(self.status_file, json.dumps(asdict(Status(state, step, note, reason))) + "\n")
 
-    def record_error(self, rank: int, error: BaseException) -> bool:
+    def write_failure(self, error: BaseException) -> None:
+        """Puts an error into the status, at the step the run last told of.
+
+        Raises:
+            RunError: The disk refuses, or the status there is none.
+        """
+        before = self.status()
+        reason = error.reason if isinstance(error, PiipError) else PiipError.reason
+        self.write_status("failed", before.step if before else 0, error_line(error), reason)
+
+    def record_error(self, rank: int, error: BaseException, details: str = "") -> bool:
         """Writes a rank's traceback, and claims to be the first that failed.
 
         Any rank may call it; it never raises, since it runs while another error is on its way.
+
+        Args:
+            rank: The rank.
+            error: What it met.
+            details: More than a line has room for, put below the traceback.
 
         Returns:
             True where no rank failed before, so that exactly one of them tells the user.
@@ -167,10 +198,9 @@ class RunDirectory:
             self.errors.mkdir(parents=True, exist_ok=True)
             # Not over a traceback of the rank's own, where its launcher speaks for it.
             with (self.errors / f"rank_{rank}.txt").open("x", encoding="utf-8") as file:
-                file.write("".join(traceback.format_exception(error)))
+                file.write("".join(traceback.format_exception(error)) + details)
         try:
-            with (self.errors / "first.json").open("x", encoding="utf-8") as file:
-                json.dump(asdict(first), file)
+            self._claim(first)
         except FileExistsError:
             return False
         except OSError:
@@ -178,17 +208,32 @@ class RunDirectory:
             return True
         return True
 
+    def _claim(self, first: FirstError) -> None:
+        place = self.errors / "first.json"
+        with suppress(FileNotFoundError):
+            if place.stat().st_mtime < process_start_unix_s():
+                place.unlink()
+        with place.open("x", encoding="utf-8") as file:
+            json.dump(asdict(first), file)
+
     def first_error(self) -> FirstError | None:
-        """The error that ended the run; ``None`` where no rank got to write one."""
+        """The error that ended this launch; ``None`` where no rank got to write one."""
         try:
-            return FirstError(**json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
+            first = FirstError(**json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+        return first if first.unix_time_s >= process_start_unix_s() else None
 
 
 def error_line(error: BaseException) -> str:
     """Any error in one line: ours as it is, another with its type."""
     return error.line if isinstance(error, PiipError) else " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@cache
+def process_start_unix_s() -> float:
+    """When this process began; where the system does not tell, when it first asked."""
+    return time.time() - process_age_seconds()
 
 
 def describe_environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -75,6 +76,12 @@ def init_distributed(world: World) -> torch.device:
         )
     _import_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Lets collectives of every group wait so long; DeepSpeed makes groups of its own, with torch's limits."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d.set_timeout(timeout, group)
 
 
 def build_model(task: Task, seed: int) -> nn.Module:

@@ -22,7 +22,7 @@ class StartClock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.monotonic() - _process_age_seconds()
+        self._last = time.monotonic() - process_age_seconds()
 
     def end_phase(self, name: str) -> None:
         """Ends a phase: what has passed since the one before is its time."""
@@ -31,7 +31,8 @@ class StartClock:
         self._last = now
 
 
-def _process_age_seconds() -> float:
+def process_age_seconds() -> float:
+    """How long ago this process began; 0 where the system does not tell."""
     if not _STAT.is_file():
         return 0.0
     fields = _STAT.read_text().rpartition(")")[2].split()

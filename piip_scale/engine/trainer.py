@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from piip_scale.config.run import RunConfig
+from piip_scale.data.batch import Batch
 from piip_scale.engine.collective import any_rank
+from piip_scale.engine.heartbeat import COMPUTING, WAITING, Heartbeat
 from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.schedule import lr_factor
 from piip_scale.engine.step import StepResult, train_step
@@ -69,6 +71,7 @@ class Trainer:
         device: This rank's.
         stop: The flag that signals set.
         hooks: What happens beside the steps, in this order.
+        heartbeat: Is told where this rank is.
         first_step: Steps done before.
     """
 
@@ -81,11 +84,13 @@ class Trainer:
         device: torch.device,
         stop: StopFlag,
         hooks: Sequence[Hook],
+        heartbeat: Heartbeat,
         first_step: int = 0,
     ) -> None:
         self.step = first_step
         self._engine, self._stream, self._config = engine, stream, config
         self._world, self._device, self._stop, self._hooks = world, device, stop, hooks
+        self._heartbeat = heartbeat
         self._skipped_in_a_row = 0
 
     def run(self) -> None:
@@ -97,11 +102,11 @@ class Trainer:
         """
         while self.step < self._stream.total_steps:
             report = self._train_step()
-            for hook in self._hooks:
+            for hook in self._next_hooks():
                 hook.after_step(report)
             self._check_progress(report)
             self._leave_if_asked()
-        for hook in self._hooks:
+        for hook in self._next_hooks():
             hook.at_end(self.step)
 
     def _train_step(self) -> StepReport:
@@ -109,11 +114,23 @@ class Trainer:
         config = self._config
         lr = config.optimizer.lr * lr_factor(config.schedule, self.step, self._stream.total_steps)
         set_learning_rate(self._engine.optimizer.param_groups, lr)
-        batches = self._stream.step(self.step)
+        batches = self._marked(self._stream.step(self.step))
         result = train_step(self._engine, batches, self.step, config.train.seed, self._world)
         self.step += 1
         seconds = time.perf_counter() - started
         return StepReport(self.step, result, lr, seconds, self._stream.wait_seconds - waited)
+
+    def _marked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        self._heartbeat.mark(WAITING, self.step)
+        for batch in batches:
+            self._heartbeat.mark(COMPUTING, self.step)
+            yield batch
+            self._heartbeat.mark(WAITING, self.step)
+
+    def _next_hooks(self) -> Iterator[Hook]:
+        for hook in self._hooks:
+            self._heartbeat.mark(f"in {type(hook).__name__}", self.step)
+            yield hook
 
     def _check_progress(self, report: StepReport) -> None:
         self._skipped_in_a_row = 0 if report.result.applied else self._skipped_in_a_row + 1
@@ -129,7 +146,7 @@ class Trainer:
         # Ranks see a signal in different steps; one that left alone would leave the others waiting for it.
         if not any_rank(bool(self._stop), self._device) or self.step == self._stream.total_steps:
             return
-        for hook in self._hooks:
+        for hook in self._next_hooks():
             hook.at_stop(self.step)
         raise Interrupted(
             f"stopped as asked after step {self.step} of {self._stream.total_steps}, and saved",

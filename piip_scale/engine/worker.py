@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from datetime import timedelta
 
 import torch
 
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import batch_line, scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
+from piip_scale.engine.collective import any_rank
 from piip_scale.engine.evaluation import evaluate
+from piip_scale.engine.failing import tell_failure
+from piip_scale.engine.heartbeat import Heartbeat
 from piip_scale.engine.hooks import Evaluate, Save, Silence, Sink, Tell, TellStart
-from piip_scale.engine.run_dir import RunDirectory, error_line
-from piip_scale.engine.setup import build_engine, build_model, init_distributed
+from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.engine.setup import build_engine, build_model, init_distributed, set_group_timeouts
 from piip_scale.engine.starting import StartClock
 from piip_scale.engine.stop import StopFlag, unsaved
 from piip_scale.engine.stream import BatchStream
 from piip_scale.engine.trainer import Hook, Trainer
+from piip_scale.engine.watchdog import Watchdog
 from piip_scale.errors import Interrupted, PiipError
 from piip_scale.logging import configure_logging, get_logger
 from piip_scale.tasks.base import Task
@@ -26,6 +30,9 @@ from piip_scale.telemetry.telemetry import Telemetry
 from piip_scale.world import World, read_world
 
 _ECHO_WAIT_S = 1.0
+_MINUTE_S = 60.0
+# The communication library's own limit knows neither ranks nor stacks, so it comes later than the watchdog's.
+_GROUP_MARGIN = timedelta(minutes=10)
 
 TaskFactory = Callable[[RunConfig, World], Task]
 
@@ -42,7 +49,7 @@ def train_worker(
     """Trains as one rank of the world that the environment describes. Collective.
 
     An error is told by the first rank that meets it, in one line on standard error, and written with its traceback to
-    ``errors/rank_N.txt`` of the run directory.
+    ``errors/rank_N.txt`` of the run directory; a watchdog ends ranks that hang, or outlive another's error.
 
     Args:
         config: The run.
@@ -66,36 +73,29 @@ def train_worker(
         run.write_status("running", before.step if before else 0)
     stop = StopFlag()
     stop.install()
-    try:
-        _train(config, run, task_factory, world, stop, show_progress=show_progress)
-    except Interrupted as error:
-        if world.is_main:
-            get_logger(__name__).warning(error.line)
-        return error.exit_code
-    except KeyboardInterrupt as error:
-        return _fail(run, world, unsaved().with_traceback(error.__traceback__))
-    except Exception as error:  # noqa: BLE001 - the last place where a rank can still speak
-        return _fail(run, world, error)
+    heartbeat = Heartbeat(config.train.hang_minutes * _MINUTE_S, config.train.slow_hang_minutes * _MINUTE_S)
+    with Watchdog(run, world, heartbeat):
+        try:
+            _train(config, run, task_factory, world, stop, heartbeat, show_progress=show_progress)
+        except Interrupted as error:
+            if world.is_main:
+                get_logger(__name__).warning(error.line)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            return tell_failure(run, world.rank, unsaved().with_traceback(error.__traceback__))
+        except Exception as error:  # noqa: BLE001 - the last place where a rank can still speak
+            if _is_echo(error):
+                time.sleep(_ECHO_WAIT_S)
+            return tell_failure(run, world.rank, error)
     return 0
 
 
-def _fail(run: RunDirectory, world: World, error: BaseException) -> int:
-    if _has_lost_contact(error):
-        # The rank at the other end, or the launcher if that was killed, knows more than this one.
-        time.sleep(_ECHO_WAIT_S)
-    if run.record_error(world.rank, error):
-        line = error_line(error)
-        where = "" if isinstance(error, PiipError) else f" (traceback: {run.errors / f'rank_{world.rank}.txt'})"
-        get_logger(__name__).error("piip-scale: error: %s%s", line, where)
-        # Where the disk is what failed, the status cannot be written either, and one line has been said.
-        with suppress(PiipError):
-            before = run.status()
-            run.write_status("failed", before.step if before else 0, line)
-    return error.exit_code if isinstance(error, PiipError) else 1
-
-
-def _has_lost_contact(error: BaseException) -> bool:
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+def _is_echo(error: BaseException) -> bool:
+    """Whether the rank at the other end, or the launcher if that was killed, knows more than this one."""
+    lost_contact = isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+    return lost_contact or (isinstance(error, PiipError) and error.is_echo)
 
 
 def _train(
@@ -104,6 +104,7 @@ def _train(
     task_factory: TaskFactory,
     world: World,
     stop: StopFlag,
+    heartbeat: Heartbeat,
     *,
     show_progress: bool,
 ) -> None:
@@ -118,17 +119,23 @@ def _train(
     model = build_model(task, config.train.seed)
     clock.end_phase("build")
     engine, _ = build_engine(model, config, world, clock)
+    set_group_timeouts(timedelta(minutes=config.train.slow_hang_minutes) + _GROUP_MARGIN)
     checkpointer = Checkpointer(engine, run.checkpoints, config, world, task.num_train_batches())
     first_step = checkpointer.resume()
     clock.end_phase("resume")
     sink = _open_sink(config, run, world, stream.total_steps, first_step, show_progress=show_progress)
+
+    def goes_on() -> bool:
+        heartbeat.again()
+        return not any_rank(bool(stop), device)
+
     hooks: list[Hook] = [
         Tell(sink, run, world, device, config.train.log_every_steps, stream.total_steps),
         TellStart(sink, clock),
         Save(checkpointer, sink, config.train.checkpoint_every_steps, first_step),
-        Evaluate(lambda: evaluate(engine, task, device), sink, config.train.evaluate_every_steps),
+        Evaluate(lambda: evaluate(engine, task, device, goes_on), sink, config.train.evaluate_every_steps),
     ]
-    trainer = Trainer(engine, stream, config, world, device, stop, hooks, first_step)
+    trainer = Trainer(engine, stream, config, world, device, stop, hooks, heartbeat, first_step)
     try:
         _run(trainer, checkpointer, sink, run, world)
     except Interrupted:

@@ -2,9 +2,12 @@ import errno
 import json
 import logging
 import os
+import time
 
+import psutil
 import pytest
 
+from piip_scale.engine import run_dir
 from piip_scale.engine.run_dir import RunDirectory, write_text_atomic
 from piip_scale.errors import DataError, RunError
 
@@ -39,10 +42,54 @@ def test_resume_needs_a_run_and_keeps_its_config(tmp_path):
     with pytest.raises(RunError, match="no run to resume"):
         RunDirectory(tmp_path).open("x", resume=True)
     run = opened(tmp_path)
-    run.record_error(0, ValueError("old"))
     RunDirectory(tmp_path).open("other\n", resume=True)
     assert run.config.read_text() == "model = 1\n"
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """Makes this process one that begins now; clocks of file systems are coarse."""
+
+    def begin():
+        time.sleep(0.05)
+        now = time.time()
+        monkeypatch.setattr(run_dir, "process_start_unix_s", lambda: now)
+        time.sleep(0.05)
+
+    return begin
+
+
+def test_errors_of_an_earlier_launch_do_not_count_whoever_comes_first(tmp_path, later):
+    run = opened(tmp_path)
+    run.record_error(0, ValueError("old"))
+    assert run.first_error().line == "ValueError: old"
+    later()
     assert run.first_error() is None
+    # A rank that fails before the main rank has opened the directory; the main rank then leaves its error alone.
+    assert run.record_error(1, ValueError("new"))
+    assert not run.record_error(2, ValueError("newer"))
+    RunDirectory(tmp_path).open("other\n", resume=True)
+    assert run.first_error().line == "ValueError: new"
+    assert sorted(path.name for path in run.errors.iterdir()) == ["first.json", "rank_1.txt", "rank_2.txt"]
+
+
+def test_traces_of_an_earlier_launch_are_cleared(tmp_path, later):
+    run = opened(tmp_path)
+    run.record_error(0, ValueError("old"))
+    (run.stacks / "rank_0.txt").write_text("old")
+    later()
+    RunDirectory(tmp_path).open("other\n", resume=True)
+    assert [*run.errors.iterdir(), *run.stacks.iterdir()] == []
+    run.record_error(0, ValueError("new"))
+    run.clear_traces()
+    assert [*run.errors.iterdir()] == []
+
+
+def test_this_process_began_before_now_and_after_its_parent():
+    begun, parent = run_dir.process_start_unix_s(), psutil.Process().parent()
+    # The time of boot, from which psutil counts, is in whole seconds.
+    assert begun == pytest.approx(psutil.Process().create_time(), abs=1.1)
+    assert parent.create_time() - 1.1 <= begun < time.time()
 
 
 def test_resuming_with_another_config_is_told_and_kept(tmp_path, caplog, monkeypatch):

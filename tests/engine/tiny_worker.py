@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
+import torch
 from ranks import FORCED_RELEASE, tiny_config
 from tiny_task import TinyTask
 
@@ -18,32 +21,52 @@ from piip_scale.errors import DataError, PiipError
 
 
 class TroubledTask(TinyTask):
-    """Does something at a micro-batch of one rank: ``kind:rank:micro``."""
+    """Does something at a micro-batch of one rank: ``kind:rank:micro``; a micro ``eval`` is the second of evaluating.
 
-    def __init__(self, *args, trouble: str, slow: float, **kwargs) -> None:
+    More troubles are separated by commas. When one begins, the file ``trouble`` appears in the working directory.
+    """
+
+    def __init__(self, *args, trouble: str, slow: float, slow_evaluation: float, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.kind, rank, self.at = (trouble or "none:-1:-1").split(":")
-        self.mine, self.slow = int(rank) == self.world.rank, slow
+        self.troubles = {}
+        for kind, rank, at in (text.split(":") for text in trouble.split(",") if text):
+            if int(rank) == self.world.rank:
+                self.troubles[at] = kind
+        self.slow, self.slow_evaluation = slow, slow_evaluation
 
     def train_batches(self, epoch: int, first_step: int):
-        import time
-
         for micro, batch in enumerate(super().train_batches(epoch, first_step), start=first_step):
             time.sleep(self.slow)
-            if self.mine and epoch * self.batches + micro == int(self.at):
-                yield from self.cause(batch)
+            cause(self.troubles.get(str(epoch * self.batches + micro)))
             yield batch
 
-    def cause(self, batch):
-        if self.kind == "raise":
-            raise DataError("sample is broken", value="shard_3.tar")
-        if self.kind == "crash":
-            raise ValueError("an unforeseen\nthing")
-        if self.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.kind == "signal":
-            os.kill(os.getpid(), signal.SIGUSR2)
-        return ()
+    def val_batches(self):
+        for index, batch in enumerate(super().val_batches()):
+            time.sleep(self.slow_evaluation)
+            if index == 1:
+                cause(self.troubles.get("eval"))
+            yield batch
+
+
+def cause(kind: str | None) -> None:
+    if kind:
+        Path("trouble").touch()
+    if kind == "raise":
+        raise DataError("sample is broken", value="shard_3.tar")
+    if kind == "crash":
+        raise ValueError("an unforeseen\nthing")
+    if kind == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "signal":
+        os.kill(os.getpid(), signal.SIGUSR2)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while kind == "sleep":
+        time.sleep(60)
+    if kind == "lock":
+        ctypes.PyDLL(None).sleep(600)  # keeps Python's lock meanwhile
 
 
 def main() -> int:
@@ -54,6 +77,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--trouble", default="")
     parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--slow-evaluation", type=float, default=0.0)
+    parser.add_argument("--hang-minutes", type=float, default=10.0)
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--layer-decay", type=float, default=0.9)
     parser.add_argument("--precision", default="fp32")
@@ -76,11 +101,13 @@ def main() -> int:
             "evaluate_every_steps": 4,
             "checkpoint_every_steps": args.save_every,
             "max_skipped_steps": 2,
+            "hang_minutes": args.hang_minutes,
         },
     )
 
     def factory(config, world):
-        return TroubledTask(config, world, dim=args.dim, trouble=args.trouble, slow=args.slow)
+        troubles = {"trouble": args.trouble, "slow": args.slow, "slow_evaluation": args.slow_evaluation}
+        return TroubledTask(config, world, dim=args.dim, **troubles)
 
     return train_worker(config, "config = 1\n", run, factory, resume=args.resume, show_progress=False)
 

@@ -1,0 +1,113 @@
+"""Where a rank is, told by its training and read by its watchdog and by other ranks'."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from piip_scale.files import atomic_file
+
+WAITING, COMPUTING = "waiting for data", "computing"
+_OF_A_STEP = (WAITING, COMPUTING)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in the run that a rank reached.
+
+    Attributes:
+        number: Marks before it; ranks pass the same marks in the same order.
+        phase: What the rank does from here on.
+        step: Optimiser steps behind it.
+        limit_s: How long it may take until the next mark.
+    """
+
+    number: int
+    phase: str
+    step: int
+    limit_s: float
+
+
+class Heartbeat:
+    """Keeps the last mark; any thread may read it.
+
+    Args:
+        step_limit_s: Longest a rank may wait or compute in a step without another mark.
+        slow_limit_s: Likewise for everything else: the start, the first step, evaluations and checkpoints.
+    """
+
+    def __init__(self, step_limit_s: float = math.inf, slow_limit_s: float = math.inf) -> None:
+        self.step_limit_s, self._slow_limit_s = step_limit_s, slow_limit_s
+        self._first_step: int | None = None
+        self.last = Mark(0, "starting", 0, slow_limit_s)
+
+    def mark(self, phase: str, step: int) -> None:
+        """This rank begins a phase, or goes on in it."""
+        if phase in _OF_A_STEP and self._first_step is None:
+            self._first_step = step
+        # The first step of a process starts loaders and compiles kernels.
+        steady = phase in _OF_A_STEP and step != self._first_step
+        limit_s = self.step_limit_s if steady else self._slow_limit_s
+        self.last = Mark(self.last.number + 1, phase, step, limit_s)
+
+    def again(self) -> None:
+        """The phase goes on and has made progress."""
+        self.mark(self.last.phase, self.last.step)
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's mark as other processes see it.
+
+    Attributes:
+        rank: The rank.
+        number: As in ``Mark``.
+        collectives: Messages among ranks that it has begun.
+        phase: As in ``Mark``.
+        step: As in ``Mark``.
+        waiting_s: How long it has been there.
+        unix_time_s: When this was written: it goes on while the rank waits, but not when its process is stopped.
+        host: Name of its machine.
+        pid: Its process.
+    """
+
+    rank: int
+    number: int
+    collectives: int
+    phase: str
+    step: int
+    waiting_s: float
+    unix_time_s: float
+    host: str
+    pid: int
+
+
+def write_beat(folder: Path, beat: Beat) -> None:
+    """Replaces a rank's file. A disk that refuses is not this function's to tell."""
+    with suppress(OSError), atomic_file(folder / f"rank_{beat.rank}.json", durable=False) as file:
+        file.write(json.dumps(asdict(beat)).encode())
+
+
+def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:
+    """The beats in a folder that were written since a time; unreadable ones are as good as none."""
+    for path in folder.glob("rank_*.json"):
+        with suppress(OSError, ValueError, TypeError):
+            beat = Beat(**json.loads(path.read_text()))
+            if beat.unix_time_s >= since_unix_s:
+                yield beat
+
+
+def count_collectives() -> int:
+    """Messages among ranks that this process has begun, in all groups; 0 before there are any."""
+    if not dist.is_initialized():
+        return 0
+    # torch 2.15 keeps both private; the flight recorder, which tells as much, is NCCL's only.
+    groups: tuple[Any, ...] = tuple(dist.distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)

@@ -1,0 +1,188 @@
+"""A thread of each rank that ends it where its training cannot: when ranks hang, or another has failed.
+
+It needs no collective, no signal and no launcher, only the run directory that all ranks share; so it works the same
+under every launcher and with any communication library.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import IO
+
+from piip_scale.engine.failing import tell_failure
+from piip_scale.engine.heartbeat import Beat, Heartbeat, count_collectives, read_beats, write_beat
+from piip_scale.engine.run_dir import RunDirectory, process_start_unix_s
+from piip_scale.errors import HangError
+from piip_scale.world import World
+
+_POLLS_PER_LIMIT = 10
+_POLL_RANGE_S = (0.1, 2.0)
+# A rank whose training can still end by itself knows best how, and a stack is written within a moment.
+_LEAVE_AFTER_S = 3.0
+_STACKS_WITHIN_S = 5.0
+_POLLS_COUNTED = 5
+_RANKS_NAMED = 4
+# None that Slurm, NCCL or a launcher sends.
+_STACK_SIGNAL = signal.SIGRTMIN + 7
+
+
+class Watchdog:
+    """Watches this rank while it is entered as a context.
+
+    Args:
+        run: The run's directory.
+        world: The ranks.
+        heartbeat: What this rank's training marks.
+    """
+
+    def __init__(self, run: RunDirectory, world: World, heartbeat: Heartbeat) -> None:
+        self._run, self._world, self._heartbeat = run, world, heartbeat
+        limit_s = heartbeat.step_limit_s / _POLLS_PER_LIMIT
+        self._poll_s = min(max(limit_s, _POLL_RANGE_S[0]), _POLL_RANGE_S[1])
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._stack_path = run.stacks / f"rank_{world.rank}.txt"
+        self._request = run.stacks / "wanted"
+        self._stack: IO[str] | None = None
+        self._mark, self._waited_s, self._failed_since_s = heartbeat.last, 0.0, 0.0
+
+    def __enter__(self) -> Watchdog:
+        with suppress(OSError):
+            self._run.stacks.mkdir(parents=True, exist_ok=True)
+            self._stack = self._stack_path.open("w", encoding="utf-8")
+            faulthandler.register(_STACK_SIGNAL, self._stack)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        if self._stack is not None:
+            faulthandler.unregister(_STACK_SIGNAL)
+            self._stack.close()
+            with suppress(OSError):
+                if not self._stack_path.stat().st_size:
+                    self._stack_path.unlink()
+
+    def _watch(self) -> None:
+        before_s = time.monotonic()
+        while not self._stopped.wait(self._poll_s):
+            now_s = time.monotonic()
+            self._count(now_s - before_s)
+            before_s = now_s
+            self._beat()
+            self._leave_after_others()
+            if self._waited_s >= self._mark.limit_s:
+                self._end()
+            elif self._is_stack_wanted():
+                self._write_stack()
+
+    def _count(self, seconds: float) -> None:
+        if self._heartbeat.last != self._mark:
+            self._mark, self._waited_s = self._heartbeat.last, 0.0
+        else:
+            # Not the time in which this process was stopped, and perhaps all others with it: that is no hang.
+            self._waited_s += min(seconds, _POLLS_COUNTED * self._poll_s)
+
+    def _beat(self) -> None:
+        mark, rank = self._mark, self._world.rank
+        place = (mark.number, count_collectives(), mark.phase, mark.step)
+        process = (time.time(), socket.gethostname(), os.getpid())
+        write_beat(self._run.heartbeats, Beat(rank, *place, self._waited_s, *process))
+
+    def _leave_after_others(self) -> None:
+        """Ends this process some moments after another rank told of an error: it may sit in a collective for ever."""
+        first = self._run.first_error()
+        if first is None or first.rank == self._world.rank:
+            return
+        self._failed_since_s = self._failed_since_s or time.monotonic()
+        if time.monotonic() - self._failed_since_s > _LEAVE_AFTER_S:
+            os._exit(first.exit_code)
+
+    def _write_stack(self) -> None:
+        if self._stack is not None and not os.fstat(self._stack.fileno()).st_size:
+            faulthandler.dump_traceback(self._stack)
+
+    def _is_stack_wanted(self) -> bool:
+        with suppress(OSError):
+            return self._request.stat().st_mtime >= process_start_unix_s()
+        return False
+
+    def _end(self) -> None:
+        began_s, limit_s = time.monotonic(), self._mark.limit_s
+        with suppress(OSError):
+            self._request.touch()
+        self._write_stack()
+        # Read before anything is woken, which would go on.
+        beats = {beat.rank: beat for beat in read_beats(self._run.heartbeats, process_start_unix_s())}
+        silent = [rank for rank, beat in beats.items() if time.time() - beat.unix_time_s > limit_s / 2]
+        _wake([beats[rank] for rank in silent])
+        while self._missing_stacks() and time.monotonic() - began_s < _STACKS_WITHIN_S:
+            time.sleep(self._poll_s)
+        error = hang_error(beats, silent, self._world.num_ranks, limit_s, str(self._run.stacks))
+        os._exit(tell_failure(self._run, self._world.rank, error))
+
+    def _missing_stacks(self) -> list[int]:
+        def size(rank: int) -> int:
+            with suppress(OSError):
+                return (self._run.stacks / f"rank_{rank}.txt").stat().st_size
+            return 0
+
+        return [rank for rank in range(self._world.num_ranks) if not size(rank)]
+
+
+def hang_error(
+    beats: Mapping[int, Beat], silent: Sequence[int], num_ranks: int, limit_s: float, stacks: str
+) -> HangError:
+    """Which ranks the others wait for.
+
+    Args:
+        beats: The last of every rank that has one.
+        silent: Ranks whose process no longer writes them.
+        num_ranks: Ranks in all.
+        limit_s: The limit that passed.
+        stacks: Folder of the stacks, as the user would name it.
+    """
+    places = {rank: (beat.number, beat.collectives) for rank, beat in beats.items()}
+    foremost = max(places.values(), default=(0, 0))
+    late = [r for r in range(num_ranks) if places.get(r, (-1, -1)) < foremost or r in silent]
+    named = [_where(rank, beats.get(rank), rank in silent) for rank in (late or range(num_ranks))]
+    more = f" and {len(named) - _RANKS_NAMED} more" if len(named) > _RANKS_NAMED else ""
+    where = "; ".join(named[:_RANKS_NAMED]) + more
+    plural = "ranks" if len(late) > 1 else "rank"
+    who = f"{plural} {', '.join(map(str, late))} did not arrive" if late else "no rank is behind the others"
+    return HangError(
+        f"nothing went on for {_duration(limit_s)}: {who} ({where})",
+        fix=f"see the stacks of all ranks in {stacks}, and continue with --resume; raise train.hang_minutes or "
+        "train.slow_hang_minutes if this was no hang",
+    )
+
+
+def _where(rank: int, beat: Beat | None, is_silent: bool) -> str:
+    if beat is None:
+        return f"rank {rank} never started"
+    seen = "which does not run, last seen " if is_silent else ""
+    return f"rank {rank}, process {beat.pid} on {beat.host}, {seen}{beat.phase} after step {beat.step}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
+
+
+def _wake(beats: Sequence[Beat]) -> None:
+    """Has the stacks written of processes on this machine whose own watchdog cannot run.
+
+    A signal stopped them, or something holds Python's lock for ever; the handler is C, and runs before all else.
+    """
+    for beat in beats:
+        if beat.host == socket.gethostname():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(beat.pid, _STACK_SIGNAL)
+                os.kill(beat.pid, signal.SIGCONT)

@@ -1,0 +1,146 @@
+"""Ranks that hang, stop or fail: everybody leaves within seconds, and the user reads one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ranks import free_port
+
+from piip_scale.engine.heartbeat import COMPUTING, WAITING, Beat, Heartbeat
+from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.engine.watchdog import hang_error
+from piip_scale.world import World
+
+WORKER = Path(__file__).with_name("tiny_worker.py")
+HANG_S = 4.5
+# Beyond the limit: stacks, the line, and on a busy machine the end of processes.
+SOON_S = 20
+
+
+def finish(process: subprocess.Popen, folder: Path) -> tuple[int, str, float]:
+    """Exit code, output, and seconds from the beginning of the trouble to the end."""
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            child.kill()
+        process.kill()
+    return process.returncode, output, time.time() - (folder / "trouble").stat().st_mtime
+
+
+def launch(folder: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, str(WORKER), str(folder / "run"), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", ["stop", pytest.param("sleep", marks=SLOW), pytest.param("lock", marks=SLOW)])
+def test_a_rank_that_hangs_ends_the_run_with_all_stacks(kind, tmp_path):
+    options = ("--launch", "2", "--hang-minutes", str(HANG_S / 60), "--trouble", f"{kind}:1:10")
+    code, output, seconds = finish(launch(tmp_path, *options), tmp_path)
+    assert code == 1, output
+    told = [line for line in output.splitlines() if "error" in line]
+    assert len(told) == 1
+    assert "nothing went on for 4.5 s: rank 1 did not arrive (rank 1, process" in told[0]
+    assert (f"{WAITING} after step 5" if kind == "sleep" else "which does not run, last seen ") in told[0]
+    assert HANG_S <= seconds < HANG_S + SOON_S
+    run = RunDirectory(tmp_path / "run")
+    stacks = [(run.stacks / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
+    assert "in train_step" in stacks[0]
+    # A process that was stopped is some moments further by the time it writes.
+    assert ("in train_worker" if kind == "stop" else "in cause") in stacks[1]
+    status = run.status()
+    # The signal that asks for a stack may wake what slept, which then goes on until it is ended.
+    assert (status.state, status.reason) == ("failed", "hang")
+    assert status.step in (5, 6)
+
+
+def test_what_may_be_slow_is_no_hang_and_a_signal_there_stops_the_run(tmp_path):
+    options = ("--launch", "2", "--hang-minutes", "0.02", "--slow-evaluation", "2", "--trouble", "signal:1:eval")
+    code, output, _ = finish(launch(tmp_path, *options), tmp_path)
+    assert code == 130, output
+    assert "stopped as asked after step 4 of 8, and saved" in output
+    run = RunDirectory(tmp_path / "run")
+    assert (run.checkpoints / "step_00000004" / "training.json").exists()
+    assert "evaluation left: asked to stop" in (run.path / "metrics.jsonl").read_text()
+    assert list(run.stacks.iterdir()) == []
+
+
+def test_without_a_launcher_that_kills_no_rank_outlives_anothers_error(tmp_path):
+    # What NCCL does to ranks whose peer is gone: they never return. A rank that sleeps stands for it.
+    port = free_port()
+    ranks = []
+    for rank in range(2):
+        world = World(rank, 2, rank, 2, "127.0.0.1", port)
+        command = [sys.executable, str(WORKER), str(tmp_path / "run"), "--trouble", "sleep:0:10,raise:1:10"]
+        environment = os.environ | world.as_environment()
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks.append(subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes))
+    (code_0, output_0, seconds), (code_1, output_1, _) = (finish(process, tmp_path) for process in ranks)
+    assert (code_0, code_1) == (2, 2)
+    assert (output_0 + output_1).count("sample is broken") == 1
+    assert "[rank 1]" in output_1
+    assert seconds < SOON_S
+
+
+@pytest.mark.slow
+def test_under_torchrun_an_error_is_told_once_and_ends_all(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += [str(WORKER), str(tmp_path / "run"), "--trouble", "sleep:0:10,raise:1:10"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    code, output, seconds = finish(process, tmp_path)
+    assert code != 0
+    assert output.count("sample is broken") == 1
+    assert seconds < SOON_S
+    assert RunDirectory(tmp_path / "run").status().state == "failed"
+
+
+def beat(rank: int, number: int, collectives: int, phase: str = COMPUTING) -> Beat:
+    return Beat(rank, number, collectives, phase, 7, 600.0, 0.0, "node1", 40 + rank)
+
+
+def test_the_line_names_ranks_behind_by_place_by_message_or_by_silence():
+    def line(*beats: Beat, silent=(), num_ranks=4) -> str:
+        error = hang_error({b.rank: b for b in beats}, silent, num_ranks, 600.0, "runs/a/stacks")
+        assert (error.reason, error.exit_code) == ("hang", 1)
+        return error.line
+
+    ahead = [beat(rank, 9, 30) for rank in range(3)]
+    behind = line(*ahead, beat(3, 8, 29, WAITING))
+    assert "nothing went on for 10 min: rank 3 did not arrive" in behind
+    assert f"process 43 on node1, {WAITING} after step 7" in behind
+    assert "runs/a/stacks" in behind
+    assert "rank 3 did not arrive" in line(*ahead, beat(3, 9, 29))
+    assert "rank 3 did not arrive (rank 3 never started)" in line(*ahead)
+    silent = line(*ahead, beat(3, 9, 30), silent=[3])
+    assert "process 43 on node1, which does not run, last seen computing after step 7" in silent
+    assert "no rank is behind the others (rank 0, process 40" in line(*ahead, beat(3, 9, 30))
+    many = line(*ahead, num_ranks=12)
+    assert "(rank 3 never started; rank 4 never started; rank 5 never started; rank 6 never started and 5 more)" in many
+
+
+def test_limits_follow_the_phase():
+    heartbeat = Heartbeat(step_limit_s=10, slow_limit_s=60)
+    limits = {}
+    for phase, step in [(WAITING, 5), (COMPUTING, 5), (WAITING, 6), (COMPUTING, 6), ("in Save", 7), (WAITING, 7)]:
+        heartbeat.mark(phase, step)
+        limits[phase, step] = heartbeat.last.limit_s
+    assert limits == {
+        (WAITING, 5): 60,
+        (COMPUTING, 5): 60,
+        (WAITING, 6): 10,
+        (COMPUTING, 6): 10,
+        ("in Save", 7): 60,
+        (WAITING, 7): 10,
+    }
+    before = heartbeat.last
+    heartbeat.again()
+    assert (heartbeat.last.number, heartbeat.last.phase) == (before.number + 1, WAITING)
