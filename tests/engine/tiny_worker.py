@@ -23,34 +23,34 @@ from piip_scale.errors import DataError, PiipError
 class TroubledTask(TinyTask):
     """Does something at a micro-batch of one rank: ``kind:rank:micro``; a micro ``eval`` is the second of evaluating.
 
-    More troubles are separated by commas. When one begins, the file ``trouble`` appears in the working directory.
+    More troubles are separated by commas. When one begins, the file ``marker`` appears.
     """
 
-    def __init__(self, *args, trouble: str, slow: float, slow_evaluation: float, **kwargs) -> None:
+    def __init__(self, *args, trouble: str, marker: Path, slow: float, slow_evaluation: float, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.troubles = {}
         for kind, rank, at in (text.split(":") for text in trouble.split(",") if text):
             if int(rank) == self.world.rank:
                 self.troubles[at] = kind
-        self.slow, self.slow_evaluation = slow, slow_evaluation
+        self.marker, self.slow, self.slow_evaluation = marker, slow, slow_evaluation
 
     def train_batches(self, epoch: int, first_step: int):
         for micro, batch in enumerate(super().train_batches(epoch, first_step), start=first_step):
             time.sleep(self.slow)
-            cause(self.troubles.get(str(epoch * self.batches + micro)))
+            cause(self.troubles.get(str(epoch * self.batches + micro)), self.marker)
             yield batch
 
     def val_batches(self):
         for index, batch in enumerate(super().val_batches()):
             time.sleep(self.slow_evaluation)
             if index == 1:
-                cause(self.troubles.get("eval"))
+                cause(self.troubles.get("eval"), self.marker)
             yield batch
 
 
-def cause(kind: str | None) -> None:
+def cause(kind: str | None, marker: Path) -> None:
     if kind:
-        Path("trouble").touch()
+        marker.touch()
     if kind == "raise":
         raise DataError("sample is broken", value="shard_3.tar")
     if kind == "crash":
@@ -107,6 +107,7 @@ def main() -> int:
 
     def factory(config, world):
         troubles = {"trouble": args.trouble, "slow": args.slow, "slow_evaluation": args.slow_evaluation}
+        troubles["marker"] = args.run_dir.with_name("trouble")
         return TroubledTask(config, world, dim=args.dim, **troubles)
 
     return train_worker(config, "config = 1\n", run, factory, resume=args.resume, show_progress=False)
