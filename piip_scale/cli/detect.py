@@ -59,12 +59,12 @@ def evaluate(
         typer.Option(
             "--predictions",
             "--detections",
-            help="Write what was found in every image there, as JSON (COCO results).",
+            help="Write what was found in every image there, as JSON (objects: COCO results).",
         ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure converted weights on packed shards: average precision for a detector.
+    """Measure converted weights on packed shards: average precision of a detector, accuracy of a classifier.
 
     Example: `piip-scale evaluate runs/mine/config.py mine.safetensors --shards shards/val`
     """
@@ -89,11 +89,18 @@ def predict(
     weights: WeightsPath,
     images: Annotated[list[Path], typer.Argument(help="Photographs; several are tiled into one picture.")],
     out: Annotated[Path, typer.Option(help="The picture to write (.png).")] = Path("detections.png"),
-    score_threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw what scores at least this.")] = 0.5,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the detections there, as JSON.")] = None,
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Draw what scores at least this; default: 0.5 for objects, 0 for the five best classes.",
+        ),
+    ] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write all that was found there, as JSON.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Find objects in photographs and draw them.
+    """Find objects in photographs, or the classes of photographs, and draw them.
 
     Example: `piip-scale predict runs/mine/config.py mine.safetensors photo.jpg --out photo.png`
     """

@@ -16,7 +16,7 @@ def predict_and_draw(
     weights: Path,
     images: Sequence[Path],
     out: Path,
-    min_score: float,
+    min_score: float | None,
     json_out: Path | None = None,
 ) -> list[str]:
     """Draws what a model finds in photographs into one picture.
@@ -26,7 +26,7 @@ def predict_and_draw(
         weights: A safetensors file.
         images: Photographs.
         out: The PNG to write.
-        min_score: What scores less is not drawn.
+        min_score: What scores less is not drawn; ``None`` is 0.5 for objects, 0 for classes.
         json_out: Where to write all that was found; ``None`` to keep it.
 
     Returns:

@@ -1,5 +1,6 @@
 """What a run can be told, and the checks it must pass before any process starts."""
 
+from piip_scale.config.classification import ClassHeadConfig, ClassificationData, ClassificationRun, ImageAugmentConfig
 from piip_scale.config.detection import AugmentConfig, DetectionData, DetectionRun, DetectorConfig
 from piip_scale.config.loading import load_config
 from piip_scale.config.model import BranchConfig, InteractionConfig, PiipConfig, PyramidConfig, VitBranchConfig
@@ -15,10 +16,14 @@ from piip_scale.config.run import (
 __all__ = [
     "AugmentConfig",
     "BranchConfig",
+    "ClassHeadConfig",
+    "ClassificationData",
+    "ClassificationRun",
     "DataConfig",
     "DetectionData",
     "DetectionRun",
     "DetectorConfig",
+    "ImageAugmentConfig",
     "InteractionConfig",
     "OptimizerConfig",
     "PiipConfig",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from piip_scale.config.classification import ClassificationRun
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import ConfigError
 
-RUN_KINDS: dict[str, type[RunConfig]] = {"detection": DetectionRun}
+RUN_KINDS: dict[str, type[RunConfig]] = {"detection": DetectionRun, "classification": ClassificationRun}
 """By the value of the config key ``task``."""
 
 

@@ -51,6 +51,8 @@ class OptimizerConfig(Strict):
 
     Attributes:
         layer_decay: Factor on the rate for every layer further from the output.
+        fresh_lr_ratio: Factor on the rate of what lies outside the branches (interactions, merging, heads) and starts
+            from random weights where branches are pretrained.
         decay_all: Weight decay on norms and biases too, which it spares otherwise.
         clip_grad_norm: Bound on the norm of the whole gradient; 0 leaves it alone.
         lr_scaling: How the rate follows the images of a step: multiplied by their ratio to the reference
@@ -63,6 +65,7 @@ class OptimizerConfig(Strict):
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    fresh_lr_ratio: PositiveFloat = 1.0
     decay_all: bool = False
     clip_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"

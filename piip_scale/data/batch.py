@@ -48,7 +48,8 @@ class ImageInfo:
         image_id: The id in the COCO file.
         original_size_px: Height and width of the stored image.
         size_px: Height and width of the resized (and cropped) image inside the padded batch.
-        scale_xy: Resized over original, for x and y. Boxes over this give original pixels, where nothing was cropped.
+        scale_xy: Resized over original, for x and y. Boxes over this give original pixels, where nothing was cropped;
+            crops for classification have no such scale, and here that of their whole image.
     """
 
     key: str
@@ -92,3 +93,23 @@ class DetectionBatch(Batch):
     def to(self, device: torch.device | str) -> Self:
         """A copy on ``device``."""
         return replace(super().to(device), instances=tuple(instances.to(device) for instances in self.instances))
+
+
+@dataclass(frozen=True)
+class ClassificationBatch(Batch):
+    """Square images and their classes.
+
+    Attributes:
+        labels: Class indices, int64 (B,).
+        soft_labels_BK: Targets of mixed images over the K classes, float32 (B, K), each summing to 1, smoothing
+            included; ``None`` for images as they are.
+    """
+
+    labels: Tensor
+    soft_labels_BK: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on ``device``."""
+        soft = None if self.soft_labels_BK is None else self.soft_labels_BK.to(device, non_blocking=True)
+        labels = self.labels.to(device, non_blocking=True)
+        return replace(super().to(device), labels=labels, soft_labels_BK=soft)

@@ -142,9 +142,9 @@ def _outline(mask: Array) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=2)
-def _material(split: str) -> _Material:
-    from sklearn.datasets import load_digits, load_sample_images
+def digit_scans(split: str) -> tuple[Array, Array]:
+    """A split's digits: scans (N, 8, 8) of 0-16, float32, and what they are, int64 (N,)."""
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
     # One scan in 1 / share goes to validation, class by class.
@@ -152,11 +152,19 @@ def _material(split: str) -> _Material:
     for digit in range(10):
         rank_in_class[bunch.target == digit] = np.arange((bunch.target == digit).sum())
     chosen = (rank_in_class % round(1 / VAL_DIGIT_SHARE) == 0) == (split == "val")
+    return bunch.images[chosen].astype(np.float32), bunch.target[chosen]
+
+
+@lru_cache(maxsize=2)
+def _material(split: str) -> _Material:
+    from sklearn.datasets import load_sample_images
+
+    scans, digits = digit_scans(split)
     photos = []
     for photo in load_sample_images().images:
         border = round(photo.shape[1] * (1 - VAL_PHOTO_SHARE))
         photos.append(np.ascontiguousarray(photo[:, border:] if split == "val" else photo[:, :border]))
-    return _Material(bunch.images[chosen].astype(np.float32), bunch.target[chosen], tuple(photos))
+    return _Material(scans, digits, tuple(photos))
 
 
 def _draw_scene(material: _Material, size_px: int, rng: np.random.Generator) -> _Scene:

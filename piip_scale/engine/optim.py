@@ -40,7 +40,8 @@ def build_param_groups(
     for name, parameter in names.items():
         if parameter.requires_grad:
             rule = rules[name]
-            scale = round(config.layer_decay ** (num_layers + 1 - rule.layer_id), _SCALE_DIGITS)
+            depth_scale = config.layer_decay ** (num_layers + 1 - rule.layer_id)
+            scale = round(depth_scale * (config.fresh_lr_ratio if rule.fresh else 1.0), _SCALE_DIGITS)
             decays = rule.decays or config.decay_all
             groups[scale, config.weight_decay if decays else 0.0].append(name)
     return [

@@ -11,10 +11,11 @@ from piip_scale.config.model import ClassifierConfig, PiipConfig
 from piip_scale.models.layers import NORM_EPS, Linear, build_norm
 from piip_scale.models.merging import Merging
 from piip_scale.models.trunk import Trunk
+from piip_scale.ops.resize import at_least_float32
 
 
 class PiipClassifier(Trunk):
-    """A trunk with a head for each branch, or one over the merged features.
+    """A trunk with a head for each branch, or one over the merged features; heads compute in at least float32.
 
     Args:
         config: The trunk; its pyramid is not built.
@@ -42,6 +43,10 @@ class PiipClassifier(Trunk):
         Raises:
             ModelError: The images are too small for a branch.
         """
+        return self.logits(image_BCHW)
+
+    def logits(self, image_BCHW: Tensor) -> Tensor:
+        """What ``forward`` returns, also where a subclass is called in another way."""
         *_, states = self.walk(image_BCHW)
         logits_BK: Tensor = self.head(*(state.grid_BHWC for state in states))
         return logits_BK.float()
@@ -56,7 +61,7 @@ class SeparateHeads(nn.Module):
 
     def forward(self, *grids_BHWC: Tensor) -> Tensor:
         """One grid (B, H_i, W_i, C_i) a branch to (B, classes)."""
-        logits = [part(grid) for part, grid in zip(self.parts, grids_BHWC, strict=True)]
+        logits = [_in_float32(part, grid) for part, grid in zip(self.parts, grids_BHWC, strict=True)]
         return torch.stack(logits).mean(0)
 
 
@@ -87,8 +92,8 @@ class PooledHead(nn.Module):
 
     def forward(self, *grids_BHWC: Tensor) -> Tensor:
         """One grid (B, H_i, W_i, C_i) a branch to (B, classes)."""
-        logits_BK: Tensor = self.linear(self.norm(self.merging(*grids_BHWC)))
-        return logits_BK
+        pooled_BC = _in_float32(self.norm, _in_float32(self.merging, *grids_BHWC))
+        return _in_float32(self.linear, pooled_BC)
 
 
 class PooledNorm(nn.LayerNorm):
@@ -100,3 +105,14 @@ class PooledNorm(nn.LayerNorm):
     def forward(self, map_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C)."""
         return super().forward(map_BCHW.permute(0, 2, 3, 1).to(self.weight.dtype)).mean((1, 2))
+
+
+def _in_float32(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """A module's output, computed in float32 (float64 stays) whatever its weights are kept in.
+
+    Under ZeRO one engine holds one dtype; the casts have gradients.
+    """
+    weights = {name: at_least_float32(parameter) for name, parameter in module.named_parameters()}
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        output: Tensor = torch.func.functional_call(module, weights, tuple(map(at_least_float32, inputs)))
+    return output

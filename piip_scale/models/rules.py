@@ -13,7 +13,9 @@ class ParameterRule:
         layer_id: 0 for embeddings ... ``num_layers + 1`` for heads; rate is base * decay ** (num_layers + 1 - id).
             May be fractional for a shallow branch beside a deep one.
         decays: Whether weight decay applies.
+        fresh: Whether it lies outside the branches, where no backbone's pretraining has trained it.
     """
 
     layer_id: float
     decays: bool
+    fresh: bool

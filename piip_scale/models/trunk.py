@@ -95,7 +95,11 @@ class Trunk(nn.Module):
         rest = float(self.num_layers + 1)
         kept_whole = self._never_decaying()
         return {
-            name: ParameterRule(layer_ids.get(id(p), rest), _decays(name, p) and id(p) not in kept_whole)
+            name: ParameterRule(
+                layer_ids.get(id(p), rest),
+                decays=_decays(name, p) and id(p) not in kept_whole,
+                fresh=not name.startswith("branches."),
+            )
             for name, p in self.named_parameters()
         }
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from piip_scale.data.batch import Batch
 from piip_scale.data.files import json_bytes, write_bytes
 from piip_scale.tasks.base import Detections
+from piip_scale.tasks.gathering import gathered, is_distributed, is_main_rank
 
 Result = dict[str, Any]
 
@@ -50,7 +51,7 @@ class CocoMetric:
     def results(self) -> list[Result]:
         """All ranks' detections as COCO results, every image once. Collective; the same on every rank."""
         merged: dict[int, list[Result]] = {}
-        for part in _gathered(self._results):
+        for part in gathered(self._results):
             merged = part | merged
         return [result for image_id in sorted(merged) for result in merged[image_id]]
 
@@ -65,9 +66,9 @@ class CocoMetric:
         """
         results = self.results()
         metrics: list[Any] = [None]
-        if not _is_distributed() or dist.get_rank() == 0:
+        if is_main_rank():
             metrics = [{key: value for part in self._parts for key, value in self._scores(part, results).items()}]
-        if _is_distributed():
+        if is_distributed():
             dist.broadcast_object_list(metrics, src=0)
         scores: dict[str, float] = metrics[0]
         return scores
@@ -79,7 +80,7 @@ class CocoMetric:
             DataError: The disk is full, or the folder cannot be written.
         """
         results = self.results()
-        if not _is_distributed() or dist.get_rank() == 0:
+        if is_main_rank():
             write_bytes(path, json_bytes(results))
 
     def _scores(self, part: str, results: list[Result]) -> dict[str, float]:
@@ -128,15 +129,3 @@ def _complete(annotations: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation, "id": number}
         for number, annotation in enumerate(annotations, start=1)
     ]
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gathered(value: Any) -> list[Any]:
-    if not _is_distributed():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -175,7 +175,7 @@ class DetectionModel(nn.Module):
             # ZeRO-3 keeps a sharded parameter's real shape in ds_shape.
             num_axes = len(getattr(parameter, "ds_shape", parameter.shape))
             decays = num_axes != 1 and not name.endswith("bias")
-            rules[f"heads.{name}"] = ParameterRule(float(self.num_layers + 1), decays)
+            rules[f"heads.{name}"] = ParameterRule(float(self.num_layers + 1), decays, fresh=True)
         return rules
 
     @property

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from piip_scale.config.classification import ClassificationRun
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import ConfigError
@@ -27,6 +28,10 @@ def build_task(config: RunConfig, world: World) -> Task:
         from piip_scale.tasks.detection import DetectionTask
 
         return DetectionTask(config, world)
+    if isinstance(config, ClassificationRun):
+        from piip_scale.tasks.classification import ClassificationTask
+
+        return ClassificationTask(config, world)
     raise _unknown(config)
 
 
@@ -41,6 +46,10 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         from piip_scale.tasks.detectors import build_detection_model
 
         return build_detection_model(config, num_classes)
+    if isinstance(config, ClassificationRun):
+        from piip_scale.tasks.classifiers import build_classification_model
+
+        return build_classification_model(config, num_classes)
     raise _unknown(config)
 
 
@@ -62,13 +71,13 @@ def load_model(config: RunConfig, weights: Path) -> nn.Module:
     return model.eval()
 
 
-def build_predictor(config: RunConfig, model: nn.Module, min_score: float) -> Predictor:
+def build_predictor(config: RunConfig, model: nn.Module, min_score: float | None) -> Predictor:
     """What a trained model finds in single images, drawn and written down.
 
     Args:
         config: Of the run that the weights come from.
         model: From ``load_model``, on any device.
-        min_score: What scores less is not drawn.
+        min_score: What scores less is not drawn; ``None`` is 0.5 for objects, 0 for classes.
 
     Raises:
         ConfigError: The classes cannot be told.
@@ -76,7 +85,13 @@ def build_predictor(config: RunConfig, model: nn.Module, min_score: float) -> Pr
     if isinstance(config, DetectionRun):
         from piip_scale.tasks.prediction import DetectionPredictor
 
-        return DetectionPredictor(model, config.data.augment, class_names(config), min_score)
+        return DetectionPredictor(
+            model, config.data.augment, class_names(config), 0.5 if min_score is None else min_score
+        )
+    if isinstance(config, ClassificationRun):
+        from piip_scale.tasks.class_prediction import ClassPredictor
+
+        return ClassPredictor(model, config, class_names(config), min_score or 0.0)
     raise _unknown(config)
 
 

@@ -1,4 +1,4 @@
-"""Every config that ships loads, and every detector in it builds; test_recipes.py does the same for COCO's."""
+"""Every config that ships loads, and its model builds; the tests of recipes do the same for COCO's and ImageNet's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from piip_scale.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RUNS = sorted(path for path in CONFIGS.rglob("*.py") if not {"_base_", "coco"} & set(path.parts))
+RUNS = sorted(path for path in CONFIGS.rglob("*.py") if not {"_base_", "coco", "imagenet"} & set(path.parts))
 
 
 def test_there_are_configs():
@@ -19,9 +19,8 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_config_loads_and_its_model_builds(path):
-    from piip_scale.tasks.detectors import build_detection_model
+    from piip_scale.tasks.kinds import build_model
 
-    config = load_config(path)
     with torch.device("meta"):
-        model = build_detection_model(config, num_classes=3)
+        model = build_model(load_config(path), num_classes=3)
     assert set(model.parameter_rules()) == {name for name, _ in model.named_parameters()}

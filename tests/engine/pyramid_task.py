@@ -59,7 +59,9 @@ class PyramidModel(nn.Module):
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
         rules = {f"backbone.{name}": rule for name, rule in self.backbone.parameter_rules().items()}
-        return rules | {f"head.score.{key}": ParameterRule(self.num_layers + 1.0, False) for key in ("weight", "bias")}
+        return rules | {
+            f"head.score.{key}": ParameterRule(self.num_layers + 1.0, False, fresh=True) for key in ("weight", "bias")
+        }
 
     @property
     def num_layers(self) -> int:

@@ -10,7 +10,7 @@ from piip_scale.tasks.base import ParameterRule
 
 def rules_of(model: nn.Module) -> dict[str, ParameterRule]:
     return {
-        name: ParameterRule(layer_id=float(name.split(".")[0]), decays=p.ndim > 1)
+        name: ParameterRule(layer_id=float(name.split(".")[0]), decays=p.ndim > 1, fresh=False)
         for name, p in model.named_parameters()
     }
 
@@ -34,12 +34,23 @@ def test_weight_decay_on_everything_leaves_one_group():
 def test_layer_decay_follows_the_formula_and_fractions_that_coincide_share_a_group():
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
     ids = {"0.weight": 0.0, "1.weight": 1.5, "2.weight": 1.5, "3.weight": 4.0}
-    rules = {name: ParameterRule(layer_id, True) for name, layer_id in ids.items()}
+    rules = {name: ParameterRule(layer_id, True, False) for name, layer_id in ids.items()}
     groups = build_param_groups(model, rules, 3, OptimizerConfig(lr=0.5, layer_decay=0.9))
     assert [g["lr_scale"] for g in groups] == pytest.approx([0.9**4, 0.9**2.5, 1.0])
     assert [len(g["params"]) for g in groups] == [1, 2, 1]
     set_learning_rate(groups, 0.1)
     assert groups[0]["lr"] == pytest.approx(0.1 * 0.9**4)
+
+
+def test_what_is_fresh_learns_at_a_rate_of_its_own_on_top_of_layer_decay():
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
+    rules = {f"{i}.weight": ParameterRule(float(i), True, fresh=i == 2) for i in range(3)}
+    groups = build_param_groups(model, rules, 1, OptimizerConfig(layer_decay=0.5, fresh_lr_ratio=10.0))
+    assert [(g["parameter_names"], g["lr_scale"]) for g in groups] == [
+        (["0.weight"], 0.25),
+        (["1.weight"], 0.5),
+        (["2.weight"], 10.0),
+    ]
 
 
 def test_frozen_parameters_are_in_no_group():
@@ -52,7 +63,7 @@ def test_frozen_parameters_are_in_no_group():
 def test_a_parameter_without_a_rule_is_named():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ModelError, match=r"1 parameters without a rule \(0.bias\)"):
-        build_param_groups(model, {"0.weight": ParameterRule(0, True)}, 1, OptimizerConfig())
+        build_param_groups(model, {"0.weight": ParameterRule(0, True, False)}, 1, OptimizerConfig())
 
 
 def test_fused_adamw_steps_like_the_plain_one():

@@ -94,7 +94,10 @@ class TinyModel(nn.Module):
                 return int(name.split(".blocks.")[1].split(".")[0]) + 1.0
             return 0.0 if ".embed." in name else self.num_depth + 1.0
 
-        return {name: ParameterRule(layer(name), p.ndim > 1) for name, p in self.named_parameters()}
+        return {
+            name: ParameterRule(layer(name), p.ndim > 1, fresh=layer(name) > self.num_depth)
+            for name, p in self.named_parameters()
+        }
 
     @property
     def num_layers(self) -> int:
