@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from piip_scale.config.classification import ClassificationRun
 from piip_scale.config.detection import DetectionRun
+from piip_scale.config.model import ClassifierConfig
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import ConfigError
 from piip_scale.models.counting import PartCount, count_network, feature_maps
 from piip_scale.tasks.classes import told_classes
 
-_PUBLIC_SETS = {"detection": ("COCO", 80)}
+_PUBLIC_SETS = {"classification": ("ImageNet", 1000), "detection": ("COCO", 80)}
 """By task: the set that is counted for, and its classes, where a run's own are not known."""
 
 
@@ -50,6 +52,9 @@ def count_run(config: RunConfig, height_px: int, width_px: int) -> RunCount:
 
 
 def _parts(config: RunConfig, num_classes: int, height_px: int, width_px: int) -> tuple[PartCount, ...]:
+    if isinstance(config, ClassificationRun):
+        head = ClassifierConfig(num_classes=num_classes, separate=config.classifier.separate)
+        return count_network(config.model, height_px, width_px, head)
     network = count_network(config.model, height_px, width_px)
     features = feature_maps(config.model, height_px, width_px)
     assert isinstance(config, DetectionRun)

@@ -6,9 +6,11 @@ from small_detectors import CLASSES, SMALL, batch_of, instances, run_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from piip_scale.config.loading import check_config
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.counting import count_run
 from piip_scale.tasks.detectors import build_detection_model
+from piip_scale.tasks.kinds import build_model
 from piip_scale.tasks.layer_macs import layer_macs
 
 # NMS keeps everything, so that heads work on as many boxes as they may.
@@ -133,3 +135,30 @@ def test_layers_count_as_torchs(layer):
     returned, macs = layer_macs(layer.to("meta"), torch.empty(2, 8, 7, 9, device="meta"))
     assert returned.shape == output.shape
     assert macs == macs_by_torch(counter)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_classifiers_are_counted_with_their_heads(separate):
+    branches = [
+        {"resolution_px": size, "embed_dim": dim, "depth": 2, "num_heads": 2, "class_token": True}
+        for size, dim in ((32, 64), (64, 32))
+    ]
+    values = {
+        "task": "classification",
+        "model": {
+            "branches": branches,
+            "interaction": {"num_stages": 2, "num_heads": 2},
+            "attention_kernel": "math",
+        },
+        "classifier": {"separate": separate},
+        "data": {"train_shards": "train", "val_shards": "val"},
+        "train": {"steps": 1},
+    }
+    config = check_config(values)
+    counted = count_run(config, 64, 96)
+    assert (counted.num_classes, counted.assumed_set) == (1000, "ImageNet")
+    model = build_model(config, 1000).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(torch.zeros(1, 3, 64, 96))
+    assert sum(part.macs for part in counted.parts) == macs_by_torch(counter)
+    assert sum(part.parameters for part in counted.parts) == sum(p.numel() for p in model.parameters())
