@@ -22,7 +22,8 @@ def import_weights(
 ) -> None:
     """Turn a released PIIP checkpoint into the weights of a network here, every key accounted for.
 
-    A detector's neck and heads are left behind. The config to train it on says `model.pretrained="F.safetensors"`.
+    A detector's neck and heads are left behind; a classifier is whole, and `evaluate` and `predict` take it. The config
+    to train it on says `model.pretrained="F.safetensors"`.
 
     Example: `piip-scale weights import released.pth --backbone backbone.json --out network.safetensors`
     """

@@ -65,8 +65,8 @@ class PackItem:
     Attributes:
         image_id: Names the sample.
         path: The image file; it is stored as it is.
-        size_px: Height and width that the image is held to; ``None`` where nothing states them, since reading every
-            image's head only to plan would take as long as packing it.
+        size_px: Height and width that the image is held to; ``None`` where nothing states them: packing learns
+            them, and a pass over all files only to plan is spared.
         file_bytes: Size of the image file.
         num_annotations: In the notes.
         notes: JSON: what ``parse_notes`` reads.

@@ -1,0 +1,103 @@
+"""From folders of images to accuracy and a picture, by the commands a user types."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from commands import piip_scale, succeeded
+from PIL import Image
+from typer.testing import CliRunner
+
+from piip_scale.cli.main import app
+from piip_scale.data.digits import write_digits
+from piip_scale.errors import DataError
+
+CONFIG = """
+task = "classification"
+model = dict(
+    branches=[
+        dict(resolution_px=16, embed_dim=64, depth=2, num_heads=4, patch_size_px=4, pretrain_resolution_px=16),
+        dict(resolution_px=32, embed_dim=32, depth=2, num_heads=4, patch_size_px=4, pretrain_resolution_px=32),
+    ],
+    interaction=dict(num_stages=2, num_heads=4, gamma_init=0.1),
+)
+classifier = dict(separate=False)
+data = dict(
+    train_shards="{shards}/train",
+    val_shards="{shards}/val",
+    augment=dict(crop_scale=(0.8, 1.0), flip_probability=0.0, mix=dict(mixup_alpha=0.1, cutmix_alpha=0.0)),
+    micro_batch_size=16,
+    num_streams=2,
+    workers=1,
+)
+optimizer = dict(lr=3e-3, clip_grad_norm=5.0)
+schedule = dict(warmup_steps=5)
+train = dict(steps=40, precision="fp32", evaluate_every_steps=40)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Digits packed, a classifier of them trained on two processes, and its weights."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder / "images", size_px=32)
+    for split in ("train", "val"):
+        source = folder / "images" / split
+        succeeded(piip_scale("shards", "pack", "--image-folders", source, "--out", folder / "shards" / split))
+    (folder / "digits.py").write_text(CONFIG.replace("{shards}", str(folder / "shards")))
+    succeeded(piip_scale("train", folder / "digits.py", "--procs", 2, "--run-dir", folder / "run", timeout=500))
+    succeeded(piip_scale("convert", folder / "run", folder / "digits.safetensors"))
+    return folder
+
+
+def test_a_short_training_is_well_above_chance_also_after_conversion(trained):
+    lines = map(json.loads, (trained / "run" / "metrics.jsonl").read_text().splitlines())
+    measured = next(line for line in lines if line["kind"] == "evaluation")
+    arguments = ("evaluate", trained / "run" / "config.py", trained / "digits.safetensors")
+    succeeded(piip_scale(*arguments, "--out", trained / "metrics.json", "--predictions", trained / "all.json"))
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics == {name: pytest.approx(measured[f"eval/{name}"], abs=0.005) for name in metrics}
+    found = json.loads((trained / "all.json").read_text())
+    right = sum(image["guesses"][0] == image["class"] for image in found)
+    assert (len(found), metrics["top1_accuracy"]) == (454, right / 454)
+    assert metrics["top1_accuracy"] > 0.3
+
+
+def test_prediction_is_drawn_and_listed(trained):
+    photos = sorted((trained / "images" / "val" / "3").glob("*.png"))[:2]
+    listing, picture = trained / "found.json", trained / "found.png"
+    arguments = ("predict", trained / "run" / "config.py", trained / "digits.safetensors", *photos)
+    succeeded(piip_scale(*arguments, "--out", picture, "--json", listing))
+    with Image.open(picture) as image:
+        assert image.width > 2 * 600
+    for entry, photo in zip(json.loads(listing.read_text()), photos, strict=True):
+        assert entry["image"] == str(photo)
+        probabilities = [guess["probability"] for guess in entry["classes"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert len(probabilities) == 5
+
+
+def test_a_set_is_verified_shown_and_drawn(trained):
+    folder = trained / "shards" / "val"
+    assert "454 labels, 0 problems" in succeeded(piip_scale("shards", "verify", folder)).stdout
+    shown = succeeded(piip_scale("shards", "show", folder, "--out", trained / "val.png")).stdout
+    assert "images a class" in shown
+    assert (trained / "val.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--image-folders", "{images}", "--images", "{images}"], ["--images", "--image-list"]),
+        (["--image-folders", "{images}", "--boxes-only"], ["--boxes-only", "--coco"]),
+        (["--image-list", "nowhere.txt", "--images", "{images}"], ["--class-names"]),
+        (["--image-folders", "{images}", "--coco", "x.json"], ["exactly one of"]),
+        ([], ["exactly one of"]),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path, options, parts):
+    words = [word.replace("{images}", str(tmp_path)) for word in options]
+    error = CliRunner().invoke(app, ["shards", "pack", "--out", str(tmp_path / "out"), *words]).exception
+    assert isinstance(error, DataError)
+    assert all(part in error.line for part in parts)
