@@ -61,7 +61,8 @@ def test_a_short_training_is_well_above_chance_also_after_conversion(trained):
     found = json.loads((trained / "all.json").read_text())
     right = sum(image["guesses"][0] == image["class"] for image in found)
     assert (len(found), metrics["top1_accuracy"]) == (454, right / 454)
-    assert metrics["top1_accuracy"] > 0.3
+    # Chance is 0.1, with a deviation of 0.014; it was 0.39 here.
+    assert metrics["top1_accuracy"] > 0.25
 
 
 def test_prediction_is_drawn_and_listed(trained):
