@@ -48,3 +48,4 @@ def _main(rank: int, num_ranks: int, port: int, folder: str, function: Callable[
     if num_ranks > 1:
         # Whoever leaves first would break the others' last collective.
         torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
