@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_saver import content, save
 
-from piip_scale.checkpoint.store import MANIFEST, CheckpointStore, checksum, read_step, resolve_checkpoint
+from piip_scale.checkpoint.store import MANIFEST, CheckpointStore, checksum, num_bytes, read_step, resolve_checkpoint
 from piip_scale.errors import CheckpointError
 
 SAVER = Path(__file__).with_name("store_saver.py")
@@ -50,6 +50,44 @@ def test_the_newest_are_kept(tmp_path):
     assert store.steps() == [30, 40]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000030", "step_00000040"]
     assert_whole(store, store.latest())
+
+
+def test_milestones_stay(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2, milestone_every=20)
+    for step in (10, 20, 30, 40, 50, 60, 70):
+        save(store, step)
+    assert store.steps() == [20, 40, 60, 70]
+    store.milestone_every = 0
+    save(store, 80)
+    assert store.steps() == [70, 80]
+
+
+def test_parts_are_committed_as_their_ranks_found_them(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    staging = store.begin(3)
+    for rank in range(3):
+        assert store.finished_ranks(3) == rank
+        (staging / f"{rank}.pt").write_bytes(bytes(rank))
+        store.finish_part(3, rank, [f"{rank}.pt"])
+    (staging / "more").write_bytes(b"in no part")
+    path = store.commit(3)
+    store.validate(path)
+    assert sorted(p.name for p in path.iterdir()) == ["0.pt", "1.pt", "2.pt", MANIFEST, "more"]
+    assert num_bytes(path) == 0 + 1 + 2 + 10
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone"])
+def test_a_part_that_is_not_what_its_rank_wrote_is_not_committed(tmp_path, damage):
+    store = CheckpointStore(tmp_path, keep=2)
+    older = save(store, 2)
+    staging = store.begin(3)
+    (staging / "a.pt").write_bytes(b"abc")
+    store.finish_part(3, 0, ["a.pt"])
+    os.truncate(staging / "a.pt", 1) if damage == "cut short" else (staging / "a.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.pt .*it was saved with 3 bytes"):
+        store.commit(3)
+    assert store.steps() == [2]
+    assert store.latest() == older
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "grow", "no manifest", "broken manifest", "foreign manifest"])
@@ -199,6 +237,26 @@ def test_killed_at_every_operation_of_a_save(tmp_path):
         assert store.latest() == newest
         assert_whole(store, save(store, 4))
         assert all(p.name == "latest" or p.name.startswith("step_") for p in store.folder.iterdir())
+    assert {moment["committed"] for moment in moments} == {True, False}
+
+
+def test_either_of_two_ranks_killed_at_every_operation_of_a_save(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SAVER, "each of two ranks", tmp_path], timeout=120, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    moments = json.loads(done.stdout)
+    assert len(moments) > 30
+    for moment in moments:
+        store = CheckpointStore(Path(moment["folder"]), keep=2, milestone_every=4)
+        newest = store.latest()
+        assert read_step(newest) == (7 if moment["committed"] else 6), moment
+        assert_whole(store, newest)
+        store.clean()
+        assert_whole(store, store.path(4))
+        assert_whole(store, save(store, 8))
+        assert store.steps()[0] == 4
+        assert all(p.name == "latest" or p.name.startswith("step_") for p in store.folder.iterdir()), moment
     assert {moment["committed"] for moment in moments} == {True, False}
 
 

@@ -83,6 +83,7 @@ def test_resolved_text_loads_to_the_same_config(base, tmp_path):
         ("model.branches.9.depth=2", ["model.branches.9", "'9'", "0 to 1"]),
         ("model.branches.0.preset={'a': 1}", ["preset={'a': 1}", "deit_tiny"]),
         ("data.augment.std=(0.0, 1.0, 1.0)", ["data.augment.std.0", "greater than 0"]),
+        ("train.milestone_every_steps=700", ["milestone_every_steps=700 must be a multiple of", "=500"]),
         ("train.epochs=2", ["exactly one of epochs=2 and steps=10"]),
         ("data.augment.jitter_scale=(0.5,2.0)", ["data.augment", "set crop_px as well"]),
         ("data.augment.crop_first={'short_edge_px': (), 'crop_range_px': (3, 4)}", ["augment.crop_first", "empty"]),

@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from save_killer import MOMENTS_OF_ALL, MOMENTS_OF_MAIN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.run_dir import RunDirectory
 
@@ -112,15 +114,33 @@ def test_a_run_leaves_status_metrics_and_checkpoints(uninterrupted):
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_whole_run(uninterrupted_bf16, tmp_path):
-    options = ("--precision", "bf16")
-    code, output = train(tmp_path / "run", *options, "--trouble", "kill:1:10")
+def slow(*values) -> pytest.param:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("rank", "trouble"),
+    [
+        (1, ("--kill-save", "half written:1:6")),
+        slow(1, ("--trouble", "kill:1:10")),
+        *(slow(0, ("--kill-save", f"{moment}:0:6")) for moment in MOMENTS_OF_MAIN),
+        *(slow(rank, ("--kill-save", f"{moment}:{rank}:6")) for moment in MOMENTS_OF_ALL for rank in (0, 1)),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_whole_run(uninterrupted_bf16, tmp_path, rank, trouble):
+    # One checkpoint is kept, so that the second save prunes.
+    options = ("--precision", "bf16", "--keep", "1")
+    code, output = train(tmp_path / "run", *options, *trouble)
     assert code == 1
-    assert "rank 1 was killed by SIGKILL" in output
+    assert f"rank {rank} was killed by SIGKILL" in output
     assert RunDirectory(tmp_path / "run").status().state == "failed"
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=1)
+    store.validate(store.latest())
     code, output = train(tmp_path / "run", *options, "--resume")
     assert code == 0, output
     assert_bitwise_equal(tmp_path / "run", uninterrupted_bf16)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", f"step_{STEPS:08d}"]
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(uninterrupted, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from ranks import FORCED_RELEASE, tiny_config
+from save_killer import SaveKiller
 from tiny_task import TinyTask
 
 from piip_scale.engine.local_launch import launch_local
@@ -79,6 +80,8 @@ def main() -> int:
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--slow-evaluation", type=float, default=0.0)
     parser.add_argument("--hang-minutes", type=float, default=10.0)
+    parser.add_argument("--kill-save", default="", help="moment:rank:step")
+    parser.add_argument("--keep", type=int, default=2)
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--layer-decay", type=float, default=0.9)
     parser.add_argument("--precision", default="fp32")
@@ -90,6 +93,10 @@ def main() -> int:
     if args.launch and "RANK" not in os.environ:
         run.check(resume=args.resume)
         return launch_local(args.launch, [sys.executable, *sys.argv], run, grace_s=5)
+    if args.kill_save:
+        moment, rank, step = args.kill_save.split(":")
+        if rank == os.environ["RANK"]:
+            SaveKiller(moment, int(step))
     config = tiny_config(
         optimizer={"lr": args.lr, "layer_decay": args.layer_decay},
         zero={"stage": args.stage, "deepspeed": FORCED_RELEASE if args.stage == 3 else {}},
@@ -100,6 +107,7 @@ def main() -> int:
             "log_every_steps": 1,
             "evaluate_every_steps": 4,
             "checkpoint_every_steps": args.save_every,
+            "keep_checkpoints": args.keep,
             "max_skipped_steps": 2,
             "hang_minutes": args.hang_minutes,
         },

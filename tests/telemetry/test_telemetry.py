@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from piip_scale.telemetry import StepRecord, Telemetry
+from piip_scale.telemetry import SaveRecord, StepRecord, Telemetry
 from piip_scale.telemetry.jsonl import JsonLines
 from piip_scale.telemetry.memory import peak_memory_bytes
 
@@ -54,6 +54,19 @@ def write_steps(run_dir, first, last, **options):
     telemetry.event(last, "saved checkpoint")
     telemetry.close()
     return told.getvalue()
+
+
+def test_a_save_is_metrics_and_a_line(tmp_path):
+    told = io.StringIO()
+    telemetry = Telemetry(tmp_path, total_steps=6, stream=told)
+    telemetry.save(SaveRecord(3, "step_00000003", stall_seconds=0.25, write_seconds=2.5, num_bytes=3 << 30))
+    telemetry.close()
+    values = {"checkpoint/stall_seconds": 0.25, "checkpoint/write_seconds": 2.5, "checkpoint/gib": 3.0}
+    assert curves(tmp_path) == {tag: [(3, value)] for tag, value in values.items()}
+    saved, event = lines(tmp_path)
+    assert saved == {"step": 3, "kind": "checkpoint"} | values
+    assert event["text"] in told.getvalue()
+    assert event["text"] == "saved step_00000003: 3.00 GiB, stood still 0.25 s, written 2.50 s later"
 
 
 def test_events_read_back(tmp_path):
