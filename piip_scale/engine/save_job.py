@@ -121,7 +121,7 @@ class _Output:
     """A new file for ``torch.save`` that remembers what stopped a write: torch tells only where in its zip file."""
 
     def __init__(self, path: Path, cancelled: threading.Event) -> None:
-        self._file, self._cancelled = path.open("wb"), cancelled
+        self._path, self._file, self._cancelled = path, path.open("wb"), cancelled
         self._reason: Exception | None = None
 
     def write(self, data: Any) -> int:
@@ -147,6 +147,8 @@ class _Output:
             with self._file:
                 torch.save(content, self)  # type: ignore[arg-type]  # needs nothing but these methods
         except (OSError, RuntimeError) as error:
+            # At once: until the run ends, others write on that disk.
+            self._path.unlink(missing_ok=True)
             raise (self._reason or error) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ class TensorBoardWriter:
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # costs a second, which --help need not pay
 
+        _hush_writers()
         purge = first_step + 1 if folder.exists() else None
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=_FLUSH_SECONDS)  # type: ignore[no-untyped-call]
         self._last_check = time.monotonic()
@@ -58,6 +61,18 @@ class TensorBoardWriter:
         if time.monotonic() - self._last_check > _FLUSH_SECONDS:
             self._writer.flush()  # type: ignore[no-untyped-call]
             self._last_check = time.monotonic()
+
+
+@functools.cache
+def _hush_writers() -> None:
+    """Keeps tensorboard 2.21's writing thread from printing the refusal of a disk that it also gives to ``flush``."""
+    previous = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (issubclass(args.exc_type, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            previous(args)
+
+    threading.excepthook = hook
 
 
 def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, float]:

@@ -94,7 +94,7 @@ def saving_beside_training(world, _device, folder, stage):
     return seen
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_save_holds_its_step_while_training_goes_on(tmp_path, stage):
     found = run_ranks(2, saving_beside_training, str(tmp_path), stage)
     store = CheckpointStore(tmp_path / "checkpoints", keep=2)
@@ -133,7 +133,7 @@ def refused_on_one_rank(world, _device, folder, background):
     return None
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("background", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_disk_that_refuses_one_rank_stops_all_with_its_name(tmp_path, background):
     lines = run_ranks(2, refused_on_one_rank, str(tmp_path), background)
     assert lines[0] == lines[1]

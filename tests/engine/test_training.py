@@ -114,17 +114,13 @@ def test_a_run_leaves_status_metrics_and_checkpoints(uninterrupted):
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
 
 
-def slow(*values) -> pytest.param:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "trouble"),
     [
-        (1, ("--kill-save", "half written:1:6")),
-        slow(1, ("--trouble", "kill:1:10")),
-        *(slow(0, ("--kill-save", f"{moment}:0:6")) for moment in MOMENTS_OF_MAIN),
-        *(slow(rank, ("--kill-save", f"{moment}:{rank}:6")) for moment in MOMENTS_OF_ALL for rank in (0, 1)),
+        (1, ("--trouble", "kill:1:10")),
+        *((0, ("--kill-save", f"{moment}:0:6")) for moment in MOMENTS_OF_MAIN),
+        *((rank, ("--kill-save", f"{moment}:{rank}:6")) for moment in MOMENTS_OF_ALL for rank in (0, 1)),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )
@@ -224,6 +220,59 @@ def test_a_disk_that_fills_while_saving_is_one_line_and_leaves_no_checkpoint(tmp
     assert len(told) == 1
     assert "cannot write checkpoint" in told[0]
     assert list((tmp_path / "run" / "checkpoints").glob("step_*")) == []
+
+
+def mount(*words: str) -> None:
+    done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mounting needs root: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A folder of checkpoints that is a disk of its own."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder))
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room_kib", [0, 40, 120, 200, 300])
+def test_a_disk_that_fills_in_a_later_save_loses_nothing_and_the_run_goes_on(uninterrupted_bf16, checkpoints, room_kib):
+    options = ("--precision", "bf16", "--keep", "1")
+    process = start(checkpoints.parent, *options, "--slow", "0.3")
+    wait_for_step(checkpoints.parent, 4, process)
+    # What is there stays, and so much more fits: the next save would take 320 KiB.
+    mount("-o", f"remount,size={psutil.disk_usage(str(checkpoints)).used // 1024 + room_kib}k", str(checkpoints))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 2, output
+    assert output.count("No space left on device") == 1, output
+    store = CheckpointStore(checkpoints, keep=1)
+    assert store.steps() == [3]
+    store.validate(store.latest())
+    mount("-o", "remount,size=64m", str(checkpoints))
+    code, output = train(checkpoints.parent, *options, "--resume")
+    assert code == 0, output
+    assert_bitwise_equal(checkpoints.parent, uninterrupted_bf16)
+
+
+@pytest.mark.slow
+def test_a_disk_that_turns_read_only_loses_nothing_and_the_run_goes_on(uninterrupted_bf16, checkpoints):
+    options = ("--precision", "bf16", "--keep", "1")
+    process = start(checkpoints.parent, *options, "--slow", "0.3")
+    wait_for_step(checkpoints.parent, 4, process)
+    mount("-o", "remount,ro", str(checkpoints))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 2, output
+    assert output.count("Read-only file system") == 1, output
+    store = CheckpointStore(checkpoints, keep=1)
+    assert store.latest() == store.path(3)
+    mount("-o", "remount,rw", str(checkpoints))
+    code, output = train(checkpoints.parent, *options, "--resume")
+    assert code == 0, output
+    assert_bitwise_equal(checkpoints.parent, uninterrupted_bf16)
 
 
 def test_torchrun_starts_the_same_worker(tmp_path):

@@ -176,10 +176,12 @@ def test_one_redrawn_line_on_a_terminal(tmp_path):
     assert "a message beside the bar" in [line.strip() for line in re.split(r"[\r\n]+", text)]
 
 
-def test_a_full_disk_ends_in_one_line(tmp_path):
+@pytest.mark.parametrize("full", ["", "run/tensorboard"])
+def test_a_full_disk_ends_in_one_line(tmp_path, full):
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("needs user namespaces to mount a small disk")
-    script = f"mount -t tmpfs -o size=64k none {tmp_path} && {sys.executable} {WRITER} {tmp_path}/run 100000"
+    (tmp_path / full).mkdir(parents=True, exist_ok=True)
+    script = f"mount -t tmpfs -o size=64k none {tmp_path / full} && {sys.executable} {WRITER} {tmp_path}/run 100000"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     told = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "a message"))]

@@ -1,0 +1,86 @@
+"""A detector's training that is killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+
+import psutil
+import torch
+from commands import command, environment, piip_scale, succeeded
+
+from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+
+STEPS = 9
+# Everything that draws random numbers: drop path, augmentation, the order of the images, mmdet's samplers; and in bf16.
+SETTINGS = {
+    "train.precision": "'bf16'",
+    "train.steps": STEPS,
+    "train.log_every_steps": 1,
+    "train.checkpoint_every_steps": 3,
+    "train.evaluate_every_steps": 0,
+    "model.branches.0.drop_path_rate": 0.4,
+    "model.branches.1.drop_path_rate": 0.2,
+    "data.augment.jitter_scale": "(0.5, 1.5)",
+    "data.augment.crop_px": "(64, 64)",
+}
+
+
+def words(config, run_dir):
+    overrides = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+    return ["train", config, "--procs", 2, "--run-dir", run_dir, *overrides]
+
+
+def train_and_kill(config, run_dir, seconds=180):
+    """Kills a rank outright somewhere in the second save, or soon after."""
+    process = subprocess.Popen(command(*words(config, run_dir)), stderr=subprocess.PIPE, text=True, env=environment())
+    store, deadline = CheckpointStore(run_dir / "checkpoints", keep=2), time.monotonic() + seconds
+    while not (store.staging(6).exists() or store.path(6).exists()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no second save"
+        time.sleep(0.001)
+    psutil.Process(process.pid).children()[1].send_signal(signal.SIGKILL)
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in text
+    assert store.latest() is not None
+
+
+def told(run_dir):
+    """What each step's line says that does not depend on the machine."""
+    path = run_dir / "metrics.jsonl"
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {
+        line["step"]: {key: value for key, value in line.items() if key.startswith(("loss/", "train/"))}
+        for line in lines
+        if line["kind"] == "step"
+    }
+
+
+def moments(checkpoint):
+    """Adam's moments and counters, by file, group and name."""
+    found = {}
+    for file in checkpoint.rglob("*optim_states.pt"):
+        groups = torch.load(file, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]["state"]
+        for group, state in groups.items():
+            found |= {(file.name, group, name): value for name, value in state.items()}
+    return found
+
+
+def test_a_detector_killed_in_the_middle_is_bit_for_bit_the_whole_run(config, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    succeeded(piip_scale(*words(config, whole)))
+    train_and_kill(config, broken)
+    succeeded(piip_scale(*words(config, broken), "--resume"))
+    assert len(told(whole)) == STEPS
+    assert told(broken) == told(whole)
+    wanted, found = (CheckpointStore(run / "checkpoints", keep=2).latest() for run in (whole, broken))
+    assert wanted.name == found.name == f"step_{STEPS:08d}"
+    for kind in (lambda path: dict(ZeroCheckpoint(path)), moments):
+        ours, theirs = kind(found), kind(wanted)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert any("exp_avg_sq" in name for name in moments(found))
