@@ -32,6 +32,7 @@ WITHIN_LAYER = {
 WALLS = {
     "deepspeed": ("engine", "checkpoint"),
     "mmdet": ("tasks",),
+    "mmseg": ("tasks",),
     "mmcv": ("tasks",),
     "mmengine": ("tasks", "config.loading"),
     "webdataset": ("data",),
@@ -43,8 +44,9 @@ WALLS = {
 HEAVY = {
     "deepspeed": (),
     "mmdet": ("tasks.mmlab",),
+    "mmseg": ("tasks.mmlab_seg",),
     "mmcv": ("tasks.mmlab",),
-    "mmengine": ("tasks.mmlab",),
+    "mmengine": ("tasks.mmlab", "tasks.mmlab_seg"),
     "webdataset": (),
     "tensorboard": (),
     "torch.utils.tensorboard": (),

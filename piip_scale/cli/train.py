@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,6 +14,9 @@ from piip_scale.cli.options import ConfigPath, Overrides
 from piip_scale.config import RunConfig, load_config
 from piip_scale.config.loading import config_text
 from piip_scale.world import read_world
+
+if TYPE_CHECKING:
+    from piip_scale.data.sample import SetKind
 
 
 def register(app: typer.Typer) -> None:
@@ -81,12 +84,13 @@ def with_classes(config: RunConfig) -> RunConfig:
     """The config with the shards' class names, after checking that both sets are there and agree.
 
     Raises:
-        DataError: A set is absent, damaged, or of other classes.
+        DataError: A set is absent, damaged, packed for another task, or of other classes.
     """
     from piip_scale.data.shards import ShardSet
 
-    classes = ShardSet.open(config.data.train_shards, config.data.classes).classes
-    ShardSet.open(config.data.val_shards, classes)
+    kind = cast("SetKind", config.task)
+    classes = ShardSet.open(config.data.train_shards, config.data.classes, kind).classes
+    ShardSet.open(config.data.val_shards, classes, kind)
     return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
 
 

@@ -8,9 +8,14 @@ from typing import Any
 from piip_scale.config.classification import ClassificationRun
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.run import RunConfig
+from piip_scale.config.segmentation import SegmentationRun
 from piip_scale.errors import ConfigError
 
-RUN_KINDS: dict[str, type[RunConfig]] = {"detection": DetectionRun, "classification": ClassificationRun}
+RUN_KINDS: dict[str, type[RunConfig]] = {
+    "detection": DetectionRun,
+    "segmentation": SegmentationRun,
+    "classification": ClassificationRun,
+}
 """By the value of the config key ``task``."""
 
 

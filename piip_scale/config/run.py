@@ -85,16 +85,19 @@ class ScheduleConfig(Strict):
     """The learning rate's factor as a function of the step.
 
     Attributes:
+        kind: How it falls after warm-up: not at all, in steps, along half a cosine, or as a power of what is left of
+            the run (``poly``).
         milestones: Shares of the run (0-1) after which a ``step`` schedule multiplies by ``gamma``.
         warmup_ratio: Factor at step 0, rising linearly to 1.
     """
 
-    kind: Literal["constant", "step", "cosine"] = "cosine"
+    kind: Literal["constant", "step", "cosine", "poly"] = "cosine"
     warmup_steps: NonNegative = 500
     warmup_ratio: Rate = 0.001
     milestones: tuple[Rate, ...] = (8 / 12, 11 / 12)
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     final_ratio: Rate = 0.0
+    power: PositiveFloat = 1.0
 
 
 class ZeroConfig(Strict):

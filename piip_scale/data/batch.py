@@ -113,3 +113,19 @@ class ClassificationBatch(Batch):
         soft = None if self.soft_labels_BK is None else self.soft_labels_BK.to(device, non_blocking=True)
         labels = self.labels.to(device, non_blocking=True)
         return replace(super().to(device), labels=labels, soft_labels_BK=soft)
+
+
+@dataclass(frozen=True)
+class SegmentationBatch(Batch):
+    """Images and the classes of their pixels.
+
+    Attributes:
+        labels_BHW: uint8; 255 belongs to no class. In training of the images' height and width; in evaluation those
+            of the stored images, each at the top left, and 255 elsewhere.
+    """
+
+    labels_BHW: Tensor
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on ``device``."""
+        return replace(super().to(device), labels_BHW=self.labels_BHW.to(device, non_blocking=True))

@@ -41,6 +41,17 @@ Progress = Callable[[int, int], None]
 """Called with the number of images packed so far and of all."""
 
 _MEGABYTE = 1_000_000
+_COLUMNS = (
+    "heights_px",
+    "widths_px",
+    "image_offsets",
+    "image_bytes",
+    "notes_offsets",
+    "notes_bytes",
+    "crc32s",
+    "map_offsets",
+    "map_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,38 +312,13 @@ def _info(plan: _Plan, index: ShardIndex, index_content: bytes) -> ShardInfo:
 
 
 def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] | None) -> ShardInfo:
-    columns: dict[str, list[int]] = {
-        name: []
-        for name in (
-            "heights_px",
-            "widths_px",
-            "image_offsets",
-            "image_bytes",
-            "notes_offsets",
-            "notes_bytes",
-            "crc32s",
-            "map_offsets",
-            "map_bytes",
-        )
-    }
+    columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
     with whole_file(plan.path) as file:
         writer = HashingWriter(file)
         with tarfile.open(fileobj=writer, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for item in plan.items:
-                content, (height_px, width_px) = _checked_image(item)
-                suffix = item.path.suffix.lower() or ".img"
-                columns["image_offsets"].append(_add(tar, item.key + suffix, content))
-                columns["notes_offsets"].append(_add(tar, f"{item.key}.json", item.notes))
-                columns["heights_px"].append(height_px)
-                columns["widths_px"].append(width_px)
-                columns["image_bytes"].append(len(content))
-                columns["notes_bytes"].append(len(item.notes))
-                label_map = b""
-                if item.label_map is not None:
-                    label_map = _checked_map(item, item.label_map, (height_px, width_px))
-                    columns["map_offsets"].append(_add(tar, f"{item.key}.seg.png", label_map))
-                    columns["map_bytes"].append(len(label_map))
-                columns["crc32s"].append(checksum(content, item.notes, label_map))
+                for name, value in _add_sample(tar, item).items():
+                    columns[name].append(value)
                 if advance is not None:
                     advance(1)
         index = ShardIndex(
@@ -348,6 +334,25 @@ def _write_shard(plan: _Plan, index_path: Path, advance: Callable[[int], None] |
         index_content = index.model_dump_json(exclude_defaults=True).encode()
         write_bytes(index_path, index_content)
     return _info(plan, index, index_content)
+
+
+def _add_sample(tar: tarfile.TarFile, item: PackItem) -> dict[str, int]:
+    """Appends a sample's members; returns its entries in the columns of the index."""
+    content, size_px = _checked_image(item)
+    suffix = item.path.suffix.lower() or ".img"
+    entries = {
+        "heights_px": size_px[0],
+        "widths_px": size_px[1],
+        "image_offsets": _add(tar, item.key + suffix, content),
+        "image_bytes": len(content),
+        "notes_offsets": _add(tar, f"{item.key}.json", item.notes),
+        "notes_bytes": len(item.notes),
+    }
+    if item.label_map is None:
+        return entries | {"crc32s": checksum(content, item.notes)}
+    label_map = _checked_map(item, item.label_map, size_px)
+    entries |= {"map_offsets": _add(tar, f"{item.key}.seg.png", label_map), "map_bytes": len(label_map)}
+    return entries | {"crc32s": checksum(content, item.notes, label_map)}
 
 
 def _checked_image(item: PackItem) -> tuple[bytes, tuple[int, int]]:

@@ -34,4 +34,5 @@ def _decay(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
         passed = sum(step >= round(share * total_steps) for share in schedule.milestones)
         return float(schedule.gamma**passed)
     progress = min(step / total_steps, 1.0)
-    return schedule.final_ratio + (1.0 - schedule.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    left = (1.0 - progress) ** schedule.power if schedule.kind == "poly" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return float(schedule.final_ratio + (1.0 - schedule.final_ratio) * left)

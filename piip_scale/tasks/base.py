@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from piip_scale.data.sample import Image
 
-__all__ = ["Detections", "Metric", "ParameterRule", "Predictor", "Task", "TrainableModel"]
+__all__ = ["Detections", "Metric", "ParameterRule", "Predictor", "Segmentation", "Task", "TrainableModel"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,19 @@ class Detections:
     scores: Tensor
     labels: Tensor
     masks_rle: list[dict[str, object]] | None = None
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The class of every pixel of one stored image.
+
+    Attributes:
+        image_id: The image's id in its set.
+        labels_HW: uint8, on the CPU.
+    """
+
+    image_id: int
+    labels_HW: Tensor
 
 
 class TrainableModel(Protocol):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +16,8 @@ from piip_scale.models.piip import PIIP
 from piip_scale.models.rules import ParameterRule
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detector_config import DetectorPlan, plan_detector
-from piip_scale.tasks.mmlab import MODELS, BaseModule, ConfigDict, DefaultScope, DetDataSample, MMLogger
+from piip_scale.tasks.leaf import call_in_float32, head_rules, network_parts, quiet_mmengine
+from piip_scale.tasks.mmlab import MODELS, BaseModule, ConfigDict, DefaultScope, DetDataSample
 from piip_scale.tasks.pixels import network_input
 from piip_scale.tasks.samples import data_samples, detections
 
@@ -91,14 +90,7 @@ class DetectionHeads(nn.Module):
     def _run(self, features: Sequence[Tensor], samples: list[DetDataSample], mode: str) -> Any:
         taken = tuple(features[index].float() for index in self.feature_indices)
         self._check_queries(taken)
-        # boxes, RoIAlign and losses need float32 where ZeRO keeps the weights in bfloat16; the cast has a gradient.
-        weights = {name: parameter.float() for name, parameter in self.detector.named_parameters()}
-        buffers = {name: _single(buffer) for name, buffer in self.detector.named_buffers()}
-        result = torch.func.functional_call(self.detector, weights | buffers, (taken, samples), {"mode": mode})
-        for name, buffer in self.detector.named_buffers():
-            if buffer is not buffers[name]:
-                buffer.copy_(buffers[name])
-        return result
+        return call_in_float32(self.detector, taken, samples, mode=mode)
 
     def _check_queries(self, features: Sequence[Tensor]) -> None:
         """DETR-like heads draw their queries from the cells of all levels, those the neck adds included."""
@@ -164,19 +156,12 @@ class DetectionModel(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         """Branches, largest first, then what joins them, and the heads."""
-        branches = {f"branch {index}": branch for index, branch in enumerate(self.backbone.branches)}
-        joints = {name: child for name, child in self.backbone.named_children() if name != "branches"}
-        return branches | joints | {"heads": self.heads}
+        return network_parts(self.backbone) | {"heads": self.heads}
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
         """The network's own rules; neck and heads come last, and their biases and 1-D weights do not decay."""
         rules = {f"backbone.{name}": rule for name, rule in self.backbone.parameter_rules().items()}
-        for name, parameter in self.heads.named_parameters():
-            # ZeRO-3 keeps a sharded parameter's real shape in ds_shape.
-            num_axes = len(getattr(parameter, "ds_shape", parameter.shape))
-            decays = num_axes != 1 and not name.endswith("bias")
-            rules[f"heads.{name}"] = ParameterRule(float(self.num_layers + 1), decays, fresh=True)
-        return rules
+        return rules | head_rules("heads", self.heads, self.num_layers)
 
     @property
     def num_layers(self) -> int:
@@ -207,25 +192,9 @@ def _build(plan: DetectorPlan) -> BaseModule:
         ) from error
     # mmengine keeps means of what it initialised, which the meta device has not; there, weights are yet to come.
     if not any(parameter.is_meta for parameter in detector.parameters()):
-        with _quiet_mmengine():
+        with quiet_mmengine():
             detector.init_weights()
     return detector
-
-
-@contextmanager
-def _quiet_mmengine() -> Iterator[None]:
-    """Mmengine logs three lines for every parameter it initialises."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _single(buffer: Tensor) -> Tensor:
-    return buffer.float() if buffer.is_floating_point() else buffer
 
 
 def _scalars(losses: dict[str, Tensor | list[Tensor]]) -> dict[str, Tensor]:

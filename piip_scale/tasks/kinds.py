@@ -10,6 +10,7 @@ from torch import nn
 from piip_scale.config.classification import ClassificationRun
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.run import RunConfig
+from piip_scale.config.segmentation import SegmentationRun
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.classes import class_names
 from piip_scale.world import World
@@ -32,6 +33,10 @@ def build_task(config: RunConfig, world: World) -> Task:
         from piip_scale.tasks.classification import ClassificationTask
 
         return ClassificationTask(config, world)
+    if isinstance(config, SegmentationRun):
+        from piip_scale.tasks.segmentation import SegmentationTask
+
+        return SegmentationTask(config, world)
     raise _unknown(config)
 
 
@@ -50,6 +55,10 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         from piip_scale.tasks.classifiers import build_classification_model
 
         return build_classification_model(config, num_classes)
+    if isinstance(config, SegmentationRun):
+        from piip_scale.tasks.segmentors import build_segmentation_model
+
+        return build_segmentation_model(config, num_classes)
     raise _unknown(config)
 
 
@@ -92,6 +101,10 @@ def build_predictor(config: RunConfig, model: nn.Module, min_score: float | None
         from piip_scale.tasks.class_prediction import ClassPredictor
 
         return ClassPredictor(model, config, class_names(config), min_score or 0.0)
+    if isinstance(config, SegmentationRun):
+        from piip_scale.tasks.segmentation_prediction import SegmentationPredictor
+
+        return SegmentationPredictor(model, config.data.augment, class_names(config))
     raise _unknown(config)
 
 

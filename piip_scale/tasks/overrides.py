@@ -1,10 +1,11 @@
-"""A user's changes to a dict of mmdet's, each key checked against what mmdet would read."""
+"""A user's changes to a dict of mmdet's or mmseg's, each key checked against what they would read."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from piip_scale.errors import ConfigError
@@ -32,6 +33,24 @@ _ALWAYS_VALID = ("type", "_delete_")
 _NMS_KEYS = ("split_thr", "class_agnostic")
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """Whose dicts are changed.
+
+    Attributes:
+        key: The config key that holds the changes, for messages.
+        scope: Name of its registry.
+        find_class: What it would build for a ``type``, ``None`` where it knows no such name.
+    """
+
+    key: str
+    scope: str
+    find_class: Callable[[str], Any]
+
+
+MMDET = Foreign("detector.overrides", "mmdet", find_class)
+
+
 def nested(overrides: Mapping[str, Any]) -> Tree:
     """Dotted keys spelled out as nested dicts."""
     tree: Tree = {}
@@ -53,45 +72,44 @@ def _joined(left: Tree, right: Tree) -> Tree:
     return left | right | common
 
 
-def merged(base: Tree, overrides: Tree, kind: str) -> Tree:
+def merged(base: Tree, overrides: Tree, kind: str, foreign: Foreign = MMDET) -> Tree:
     """The model dict with overrides on top.
 
     Args:
         base: The model dict.
         overrides: As ``nested`` gives them.
         kind: The detector's name, for messages.
+        foreign: Whose dict it is.
 
     Raises:
         ConfigError: A key that neither the dict nor the class that reads it knows; the nearest ones are named.
     """
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        result: Tree = _merged(base, overrides, "", kind)
+    with DefaultScope.overwrite_default_scope(foreign.scope):
+        result: Tree = _merged(base, overrides, "", kind, foreign)
     return result
 
 
-def _merged(base: Any, extra: Any, path: str, kind: str) -> Any:
+def _merged(base: Any, extra: Any, path: str, kind: str, foreign: Foreign) -> Any:
     if not isinstance(extra, dict) or not isinstance(base, dict | list) or extra.get("_delete_"):
         return _plain(extra)
     if isinstance(base, list):
-        return _merged_list(base, extra, path, kind)
+        return _merged_list(base, extra, path, kind, foreign)
     result = dict(base)
     for key, value in extra.items():
         where = f"{path}.{key}" if path else key
-        _check_key(base, extra, key, path, kind)
-        result[key] = _merged(base.get(key), value, where, kind)
+        _check_key(base, extra, key, path, kind, foreign)
+        result[key] = _merged(base.get(key), value, where, kind, foreign)
     return result
 
 
-def _merged_list(base: list[Any], extra: Tree, path: str, kind: str) -> list[Any]:
+def _merged_list(base: list[Any], extra: Tree, path: str, kind: str, foreign: Foreign) -> list[Any]:
     if not all(key.isdecimal() for key in extra):
-        return [_merged(item, extra, path, kind) for item in base]
+        return [_merged(item, extra, path, kind, foreign) for item in base]
     result = list(base)
     for key, value in extra.items():
         if int(key) >= len(base):
-            raise ConfigError(
-                f"config key detector.overrides.{path}.{key}", rule=f"{path} has entries 0 to {len(base) - 1}"
-            )
-        result[int(key)] = _merged(base[int(key)], value, path, kind)
+            raise ConfigError(f"config key {foreign.key}.{path}.{key}", rule=f"{path} has entries 0 to {len(base) - 1}")
+        result[int(key)] = _merged(base[int(key)], value, path, kind, foreign)
     return result
 
 
@@ -101,24 +119,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check_key(base: Tree, extra: Tree, key: str, path: str, kind: str) -> None:
+def _check_key(base: Tree, extra: Tree, key: str, path: str, kind: str, foreign: Foreign) -> None:
     reader = extra.get("type", base.get("type")) or _READERS.get(path)
-    valid = {*base, *_arguments(reader), *_OPTIONAL_KEYS.get(path, ())}
+    valid = {*base, *_arguments(reader, foreign), *_OPTIONAL_KEYS.get(path, ())}
     if key in valid or key in _ALWAYS_VALID:
         return
     near = difflib.get_close_matches(key, sorted(valid), n=3, cutoff=0.4)
     raise ConfigError(
-        f"unknown config key detector.overrides.{path}.{key}"
-        if path
-        else f"unknown config key detector.overrides.{key}",
+        f"unknown config key {foreign.key}.{path}.{key}" if path else f"unknown config key {foreign.key}.{key}",
         rule=f"{reader or kind + ' there'} knows {', '.join(sorted(valid))}",
         fix=f"did you mean {' or '.join(near)}?" if near else "",
     )
 
 
-def _arguments(name: object) -> set[str]:
+def _arguments(name: object, foreign: Foreign) -> set[str]:
     """Names of all arguments a class or function of mmdet's takes, through the classes it hands ``**kwargs`` to."""
-    found = find_class(name) if isinstance(name, str) else None
+    found = foreign.find_class(name) if isinstance(name, str) else None
     if found is None:
         return set()
     if not inspect.isclass(found):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from released import ROOT, expanded, given_branches, read
 
 from piip_scale.config import load_config
-from piip_scale.config.model import ConvNextBranchConfig, PiipConfig
+from piip_scale.config.model import ConvNextBranchConfig
 from piip_scale.models.official_config import read_official_config
 
-ROOT = Path(__file__).parents[2]
-REFERENCE = ROOT.parent / "shared" / "reference"
 RELEASED = {
     "dino_h6b_1024_768": "2branch/dino_4scale_internvit_h6b_1024_768_fpn_1x_coco_bs32_ms",
     "mask_rcnn_h6b_1024_512": "2branch/mask_rcnn_internvit_h6b_1024_512_fpn_1x_coco_bs16_ms",
@@ -72,12 +70,6 @@ def released_path(name):
     return f"mmdetection/configs/piip/{RELEASED[name]}.py"
 
 
-def read(file):
-    if not REFERENCE.is_dir():
-        pytest.skip(f"the reference material is not beside the checkout ({REFERENCE.parent.name}/{REFERENCE.name})")
-    return json.loads((REFERENCE / file).read_text())
-
-
 @pytest.fixture(scope="module")
 def recipes():
     return {row["config"]: row for row in read("piip_recipes.json") if row["task"] == "mmdetection"}
@@ -91,24 +83,6 @@ def backbones():
 @pytest.fixture(scope="module")
 def parameter_counts():
     return read("official_parameter_counts.json")
-
-
-def expanded(config: PiipConfig):
-    """Every number of a network; what is left to be divided evenly is divided."""
-    values = config.model_dump()
-    for index, branch in enumerate(values["branches"]):
-        branch["blocks_per_stage"] = config.blocks_per_stage(index)
-        del branch["pretrained"]
-    if len(config.branches) == 1:
-        # Only ratios between branches matter, and released baselines leave the size out.
-        del values["branches"][0]["resolution_px"]
-    return values
-
-
-def given_branches(backbone):
-    """The dicts the released code builds branches from: the fourth from the third's."""
-    names = sorted(name for name in backbone if name.startswith("branch"))
-    return [backbone[name] for name in [*names[:3], *names[2:3] * (len(names) == 4)]] or [backbone]
 
 
 def test_there_is_a_config_for_every_recipe_and_a_recipe_for_every_config(recipes):

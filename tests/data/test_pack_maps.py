@@ -10,6 +10,7 @@ from made_sets import make_coco, make_maps
 from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
+from piip_scale.data.coco_maps import write_label_maps
 from piip_scale.data.label_maps import IGNORED, MapRule, decode_label_map, decode_mapped
 from piip_scale.data.pack import pack_coco
 from piip_scale.data.pack_maps import pack_label_maps
@@ -162,3 +163,21 @@ def test_a_set_of_another_kind_is_told(folders, tmp_path):
     for kind, folder in (("detection", "maps_set"), ("segmentation", "objects")):
         with pytest.raises(DataError, match=f"this needs a set for {kind}"):
             ShardSet.open(tmp_path / folder, kind=kind)
+
+
+def test_coco_masks_become_label_maps(tmp_path):
+    annotations, images = make_coco(tmp_path / "coco", 6)
+    names = write_label_maps(annotations, images, tmp_path / "maps")
+    assert names == ("background", "b", "a")
+    root = json.loads(annotations.read_text())
+    label_of = {category["id"]: names.index(category["name"]) for category in root["categories"]}
+    for image in root["images"]:
+        labels = np.array(PIL.Image.open(tmp_path / "maps/label_maps" / image["file_name"].replace("jpg", "png")))
+        notes = [note for note in root["annotations"] if note["image_id"] == image["id"]]
+        assert set(np.unique(labels)) - {0} <= {label_of[note["category_id"]] for note in notes}
+        for note in sorted(notes, key=lambda note: note["area"])[:1]:
+            x, y, width, height = note["bbox"]
+            # Well inside the triangle, of which the smallest is on top.
+            assert labels[int(y + height * 0.3), int(x + width * 0.3)] == label_of[note["category_id"]]
+    pack_label_maps(tmp_path / "maps/images", tmp_path / "maps/label_maps", tmp_path / "out", classes=names)
+    assert verify_shards(tmp_path / "out", workers=1).num_targets == 6

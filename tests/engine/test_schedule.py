@@ -27,6 +27,12 @@ def test_cosine_is_torchs():
     assert ours(50, kind="cosine", warmup_steps=0, final_ratio=0.1) == pytest.approx(expected, rel=1e-6)
 
 
+def test_poly_is_torchs():
+    expected = torch_factors(lambda o: torch.optim.lr_scheduler.PolynomialLR(o, 50, power=0.9), 50)
+    assert ours(50, kind="poly", warmup_steps=0, power=0.9) == pytest.approx(expected, rel=1e-6)
+    assert ours(50, kind="poly", warmup_steps=0, final_ratio=0.2)[25] == pytest.approx(0.6)
+
+
 def test_steps_are_torchs():
     expected = torch_factors(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [40, 55], gamma=0.1), 60)
     assert ours(60, kind="step", warmup_steps=0, milestones=(40 / 60, 55 / 60)) == pytest.approx(expected)
@@ -38,7 +44,7 @@ def test_warmup_is_torchs():
 
 
 @given(
-    kind=st.sampled_from(["constant", "step", "cosine"]),
+    kind=st.sampled_from(["constant", "step", "cosine", "poly"]),
     warmup=st.integers(0, 30),
     total=st.integers(1, 200),
     step=st.integers(0, 400),

@@ -8,6 +8,7 @@ from small_detectors import SMALL, batch_of, instances, run_config, two_image_ba
 
 from piip_scale.errors import ConfigError, DataError, ModelError
 from piip_scale.tasks.detectors import DetectionHeads, build_detection_model
+from piip_scale.tasks.pixels import network_input
 
 KINDS = ["mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "dino"]
 CROWD = instances([[10, 10, 80, 80], [20, 20, 60, 60]], crowd=[True, True])
@@ -89,12 +90,12 @@ def test_predictions_lie_in_the_stored_image_best_first(kind):
 
 
 def test_padding_changes_neither_features_seen_nor_places_found():
-    model = _model("mask_rcnn").eval()
     alone = batch_of(SOME, size_px=(64, 128), sizes_px=[(64, 128)])
     padded = batch_of(SOME, size_px=(128, 192), sizes_px=[(64, 128)])
     padded.images_BHWC[0, :64, :128] = alone.images_BHWC[0]
-    seen = model._network_input(padded)
-    torch.testing.assert_close(seen[:, :, :64, :128], model._network_input(alone))
+    augment = run_config().data.augment
+    seen, expected = (network_input(batch, augment.mean, augment.std) for batch in (padded, alone))
+    torch.testing.assert_close(seen[:, :, :64, :128], expected)
     assert not seen[:, :, 64:].any()
     assert not seen[:, :, :, 128:].any()
 
@@ -103,7 +104,8 @@ def test_network_input_is_the_normalised_image():
     batch = batch_of(SOME, size_px=(64, 64))
     mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
     expected = ((batch.images_BHWC[0].numpy() - mean) / std).transpose(2, 0, 1)
-    np.testing.assert_allclose(_model("faster_rcnn")._network_input(batch)[0].numpy(), expected, atol=1e-5)
+    augment = run_config().data.augment
+    np.testing.assert_allclose(network_input(batch, augment.mean, augment.std)[0].numpy(), expected, atol=1e-5)
 
 
 class _Oracle(torch.nn.Module):

@@ -1,0 +1,109 @@
+"""Class scores of whole images, at once or by a window that slides over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from piip_scale.config.segmentation import InferenceConfig
+
+Size = tuple[int, int]
+Scorer = Callable[[Tensor], Tensor]
+"""From pixels (B, 3, H, W) to scores (B, num_classes, H, W)."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window on an image of a batch, in px."""
+
+    image: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def class_scores(scorer: Scorer, pixels: Tensor, sizes_px: Sequence[Size], config: InferenceConfig) -> list[Tensor]:
+    """Scores of each image of a batch, float32 (num_classes, H_i, W_i), without its padding.
+
+    Collective with a window where ranks are connected: ZeRO-3 wants as many calls of the network on each of them.
+
+    Args:
+        scorer: The model.
+        pixels: Normalised images, float32 (B, 3, H, W), each at the top left.
+        sizes_px: Height and width of each.
+        config: Whole images, or a window and its steps.
+    """
+    if config.crop_px is None or config.stride_px is None:
+        scores = scorer(pixels)
+        return [one[:, :height, :width] for one, (height, width) in zip(scores, sizes_px, strict=True)]
+    windows = [
+        w for image, size in enumerate(sizes_px) for w in windows_of(image, size, config.crop_px, config.stride_px)
+    ]
+    sums: list[Tensor | None] = [None] * len(sizes_px)
+    counts = [pixels.new_zeros(size) for size in sizes_px]
+    chunks = [windows[start : start + len(pixels)] for start in range(0, len(windows), len(pixels))]
+    for chunk in chunks:
+        scores = scorer(_cut(pixels, chunk, config.crop_px))
+        for window, score in zip(chunk, scores, strict=True):
+            _add(sums, counts, window, score, sizes_px[window.image])
+    for _ in range(_most_over_ranks(len(chunks), pixels.device) - len(chunks)):
+        scorer(_cut(pixels, chunks[-1], config.crop_px))
+    return [total / count for total, count in zip(sums, counts, strict=True) if total is not None]
+
+
+def windows_of(image: int, size_px: Size, crop_px: Size, stride_px: Size) -> list[Window]:
+    """Windows that cover an image, in steps of the stride; the last ones end where the image does.
+
+    Source: mmsegmentation's ``EncoderDecoder.slide_inference``.
+    """
+    starts = []
+    for size, crop, stride in zip(size_px, crop_px, stride_px, strict=True):
+        steps = -(-max(size - crop, 0) // stride) + 1
+        starts.append([max(min(step * stride, size - crop), 0) for step in range(steps)])
+    height, width = (min(size, crop) for size, crop in zip(size_px, crop_px, strict=True))
+    return [Window(image, top, left, height, width) for top, left in product(*starts)]
+
+
+def label_map(scores: Tensor, size_px: Size) -> Tensor:
+    """The class of the best score of every pixel, after scaling the scores to another size: uint8 (H, W), on the CPU.
+
+    Args:
+        scores: (num_classes, H, W).
+        size_px: Height and width wanted.
+    """
+    scaled = interpolate(scores[None], size_px, mode="bilinear", align_corners=False)
+    return scaled[0].argmax(0).to(torch.uint8).cpu()
+
+
+def _cut(pixels: Tensor, windows: Sequence[Window], crop_px: Size) -> Tensor:
+    """The windows' pixels; an image smaller than the window is padded with zeros, which are the mean colour."""
+    cut = pixels.new_zeros(len(windows), pixels.shape[1], *crop_px)
+    for place, window in zip(cut, windows, strict=True):
+        bottom, right = window.top + window.height, window.left + window.width
+        place[:, : window.height, : window.width] = pixels[window.image, :, window.top : bottom, window.left : right]
+    return cut
+
+
+def _add(sums: list[Tensor | None], counts: list[Tensor], window: Window, score: Tensor, size_px: Size) -> None:
+    total = sums[window.image]
+    if total is None:
+        total = sums[window.image] = score.new_zeros(len(score), *size_px)
+    rows = slice(window.top, window.top + window.height)
+    columns = slice(window.left, window.left + window.width)
+    total[:, rows, columns] += score[:, : window.height, : window.width]
+    counts[window.image][rows, columns] += 1
+
+
+def _most_over_ranks(number: int, device: torch.device) -> int:
+    if not (dist.is_available() and dist.is_initialized()):
+        return number
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
