@@ -16,11 +16,13 @@ class PiipError(Exception):
         exit_code: What a process that ends with it exits with.
         reason: What kind of end it is, for whoever restarts runs: ``error``, or a kind of its own.
         is_echo: It was raised here because another rank raised it, and that rank tells of it.
+        details: More than a line has room for; ``errors/`` of a run directory keeps it.
     """
 
     exit_code = 2
     reason = "error"
     is_echo = False
+    details = ""
 
     def __init__(self, problem: str, *, value: object = None, rule: str = "", fix: str = "") -> None:
         self.problem, self.value, self.rule, self.fix = problem, value, rule, fix
@@ -89,9 +91,13 @@ class HangError(RunError):
 
 
 class DeviceMemoryError(RunError):
-    """A rank's device ran out of memory."""
+    """A rank's device ran out of memory; ``details`` hold what the run was planned to need."""
 
     reason = "out of device memory"
+
+    def __init__(self, problem: str, *, value: object = None, rule: str = "", fix: str = "", details: str = "") -> None:
+        super().__init__(problem, value=value, rule=rule, fix=fix)
+        self.details = details
 
 
 class LostRankError(RunError):

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piip_scale.cli.options import ConfigPath, Overrides
-from piip_scale.errors import ConfigError
+from piip_scale.cli.options import ConfigPath, Overrides, read_size
 
 if TYPE_CHECKING:
     from piip_scale.models.counting import PartCount
@@ -41,7 +40,7 @@ def count(
     from piip_scale.tasks.counting import count_run
 
     run = load_config(Path(config), overrides or [])
-    height_px, width_px = _read_size(size) if size else (run.model.branches[-1].resolution_px,) * 2
+    height_px, width_px = read_size(size) if size else (run.model.branches[-1].resolution_px,) * 2
     counted = count_run(run, height_px, width_px)
     if as_json:
         rows = [asdict(part) | {"total_macs": part.total_macs} for part in counted.parts]
@@ -65,10 +64,3 @@ def _table(parts: tuple[PartCount, ...]) -> list[str]:
     head = f"{'part':<16}{'parameters (M)':>16}{'GMACs':>12}"
     lines = (f"{name:<16}{number / _MEGA:>16,.3f}{cost / _GIGA:>12,.3f}  {note}" for name, number, cost, note in rows)
     return [head, *(line.rstrip() for line in lines)]
-
-
-def _read_size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ConfigError("--size", value=text, rule="height and width in px, as in 800x1216")
-    return int(sides[0]), int(sides[1])

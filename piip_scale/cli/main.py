@@ -9,7 +9,7 @@ import sys
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import count, demo, detect, shards, train, weights
+from piip_scale.cli import count, demo, detect, plan, shards, train, weights
 from piip_scale.errors import PiipError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.add_typer(weights.app, name="weights")
 train.register(app)
 detect.register(app)
 count.register(app)
+plan.register(app)
 demo.register(app)
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -53,6 +54,11 @@ def main() -> None:
         app()
     except PiipError as error:
         _fail(error.line, error.exit_code)
+    except SystemExit as end:
+        # typer ends a command that Ctrl-C interrupts without a word; a training has told its own.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            print("piip-scale: stopped by Ctrl-C before it was done", file=sys.stderr)
+        raise
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

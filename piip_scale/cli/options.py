@@ -7,9 +7,23 @@ from typing import Annotated
 
 import typer
 
+from piip_scale.errors import ConfigError
+
 ConfigPath = Annotated[Path, typer.Argument(help="Config file (Python), one of configs/ or a run's own config.py.")]
 WeightsPath = Annotated[Path, typer.Argument(help="Weights, a .safetensors file that `piip-scale convert` wrote.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key of the config; may be given many times."),
 ]
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Height and width in px from a text such as ``800x1216``.
+
+    Raises:
+        ConfigError: It reads otherwise.
+    """
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise ConfigError("--size", value=text, rule="height and width in px, as in 800x1216")
+    return int(sides[0]), int(sides[1])

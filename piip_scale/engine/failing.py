@@ -9,21 +9,20 @@ from piip_scale.errors import PiipError
 from piip_scale.logging import get_logger
 
 
-def tell_failure(run: RunDirectory, rank: int, error: BaseException, details: str = "") -> int:
+def tell_failure(run: RunDirectory, rank: int, error: BaseException) -> int:
     """Records an error; the first rank that does tells the user in one line, and the status.
 
     Args:
         run: The run's directory.
         rank: This rank.
         error: What ends it.
-        details: What goes below the traceback in ``errors/``.
 
     Returns:
         The exit code to end with.
     """
-    if run.record_error(rank, error, details):
-        shown = isinstance(error, PiipError) and not details
-        where = "" if shown else f" ({'details' if details else 'traceback'}: {run.errors / f'rank_{rank}.txt'})"
+    if run.record_error(rank, error):
+        more = ("details" if error.details else "") if isinstance(error, PiipError) else "traceback"
+        where = f" ({more}: {run.errors / f'rank_{rank}.txt'})" if more else ""
         get_logger(__name__).error("piip-scale: error: %s%s", error_line(error), where)
         # Where the disk is what failed, the status cannot be written either, and one line has been said.
         with suppress(PiipError):

@@ -178,15 +178,10 @@ class RunDirectory:
         reason = error.reason if isinstance(error, PiipError) else PiipError.reason
         self.write_status("failed", before.step if before else 0, error_line(error), reason)
 
-    def record_error(self, rank: int, error: BaseException, details: str = "") -> bool:
+    def record_error(self, rank: int, error: BaseException) -> bool:
         """Writes a rank's traceback, and claims to be the first that failed.
 
         Any rank may call it; it never raises, since it runs while another error is on its way.
-
-        Args:
-            rank: The rank.
-            error: What it met.
-            details: More than a line has room for, put below the traceback.
 
         Returns:
             True where no rank failed before, so that exactly one of them tells the user.
@@ -198,7 +193,8 @@ class RunDirectory:
             self.errors.mkdir(parents=True, exist_ok=True)
             # Not over a traceback of the rank's own, where its launcher speaks for it.
             with (self.errors / f"rank_{rank}.txt").open("x", encoding="utf-8") as file:
-                file.write("".join(traceback.format_exception(error)) + details)
+                details = error.details if isinstance(error, PiipError) else ""
+                file.write("".join(traceback.format_exception(error)) + details + "\n")
         try:
             self._claim(first)
         except FileExistsError:

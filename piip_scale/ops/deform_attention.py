@@ -74,7 +74,8 @@ def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dt
     if name != "triton":
         raise KernelError("unknown deformable attention kernel", value=name, rule="one of auto, reference, triton")
     require_deform_kernel(name)
-    if dtype == torch.float64 or (device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
+    # The meta device computes shapes only, as for torch's own operators.
+    if dtype == torch.float64 or (device_type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1"):
         raise KernelError(
             "deformable attention kernel triton cannot run here",
             value=f"{dtype} on {device_type}",

@@ -43,8 +43,9 @@ class _DeformAttention(torch.autograd.Function):
         ctx.save_for_backward(value, locations, weights)
         batch, queries, heads, _ = weights.shape
         output = value.new_empty(batch, queries, heads, value.shape[-1])
-        grid, sizes = _launch(value, weights)
-        _forward_kernel[grid](value, locations, weights, output, **sizes)
+        if not value.is_meta:
+            grid, sizes = _launch(value, weights)
+            _forward_kernel[grid](value, locations, weights, output, **sizes)
         return output
 
     @staticmethod
@@ -54,9 +55,10 @@ class _DeformAttention(torch.autograd.Function):
         # Several queries add to one cell: in half precision most of what they add would be rounded away.
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
-        grid, sizes = _launch(value, weights)
         grads = (grad_output_BLMD.contiguous(), grad_value, grad_locations, grad_weights)
-        _backward_kernel[grid](value, locations, weights, *grads, **sizes)
+        if not value.is_meta:
+            grid, sizes = _launch(value, weights)
+            _backward_kernel[grid](value, locations, weights, *grads, **sizes)
         return grad_value.to(value.dtype), grad_locations, grad_weights
 
 

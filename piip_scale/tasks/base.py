@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
 from piip_scale.models.rules import ParameterRule
 
@@ -18,7 +19,16 @@ if TYPE_CHECKING:
 
     from piip_scale.data.sample import Image
 
-__all__ = ["Detections", "Metric", "ParameterRule", "Predictor", "Segmentation", "Task", "TrainableModel"]
+__all__ = [
+    "Detections",
+    "Metric",
+    "Outline",
+    "ParameterRule",
+    "Predictor",
+    "Segmentation",
+    "Task",
+    "TrainableModel",
+]
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,27 @@ class Metric(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What planning a run's memory needs of its task, on the meta device: shapes without values.
+
+    Attributes:
+        model: The ``TrainableModel``, in training mode and in the run's precision.
+        network: The part of it that ``run`` calls.
+        parts: ``TrainableModel.parts()``.
+        heads: Name of the part that holds the heads.
+        run: Calls the network on one micro-batch of the largest images; returns the features that heads take.
+        head_bytes: Estimates from these features what neck and heads keep for their backward pass.
+    """
+
+    model: nn.Module
+    network: nn.Module
+    parts: Mapping[str, nn.Module]
+    heads: str
+    run: Callable[[], Sequence[Tensor]]
+    head_bytes: Callable[[Sequence[Tensor]], int]
+
+
 class Task(Protocol):
     """Everything the engine needs to know of what it trains."""
 
@@ -147,6 +178,10 @@ class Task(Protocol):
 
     def build_metric(self) -> Metric:
         """A fresh metric."""
+        ...
+
+    def outline(self, config: RunConfig) -> Outline:
+        """What planning needs to know of a run that differs from this task's in its network or batch only."""
         ...
 
 

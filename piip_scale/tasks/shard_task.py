@@ -15,7 +15,8 @@ from piip_scale.data.batch import Batch
 from piip_scale.data.sample import SetKind
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.stream import SampleMaker, ShardLoader
-from piip_scale.tasks.base import Metric
+from piip_scale.tasks.base import Metric, Outline
+from piip_scale.tasks.outline import outline_run
 from piip_scale.world import World
 
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -88,6 +89,10 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         """Batches of ``val_batches``, the same on every rank."""
         images_per_step = self.world.num_ranks * self.config.data.micro_batch_size
         return -(-len(self.val_shards) // images_per_step)
+
+    def outline(self, config: RunConfig) -> Outline:
+        """What planning needs to know of a run that differs from this one's in its network or batch only."""
+        return outline_run(config, len(self.classes))
 
     @abstractmethod
     def build_metric(self) -> Metric:

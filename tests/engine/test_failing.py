@@ -103,6 +103,21 @@ def test_under_torchrun_an_error_is_told_once_and_ends_all(tmp_path):
     assert RunDirectory(tmp_path / "run").status().state == "failed"
 
 
+def test_a_full_device_is_one_line_with_the_plan_and_a_knob(tmp_path):
+    code, output, _ = finish(launch(tmp_path, "--launch", "2", "--trouble", "memory:1:4"), tmp_path)
+    assert code == 1, output
+    told = [line for line in output.splitlines() if "error" in line]
+    assert len(told) == 1
+    assert "the device of rank 1 ran out of memory; of its" in told[0]
+    assert "this run was planned to need" in told[0]
+    run = RunDirectory(tmp_path / "run")
+    assert run.status().reason == "out of device memory"
+    details = (run.errors / "rank_1.txt").read_text()
+    assert "Tried to allocate 20.00 MiB" in details
+    assert "GiB on each of 2 GPUs, micro-batches of 2" in details
+    assert str(run.errors / "rank_1.txt") in told[0]
+
+
 def beat(rank: int, number: int, collectives: int, phase: str = COMPUTING) -> Beat:
     return Beat(rank, number, collectives, phase, 7, 600.0, 0.0, "node1", 40 + rank)
 

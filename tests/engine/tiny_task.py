@@ -8,7 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
-from piip_scale.tasks.base import Detections, ParameterRule
+from piip_scale.tasks.base import Detections, Outline, ParameterRule
 
 SIDE_PX = 16
 PATCH_PX = 4
@@ -169,3 +169,9 @@ class TinyTask:
 
     def build_metric(self) -> MeanScore:
         return MeanScore()
+
+    def outline(self, config: RunConfig) -> Outline:
+        with torch.device("meta"):
+            model = TinyModel(self.dim, self.depth, self.drop).train()
+            tokens = torch.empty(config.data.micro_batch_size, (SIDE_PX // PATCH_PX) ** 2, 3 * PATCH_PX**2)
+        return Outline(model, model, model.parts(), "head", lambda: (model.large(tokens),), lambda _: 0)

@@ -1,0 +1,116 @@
+"""``piip-scale plan``: what a run needs of each GPU, before there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from piip_scale.cli.options import ConfigPath, Overrides, read_size
+
+if TYPE_CHECKING:
+    from piip_scale.config import RunConfig
+    from piip_scale.engine.planning import Change, MemoryPlan
+
+_GIB = 2**30
+_TERA = 1e12
+_PASSES = 3
+_HOUR_S = 3600
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's command."""
+    app.command()(plan)
+
+
+def plan(
+    config: ConfigPath,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    gpu_memory_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU.")] = 80.0,
+    size: Annotated[str, typer.Option(metavar="HxW", help="Images in px; default: the largest in training.")] = "",
+    mfu: Annotated[float | None, typer.Option(min=0.01, max=1, help="Tell the time at this share of the peak.")] = None,
+    peak_tflops: Annotated[float, typer.Option(min=1, help="Peak of a GPU in the run's precision, for --mfu.")] = 989.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Plan a run's memory per GPU, its batch and its time, and say which knob helps if it does not fit.
+
+    From the config alone: needs no GPU, no data and no memory for weights. The network's activations are counted by
+    running its shapes; those of neck and heads, and 1.5 GiB for libraries, are estimates.
+
+    Example: `piip-scale plan configs/coco/mask_rcnn_h6b_1024_512.py --nodes 2 --gpus-per-node 8`
+    """
+    from piip_scale.config.loading import load_config
+    from piip_scale.engine.planning import Planner, change_lines, memory_lines
+    from piip_scale.tasks.counting import likely_classes
+    from piip_scale.tasks.outline import outline_run
+
+    run = load_config(Path(config), overrides or [])
+    size_px = read_size(size) if size else None
+    outline_of = partial(outline_run, num_classes=likely_classes(run)[1], size_px=size_px)
+    planner, ranks = Planner(outline_of, gpu_memory_gib * _GIB), nodes * gpus_per_node
+    found, changes = planner.plan(run, ranks), planner.changes(run, ranks)
+    pace = Pace.of(run, found, size_px, None if mfu is None else mfu * peak_tflops * _TERA)
+    if as_json:
+        typer.echo(json.dumps(_as_json(found, changes, pace), indent=1))
+    else:
+        typer.echo("\n".join([*memory_lines(found), *change_lines(found, changes), *pace.lines()]))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A run's steps and their cost.
+
+    Attributes:
+        images_per_step: On all GPUs.
+        steps_per_epoch: ``None`` where the training shards are not there to tell.
+        flops_per_image: Of a training step, two for a multiply-add: forward and twice as much backward, as model
+            FLOPs are counted, without what checkpointing computes again.
+        seconds_per_step: At the speed asked for.
+    """
+
+    images_per_step: int
+    steps_per_epoch: int | None
+    flops_per_image: int
+    seconds_per_step: float | None
+
+    @classmethod
+    def of(cls, run: RunConfig, plan: MemoryPlan, size_px: tuple[int, int] | None, flops: float | None) -> Pace:
+        """The pace of a run whose every GPU does so many FLOP/s; images of ``size_px``, or as large as training's."""
+        from piip_scale.tasks.counting import count_run
+        from piip_scale.tasks.outline import training_size_px
+
+        height, width = size_px or training_size_px(run)
+        macs = sum(part.total_macs for part in count_run(run, height, width).parts)
+        flops_per_image = 2 * _PASSES * macs
+        seconds = None if flops is None else flops_per_image * plan.images_per_step / (plan.num_ranks * flops)
+        return cls(plan.images_per_step, _steps_per_epoch(run, plan), flops_per_image, seconds)
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        steps = "" if self.steps_per_epoch is None else f", {self.steps_per_epoch:,} steps an epoch"
+        lines = [f"{self.images_per_step} images a step{steps}; {self.flops_per_image / _TERA:.2f} TFLOP an image"]
+        if (seconds := self.seconds_per_step) is not None:
+            hours = None if self.steps_per_epoch is None else self.steps_per_epoch * seconds / _HOUR_S
+            epoch = "" if hours is None else f", {hours:.2f} h an epoch"
+            lines.append(f"at that speed {seconds:.2f} s a step, {self.images_per_step / seconds:.1f} images/s{epoch}")
+        return lines
+
+
+def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
+    from piip_scale.data.shards import MANIFEST, ShardSet
+
+    if not (Path(run.data.train_shards) / MANIFEST).is_file():
+        return None
+    return len(ShardSet.open(run.data.train_shards, run.data.classes)) // plan.images_per_step
+
+
+def _as_json(plan: MemoryPlan, changes: Sequence[Change], pace: Pace) -> dict[str, Any]:
+    ways = [{"knob": change.knob, "total": change.plan.total, "fits": change.plan.fits} for change in changes]
+    return asdict(plan) | {"total": plan.total, "fits": plan.fits, "changes": ways, "pace": asdict(pace)}

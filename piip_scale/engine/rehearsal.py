@@ -1,0 +1,172 @@
+"""What a network keeps for its backward pass, found by running it on the meta device: shapes without values."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_REST = "rest"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Bytes of activations of one micro-batch, without parameters and their gradients.
+
+    Attributes:
+        kept: What the end of the forward pass holds, by the part that made it; the features are the last part's.
+        peak: The most that the backward pass holds: what is kept, what is recomputed, and gradients between layers.
+        features: The network's output.
+    """
+
+    kept: Mapping[str, int]
+    peak: int
+    features: tuple[Tensor, ...]
+
+    @property
+    def kept_in_all(self) -> int:
+        """Of all parts together."""
+        return sum(self.kept.values())
+
+
+def rehearse(
+    network: nn.Module, parts: Mapping[str, nn.Module], run: Callable[[], Sequence[Tensor]], *, as_on_gpu: bool = True
+) -> Rehearsal:
+    """Runs a network forward and backward and counts every byte that is alive.
+
+    Memory is counted as tensors ask for it: no rounding and no fragmentation by an allocator, and no workspaces of
+    libraries.
+
+    Args:
+        network: In training mode, with parameters in the precision of the run; on the meta device, where this costs
+            nothing, or anywhere else.
+        parts: Its parts, by name.
+        run: Calls the network.
+        as_on_gpu: Norms and attention keep what their fused kernels keep on a GPU, not what the meta device's do.
+    """
+    alive = _Alive(network)
+    with _parts_told(parts, alive), _dropped_gradients(network), _FusedOnGpu(as_on_gpu), alive:
+        features = tuple(run())
+        kept = dict(alive.by_part)
+        # A gradient of each feature comes from the heads. ``backward`` itself would put the modes aside meanwhile.
+        gradients = tuple(torch.empty_like(feature) for feature in features)
+        _engine_run_backward(features, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    return Rehearsal(kept, alive.peak, tuple(feature.detach() for feature in features))
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the memory behind every tensor that is made, from its first operator to its end."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.part = _REST
+        self.by_part: Counter[str] = Counter()
+        self.peak = self._total = 0
+        owned = (*network.parameters(), *network.buffers())
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in owned)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        weakref.finalize(storage, self._change, self.part, -storage.nbytes())
+        self._change(self.part, storage.nbytes())
+
+    def _change(self, part: str, num_bytes: int) -> None:
+        self.by_part[part] += num_bytes
+        self._total += num_bytes
+        self.peak = max(self.peak, self._total)
+
+
+class _FusedOnGpu(TorchFunctionMode):
+    """Replaces operators that the meta device would take apart by ones that keep what a GPU's fused kernel keeps."""
+
+    def __init__(self, active: bool) -> None:
+        super().__init__()
+        self._active = active
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._active and func is functional.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        if self._active and func is functional.rms_norm:
+            return _fused_rms_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Keeps queries, keys, values, the output and a number for each row, as every fused kernel does."""
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+    output: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, True)[0]
+    return output
+
+
+def _fused_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """Keeps its input and a number for each row; a layer norm keeps one number more."""
+    return functional.layer_norm(x, shape, weight, None, eps or torch.finfo(x.dtype).eps)
+
+
+@contextmanager
+def _parts_told(parts: Mapping[str, nn.Module], alive: _Alive) -> Iterator[None]:
+    """Has ``alive`` know whose module is running; parts run by their modules' calls, not by their own."""
+    stack: list[str] = []
+    handles = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            stack.append(alive.part)
+            alive.part = name
+
+        return hook
+
+    def leave(*_: object) -> None:
+        alive.part = stack.pop()
+
+    for name, part in parts.items():
+        for module in part.modules():
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _dropped_gradients(network: nn.Module) -> Iterator[None]:
+    """Lets a parameter's gradient go once it is whole, as ZeRO does; its own buffers are counted elsewhere."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    handles = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

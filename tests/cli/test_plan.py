@@ -1,0 +1,56 @@
+"""``piip-scale plan`` as a user runs it: no data, no weights, no GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from commands import piip_scale, succeeded
+
+from piip_scale.cli.main import main
+from piip_scale.config import loading
+
+DIGITS = Path(__file__).parents[2] / "configs" / "demo" / "digits.py"
+
+
+def test_a_plan_tells_memory_knobs_steps_and_time(shards):
+    options = ("--nodes", 2, "--gpus-per-node", 2, "--gpu-memory-gib", 1, "--mfu", 0.5, "--peak-tflops", 100)
+    sets = ("--set", f"data.train_shards={shards / 'train'}", "--set", f"data.val_shards={shards / 'val'}")
+    found = json.loads(succeeded(piip_scale("plan", DIGITS, *options, *sets, "--json")).stdout)
+    assert (found["num_ranks"], found["fits"], found["capacity"]) == (4, False, 2**30)
+    kinds = ("weights", "gradients", "masters", "moments", "activations")
+    parts = sum(part[kind] for part in found["parts"] for kind in kinds)
+    others = sum(found[kind] for kind in ("gathered", "buckets", "backward", "reserve"))
+    assert found["total"] == pytest.approx(parts + others)
+    # Libraries alone take more than this GPU has.
+    assert not any(change["fits"] for change in found["changes"])
+    pace = found["pace"]
+    assert pace["steps_per_epoch"] == 16 // found["images_per_step"]
+    assert pace["seconds_per_step"] == pytest.approx(
+        pace["flops_per_image"] * found["images_per_step"] / (4 * 0.5 * 100e12)
+    )
+
+
+def test_a_plan_is_a_table_and_a_verdict(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["piip-scale", "plan", str(DIGITS), "--gpus-per-node", "1", "--size", "128x128"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("GiB on each of 1 GPU")
+    assert any("which fits into 80.0" in line for line in lines)
+    assert "TFLOP an image" in lines[-1]
+
+
+def test_ctrl_c_in_any_command_is_one_line_and_exit_code_130(monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load_config", interrupted)
+    monkeypatch.setattr(sys, "argv", ["piip-scale", "plan", str(DIGITS)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.split("\n") == ["piip-scale: stopped by Ctrl-C before it was done", ""]
