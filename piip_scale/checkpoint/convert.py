@@ -55,6 +55,7 @@ def convert(
     dtype: Literal["fp32", "bf16"] = "fp32",
     max_shard_gb: float | None = None,
     overwrite: bool = False,
+    averaged: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
     """Writes the weights of a committed checkpoint as safetensors. Not collective.
@@ -65,6 +66,7 @@ def convert(
         dtype: Of floating-point parameters. Floating-point buffers (running statistics) are always float32.
         max_shard_gb: Largest size of a file in GB (10^9 bytes); a larger tensor has a file of its own.
         overwrite: Replace ``out`` where it exists.
+        averaged: Write the running averages of the trained weights (``train.ema_decay``) instead of the weights.
         on_progress: Called with bytes done and bytes in all after every tensor.
 
     Raises:
@@ -76,7 +78,7 @@ def convert(
     _check_target(out, max_shard_gb, overwrite)
     source = resolve_checkpoint(Path(checkpoint))
     CheckpointStore(source.parent, keep=1).validate(source)
-    reader = ZeroCheckpoint(source)
+    reader = ZeroCheckpoint(source, averaged=averaged)
     shards = _plan(reader, _DTYPES[dtype], max_shard_gb)
     files = _file_names(out, len(shards), max_shard_gb is not None)
     progress = _Progress(sum(entry.num_bytes for shard in shards for entry in shard), on_progress)
@@ -86,7 +88,7 @@ def convert(
             _write_index(partial / INDEX, shards, files)
         for shard, file in zip(shards, files, strict=True):
             target = partial if max_shard_gb is None else partial / file.name
-            _write_shard(target, shard, reader, _metadata(source), progress)
+            _write_shard(target, shard, reader, _metadata(source, averaged), progress)
     return ConvertReport(
         checkpoint=source,
         step=read_step(source),
@@ -198,10 +200,11 @@ def _write_shard(
             progress.add(entry.num_bytes)
 
 
-def _metadata(source: Path) -> dict[str, str]:
+def _metadata(source: Path, averaged: bool) -> dict[str, str]:
     """What the file says of its origin; the run directory is two folders above a checkpoint."""
     # "format" is what transformers and its kin look for.
     told = {"format": "pt", "piip_scale_format": FORMAT_VERSION, "step": str(read_step(source))}
+    told |= {"averaged": "true"} if averaged else {}
     config = source.resolve().parent.parent / CONFIG_FILE
     return told | ({"config": config.read_text(encoding="utf-8")} if config.is_file() else {})
 

@@ -1,8 +1,9 @@
-"""Weights out of a DeepSpeed checkpoint, one at a time, without DeepSpeed and without its pickles' code.
+"""Tensors out of a DeepSpeed checkpoint, in parts as small as wanted, without DeepSpeed and its pickles' code.
 
 Source: files written by DeepSpeed 0.19.8 (stages 0 to 3, fp32 and bf16). ``mp_rank_00_model_states.pt`` (or one
 ``zero_pp_rank_R_...`` per rank in stage 3) names parameters and holds buffers and frozen parameters;
-``*zero_pp_rank_R_mp_rank_00_optim_states.pt`` hold the fp32 master weights, cut as ``layout`` says.
+``*zero_pp_rank_R_mp_rank_00_optim_states.pt`` hold the fp32 master weights and the optimiser's state of them, cut as
+``layout`` says. ``average/rank_R.pt`` beside their folder is ours: running averages of the masters, cut the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ from piip_scale.errors import CheckpointError
 _MODEL_FILES = "*model_states.pt"
 _OPTIMIZER_FILES = "*optim_states.pt"
 
+AVERAGE = "average"
+"""The folder of running averages, and the key in each rank's file there of a list of flat tensors, one for each of its
+flat master weights."""
+UPDATES = "updates"
+"""Key in these files of how often they were updated."""
+
 # A mapped file's pages count as this process's memory until it is unmapped: so much for all files together, but at
 # least so much for each.
 _MAPPED_BYTES = 64 << 20
 _MAPPED_BYTES_PER_FILE = 16 << 20
+
+_COUNTER = "step"
 
 
 class _Inert:
@@ -43,12 +52,18 @@ _STAND_INS = [
 
 @dataclass(frozen=True)
 class _Run:
-    """Consecutive elements of one (flattened) tensor of one file."""
+    """Consecutive elements of one (flattened) tensor of one file.
+
+    Those of a trained parameter have ``state_keys``, under which that file keeps the optimiser's state of the tensor;
+    the last of them is the tensor's number among the rank's own.
+    """
 
     file: _File
     keys: tuple[str | int, ...]
     start: int
     length: int
+    state_keys: tuple[str | int, ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,12 +92,16 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
 
     Args:
         folder: Holds DeepSpeed's files, directly or in one folder (its tag).
+        averaged: Trained parameters are their running averages instead.
+
+    Attributes:
+        num_updates: Of the averages.
 
     Raises:
         CheckpointError: Files are missing, cannot be read safely, or do not fit together.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, averaged: bool = False) -> None:
         self.folder = _find_files(Path(folder))
         models, optimizers = _open(self.folder, _MODEL_FILES), _open(self.folder, _OPTIMIZER_FILES)
         # With bf16 and fp32 gradients stage 1 is an optimiser of its own, which writes the same but not the stage.
@@ -90,15 +109,52 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
         _check_ranks(self.folder, self.stage, models, optimizers)
         self.num_ranks = int(models[0].get("dp_world_size"))
         self.weights = _locate(self.stage, models, optimizers)
+        self.num_updates = 0
+        if averaged:
+            files = _open_averages(Path(folder) / AVERAGE, len(optimizers) or 1)
+            self.weights, self.num_updates = _averaged(self.weights, files), int(files[0].get(UPDATES))
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.weights[name]
         flat = torch.empty(sum(run.length for run in weight.runs), dtype=weight.dtype)
-        done = 0
-        for run in weight.runs:
-            run.file.copy_into(flat[done : done + run.length], run)
-            done += run.length
+        self.copy_slice(name, 0, flat)
         return flat.view(weight.shape)
+
+    def copy_slice(self, name: str, first: int, out: Tensor, state: str | None = None) -> None:
+        """Copies consecutive elements of a flattened tensor, of which nothing else is read.
+
+        Args:
+            name: The tensor's.
+            first: The first element.
+            out: Takes as many as it has, 1-D, on any device; converts them to its dtype.
+            state: Name of the optimiser's state, one of ``moments``, to copy instead of the weight.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold them.
+        """
+        begin = 0
+        for run in self.weights[name].runs:
+            low, high = max(first, begin), min(first + out.numel(), begin + run.length)
+            if low < high:
+                keys = run.keys if state is None else (*run.state_keys, state)
+                part = replace(run, keys=keys, start=run.start + low - begin, length=high - low)
+                run.file.copy_into(out[low - first : high - first], part)
+            begin += run.length
+
+    def moments(self, name: str) -> list[str]:
+        """Names of the optimiser's states of a trained parameter's shape; empty before its first step."""
+        return [key for key, value in self._state(name).items() if key != _COUNTER and torch.is_tensor(value)]
+
+    def counter(self, name: str) -> Tensor | float:
+        """Steps that the optimiser counted for a trained parameter, as it keeps them."""
+        value: Tensor | float = self._state(name)[_COUNTER]
+        return value
+
+    def _state(self, name: str) -> dict[str, Any]:
+        run = self.weights[name].runs[0]
+        *parents, own = run.state_keys
+        state: dict[str, Any] = run.file.get(*parents).get(own, {})
+        return state
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -181,7 +237,7 @@ def _open(folder: Path, pattern: str) -> list[_File]:
     """The files of all ranks, in the order of ranks."""
 
     def rank(path: Path) -> int:
-        match = re.search(r"zero_pp_rank_(\d+)_", path.name)
+        match = re.search(r"rank_(\d+)[_.]", path.name)
         return int(match[1]) if match else 0
 
     paths = sorted(folder.glob(pattern), key=rank)
@@ -207,7 +263,7 @@ def _locate(stage: int, models: list[_File], optimizers: list[_File]) -> dict[st
     """Every weight, in the order of the model's state dict."""
     module: dict[str, Tensor] = models[0].get("module")
     buffers = set(models[0].get("buffer_names"))
-    found = _masters(stage, models[0], optimizers) if stage else {}
+    found = _masters(stage, models[0], optimizers) if stage else _trained_whole(models[0])
     if stage == 3:
         found |= _frozen_parts(models)
     found |= {name: models[0].tensor("module", name, is_buffer=True) for name in module if name in buffers}
@@ -232,6 +288,7 @@ def _masters(stage: int, model: _File, optimizers: list[_File]) -> dict[str, Wei
     """The trained parameters."""
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     root = ("optimizer_state_dict", key)
+    states = ("optimizer_state_dict", "optimizer_state_dict" if stage == 3 else "base_optimizer_state", "state")
     shapes: list[dict[str, tuple[int, ...]]] = model.get("param_shapes")
     parts = [[flat.numel() for flat in file.get(*root)] for file in optimizers[: 1 if stage == 3 else None]]
     if stage == 3:
@@ -244,11 +301,50 @@ def _masters(stage: int, model: _File, optimizers: list[_File]) -> dict[str, Wei
             tuple(shape),
             torch.float32,
             False,
-            tuple(_Run(optimizers[p.rank], (*root, p.group), p.start, p.length) for p in pieces[name]),
+            tuple(
+                _Run(optimizers[p.rank], (*root, p.group), p.start, p.length, (*states, p.group), p.rank)
+                for p in pieces[name]
+            ),
         )
         for named in shapes
         for name, shape in named.items()
     }
+
+
+def _trained_whole(model: _File) -> dict[str, Weight]:
+    """Without ZeRO: the parameters of torch's own optimiser, where its groups name them, as ours do."""
+    groups = (model.get("optimizer") or {}).get("param_groups", [])
+    names = [name for group in groups for name in group.get("parameter_names", [])]
+    weights = {name: model.tensor("module", name) for name in names}
+    for index, (name, weight) in enumerate(weights.items()):
+        runs = tuple(replace(run, state_keys=("optimizer", "state", index)) for run in weight.runs)
+        weights[name] = replace(weight, runs=runs)
+    return weights
+
+
+def _averaged(weights: dict[str, Weight], files: list[_File]) -> dict[str, Weight]:
+    """The same tensors, trained parameters from the files of averages: there they are cut as the masters are."""
+
+    def averaged(run: _Run) -> _Run:
+        if not run.state_keys:
+            return run
+        return replace(run, file=files[run.rank], keys=(AVERAGE, run.state_keys[-1]), state_keys=())
+
+    # A parameter's two names keep sharing one weight.
+    distinct = {id(weight): weight for weight in weights.values()}
+    made = {key: replace(weight, runs=tuple(map(averaged, weight.runs))) for key, weight in distinct.items()}
+    return {name: made[id(weight)] for name, weight in weights.items()}
+
+
+def _open_averages(folder: Path, wanted: int) -> list[_File]:
+    files = _open(folder, "rank_*.pt")
+    if len(files) < wanted:
+        raise CheckpointError(
+            f"{folder} has {len(files) or 'no'} files of averaged weights",
+            rule=f"a run with train.ema_decay writes {wanted} of them",
+            fix="leave out --ema, or take a checkpoint of such a run",
+        )
+    return files
 
 
 def _frozen_parts(models: list[_File]) -> dict[str, Weight]:

@@ -29,6 +29,7 @@ def convert(
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights written.")] = "fp32",
     max_shard_gb: Annotated[float | None, typer.Option(help="Split into files of at most this size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
 ) -> None:
     """Gather a sharded training checkpoint into safetensors.
 
@@ -41,7 +42,13 @@ def convert(
 
     with progress_bar("converting") as on_progress:
         report = convert_checkpoint(
-            checkpoint, out, dtype=dtype, max_shard_gb=max_shard_gb, overwrite=overwrite, on_progress=on_progress
+            checkpoint,
+            out,
+            dtype=dtype,
+            max_shard_gb=max_shard_gb,
+            overwrite=overwrite,
+            averaged=ema,
+            on_progress=on_progress,
         )
     typer.echo(
         f"{out}: step {report.step}, {report.num_parameters:,} parameters, {report.num_bytes / 1e6:.1f} MB "

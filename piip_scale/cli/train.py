@@ -98,14 +98,19 @@ def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bo
     """Says once, before any process starts, what every rank would."""
     import torch
 
-    from piip_scale.engine.batching import scale_to_ranks
+    from piip_scale.engine.batching import keep_images_per_step, scale_to_ranks
+    from piip_scale.engine.resuming import newest_checkpoint
     from piip_scale.engine.run_dir import RunDirectory
     from piip_scale.engine.sharding_checks import checked_plan
     from piip_scale.models.pretrained import check_pretrained
     from piip_scale.tasks.kinds import build_model, build_task
     from piip_scale.world import World
 
-    RunDirectory(run_dir).check(resume=resume)
+    run = RunDirectory(run_dir)
+    run.check(resume=resume)
+    newest = newest_checkpoint(run.checkpoints)
+    if newest:
+        config = keep_images_per_step(config, newest.state.images_per_step, num_procs)
     scaled = scale_to_ranks(config, num_procs)
     check_pretrained(config.model)
     world = World(num_ranks=num_procs, ranks_per_node=num_procs)

@@ -122,13 +122,17 @@ class ZeroConfig(Strict):
     node_partition: Positive = 1
     deepspeed: dict[str, Any] = {}
 
+    @property
+    def optimizer_is_on_disk(self) -> bool:
+        """Whether master weights and moments live in files of DeepSpeed's."""
+        return self.offload_optimizer not in ("none", "cpu")
+
     @model_validator(mode="after")
     def _stage_can(self) -> ZeroConfig:
         if self.offload_optimizer != "none" and self.stage == 0:
             raise ValueError("offload_optimizer needs stage 1, 2 or 3: without ZeRO nothing is moved")
-        on_disk = self.offload_optimizer not in ("none", "cpu")
         for name, used in (
-            ("offload_optimizer to a disk", on_disk),
+            ("offload_optimizer to a disk", self.optimizer_is_on_disk),
             ("offload_parameters", self.offload_parameters != "none"),
             ("node_partition", self.node_partition > 1),
         ):
@@ -151,6 +155,9 @@ class TrainConfig(Strict):
         milestone_every_steps: Checkpoints of steps that it divides stay whatever their age; 0 for none.
         background_saves: Write checkpoints while training goes on, from a copy in host memory that is as large as
             this rank's files; without, training waits for the disk.
+        ema_decay: Keep a running average of the weights, of which this share stays at every step; evaluation during
+            training and ``convert --ema`` use it. 4 bytes a trained parameter, sharded like the optimiser's state.
+        ema_warmup: The average follows faster at first: the decay of update n is at most 1 - (1 + n)^(-2/3).
         max_skipped_steps: The run stops when so many steps in a row had a loss or gradient that is not finite.
         hang_minutes: The run ends, with the stacks of all ranks, when one waits for its data or computes for longer
             than that in a step.
@@ -170,6 +177,8 @@ class TrainConfig(Strict):
     keep_checkpoints: Positive = 2
     milestone_every_steps: NonNegative = 0
     background_saves: bool = True
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_warmup: bool = False
     max_skipped_steps: Positive = 10
     hang_minutes: PositiveFloat = 10.0
     slow_hang_minutes: PositiveFloat = 60.0
@@ -198,6 +207,12 @@ class TrainConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _warm_up_of_something(self) -> TrainConfig:
+        if self.ema_warmup and self.ema_decay is None:
+            raise ValueError("ema_warmup needs ema_decay: set it, 0.9998 for example")
+        return self
+
+    @model_validator(mode="after")
     def _milestones_are_saved(self) -> TrainConfig:
         if self.milestone_every_steps % self.checkpoint_every_steps:
             raise ValueError(
@@ -221,3 +236,12 @@ class RunConfig(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
     zero: ZeroConfig = ZeroConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _averages_can_be_kept(self) -> RunConfig:
+        if self.train.ema_decay is not None and self.zero.optimizer_is_on_disk:
+            raise ValueError(
+                f"train.ema_decay={self.train.ema_decay} averages weights in memory: it does not go with "
+                f"zero.offload_optimizer={self.zero.offload_optimizer!r}"
+            )
+        return self

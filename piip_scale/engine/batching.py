@@ -66,6 +66,46 @@ def scale_to_ranks(config: RunConfig, num_ranks: int) -> RunConfig:
     return config.model_copy(update={"train": train, "schedule": schedule, "optimizer": optimizer})
 
 
+def keep_images_per_step(config: RunConfig, images: int, num_ranks: int) -> RunConfig:
+    """The config whose steps have so many images on these ranks, as those of the run to go on with had.
+
+    Micro-batches keep their size where that divides, since it is what memory was found to hold, and shrink to the
+    next smaller one that does where not; accumulation makes up for it. Micro-batches that keep their size are the very
+    same ones (see ``data.order``), and the run goes on as it would have, but for rounding.
+
+    Args:
+        config: The run as it was asked for.
+        images: Images of a step so far.
+        num_ranks: Ranks there are now.
+
+    Raises:
+        ConfigError: The config asks for steps of other images outright, or the ranks cannot share them; lists which
+            can.
+    """
+    asked = config.train.images_per_step
+    if asked not in (None, images):
+        raise ConfigError(
+            "train.images_per_step",
+            value=asked,
+            rule=f"the run to resume has steps of {images} images",
+            fix="leave it out, or convert the run and start another from its weights",
+        )
+    if images_per_step(config, num_ranks) == images:
+        return config
+    streams = config.data.num_streams
+    if images % num_ranks or streams % num_ranks:
+        fitting = [ranks for ranks in divisors(images) if streams % ranks == 0]
+        raise ConfigError(
+            f"{num_ranks} ranks cannot go on with a run whose steps have {images} images",
+            rule=f"the ranks divide these, and data.num_streams={streams}",
+            fix=f"resume on {_listed(fitting)} ranks",
+        )
+    micro = max(size for size in divisors(images // num_ranks) if size <= config.data.micro_batch_size)
+    data = config.data.model_copy(update={"micro_batch_size": micro})
+    train = config.train.model_copy(update={"images_per_step": images, "gradient_accumulation": 1})
+    return config.model_copy(update={"train": train, "data": data})
+
+
 def batch_line(config: RunConfig, num_ranks: int) -> str:
     """One line for the start report: the images of a step, and the rate where a rule made it."""
     scaled = scale_to_ranks(config, num_ranks)

@@ -9,6 +9,7 @@ import torch
 
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import mean_over_ranks
+from piip_scale.engine.ema import WeightAverage
 from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.starting import StartClock
 from piip_scale.engine.trainer import StepReport
@@ -137,6 +138,24 @@ class TellStart:
 
     def at_end(self, step: int) -> None:
         """Nothing."""
+
+
+class Average:
+    """Has the average of the weights follow each step that moved them; comes before whoever uses it."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self._average = average
+
+    def after_step(self, report: StepReport) -> None:
+        """Follows, unless the step was not applied."""
+        if report.result.applied:
+            self._average.update()
+
+    def at_stop(self, step: int) -> None:
+        """Nothing is left to do."""
+
+    def at_end(self, step: int) -> None:
+        """Nothing is left to do."""
 
 
 class Evaluate:

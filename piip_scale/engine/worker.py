@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -12,11 +13,13 @@ from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import batch_line, scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import any_rank
+from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.failing import tell_failure
 from piip_scale.engine.heartbeat import Heartbeat
-from piip_scale.engine.hooks import Evaluate, Save, Silence, Sink, Tell, TellStart
+from piip_scale.engine.hooks import Average, Evaluate, Save, Silence, Sink, Tell, TellStart
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
+from piip_scale.engine.resuming import Checkpoint, find_checkpoint
 from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.setup import build_engine, build_model, init_distributed, set_group_timeouts
 from piip_scale.engine.starting import StartClock
@@ -109,15 +112,18 @@ def _train(
     *,
     show_progress: bool,
 ) -> None:
-    get_logger(__name__).info(batch_line(config, world.num_ranks))
-    scaled = scale_to_ranks(config, world.num_ranks)
     clock = StartClock()
     clock.end_phase("imports")
     device = init_distributed(world)
     clock.end_phase("join")
+    found = find_checkpoint(run.checkpoints)
+    if found:
+        config = found.keep_batches(config, world.num_ranks)
+    get_logger(__name__).info(batch_line(config, world.num_ranks))
+    scaled = scale_to_ranks(config, world.num_ranks)
     task = task_factory(scaled, world)
     try:
-        _train_task(task, scaled, run, world, device, stop, heartbeat, clock, show_progress=show_progress)
+        _train_task(task, scaled, run, found, world, device, stop, heartbeat, clock, show_progress=show_progress)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -128,6 +134,7 @@ def _train_task(
     task: Task,
     config: RunConfig,
     run: RunDirectory,
+    found: Checkpoint | None,
     world: World,
     device: torch.device,
     stop: StopFlag,
@@ -141,20 +148,26 @@ def _train_task(
     clock.end_phase("build")
     engine, _ = build_engine(model, config, world, clock)
     set_group_timeouts(timedelta(minutes=config.train.slow_hang_minutes) + _GROUP_MARGIN)
-    checkpointer = Checkpointer(engine, run.checkpoints, config, world, task.num_train_batches())
-    first_step = checkpointer.resume()
+    checkpointer = Checkpointer(engine, run.checkpoints, config, world, stream.steps_per_epoch)
+    first_step = found.resume(engine, checkpointer.describe(0)) if found else 0
+    average = build_average(engine, config.train, checkpointer, found)
     clock.end_phase("resume")
-    sink = _open_sink(config, run, world, stream.total_steps, first_step, show_progress=show_progress)
+    sink = _open_sink(config, run, world, stream.total_steps, found, show_progress=show_progress)
 
     def goes_on() -> bool:
         heartbeat.again()
         return not any_rank(bool(stop), device)
 
+    def measure() -> dict[str, float] | None:
+        with average.in_place() if average else nullcontext():
+            return evaluate(engine, task, device, goes_on)
+
     hooks: list[Hook] = [
+        *([Average(average)] if average else []),
         Tell(sink, run, world, device, config.train.log_every_steps, stream.total_steps),
         TellStart(sink, clock),
         Save(checkpointer, sink, config.train.checkpoint_every_steps, first_step),
-        Evaluate(lambda: evaluate(engine, task, device, goes_on), sink, config.train.evaluate_every_steps),
+        Evaluate(measure, sink, config.train.evaluate_every_steps),
     ]
     trainer = Trainer(engine, stream, config, world, device, stop, hooks, heartbeat, first_step)
     try:
@@ -183,10 +196,17 @@ def _run(trainer: Trainer, checkpointer: Checkpointer, sink: Sink, run: RunDirec
 
 
 def _open_sink(
-    config: RunConfig, run: RunDirectory, world: World, total_steps: int, first_step: int, *, show_progress: bool
+    config: RunConfig,
+    run: RunDirectory,
+    world: World,
+    total_steps: int,
+    found: Checkpoint | None,
+    *,
+    show_progress: bool,
 ) -> Sink:
     if not world.is_main:
         return Silence()
+    first_step = found.state.step if found else 0
     sink = Telemetry(
         run.path,
         total_steps,
@@ -194,6 +214,7 @@ def _open_sink(
         show_progress=show_progress,
         log_every_steps=config.train.log_every_steps,
     )
-    if first_step:
-        sink.event(first_step, f"resumed after step {first_step}")
+    if found:
+        ranks = f"ranks before: {found.state.num_ranks}, now: {world.num_ranks}"
+        sink.event(first_step, f"resumed after step {first_step} ({ranks})")
     return sink

@@ -8,11 +8,11 @@ from piip_scale.config.classification import ClassificationRun
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.model import ClassifierConfig
 from piip_scale.config.run import RunConfig
-from piip_scale.errors import ConfigError
+from piip_scale.config.segmentation import SegmentationRun
 from piip_scale.models.counting import PartCount, count_network, feature_maps
 from piip_scale.tasks.classes import told_classes
 
-_PUBLIC_SETS = {"classification": ("ImageNet", 1000), "detection": ("COCO", 80)}
+_PUBLIC_SETS = {"classification": ("ImageNet", 1000), "detection": ("COCO", 80), "segmentation": ("ADE20K", 150)}
 """By task: the set that is counted for, and its classes, where a run's own are not known."""
 
 
@@ -51,11 +51,8 @@ def likely_classes(config: RunConfig) -> tuple[str, int]:
     """How many classes a run has, and the public set whose number it is where neither config nor shards tell.
 
     Raises:
-        ConfigError: No rule counts the task's heads.
         DataError: The run's shards are damaged.
     """
-    if config.task not in _PUBLIC_SETS:
-        raise ConfigError("config key task", value=config.task, rule=f"counted are {', '.join(_PUBLIC_SETS)}")
     classes = told_classes(config)
     return ("", len(classes)) if classes else _PUBLIC_SETS[config.task]
 
@@ -66,6 +63,10 @@ def _parts(config: RunConfig, num_classes: int, height_px: int, width_px: int) -
         return count_network(config.model, height_px, width_px, head)
     network = count_network(config.model, height_px, width_px)
     features = feature_maps(config.model, height_px, width_px)
+    if isinstance(config, SegmentationRun):
+        from piip_scale.tasks.segmentor_counting import segmentor_parts  # so does mmseg
+
+        return (*network, *segmentor_parts(config.segmentor, features, num_classes))
     assert isinstance(config, DetectionRun)
     from piip_scale.tasks.detector_counting import detector_parts  # mmdet takes seconds to import
 

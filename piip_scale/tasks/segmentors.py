@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -192,7 +193,9 @@ class _Heads(BaseModule):
 
 def _build(plan: dict[str, Any]) -> _Heads:
     try:
-        with DefaultScope.overwrite_default_scope("mmseg"):
+        with DefaultScope.overwrite_default_scope("mmseg"), warnings.catch_warnings():
+            # About its own builder, and about the released recipes' default of averaging over ignored pixels too.
+            warnings.filterwarnings("ignore", message=r"``build_loss`` would be deprecated|Default ``avg_non_ignore``")
             heads = _Heads({name: MODELS.build(ConfigDict(head)) for name, head in plan.items()})
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(

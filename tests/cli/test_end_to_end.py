@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 from commands import piip_scale, succeeded
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.config import load_config
 
 TAGS = {
@@ -63,6 +66,40 @@ def test_converted_weights_score_what_training_measured(trained, weights, tmp_pa
     assert {f"eval/{name}" for name in metrics} == {name for name in measured if name.startswith("eval/")}
     for name, value in metrics.items():
         assert value == pytest.approx(measured[f"eval/{name}"], abs=1e-4), name
+
+
+def train_on(run_dir, config, procs, *options):
+    return succeeded(piip_scale("train", config, "--procs", procs, "--run-dir", run_dir, *options))
+
+
+def assert_goes_on_alone(trained, config, run_dir, tolerance, *options):
+    """What two processes trained to its end, resumed by one before the last steps, ends the same."""
+    shutil.copytree(trained, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
+    done = train_on(run_dir, config, 1, "--resume", *options)
+    assert "a step keeps its 4 images: micro-batches of 2" in done.stderr
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (trained, run_dir)]
+    assert "resumed after step 4 (ranks before: 2, now: 1)" in str(lines[1])
+    last = [[line for line in told if line["kind"] == "step"][-1] for told in lines]
+    losses = [{key: value for key, value in step.items() if key.startswith("loss/")} for step in last]
+    assert len(losses[0]) > 5
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    found, expected = (ZeroCheckpoint(run / "checkpoints" / "step_00000006") for run in (run_dir, trained))
+    assert found.num_ranks == 1
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=tolerance, atol=tolerance)
+
+
+def test_one_process_goes_on_where_two_were(trained, config, tmp_path):
+    assert_goes_on_alone(trained, config, tmp_path / "run", 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_process_goes_on_in_bf16(config, tmp_path, stage):
+    options = ("--set", "train.precision='bf16'", "--set", f"zero.stage={stage}")
+    train_on(tmp_path / "whole", config, 2, *options)
+    assert_goes_on_alone(tmp_path / "whole", config, tmp_path / "run", 1e-3, *options)
 
 
 def test_converted_weights_are_whole_and_plain(weights):

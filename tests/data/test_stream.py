@@ -40,12 +40,13 @@ def own_packed(tmp_path):
     return tmp_path / "out"
 
 
-def loader(folder, *, rank=0, num_ranks=1, **keys):
+def loader(folder, *, rank=0, num_ranks=1, accumulation=1, **keys):
     keys = {"micro_batch_size": 4, "num_streams": 12, "workers": 0, "augment": AUGMENT} | keys
     config = DetectionData(train_shards=str(folder), val_shards=str(folder), **keys)
     world = World(rank=rank, num_ranks=num_ranks, ranks_per_node=num_ranks, local_rank=rank)
     shards = ShardSet.open(folder)
-    return ShardLoader(shards, config, DetectionSamples(shards, config.augment), seed=3, world=world)
+    samples = DetectionSamples(shards, config.augment)
+    return ShardLoader(shards, config, samples, seed=3, world=world, accumulation=accumulation)
 
 
 def content(batch):
@@ -152,6 +153,20 @@ def damage(folder, *numbers):
                 with open(path, "r+b") as file:
                     file.seek(position + len(image) // 2)
                     file.write(b"\0" * 40)
+
+
+def test_micro_batches_are_the_same_to_the_bit_on_every_world(packed):
+    """A resumed run may find other ranks; with as many images a step, it goes on with what it would have seen."""
+    alone = list(loader(packed, accumulation=4, micro_batch_size=2).batches(1))
+    assert len(alone) == 41 // 8 * 4
+    for num_ranks in (2, 4):
+        cut = [
+            loader(packed, rank=rank, num_ranks=num_ranks, accumulation=4 // num_ranks, micro_batch_size=2).batches(1)
+            for rank in range(num_ranks)
+        ]
+        dealt = [batch for batches in zip(*cut, strict=True) for batch in batches]
+        assert [content(batch) for batch in dealt] == [content(batch) for batch in alone]
+        assert all(torch.equal(a.images_BHWC, b.images_BHWC) for a, b in zip(dealt, alone, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

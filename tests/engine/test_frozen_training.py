@@ -15,6 +15,7 @@ from tiny_task import make_batch
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.building import fill, place_whole
 from piip_scale.engine.checkpointing import Checkpointer
+from piip_scale.engine.resuming import find_checkpoint
 from piip_scale.engine.setup import build_engine, build_model
 from piip_scale.engine.step import train_step
 from piip_scale.world import World
@@ -68,7 +69,7 @@ def trained(world, device, folder: Path) -> dict[str, dict]:
         trace += steps(engine, world, 2, 4)
         moments = [state["exp_avg"] for state in engine.optimizer.optimizer.state.values()]
         again, checkpointer = begin()
-        assert checkpointer.resume() == 2
+        assert find_checkpoint(folder / name).resume(again, checkpointer.describe(0)) == 2
         found[name] = {
             "start": start,
             "end": weights_of(engine),

@@ -35,7 +35,7 @@ class Bench:
         self.world, self.steps = world, 0
         task = TinyTask(config, world)
         self.engine, _ = build_engine(build_model(task, 0), config, world)
-        self.checkpointer = Checkpointer(self.engine, Path(folder), config, world, task.num_train_batches())
+        self.checkpointer = Checkpointer(self.engine, Path(folder), config, world, 6)
         self.store = CheckpointStore(Path(folder), keep=2)
         self.train(2)
 

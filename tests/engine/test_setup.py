@@ -8,8 +8,9 @@ import torch
 from ranks import FORCED_RELEASE, run_ranks, tiny_config
 from tiny_task import TinyModel, TinyTask
 
-from piip_scale.engine.checkpointing import Checkpointer, read_state
+from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.evaluation import evaluate
+from piip_scale.engine.resuming import find_checkpoint, read_state
 from piip_scale.engine.setup import build_engine, build_model
 from piip_scale.engine.step import train_step
 from piip_scale.errors import CheckpointError, ConfigError, ModelError
@@ -65,23 +66,24 @@ def refusals(world, device, folder):
             function()
         lines[name] = caught.value.line
 
-    def checkpointer(config, told=world, batches=6, **task):
-        return Checkpointer(engine_of(world, config, **task), folder, config, told, batches)
+    def resumed(config, steps_per_epoch=6, **task):
+        engine = engine_of(world, config, **task)
+        now = Checkpointer(engine, folder, config, world, steps_per_epoch).describe(0)
+        return find_checkpoint(folder).resume(engine, now)
 
     config = config_of()
-    first = checkpointer(config)
-    assert first.resume() == 0
+    assert find_checkpoint(folder) is None
+    first = Checkpointer(engine_of(world, config), folder, config, world, 6)
     first.save(7)
     refused("twice", CheckpointError, lambda: first.save(7))
-    refused("model", CheckpointError, lambda: checkpointer(config, dim=16).resume())
-    refused("depth", CheckpointError, lambda: checkpointer(config, depth=3).resume())
-    refused("world", CheckpointError, lambda: checkpointer(config, told=World(0, 2, 0, 2)).resume())
-    refused("data", CheckpointError, lambda: checkpointer(config, batches=5).resume())
-    decay = config_of(optimizer={"layer_decay": 0.5})
-    refused("groups", CheckpointError, lambda: checkpointer(decay).resume())
-    stage = config_of(zero={"stage": 2, "deepspeed": {}})
-    refused("stage", CheckpointError, lambda: checkpointer(stage).resume())
-    assert checkpointer(config).resume() == 7
+    refused("model", CheckpointError, lambda: resumed(config, dim=16))
+    refused("depth", CheckpointError, lambda: resumed(config, depth=3))
+    refused("images", CheckpointError, lambda: resumed(config_of(data={"micro_batch_size": 4})))
+    refused("data", CheckpointError, lambda: resumed(config, steps_per_epoch=5))
+    refused("order", CheckpointError, lambda: resumed(config_of(data={"num_streams": 12})))
+    refused("groups", CheckpointError, lambda: resumed(config_of(optimizer={"layer_decay": 0.5})))
+    refused("precision", CheckpointError, lambda: resumed(config_of(train={"precision": "bf16"})))
+    assert resumed(config) == 7
 
     bad_key = config_of(zero={"deepspeed": {"zero_optimization": {"no_such_key": 1}}})
     refused("raw key", ConfigError, lambda: engine_of(world, bad_key))
@@ -109,10 +111,11 @@ def lines(tmp_path_factory):
         ("twice", "already has a checkpoint"),
         ("model", "of another shape (head.refine.weight [4, 32] against [4, 16]"),
         ("depth", "only in this model (large.blocks.2.down.bias"),
-        ("world", "ranks 1, this run has 2"),
-        ("data", "batches of an epoch"),
+        ("images", "images a step 2, this run has 4"),
+        ("data", "steps an epoch (data.train_shards) 6, this run has 5"),
+        ("order", "data.num_streams 48, this run has 12"),
         ("groups", "optimizer.layer_decay"),
-        ("stage", "zero.stage 3, this run has 2"),
+        ("precision", "train.precision 'fp32', this run has 'bf16'"),
         ("raw key", "unknown key zero.deepspeed.zero_optimization.no_such_key: got 1; "),
         ("leaf", "returned a dict"),
     ],

@@ -17,11 +17,12 @@ from save_killer import MOMENTS_OF_ALL, MOMENTS_OF_MAIN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from piip_scale.checkpoint.store import CheckpointStore
-from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+from piip_scale.checkpoint.zero_reader import AVERAGE, ZeroCheckpoint
 from piip_scale.engine.run_dir import RunDirectory
 
 WORKER = Path(__file__).with_name("tiny_worker.py")
 STEPS = 8
+AVERAGED = ("--ema-decay", "0.9")
 
 
 def start(run_dir: Path, *options: str, **popen) -> subprocess.Popen:
@@ -59,6 +60,8 @@ def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: master weights by name, the others as the sharded files hold them."""
     checkpoint = run_dir / "checkpoints" / f"step_{step:08d}"
     found = dict(ZeroCheckpoint(checkpoint))
+    if (checkpoint / AVERAGE).exists():
+        found |= {f"average of {name}": value for name, value in ZeroCheckpoint(checkpoint, averaged=True).items()}
 
     def walk(prefix: str, value) -> None:
         # In the flat groups, a slice's padding is whatever the memory held before.
@@ -86,7 +89,7 @@ def assert_bitwise_equal(run_dir: Path, expected: Path) -> None:
 def uninterrupted(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     # No PATH: neither a compiler nor ninja is there, as on a machine where only wheels were installed.
-    code, output = train(run_dir, env=os.environ | {"PATH": ""})
+    code, output = train(run_dir, *AVERAGED, env=os.environ | {"PATH": ""})
     assert code == 0, output
     return run_dir
 
@@ -140,15 +143,18 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_whole_run(uninterru
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
-    code, output = train(tmp_path / "run", "--trouble", "signal:1:8")
+    code, output = train(tmp_path / "run", *AVERAGED, "--trouble", "signal:1:8")
     assert code == 130, output
     assert output.count("stopped as asked after step 5 of 8") == 1
     assert "--resume" in output
     status = RunDirectory(tmp_path / "run").status()
     assert (status.state, status.step) == ("stopped", 5)
-    code, output = train(tmp_path / "run", "--resume")
+    code, output = train(tmp_path / "run", *AVERAGED, "--resume")
     assert code == 0, output
     assert_bitwise_equal(tmp_path / "run", uninterrupted)
+    scores = [records(run, "evaluation")[STEPS]["eval/mean_score"] for run in (tmp_path / "run", uninterrupted)]
+    assert scores[0] == scores[1]
+    assert ZeroCheckpoint(uninterrupted / "checkpoints" / f"step_{STEPS:08d}", averaged=True).num_updates == STEPS
 
 
 def test_a_used_directory_is_refused_in_one_line(uninterrupted):

@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--stage", type=int, default=3)
     parser.add_argument("--save-every", type=int, default=3)
+    parser.add_argument("--ema-decay", type=float)
     parser.add_argument("--lr", type=float, default=1e-2)
     args = parser.parse_args()
     run = RunDirectory(args.run_dir)
@@ -109,6 +110,7 @@ def main() -> int:
             "checkpoint_every_steps": args.save_every,
             "keep_checkpoints": args.keep,
             "max_skipped_steps": 2,
+            "ema_decay": args.ema_decay,
             "hang_minutes": args.hang_minutes,
         },
     )

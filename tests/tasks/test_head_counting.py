@@ -1,6 +1,7 @@
 """What we count of a detector is what torch's counter sees while it runs."""
 
 import pytest
+import small_segmentors
 import torch
 from small_detectors import CLASSES, SMALL, batch_of, instances, run_config
 from torch import nn
@@ -162,3 +163,20 @@ def test_classifiers_are_counted_with_their_heads(separate):
         model.logits(torch.zeros(1, 3, 64, 96))
     assert sum(part.macs for part in counted.parts) == macs_by_torch(counter)
     assert sum(part.parameters for part in counted.parts) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size_px", [(64, 64), (64, 96)])
+@pytest.mark.parametrize("overrides", [{}, {"auxiliary_head": None}])
+def test_segmentors_are_counted_with_their_heads(size_px, overrides):
+    config = small_segmentors.run_config(overrides={"decode_head.channels": 16} | overrides)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention_kernel": "math"})})
+    model = build_model(config, 4).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model.predict(small_segmentors.batch_of(1, size_px=size_px))
+    counted = count_run(config, *size_px)
+    assert (counted.num_classes, counted.assumed_set) == (150, "ADE20K")
+    four = config.model_copy(update={"data": config.data.model_copy(update={"classes": small_segmentors.CLASSES})})
+    parts = count_run(four, *size_px).parts
+    assert sum(part.macs for part in parts) == macs_by_torch(counter)
+    assert sum(part.parameters for part in parts) == sum(p.numel() for p in model.parameters())
+    assert ("auxiliary head" in {part.name for part in parts}) == (not overrides)

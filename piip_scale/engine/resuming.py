@@ -1,0 +1,190 @@
+"""Going on from the newest checkpoint of a run, on the ranks there are now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.config.run import RunConfig
+from piip_scale.engine.batching import keep_images_per_step
+from piip_scale.engine.checkpointing import STATE_FILE, ZERO_FOLDER, TrainingState
+from piip_scale.engine.collective import on_main
+from piip_scale.engine.restoring import restore
+from piip_scale.errors import CheckpointError
+from piip_scale.logging import get_logger
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint.
+
+    Attributes:
+        path: Its folder.
+        state: What it says of its training.
+    """
+
+    path: Path
+    state: TrainingState
+
+    def keep_batches(self, config: RunConfig, num_ranks: int) -> RunConfig:
+        """The config with steps of as many images as the run's had, on these ranks; tells what that changes.
+
+        Raises:
+            ConfigError: See ``keep_images_per_step``.
+        """
+        images = self.state.images_per_step
+        kept = keep_images_per_step(config, images, num_ranks)
+        if kept is not config:
+            get_logger(__name__).warning(
+                "a step keeps its %d images: micro-batches of %d, accumulated as %d ranks need",
+                images,
+                kept.data.micro_batch_size,
+                num_ranks,
+            )
+        return kept
+
+    def resume(self, engine: DeepSpeedEngine, now: TrainingState) -> int:
+        """Puts it into an engine on whichever ranks and ZeRO stage; returns its step. Collective.
+
+        Args:
+            engine: The engine.
+            now: What a checkpoint of this training would say.
+
+        Raises:
+            CheckpointError: It belongs to another model, optimiser, precision or order of the data, or is damaged.
+        """
+        _check(self.path, self.state, now)
+        if _is_on_disk(self.state) or _is_on_disk(now):
+            self._resume_from_disk(engine, now)
+        else:
+            restore(engine, self.path)
+        engine.global_steps = self.state.step
+        engine.global_samples = self.state.step * self.state.images_per_step
+        return self.state.step
+
+    def _resume_from_disk(self, engine: DeepSpeedEngine, now: TrainingState) -> None:
+        """Optimiser state that lives on disks is in files that only DeepSpeed reads, and only as they were written."""
+        for meaning, before, here in (
+            ("zero.offload_optimizer to a disk", _is_on_disk(self.state), _is_on_disk(now)),
+            ("ranks", self.state.num_ranks, now.num_ranks),
+            ("zero.stage", self.state.stage, now.stage),
+        ):
+            if before != here:
+                raise _changed(self.path, meaning, before, here, "optimiser state on disks resumes where it was")
+        if engine.load_checkpoint(str(self.path), tag=ZERO_FOLDER)[0] is None:
+            raise CheckpointError(f"DeepSpeed could not load {self.path}", fix="take an older checkpoint")
+
+
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest valid checkpoint, the same on every rank; removes what killed saves left. Collective.
+
+    Args:
+        folder: The run's checkpoints.
+
+    Raises:
+        CheckpointError: The newest one was changed after it was saved, or is of another version.
+    """
+    path = on_main(lambda: _newest(folder))
+    return Checkpoint(path, read_state(path)) if path else None
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are all there; changes nothing. Not collective.
+
+    Raises:
+        CheckpointError: It is of another version.
+    """
+    path = CheckpointStore(folder, keep=1).latest()
+    return Checkpoint(path, read_state(path)) if path else None
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """What a checkpoint says of its training.
+
+    Raises:
+        CheckpointError: The description is missing or of another version.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        return TrainingState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}",
+            rule="this version of piip-scale writes one into every checkpoint",
+            fix="resume with the version that wrote it, or convert its weights",
+        ) from error
+
+
+def _newest(folder: Path) -> Path | None:
+    store = CheckpointStore(folder, keep=1)
+    store.clean()
+    newest = store.latest()
+    if newest is not None:
+        store.validate(newest)
+    return newest
+
+
+def _check(path: Path, saved: TrainingState, now: TrainingState) -> None:
+    """Refuses what would load into the wrong place, or go on as another run."""
+    _check_shapes(path, saved.shapes, now.shapes)
+    for meaning, before, here in (
+        ("train.precision", saved.precision, now.precision),
+        ("images a step", saved.images_per_step, now.images_per_step),
+        ("steps an epoch (data.train_shards)", saved.steps_per_epoch, now.steps_per_epoch),
+        ("data.num_streams", _num_streams(saved), _num_streams(now)),
+    ):
+        if before != here:
+            raise _changed(path, meaning, before, here, "a run resumes as it was; only the ranks and zero may change")
+    if saved.groups != now.groups:
+        raise CheckpointError(
+            f"checkpoint {path} has other optimiser groups ({len(saved.groups)} against {len(now.groups)})",
+            rule="weight_decay and layer_decay decide which parameters share one",
+            fix="set optimizer.layer_decay and optimizer.weight_decay as they were",
+        )
+
+
+def _changed(path: Path, meaning: str, before: object, here: object, rule: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {path} was written with {meaning} {before!r}, this run has {here!r}",
+        rule=rule,
+        fix=f"start it with {before!r} again, or convert it and start a new run from its weights",
+    )
+
+
+def _is_on_disk(state: TrainingState) -> bool:
+    return state.config["zero"]["offload_optimizer"] not in ("none", "cpu")
+
+
+def _num_streams(state: TrainingState) -> Any:
+    return state.config["data"]["num_streams"]
+
+
+def _check_shapes(path: Path, saved: dict[str, list[int]], now: dict[str, list[int]]) -> None:
+    differing = sorted(name for name in saved.keys() & now.keys() if saved[name] != now[name])
+    problems = [
+        _named("only in the checkpoint", sorted(saved.keys() - now.keys())),
+        _named("only in this model", sorted(now.keys() - saved.keys())),
+        _named("of another shape", [f"{name} {saved[name]} against {now[name]}" for name in differing]),
+    ]
+    if any(problems):
+        raise CheckpointError(
+            f"checkpoint {path} is of another model: {'; '.join(problem for problem in problems if problem)}",
+            fix="resume with the config of its run directory",
+        )
+
+
+def _named(what: str, names: Iterable[str]) -> str:
+    names = list(names)
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"{len(names)} {what} ({', '.join(names[:_NAMES_SHOWN])}{more})"
