@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import collectives, equality, memory, starting
+from sections import collectives, equality, gpu, memory, starting, step_time
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
@@ -17,8 +17,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Equality": equality.section,
     "Memory": memory.section,
     "Collectives": collectives.section,
+    "Step time": step_time.section,
     "Starting": starting.section,
     "Starting at 6B": starting.section_6b,
+    "One GPU": gpu.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."
 

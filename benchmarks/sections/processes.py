@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,39 @@ import torch.multiprocessing
 from piip_scale.world import World
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 1800) -> list[Any]:
     """Runs ``function(world, device, *args)`` on every rank of a fresh world.
 
     Args:
         num_ranks: Processes.
         function: Importable; what it returns must pickle.
         args: Passed on.
+        timeout_s: The ranks are ended after so long.
 
     Returns:
         What each rank returned.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: A rank failed; the others are ended.
+        TimeoutError: They hang.
     """
     with socket.socket() as listener, tempfile.TemporaryDirectory() as folder:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         listener.close()
-        torch.multiprocessing.spawn(_main, (num_ranks, port, folder, function, args), nprocs=num_ranks)  # type: ignore[attr-defined]
+        arguments = (num_ranks, port, folder, function, args)
+        context = torch.multiprocessing.spawn(_main, arguments, nprocs=num_ranks, join=False, daemon=True)  # type: ignore[attr-defined]
+        _wait(context, timeout_s)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(num_ranks)]
+
+
+def _wait(context: Any, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{len(context.processes)} ranks did not end within {timeout_s:g} s")
 
 
 def _main(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], args: Any) -> None:

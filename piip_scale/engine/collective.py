@@ -22,11 +22,17 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of named scalars over all ranks, in one message. Collective; every rank has the same names."""
-    names = sorted(values)
-    packed = torch.stack([values[name].detach().float().reshape(()) for name in names])
+    """Means of named scalars, each over the ranks that have it: a head that was skipped has no losses. Collective."""
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, sorted(values))
+    names = sorted(set().union(*everyones))
+    device = next(iter(values.values())).device
+    packed = torch.zeros(2, len(names), device=device)
+    for index, name in enumerate(names):
+        if name in values:
+            packed[:, index] = torch.stack([values[name].detach().float().reshape(()), packed.new_ones(())])
     dist.all_reduce(packed)
-    return dict(zip(names, (packed / dist.get_world_size()).tolist(), strict=True))
+    return dict(zip(names, (packed[0] / packed[1]).tolist(), strict=True))
 
 
 def on_main(function: Callable[[], T]) -> T:

@@ -13,6 +13,7 @@ from piip_scale.engine.ema import WeightAverage
 from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.starting import StartClock
 from piip_scale.engine.trainer import StepReport
+from piip_scale.engine.utilisation import Utilisation
 from piip_scale.errors import Interrupted
 from piip_scale.telemetry.memory import peak_memory_bytes
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
@@ -77,10 +78,17 @@ class Tell:
     """
 
     def __init__(
-        self, sink: Sink, run: RunDirectory, world: World, device: torch.device, every: int, total_steps: int
+        self,
+        sink: Sink,
+        run: RunDirectory,
+        world: World,
+        device: torch.device,
+        every: int,
+        total_steps: int,
+        utilisation: Utilisation,
     ) -> None:
         self._sink, self._run, self._world, self._device = sink, run, world, device
-        self._every, self._total = every, total_steps
+        self._every, self._total, self._utilisation = every, total_steps, utilisation
 
     def after_step(self, report: StepReport) -> None:
         """Every rank takes part in the means."""
@@ -98,6 +106,7 @@ class Tell:
             self._run.write_status("running", report.step)
 
     def _record(self, report: StepReport, losses: Mapping[str, float]) -> StepRecord:
+        tflops = self._utilisation.tflops(report.result.sizes_px, report.seconds)
         return StepRecord(
             step=report.step,
             losses=losses,
@@ -107,6 +116,8 @@ class Tell:
             data_wait_seconds=report.wait_seconds,
             memory_bytes=peak_memory_bytes(self._device),
             grad_norm=report.result.grad_norm,
+            model_tflops=tflops,
+            mfu=self._utilisation.mfu(tflops),
         )
 
     def at_stop(self, step: int) -> None:

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -126,6 +126,7 @@ def build_engine(
     if plan.stage == 3:
         _gather_residents_together(engine)
         _unhook_residents(engine, trainable.head_leaf())
+        _unhook_outputs(engine)
         gather_residents(engine)
     clock.end_phase("shard")
     return engine, plan
@@ -173,10 +174,28 @@ def _unhook_residents(engine: DeepSpeedEngine, leaf: nn.Module) -> None:
     without: set[int] = set()
     for module in engine.module.modules():
         if module not in (engine.module, leaf) and all(param.ds_persist for param in module.parameters()):
-            without |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
+            without |= _hooks_of(module)
     offload = engine.optimizer.parameter_offload
-    for handle in (*offload.forward_hooks, *offload.backward_hooks):
-        if id(handle.hooks_dict_ref()) in without:
+    _unhook((*offload.forward_hooks, *offload.backward_hooks), without)
+
+
+def _unhook_outputs(engine: DeepSpeedEngine) -> None:
+    """Takes ZeRO-3's hooks of the backward pass off the whole model, which has no parameters of its own to fetch.
+
+    deepspeed 0.19.8 counts a call for each tensor that a module returns; here they are the losses, and a rank that has
+    fewer of them in a step, as without a RoI head, would count otherwise than the others and part from them.
+    """
+    if next(engine.module.parameters(recurse=False), None) is None:
+        _unhook(engine.optimizer.parameter_offload.backward_hooks, _hooks_of(engine.module))
+
+
+def _hooks_of(module: nn.Module) -> set[int]:
+    return {id(module._forward_pre_hooks), id(module._forward_hooks)}
+
+
+def _unhook(handles: Iterable[Any], dicts: set[int]) -> None:
+    for handle in handles:
+        if id(handle.hooks_dict_ref()) in dicts:
             handle.remove()
 
 

@@ -29,13 +29,18 @@ class StepResult:
         losses: This rank's named losses, means over its micro-batches, detached scalars.
         grad_norm: Norm of the whole gradient before clipping, the same on every rank; infinite where it was not finite.
         applied: Whether the weights moved, the same on every rank.
-        images: Images of this rank.
+        sizes_px: Height and width of the network's input for each image of this rank.
     """
 
     losses: dict[str, Tensor]
     grad_norm: float
     applied: bool
-    images: int
+    sizes_px: tuple[tuple[int, int], ...]
+
+    @property
+    def images(self) -> int:
+        """Images of this rank."""
+        return len(self.sizes_px)
 
 
 def seed_step(seed: int, *position: int) -> None:
@@ -68,17 +73,18 @@ def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int, see
         ModelError: The model returned no loss.
     """
     sums: dict[str, Tensor] = {}
-    images, norm = 0, math.nan
+    sizes_px: list[tuple[int, int]] = []
+    norm = math.nan
     for micro, batch in enumerate(batches):
         seed_step(seed, step, micro * world.num_ranks + world.rank)
         losses: dict[str, Tensor] = engine(batch)
         engine.backward(_poisoned(total_loss(losses)))
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-        images += len(batch)
+        sizes_px += [(batch.images_BHWC.shape[1], batch.images_BHWC.shape[2])] * len(batch)
         norm = _step(engine)
     mean = {name: value / (micro + 1) for name, value in sums.items()}
-    return StepResult(mean, norm, applied=math.isfinite(norm) and engine.was_step_applied(), images=images)
+    return StepResult(mean, norm, applied=math.isfinite(norm) and engine.was_step_applied(), sizes_px=tuple(sizes_px))
 
 
 def total_loss(losses: Mapping[str, Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from piip_scale.engine.starting import StartClock
 from piip_scale.engine.stop import StopFlag, unsaved
 from piip_scale.engine.stream import BatchStream
 from piip_scale.engine.trainer import Hook, Trainer
+from piip_scale.engine.utilisation import Utilisation, peak_tflops
 from piip_scale.engine.watchdog import Watchdog
 from piip_scale.errors import Interrupted, PiipError
 from piip_scale.logging import configure_logging, get_logger
@@ -162,9 +163,10 @@ def _train_task(
         with average.in_place() if average else nullcontext():
             return evaluate(engine, task, device, goes_on)
 
+    utilisation = Utilisation(config.model, peak_tflops(device, config.train.precision))
     hooks: list[Hook] = [
         *([Average(average)] if average else []),
-        Tell(sink, run, world, device, config.train.log_every_steps, stream.total_steps),
+        Tell(sink, run, world, device, config.train.log_every_steps, stream.total_steps, utilisation),
         TellStart(sink, clock),
         Save(checkpointer, sink, config.train.checkpoint_every_steps, first_step),
         Evaluate(measure, sink, config.train.evaluate_every_steps),

@@ -84,6 +84,8 @@ class TrainableModel(Protocol):
         Its ``forward`` takes the features as separate tensors and returns a tensor or a tuple of tensors, never a
         dict, and every output depends on the features: torch calls the module's backward hook, where ZeRO-3 reduces
         the leaf's gradients, on no other terms. The engine refuses a leaf that returns anything else in training.
+        In each step it returns as many tensors on every rank, or ranks part: losses that may be absent on some go
+        into one tensor.
         """
         ...
 

@@ -54,7 +54,7 @@ class DetectionHeads(nn.Module):
         num_classes: Classes without background.
 
     Attributes:
-        loss_names: The names of what ``forward`` returned in training, known after the first call.
+        loss_names: The names of the losses that ``forward`` last returned in training.
 
     Raises:
         ConfigError: Overrides that mmdet does not know, or features that the detector cannot take.
@@ -67,7 +67,7 @@ class DetectionHeads(nn.Module):
         self.detector = _build(plan)
         self.loss_names: tuple[str, ...] = ()
 
-    def forward(self, *features: Tensor, samples: list[DetDataSample]) -> tuple[Tensor, ...] | list[Prediction]:
+    def forward(self, *features: Tensor, samples: list[DetDataSample]) -> Tensor | list[Prediction]:
         """Losses in training, predictions otherwise.
 
         Args:
@@ -75,7 +75,8 @@ class DetectionHeads(nn.Module):
             samples: One per image, with sizes and, in training, objects.
 
         Returns:
-            In training float32 scalars named by ``loss_names``, each connected to every feature. Otherwise one dict
+            In training one float32 tensor, the losses that ``loss_names`` names, connected to every feature: ZeRO-3
+            counts a leaf's outputs, and ranks whose losses differ in number must not differ in that. Otherwise a dict
             of ``bboxes`` (N, 4) in px of the stored image, ``scores``, ``labels`` and perhaps ``masks`` per image.
         """
         with torch.autocast(features[0].device.type, enabled=False):
@@ -85,7 +86,7 @@ class DetectionHeads(nn.Module):
             self.loss_names = tuple(losses)
             # A rank without objects must reach every feature all the same, or its backward pass differs from others'.
             anchor = sum(feature.float().sum() for feature in features) * 0
-            return tuple(loss + anchor for loss in losses.values())
+            return torch.stack(list(losses.values())) + anchor
 
     def _run(self, features: Sequence[Tensor], samples: list[DetDataSample], mode: str) -> Any:
         taken = tuple(features[index].float() for index in self.feature_indices)

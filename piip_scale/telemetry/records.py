@@ -20,6 +20,8 @@ class StepRecord:
         data_wait_seconds: The part of it spent waiting for the loader.
         memory_bytes: Peak memory of this process so far: the device allocator's on a GPU, else resident memory.
         grad_norm: Norm of the whole gradient before clipping, ``None`` where it is not computed.
+        model_tflops: TFLOP/s of this rank by the count of the network's multiply-adds, waiting included.
+        mfu: Their share of the device's peak, ``None`` where that is not known.
     """
 
     step: int
@@ -30,6 +32,8 @@ class StepRecord:
     data_wait_seconds: float
     memory_bytes: int
     grad_norm: float | None = None
+    model_tflops: float | None = None
+    mfu: float | None = None
 
     @property
     def total_loss(self) -> float:

@@ -86,9 +86,12 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
         "time/data_wait_ms": record.data_wait_seconds * 1e3,
         "memory/peak_gib": record.memory_bytes / GIB,
     }
-    if record.grad_norm is not None:
-        values["train/grad_norm"] = record.grad_norm
-    return values
+    optional = {
+        "train/grad_norm": record.grad_norm,
+        "throughput/model_tflops_per_rank": record.model_tflops,
+        "throughput/mfu": record.mfu,
+    }
+    return values | {tag: value for tag, value in optional.items() if value is not None}
 
 
 def start_scalars(record: StartRecord) -> dict[str, float]:

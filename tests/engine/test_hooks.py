@@ -1,26 +1,62 @@
+import pytest
 import torch
+from ranks import tiny_config
 
 from piip_scale.engine import hooks
 from piip_scale.engine.hooks import Silence, Tell
 from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
+from piip_scale.engine.utilisation import Utilisation, peak_of, peak_tflops
+from piip_scale.models.counting import count_network
 from piip_scale.world import World
 
 
 class Heard(Silence):
     def __init__(self):
-        self.losses = {}
+        self.losses, self.records = {}, []
 
     def step(self, record):
         self.losses[record.step] = record.losses["loss"]
+        self.records.append(record)
+
+
+def tell_of(heard, folder, peak_tflops=None):
+    utilisation = Utilisation(tiny_config().model, peak_tflops)
+    return Tell(
+        heard, RunDirectory(folder), World(), torch.device("cpu"), every=2, total_steps=5, utilisation=utilisation
+    )
+
+
+def report_of(step, sizes_px=((32, 32),), seconds=1.0):
+    result = StepResult({"loss": torch.tensor(1.0)}, grad_norm=0.0, applied=True, sizes_px=sizes_px)
+    return StepReport(step, result, lr=0.1, seconds=seconds, wait_seconds=0.0)
 
 
 def test_every_step_that_is_written_tells_means_over_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(hooks, "mean_over_ranks", lambda losses: {name: 7.0 for name in losses})
     heard = Heard()
-    tell = Tell(heard, RunDirectory(tmp_path), World(), torch.device("cpu"), every=2, total_steps=5)
+    tell = tell_of(heard, tmp_path)
     for step in range(1, 6):
-        result = StepResult({"loss": torch.tensor(1.0)}, grad_norm=0.0, applied=True, images=1)
-        tell.after_step(StepReport(step, result, lr=0.1, seconds=1.0, wait_seconds=0.0))
+        tell.after_step(report_of(step))
     assert heard.losses == {1: 1.0, 2: 7.0, 3: 1.0, 4: 7.0, 5: 7.0}
+
+
+def test_utilisation_is_six_flops_a_multiply_add_of_the_network_over_the_peak(tmp_path):
+    sizes_px, seconds = ((32, 32), (64, 96)), 0.5
+    macs = sum(part.total_macs for size in sizes_px for part in count_network(tiny_config().model, *size))
+    heard = Heard()
+    tell_of(heard, tmp_path, peak_tflops=2.0).after_step(report_of(1, sizes_px, seconds))
+    tell_of(heard, tmp_path).after_step(report_of(1, sizes_px, seconds))
+    known, unknown = heard.records
+    assert known.images == 2
+    assert known.model_tflops == unknown.model_tflops == pytest.approx(6 * macs / seconds / 1e12)
+    assert known.mfu == pytest.approx(known.model_tflops / 2)
+    assert unknown.mfu is None
+
+
+def test_peaks_are_those_of_the_names_that_cuda_gives():
+    peaks = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312}
+    assert {name: peak_of(name) for name in peaks} == peaks
+    assert peak_of("GeForce GT 710") is None
+    assert peak_tflops(torch.device("cpu"), "bf16") is None

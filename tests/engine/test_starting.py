@@ -51,7 +51,7 @@ def test_a_start_is_told_once_and_its_phases_add_up():
     clock.end_phase("build")
     hook = TellStart(heard, clock)
     for step in (5, 6):
-        result = StepResult({}, grad_norm=0.0, applied=True, images=1)
+        result = StepResult({}, grad_norm=0.0, applied=True, sizes_px=((32, 32),))
         hook.after_step(StepReport(step, result, lr=0.1, seconds=3.0, wait_seconds=1.0))
     (record,) = heard.records
     assert record.step == 5

@@ -168,8 +168,8 @@ def test_bf16_weights_are_used_in_fp32():
         inputs = [feature.clone().requires_grad_() for feature in features]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses = heads(*inputs, samples=data_samples(batch_of(SOME), with_masks=True))
-        sum(losses).backward()
-        results.append((torch.stack(losses).detach(), inputs[0].grad, heads.detector.neck.lateral_convs[0].conv.weight))
+        losses.sum().backward()
+        results.append((losses.detach(), inputs[0].grad, heads.detector.neck.lateral_convs[0].conv.weight))
     torch.testing.assert_close(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
     assert results[1][0].dtype == torch.float32
