@@ -18,7 +18,8 @@ class Bytes:
     Attributes:
         weights: In the precision of the forward pass, slices of sharded ones, hpZ's second copy among them.
         gradients: Accumulated, in fp32.
-        optimizer: Adam's two moments, and fp32 master weights where the weights are in bf16 or ZeRO copies them.
+        optimizer: Adam's two moments, fp32 master weights where the weights are in bf16 or ZeRO copies them, and their
+            running average where the run keeps one.
         host: The share of all three that offloading keeps in host memory or on a disk.
     """
 
@@ -39,15 +40,17 @@ class Bytes:
 
 
 def bytes_per_rank(part: Part, plan: Sharding) -> Bytes:
-    """The arithmetic of ZeRO for one part: per element 2 or 4 of weight, 4 of gradient, 8 and 4 of optimiser.
+    """The arithmetic of ZeRO for one part.
 
-    ZeRO-3 keeps a slice of every parameter beside the whole resident ones; on a single rank they are the same memory.
-    ZeRO-1 in bf16 keeps the gradients of the backward pass beside the fp32 ones until the update.
+    Per element 2 or 4 bytes of weight, 4 of gradient, 8 of moments, 4 of masters, 4 of their average. ZeRO-3 keeps a
+    slice of every parameter beside the whole resident ones; on a single rank they are the same memory. ZeRO-1 in bf16
+    keeps the gradients of the backward pass beside the fp32 ones until the update.
     """
     share = 1 / plan.num_ranks
     trainable = sum(p.numel for p in part.parameters if p.trainable)
     slices, whole = _kept_weights(part, plan)
-    optimizer = (8 + (4 if plan.stage else 0)) * trainable * (share if plan.stage >= 1 else 1.0)
+    state = 8 + (4 if plan.stage else 0) + (4 if plan.averaged else 0)
+    optimizer = state * trainable * (share if plan.stage >= 1 else 1.0)
     gradients = _GRADIENT_BYTES.get((plan.stage, plan.precision), 4) * trainable * (share if plan.stage >= 2 else 1.0)
     moved = optimizer + gradients if plan.zero.offload_optimizer != "none" else 0.0
     return Bytes(

@@ -116,6 +116,7 @@ class Sharding:
         precision: ``fp32`` or ``bf16``.
         num_ranks: Ranks that share the sharded state.
         zero: What the config says of it.
+        averaged: Whether each rank keeps a running average of its trained weights.
     """
 
     deepspeed: dict[str, Any]
@@ -124,6 +125,7 @@ class Sharding:
     precision: str
     num_ranks: int
     zero: ZeroConfig
+    averaged: bool = False
 
     @property
     def stage(self) -> int:
@@ -185,7 +187,8 @@ def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int) -> Sharding:
     decided = _decided(config, sizes, threshold)
     _check_owned(config.zero.deepspeed, decided)
     merged = _merged(decided, config.zero.deepspeed)
-    return Sharding(merged, threshold, reason, config.train.precision, num_ranks, config.zero)
+    averaged = config.train.ema_decay is not None
+    return Sharding(merged, threshold, reason, config.train.precision, num_ranks, config.zero, averaged)
 
 
 def _threshold(config: RunConfig, sizes: Sizes) -> tuple[int, str]:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from commands import piip_scale, succeeded
+from commands import failed_in_one_line, piip_scale, succeeded
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -108,6 +108,12 @@ def test_converted_weights_are_whole_and_plain(weights):
         assert file.metadata()["step"] == "6"
     assert any(name.startswith("backbone.branches.0.") for name in names)
     assert any(name.startswith("heads.") for name in names)
+
+
+def test_averages_that_were_not_kept_are_one_line(trained, tmp_path):
+    failed_in_one_line(
+        piip_scale("convert", trained, tmp_path / "a.safetensors", "--ema"), "no files of averaged weights", "leave out"
+    )
 
 
 def test_prediction_is_drawn_and_listed(trained, weights, scenes, tmp_path):

@@ -6,7 +6,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from ranks import tiny_config
 
-from piip_scale.engine.batching import accumulation_for, batch_line, images_per_step, scale_to_ranks
+from piip_scale.engine.batching import (
+    accumulation_for,
+    batch_line,
+    images_per_step,
+    keep_images_per_step,
+    scale_to_ranks,
+)
 from piip_scale.engine.schedule import lr_factor
 from piip_scale.errors import ConfigError
 
@@ -38,6 +44,31 @@ def test_what_does_not_fit_names_only_what_does(images, micro, ranks):
                 accumulation_for(number, micro, ranks)
             else:
                 accumulation_for(images, micro, number)
+
+
+@given(small, small, small, small)
+def test_a_resumed_run_keeps_its_images_on_any_ranks_that_share_them(accumulation, micro, ranks, others):
+    images = accumulation * micro * ranks
+    config = tiny_config(data={"micro_batch_size": micro, "num_streams": 48})
+    if images % others == 0 and 48 % others == 0:
+        kept = scale_to_ranks(keep_images_per_step(config, images, others), others)
+        assert images_per_step(kept, others) == images
+        # As large as memory was found to hold, where that divides.
+        size = kept.data.micro_batch_size
+        assert size == micro if images // others % micro == 0 else size < micro
+        assert scale_to_ranks(keep_images_per_step(kept, images, others), others) == kept
+    elif images_per_step(config, others) != images:
+        with pytest.raises(ConfigError, match=f"whose steps have {images} images") as caught:
+            keep_images_per_step(config, images, others)
+        named = {int(number) for number in re.findall(r"\d+", caught.value.fix)}
+        assert named == {number for number in range(1, images + 1) if images % number == 48 % number == 0}
+
+
+def test_a_resumed_run_that_is_told_other_images_outright_is_refused():
+    asked = tiny_config(train={"images_per_step": 16})
+    assert keep_images_per_step(asked, 16, 2) is asked
+    with pytest.raises(ConfigError, match="got 16; the run to resume has steps of 8 images"):
+        keep_images_per_step(asked, 8, 2)
 
 
 @pytest.mark.parametrize(("rule", "power"), [("linear", 1.0), ("sqrt", 0.5)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import FORCED_RELEASE, run_ranks, tiny_config
-from tiny_task import TinyTask
+from tiny_task import TinyTask, make_batch
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.batching import scale_to_ranks
@@ -17,6 +19,7 @@ from piip_scale.engine.schedule import lr_factor
 from piip_scale.engine.setup import build_engine, build_model
 from piip_scale.engine.step import train_step
 from piip_scale.engine.stream import BatchStream
+from piip_scale.telemetry.memory import peak_memory_bytes
 
 STEPS = 6
 IMAGES = 4
@@ -216,6 +219,37 @@ def test_four_ranks_go_on_where_two_were_and_two_where_four_were(root, whole):
         assert_goes_on(on_two[variant], whole[variant], 4, precision)
         for label in ("four ranks", "two after four"):
             assert_same_content(folder / f"6, {label}", folder / "6", WEIGHT_TOLERANCE[precision])
+
+
+def saved_large(world, device, folder):
+    engine, checkpointer = large_engine(world, folder)
+    for step in range(2):
+        train_step(engine, [make_batch(step * 2 + world.rank, 1)], step, 0, world)
+    checkpointer.save(2)
+    checkpointer.finish()
+
+
+def large_engine(world, folder):
+    config = tiny_config(data={"micro_batch_size": 2 // world.num_ranks}, optimizer={"lr": 1e-4})
+    engine, _ = build_engine(build_model(TinyTask(config, world, dim=1536, depth=4), 0), config, world)
+    return engine, Checkpointer(engine, folder, config, world, 6)
+
+
+def memory_of_resuming(world, device, folder) -> tuple[int, int]:
+    """Bytes that resuming took at its peak, and elements trained."""
+    engine, checkpointer = large_engine(world, folder)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = peak_memory_bytes(device)
+    find_checkpoint(folder).resume(engine, checkpointer.describe(0))
+    return peak_memory_bytes(device) - before, sum(p.ds_numel for p in engine.module.parameters())
+
+
+@pytest.mark.slow
+def test_resuming_takes_no_memory_but_the_moments_and_the_pages_that_are_mapped(tmp_path):
+    run_ranks(2, saved_large, tmp_path)
+    taken, numel = run_ranks(1, memory_of_resuming, tmp_path)[0]
+    assert 8 * numel > 500 << 20
+    assert taken < 8 * numel + (192 << 20)
 
 
 def test_frozen_parameters_come_from_the_checkpoint(root, back):

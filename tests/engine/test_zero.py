@@ -160,6 +160,8 @@ def test_bytes_follow_the_arithmetic_of_eighteen_per_parameter():
     bf16 = tiny_config(train={"precision": "bf16"}, zero={"persistence_threshold": 0})
     assert bytes_per_rank(part, plan_sharding(bf16, whole, 1)).total == pytest.approx(18 * part.numel)
     assert bytes_per_rank(part, plan_sharding(bf16, whole, 8)).total == pytest.approx(18 * part.numel / 8)
+    averaged = tiny_config(train={"precision": "bf16", "ema_decay": 0.9}, zero={"persistence_threshold": 0})
+    assert bytes_per_rank(part, plan_sharding(averaged, whole, 8)).total == pytest.approx(22 * part.numel / 8)
     plain = tiny_config(zero={"stage": 0})
     assert bytes_per_rank(part, plan_sharding(plain, whole, 8)).total == pytest.approx(16 * part.numel)
 
