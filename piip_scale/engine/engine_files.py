@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from piip_scale.errors import CheckpointError
+from piip_scale.files import disk_errors
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 def engine_files(
     engine: DeepSpeedEngine, folder: Path, tag: str, client_state: Mapping[str, Any], keep: Callable[[object], Any]
 ) -> dict[str, Any]:
-    """This rank's files of a DeepSpeed checkpoint. Collective; writes none of them.
+    """This rank's files of a DeepSpeed checkpoint. Collective; writes none of them but offloaded state on disks.
 
     Args:
         engine: The engine.
@@ -25,9 +28,12 @@ def engine_files(
 
     Returns:
         Contents for ``torch.save`` by path inside ``folder``.
+
+    Raises:
+        CheckpointError: The disk refuses what DeepSpeed copies from another: optimiser state that lives on a disk.
     """
     catch = _Catch(keep)
-    with _instead_of_writing(engine, catch):
+    with disk_errors(CheckpointError, f"write checkpoint {folder}"), _instead_of_writing(engine, catch):
         engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
     return {str(path.relative_to(folder)): content for path, content in catch.files.items()}
 
