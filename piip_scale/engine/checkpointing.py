@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from piip_scale import __version__
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import images_per_step
@@ -21,6 +19,7 @@ from piip_scale.engine.collective import on_main
 from piip_scale.engine.engine_files import engine_files
 from piip_scale.engine.host_copy import HostCopies
 from piip_scale.engine.save_job import Progress, SaveFiles, SaveJob
+from piip_scale.engine.versions import STATE_FORMAT, versions
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
 from piip_scale.telemetry.records import SaveRecord
@@ -41,7 +40,8 @@ _LOOK_SECONDS = 0.05
 class TrainingState:
     """What a checkpoint says of the training it belongs to, beside the tensors.
 
-    The position in the data, the rates and every random number follow from the step, so there is nothing else to keep.
+    The position in the data and the rates follow from the step, and every random number of every rank from the config's
+    seed and the step (``seed_step``; the order and augmentation of ``data``), so there is no generator's state to keep.
 
     Attributes:
         step: Optimiser steps behind it.
@@ -54,6 +54,7 @@ class TrainingState:
         groups: Names of the trainable parameters, by optimiser group.
         versions: Of the libraries that wrote it.
         config: The resolved config.
+        format: Of this description.
     """
 
     step: int
@@ -66,6 +67,7 @@ class TrainingState:
     groups: list[list[str]]
     versions: dict[str, str]
     config: dict[str, Any]
+    format: int = STATE_FORMAT
 
 
 class Checkpointer:
@@ -199,8 +201,7 @@ class Checkpointer:
             steps_per_epoch=self._steps_per_epoch,
             shapes=self._shapes,
             groups=self._groups,
-            versions={name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
-            | {"piip-scale": __version__},
+            versions=versions(),
             config=self._config.model_dump(mode="json"),
         )
 

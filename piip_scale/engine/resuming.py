@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import keep_images_per_step
 from piip_scale.engine.checkpointing import STATE_FILE, ZERO_FOLDER, TrainingState
 from piip_scale.engine.collective import on_main
 from piip_scale.engine.restoring import restore
+from piip_scale.engine.versions import check_format, tell_other_versions
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
 
@@ -63,6 +66,8 @@ class Checkpoint:
             CheckpointError: It belongs to another model, optimiser, precision or order of the data, or is damaged.
         """
         _check(self.path, self.state, now)
+        if dist.get_rank() == 0:
+            tell_other_versions(self.path, self.state.versions)
         if _is_on_disk(self.state) or _is_on_disk(now):
             self._resume_from_disk(engine, now)
         else:
@@ -115,8 +120,10 @@ def read_state(checkpoint: Path) -> TrainingState:
     """
     path = checkpoint / STATE_FILE
     try:
-        return TrainingState(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_format(path, content)
+        return TrainingState(**content)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}",
             rule="this version of piip-scale writes one into every checkpoint",
@@ -141,6 +148,7 @@ def _check(path: Path, saved: TrainingState, now: TrainingState) -> None:
         ("images a step", saved.images_per_step, now.images_per_step),
         ("steps an epoch (data.train_shards)", saved.steps_per_epoch, now.steps_per_epoch),
         ("data.num_streams", _num_streams(saved), _num_streams(now)),
+        ("train.seed", saved.config["train"]["seed"], now.config["train"]["seed"]),
     ):
         if before != here:
             raise _changed(path, meaning, before, here, "a run resumes as it was; only the ranks and zero may change")
