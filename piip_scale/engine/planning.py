@@ -285,7 +285,8 @@ def _checkpointed(config: RunConfig) -> RunConfig:
 def memory_lines(plan: MemoryPlan) -> list[str]:
     """A table of a plan in GiB: kinds by part, then what is nobody's in particular."""
     names = ("weights", "gradients", "masters", "moments", "activations", "off GPU")
-    lines = [f"GiB on each of {plan.num_ranks} GPUs, micro-batches of {plan.micro_batch_size}", _cells("part", *names)]
+    gpus = "the GPU" if plan.num_ranks == 1 else f"each of {plan.num_ranks} GPUs"
+    lines = [f"GiB on {gpus}, micro-batches of {plan.micro_batch_size}", _cells("part", *names)]
     kinds = [(p.weights, p.gradients, p.masters, p.moments, p.activations, p.host) for p in plan.parts]
     names_of_parts = [*(part.name for part in plan.parts), "all parts"]
     for name, row in zip(names_of_parts, [*kinds, [sum(column) for column in zip(*kinds, strict=True)]], strict=True):

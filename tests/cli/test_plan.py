@@ -39,7 +39,7 @@ def test_a_plan_is_a_table_and_a_verdict(monkeypatch, capsys):
         main()
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("GiB on each of 1 GPU")
+    assert lines[0].startswith("GiB on the GPU, micro-batches of ")
     assert any("which fits into 80.0" in line for line in lines)
     assert "TFLOP an image" in lines[-1]
 
