@@ -36,7 +36,7 @@ class PartMemory:
         name: The model's name for it.
         weights: Slices of sharded ones, and those that stay whole.
         gradients: Between backward passes.
-        masters: Weights in float32 that the optimiser keeps.
+        masters: Weights in float32 that the optimiser keeps, and their running average.
         moments: Adam's two.
         host: The share of all these that offloading keeps in host memory or on a disk.
         activations: What the part keeps for the backward pass of one micro-batch.
@@ -229,9 +229,9 @@ class _Rehearsed:
 
 def _part_memory(part: Part, sharding: Sharding, activations: float) -> PartMemory:
     kept = bytes_per_rank(part, sharding)
-    # Of 12 bytes an element, 4 are the master weight's; without ZeRO there are 8, all of moments.
-    masters = kept.optimizer / 3 if sharding.stage else 0.0
-    moments = kept.optimizer - masters
+    # Moments are 8 bytes an element; a master weight and its running average, where there are any, 4 each.
+    moments = kept.optimizer * 8 / (8 + 4 * (sharding.stage > 0) + 4 * sharding.averaged)
+    masters = kept.optimizer - moments
     return PartMemory(part.name, kept.weights, kept.gradients, masters, moments, kept.host, activations)
 
 
