@@ -136,6 +136,8 @@ def test_resuming_nothing_is_refused(config, tmp_path):
         ("data.train_shards=/nowhere", ["/nowhere", "shards pack"]),
         ("data.classes=('cat','dog')", ["classes", "cat"]),
         ("detector.overrides.neck.out_chanels=3", ["out_chanels"]),
+        ("zero.node_partition=3", ["zero.node_partition", "divides the 2 ranks"]),
+        ("zero.deepspeed.steps_per_prnt=3", ["zero.deepspeed.steps_per_prnt", "did you mean steps_per_print?"]),
         ("data.num_streams=3", ["2 ranks", "1, 3"]),
         ("data.micro_batch_size=50", ["16 images", "data.micro_batch_size"]),
     ],
