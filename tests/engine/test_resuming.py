@@ -136,12 +136,12 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(root):
-    return run_ranks(2, whole_runs, root)[0]
+    return run_ranks(2, whole_runs, root, timeout_s=600)[0]
 
 
 @pytest.fixture(scope="module")
 def on_one(root, whole):
-    return run_ranks(1, on_other_ranks, root, "one rank", "2", (2, 4, 6))[0]
+    return run_ranks(1, on_other_ranks, root, "one rank", "2", (2, 4, 6), timeout_s=600)[0]
 
 
 def on_two_again(world, device, root):
@@ -150,7 +150,7 @@ def on_two_again(world, device, root):
 
 @pytest.fixture(scope="module")
 def back(root, on_one):
-    return run_ranks(2, on_two_again, root)[0]
+    return run_ranks(2, on_two_again, root, timeout_s=600)[0]
 
 
 def content(folder) -> dict[str, torch.Tensor]:
