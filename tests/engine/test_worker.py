@@ -26,7 +26,7 @@ def test_a_second_ctrl_c_is_one_line_and_exit_code_130(tmp_path, monkeypatch, ca
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker, "_train", interrupted)
+    monkeypatch.setattr(worker.Session, "train", interrupted)
     run = RunDirectory(tmp_path)
     assert worker.train_worker(tiny_config(), "config = 1\n", run, lambda *_: None) == 130
     assert [record.message for record in caplog.records] == [

@@ -1,0 +1,191 @@
+"""One rank's training between joining the others and leaving them: everything it needs, put together once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from piip_scale.config.run import RunConfig
+from piip_scale.engine.batching import batch_line, scale_to_ranks
+from piip_scale.engine.checkpointing import Checkpointer
+from piip_scale.engine.collective import any_rank
+from piip_scale.engine.ema import build_average
+from piip_scale.engine.evaluation import evaluate
+from piip_scale.engine.heartbeat import Heartbeat
+from piip_scale.engine.hooks import Average, Evaluate, Save, Silence, Sink, Tell, TellStart
+from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
+from piip_scale.engine.resuming import Checkpoint, find_checkpoint
+from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.engine.setup import build_engine, build_model, init_distributed, set_group_timeouts
+from piip_scale.engine.starting import StartClock
+from piip_scale.engine.stop import StopFlag
+from piip_scale.engine.stream import BatchStream
+from piip_scale.engine.trainer import Hook, Trainer
+from piip_scale.engine.utilisation import Utilisation, peak_tflops
+from piip_scale.errors import Interrupted
+from piip_scale.logging import get_logger
+from piip_scale.tasks.base import Task
+from piip_scale.telemetry.telemetry import Telemetry
+from piip_scale.world import World
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+# The communication library's own limit knows neither ranks nor stacks, so it comes later than the watchdog's.
+_GROUP_MARGIN = timedelta(minutes=10)
+
+TaskFactory = Callable[[RunConfig, World], Task]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one rank trains with. Every method is collective.
+
+    Attributes:
+        config: The run, as written.
+        run: Its directory.
+        world: The ranks.
+        stop: The flag that signals set.
+        heartbeat: Tells the watchdog where this rank is.
+        show_progress: Draw a progress line on the main rank.
+    """
+
+    config: RunConfig
+    run: RunDirectory
+    world: World
+    stop: StopFlag
+    heartbeat: Heartbeat
+    show_progress: bool
+
+    def train(self, task_factory: TaskFactory) -> None:
+        """Joins the ranks, resumes what is there, trains to the end, and leaves.
+
+        Raises:
+            Interrupted: The run was asked to stop; all is saved.
+            PiipError: The run cannot go on.
+        """
+        clock = StartClock()
+        clock.end_phase("imports")
+        device = init_distributed(self.world)
+        clock.end_phase("join")
+        found = find_checkpoint(self.run.checkpoints)
+        config = found.keep_batches(self.config, self.world.num_ranks) if found else self.config
+        get_logger(__name__).info(batch_line(config, self.world.num_ranks))
+        scaled = scale_to_ranks(config, self.world.num_ranks)
+        task = task_factory(scaled, self.world)
+        try:
+            _Training(self, task, scaled, device, found, clock).run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise device_memory_error(task, config, self.world, device) from error
+
+
+class _Training:
+    """The engine with all that runs beside it, from the checkpoint it starts at."""
+
+    def __init__(
+        self,
+        session: Session,
+        task: Task,
+        config: RunConfig,
+        device: torch.device,
+        found: Checkpoint | None,
+        clock: StartClock,
+    ) -> None:
+        self._session, self._task, self._config, self._device = session, task, config, device
+        stream = BatchStream(task, config.train, device)
+        self._engine = self._build_engine(clock)
+        self._checkpointer = Checkpointer(
+            self._engine, session.run.checkpoints, config, session.world, stream.steps_per_epoch
+        )
+        first_step = found.resume(self._engine, self._checkpointer.describe(0)) if found else 0
+        self._average = build_average(self._engine, config.train, self._checkpointer, found)
+        clock.end_phase("resume")
+        self._sink = self._open_sink(stream.total_steps, found)
+        self._trainer = Trainer(
+            self._engine,
+            stream,
+            config,
+            session.world,
+            device,
+            session.stop,
+            self._hooks(stream.total_steps, first_step, clock),
+            session.heartbeat,
+            first_step,
+        )
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except Interrupted:
+            # Together: once one rank is gone, srun and launch_local end those that are still writing.
+            torch.distributed.barrier()
+            raise
+        torch.distributed.destroy_process_group()
+
+    def _run(self) -> None:
+        run, is_main = self._session.run, self._session.world.is_main
+        try:
+            self._trainer.run()
+        except Interrupted as error:
+            if is_main:
+                run.write_status("stopped", self._trainer.step, error.line)
+            raise
+        except Exception:
+            self._checkpointer.close()
+            raise
+        finally:
+            self._sink.close()
+        if is_main:
+            run.write_status("done", self._trainer.step)
+
+    def _build_engine(self, clock: StartClock) -> DeepSpeedEngine:
+        train = self._config.train
+        model = build_model(self._task, train.seed)
+        clock.end_phase("build")
+        engine, _ = build_engine(model, self._config, self._session.world, clock)
+        set_group_timeouts(timedelta(minutes=train.slow_hang_minutes) + _GROUP_MARGIN)
+        return engine
+
+    def _hooks(self, total_steps: int, first_step: int, clock: StartClock) -> list[Hook]:
+        session, train = self._session, self._config.train
+        use = Utilisation(self._config.model, peak_tflops(self._device, train.precision))
+        averaging: list[Hook] = [Average(self._average)] if self._average else []
+        return [
+            *averaging,
+            Tell(self._sink, session.run, session.world, self._device, train.log_every_steps, total_steps, use),
+            TellStart(self._sink, clock),
+            Save(self._checkpointer, self._sink, train.checkpoint_every_steps, first_step),
+            Evaluate(self._evaluate, self._sink, train.evaluate_every_steps),
+        ]
+
+    def _evaluate(self) -> dict[str, float] | None:
+        with self._average.in_place() if self._average else nullcontext():
+            return evaluate(self._engine, self._task, self._device, self._goes_on)
+
+    def _goes_on(self) -> bool:
+        self._session.heartbeat.again()
+        return not any_rank(bool(self._session.stop), self._device)
+
+    def _open_sink(self, total_steps: int, found: Checkpoint | None) -> Sink:
+        session = self._session
+        if not session.world.is_main:
+            return Silence()
+        first_step = found.state.step if found else 0
+        sink = Telemetry(
+            session.run.path,
+            total_steps,
+            first_step,
+            show_progress=session.show_progress,
+            log_every_steps=self._config.train.log_every_steps,
+        )
+        if found:
+            ranks = f"ranks before: {found.state.num_ranks}, now: {session.world.num_ranks}"
+            sink.event(first_step, f"resumed after step {first_step} ({ranks})")
+        return sink
