@@ -208,17 +208,20 @@ def test_lost_and_cut_shards_are_named(own_packed, workers):
 
 
 def test_killed_worker_is_one_line(packed):
+    before = psutil.Process().children()
     batches = loader(packed, workers=1).batches(0)
     next(batches)
-    psutil.Process().children()[0].kill()
+    (worker,) = set(psutil.Process().children()) - set(before)
+    worker.kill()
     with pytest.raises(DataError, match="a loader process died"):
         list(batches)
 
 
 def test_leaving_early_leaves_no_process(packed):
+    before = psutil.Process().children()
     batches = loader(packed, workers=2).batches(0)
     next(batches)
-    children = psutil.Process().children()
+    children = list(set(psutil.Process().children()) - set(before))
     assert len(children) == 2
     batches.close()
     assert not psutil.wait_procs(children, timeout=5)[1]

@@ -60,7 +60,7 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(kind, tmp_path):
     status = run.status()
     # The signal that asks for a stack may wake what slept, which then goes on until it is ended.
     assert (status.state, status.reason) == ("failed", "hang")
-    assert status.step in (5, 6)
+    assert status.step >= 5
 
 
 def test_what_may_be_slow_is_no_hang_and_a_signal_there_stops_the_run(tmp_path):

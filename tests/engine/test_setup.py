@@ -11,7 +11,7 @@ from tiny_task import TinyModel, TinyTask
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.resuming import find_checkpoint, read_state
-from piip_scale.engine.setup import build_engine, build_model
+from piip_scale.engine.setup import build_engine, build_model, gather_residents
 from piip_scale.engine.step import train_step
 from piip_scale.errors import CheckpointError, ConfigError, ModelError
 from piip_scale.world import World
@@ -39,6 +39,7 @@ def evaluations(world, device):
         metrics = evaluate(engine, task, device, lambda: True)
         with zero.GatheredParameters(list(engine.module.parameters())):
             weights = {name: p.detach().numpy().copy() for name, p in engine.module.named_parameters()}
+        gather_residents(engine)  # leaving the block has cut them, as training never does
         found.append((metrics, weights, engine.module.training))
     return found
 
