@@ -13,10 +13,9 @@ from piip_scale.data.batch import DetectionBatch
 from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.piip import PIIP
-from piip_scale.models.rules import ParameterRule
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detector_config import DetectorPlan, plan_detector
-from piip_scale.tasks.leaf import call_in_float32, head_rules, network_parts, quiet_mmengine
+from piip_scale.tasks.leaf import NetworkWithLeaf, call_in_float32, quiet_mmengine
 from piip_scale.tasks.mmlab import MODELS, BaseModule, ConfigDict, DefaultScope, DetDataSample
 from piip_scale.tasks.pixels import network_input
 from piip_scale.tasks.samples import data_samples, detections
@@ -109,7 +108,7 @@ class DetectionHeads(nn.Module):
             )
 
 
-class DetectionModel(nn.Module):
+class DetectionModel(NetworkWithLeaf):
     """A PIIP network with mmdet's neck and heads: a ``TrainableModel``.
 
     Args:
@@ -119,8 +118,8 @@ class DetectionModel(nn.Module):
     """
 
     def __init__(self, backbone: PIIP, heads: DetectionHeads, augment: AugmentConfig) -> None:
-        super().__init__()
-        self.backbone, self.heads = backbone, heads
+        super().__init__(backbone, heads)
+        self.heads: DetectionHeads = heads
         self._mean, self._std = augment.mean, augment.std
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
@@ -150,28 +149,6 @@ class DetectionModel(nn.Module):
     def _run(self, batch: DetectionBatch, with_masks: bool) -> Any:
         features = self.backbone(network_input(batch, self._mean, self._std))
         return self.heads(*features, samples=data_samples(batch, with_masks))
-
-    def head_leaf(self) -> nn.Module:
-        """Neck and heads."""
-        return self.heads
-
-    def parts(self) -> dict[str, nn.Module]:
-        """Branches, largest first, then what joins them, and the heads."""
-        return network_parts(self.backbone) | {"heads": self.heads}
-
-    def parameter_rules(self) -> dict[str, ParameterRule]:
-        """The network's own rules; neck and heads come last, and their biases and 1-D weights do not decay."""
-        rules = {f"backbone.{name}": rule for name, rule in self.backbone.parameter_rules().items()}
-        return rules | head_rules("heads", self.heads, self.num_layers)
-
-    @property
-    def num_layers(self) -> int:
-        """Depth of the deepest branch."""
-        return self.backbone.num_layers
-
-    def set_precision(self, dtype: torch.dtype) -> None:
-        """Dtype of the network; neck, heads and losses stay float32."""
-        self.backbone.set_precision(dtype)
 
 
 @MODELS.register_module()

@@ -29,6 +29,41 @@ def call_in_float32(module: nn.Module, *inputs: Any, **options: Any) -> Any:
     return result
 
 
+class NetworkWithLeaf(nn.Module):
+    """A PIIP network and one leaf of foreign heads, as the engine sees them: what a ``TrainableModel`` tells of itself.
+
+    Args:
+        backbone: The network.
+        heads: The leaf.
+    """
+
+    def __init__(self, backbone: PIIP, heads: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.heads = backbone, heads
+
+    def head_leaf(self) -> nn.Module:
+        """The heads, and what lies between them and the network."""
+        return self.heads
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Branches, largest first, then what joins them, and the heads."""
+        return network_parts(self.backbone) | {"heads": self.heads}
+
+    def parameter_rules(self) -> dict[str, ParameterRule]:
+        """The network's own rules; the heads come last, and their biases and 1-D weights do not decay."""
+        rules = {f"backbone.{name}": rule for name, rule in self.backbone.parameter_rules().items()}
+        return rules | head_rules("heads", self.heads, self.num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the deepest branch."""
+        return self.backbone.num_layers
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Dtype of the network; heads and losses stay float32."""
+        self.backbone.set_precision(dtype)
+
+
 def network_parts(network: PIIP) -> dict[str, nn.Module]:
     """Branches, largest first, then what joins them."""
     branches = {f"branch {index}": branch for index, branch in enumerate(network.branches)}

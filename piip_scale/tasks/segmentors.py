@@ -14,9 +14,8 @@ from piip_scale.data.batch import SegmentationBatch
 from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.piip import PIIP
-from piip_scale.models.rules import ParameterRule
 from piip_scale.tasks.base import Segmentation
-from piip_scale.tasks.leaf import call_in_float32, head_rules, network_parts, quiet_mmengine
+from piip_scale.tasks.leaf import NetworkWithLeaf, call_in_float32, quiet_mmengine
 from piip_scale.tasks.mmlab import BaseModule, ConfigDict, DefaultScope
 from piip_scale.tasks.mmlab_seg import MODELS, PixelData, SegDataSample
 from piip_scale.tasks.pixels import network_input
@@ -94,7 +93,7 @@ class SegmentationHeads(nn.Module):
             return tuple(loss + anchor for loss in result.values())
 
 
-class SegmentationModel(nn.Module):
+class SegmentationModel(NetworkWithLeaf):
     """A PIIP network with mmseg's heads: a ``TrainableModel``.
 
     Args:
@@ -107,8 +106,8 @@ class SegmentationModel(nn.Module):
     def __init__(
         self, backbone: PIIP, heads: SegmentationHeads, augment: SegmentationAugment, inference: InferenceConfig
     ) -> None:
-        super().__init__()
-        self.backbone, self.heads = backbone, heads
+        super().__init__(backbone, heads)
+        self.heads: SegmentationHeads = heads
         self._mean, self._std, self._inference = augment.mean, augment.std, inference
 
     def forward(self, batch: SegmentationBatch) -> dict[str, Tensor]:
@@ -146,28 +145,6 @@ class SegmentationModel(nn.Module):
     def _scores(self, pixels: Tensor) -> Tensor:
         scores: Tensor = self.heads(*self.backbone(pixels))
         return nn.functional.interpolate(scores, pixels.shape[2:], mode="bilinear", align_corners=False)
-
-    def head_leaf(self) -> nn.Module:
-        """The heads."""
-        return self.heads
-
-    def parts(self) -> dict[str, nn.Module]:
-        """Branches, largest first, then what joins them, and the heads."""
-        return network_parts(self.backbone) | {"heads": self.heads}
-
-    def parameter_rules(self) -> dict[str, ParameterRule]:
-        """The network's own rules; the heads come last, and their biases and 1-D weights do not decay."""
-        rules = {f"backbone.{name}": rule for name, rule in self.backbone.parameter_rules().items()}
-        return rules | head_rules("heads", self.heads, self.num_layers)
-
-    @property
-    def num_layers(self) -> int:
-        """Depth of the deepest branch."""
-        return self.backbone.num_layers
-
-    def set_precision(self, dtype: torch.dtype) -> None:
-        """Dtype of the network; heads and losses stay float32."""
-        self.backbone.set_precision(dtype)
 
 
 class _Heads(BaseModule):
