@@ -11,8 +11,9 @@ from torch import Tensor
 
 from piip_scale.config.detection import AugmentConfig
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
-from piip_scale.data.canvas import canvas_of
-from piip_scale.data.sample import RawSample, decode_sample
+from piip_scale.data.canvas import blank_canvas
+from piip_scale.data.geometry import Geometry
+from piip_scale.data.sample import Image, RawSample, decode_sample
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.transforms import Target, apply_geometry, evaluation_geometry, training_geometry
 
@@ -44,6 +45,23 @@ class PackedObjects:
         return DetectionBatch(self.images_BHWC, self.infos, tuple(Instances(*tensors) for tensors in per_image))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A sample of which all is known but the canvas that its image will be drawn on.
+
+    Attributes:
+        pixels: The stored image, RGB, uint8 (H, W, 3).
+        geometry: How it becomes network input.
+        target: Its objects there.
+        info: Where it comes from.
+    """
+
+    pixels: Image
+    geometry: Geometry
+    target: Target
+    info: ImageInfo
+
+
 class DetectionSamples:
     """Decodes, augments and batches images with boxes and masks: a ``SampleMaker``.
 
@@ -56,8 +74,8 @@ class DetectionSamples:
         self._label_of_category, self._has_masks = shards.label_of_category, shards.manifest.has_masks
         self._augment = augment
 
-    def sample(self, raw: RawSample, rng: np.random.Generator | None) -> tuple[Target, ImageInfo]:
-        """A stored sample as network input; without chance where ``rng`` is ``None``.
+    def sample(self, raw: RawSample, rng: np.random.Generator | None) -> Prepared:
+        """A stored sample on its way to network input; without chance where ``rng`` is ``None``.
 
         Raises:
             DataError: The image or an annotation cannot be read.
@@ -69,17 +87,21 @@ class DetectionSamples:
         else:
             geometry = training_geometry((height, width), self._augment, rng)
         info = ImageInfo(sample.key, sample.image_id, (height, width), geometry.size_px, geometry.scale_xy)
-        return apply_geometry(sample, geometry, recompute_boxes=self._augment.recompute_boxes), info
+        target = apply_geometry(sample, geometry, recompute_boxes=self._augment.recompute_boxes)
+        return Prepared(sample.pixels, geometry, target, info)
 
-    def collate(self, samples: Sequence[tuple[Target, ImageInfo]], *, training: bool) -> PackedObjects:
+    def collate(self, samples: Sequence[Prepared], *, training: bool) -> PackedObjects:
         """One canvas for all images, one tensor for each kind of annotation."""
-        targets, infos = zip(*samples, strict=True)
         jitters = training and self._augment.jitter_scale is not None
         # Under jitter the canvas is the crop, as in mmdet's recipes: shapes stay the same from step to step.
         least_px = self._augment.crop_px if jitters else None
-        images = canvas_of([target.pixels for target in targets], self._augment.pad_multiple_px, least_px)
+        sizes_px = [sample.geometry.size_px for sample in samples]
+        images, places = blank_canvas(sizes_px, self._augment.pad_multiple_px, least_px)
+        for sample, place in zip(samples, places, strict=True):
+            sample.geometry.draw(sample.pixels, place)
+        targets = [sample.target for sample in samples]
         num_objects = tuple(len(target.labels) for target in targets)
-        return PackedObjects(images, _objects(targets), num_objects, infos)
+        return PackedObjects(images, _objects(targets), num_objects, tuple(sample.info for sample in samples))
 
 
 def _objects(targets: Sequence[Target]) -> tuple[Tensor, ...]:

@@ -55,9 +55,23 @@ class Geometry:
 
     def image(self, pixels: Image) -> Image:
         """The new image, uint8 (H, W, 3)."""
+        new = np.empty((*self.size_px, 3), np.uint8)
+        self.draw(pixels, new)
+        return new
+
+    def draw(self, pixels: Image, into: Image) -> None:
+        """Writes the new image to where it is wanted, uint8 (H, W, 3), which may be a part of an array.
+
+        Whichever is smaller is mirrored, the stored pixels or the new ones.
+        """
         part = pixels[self.window.top : self.window.bottom, self.window.left : self.window.right]
-        resized = cv2.resize(part, self.size_px[::-1], interpolation=cv2.INTER_LINEAR)
-        return np.asarray(cv2.flip(resized, 1) if self.flip else resized, np.uint8)
+        size = self.size_px[::-1]
+        if not self.flip:
+            cv2.resize(part, size, dst=into, interpolation=cv2.INTER_LINEAR)
+        elif part.size < into.size:
+            cv2.resize(cv2.flip(part, 1), size, dst=into, interpolation=cv2.INTER_LINEAR)
+        else:
+            cv2.flip(cv2.resize(part, size, interpolation=cv2.INTER_LINEAR), 1, dst=into)
 
     def points(self, points_xy: Array) -> Array:
         """Points of the stored image in the new one, float64 (N, 2)."""

@@ -15,48 +15,100 @@ from piip_scale.errors import DataError
 
 Array = npt.NDArray[Any]
 
-# Polygons are filled on a grid this many times finer; 2 with half-covered edges is as close to the truth as 4 without
+# Polygons are filled on a grid twice as fine; that with half-covered edges is as close to the truth as 4 without
 # (IoU at 28 x 28 of 0.995), in half the time.
-_POLYGON_SUPERSAMPLING = 2
+_GRID_PX = 2 * MASK_SIZE_PX
 _MAX_BITMAP_SUPERSAMPLING = 4
 _FRACTION_BITS = 4
 _INSIDE, _ON_EDGE = 255, 128
 
 
-def mini_mask(segmentation: Any, box_xyxy_px: Array, geometry: Geometry) -> Array:
-    """The mask inside a box of the new image, stretched to uint8 (MASK_SIZE_PX, MASK_SIZE_PX), 255 inside.
+class Shapes:
+    """The masks of a sample inside a window of the stored image; polygons are cut to it, all in one row of points.
 
     Args:
-        segmentation: Polygons or run lengths in pixels of the stored image.
-        box_xyxy_px: The object's box in the new image.
-        geometry: From the stored image to the new one.
-
-    Raises:
-        DataError: The run lengths cannot be decoded.
+        segmentations: Polygons or run lengths of each object, in pixels of the stored image.
+        window: What is seen of them.
     """
-    if isinstance(segmentation, dict):
-        return _from_bitmap(decode_run_lengths(segmentation), box_xyxy_px, geometry)
-    polygons = _polygons(segmentation)
-    if geometry.window.cuts(_bounds(np.concatenate(polygons))[None])[0]:
-        polygons = [clip_polygon(polygon, geometry.window) for polygon in polygons]
-    return _from_polygons([geometry.points(p) for p in polygons if len(p)], box_xyxy_px)
 
+    def __init__(self, segmentations: Sequence[Any], window: Window) -> None:
+        self._window = window
+        self._run_lengths = {i: value for i, value in enumerate(segmentations) if isinstance(value, dict)}
+        outlines = [(i, o) for i, value in enumerate(segmentations) if i not in self._run_lengths for o in value]
+        self._owners = np.array([owner for owner, _ in outlines], np.int64)
+        self._lengths = np.array([len(outline) // 2 for _, outline in outlines], np.int64)
+        flat = np.array([value for _, outline in outlines for value in outline], np.float64)
+        self._points_xy = flat.reshape(-1, 2)
+        self._cut_outlines()
 
-def visible_bounds(segmentation: Any, window: Window) -> Array | None:
-    """The box of what a mask shows inside a window of the stored image, float64 (4,); ``None`` where that is nothing.
+    def _cut_outlines(self) -> None:
+        if not len(self._owners):
+            return
+        starts = np.cumsum(self._lengths) - self._lengths
+        low, high = (f.reduceat(self._points_xy, starts) for f in (np.minimum, np.maximum))
+        cut = self._window.cuts(np.concatenate([low, high], axis=1))
+        if cut.any():
+            outlines = np.split(self._points_xy, starts[1:])
+            for number in np.flatnonzero(cut):
+                outlines[number] = clip_polygon(outlines[number], self._window)
+            self._points_xy = np.concatenate(outlines)
+            self._lengths = np.array([len(outline) for outline in outlines], np.int64)
 
-    Raises:
-        DataError: The run lengths cannot be decoded.
-    """
-    if not isinstance(segmentation, dict):
-        points = np.concatenate([clip_polygon(polygon, window) for polygon in _polygons(segmentation)])
-        return _bounds(points) if len(points) else None
-    part = decode_run_lengths(segmentation)[window.top : window.bottom, window.left : window.right]
-    left, top, width, height = cv2.boundingRect(np.ascontiguousarray(part))
-    if not width:
-        return None
-    left, top = left + window.left, top + window.top
-    return np.array([left, top, left + width, top + height], np.float64)
+    def bounds(self, index: int) -> Array | None:
+        """The box of what an object's mask shows, float64 (4,), in the stored image; ``None`` where that is nothing.
+
+        Raises:
+            DataError: The run lengths cannot be decoded.
+        """
+        if index in self._run_lengths:
+            return _bitmap_bounds(decode_run_lengths(self._run_lengths[index]), self._window)
+        points = self._points_xy[np.repeat(self._owners == index, self._lengths)]
+        return np.concatenate([points.min(axis=0), points.max(axis=0)]) if len(points) else None
+
+    def mini_masks(self, indices: Sequence[int], boxes_xyxy_px: Array, geometry: Geometry) -> Array:
+        """Masks of some objects inside their boxes of the new image, uint8 (N, MASK_SIZE_PX, MASK_SIZE_PX), 255 inside.
+
+        Args:
+            indices: Which objects.
+            boxes_xyxy_px: Their boxes in the new image, float64 (N, 4).
+            geometry: From the stored image to the new one.
+
+        Raises:
+            DataError: The run lengths cannot be decoded.
+        """
+        masks = np.empty((len(indices), MASK_SIZE_PX, MASK_SIZE_PX), np.uint8)
+        polygons = self._on_grids(dict(zip(indices, boxes_xyxy_px, strict=True)), geometry)
+        grid = np.empty((_GRID_PX, _GRID_PX), np.uint8)
+        for mask, index, box in zip(masks, indices, boxes_xyxy_px, strict=True):
+            if index in self._run_lengths:
+                _sample_bitmap(decode_run_lengths(self._run_lengths[index]), box, geometry, mask)
+            else:
+                _fill(grid, polygons.get(index, []))
+                cv2.resize(grid, (MASK_SIZE_PX, MASK_SIZE_PX), dst=mask, interpolation=cv2.INTER_AREA)
+        return masks
+
+    def _on_grids(self, boxes_xyxy_px: dict[int, Array], geometry: Geometry) -> dict[int, list[Array]]:
+        """The polygons of each object in cv2's fixed-point numbers, on a grid over its box; one map for all points."""
+        shown = [number for number, owner in enumerate(self._owners.tolist()) if owner in boxes_xyxy_px]
+        found: dict[int, list[Array]] = {}
+        if not shown:
+            return found
+        frames = np.array([boxes_xyxy_px[owner] for owner in self._owners[shown].tolist()])
+        per_px = _GRID_PX / (frames[:, 2:] - frames[:, :2])
+        lengths = self._lengths[shown]
+        if len(shown) < len(self._owners):
+            is_shown = np.zeros(len(self._owners), bool)
+            is_shown[shown] = True
+            points = self._points_xy[np.repeat(is_shown, self._lengths)]
+        else:
+            points = self._points_xy
+        # cv2 counts from pixel centres. The bound keeps a polygon far larger than its box inside 32 bits.
+        corners = (geometry.points(points) - frames[:, :2].repeat(lengths, 0)) * per_px.repeat(lengths, 0) - 0.5
+        fixed = np.clip(np.rint(corners * (1 << _FRACTION_BITS)), -(1 << 26), 1 << 26).astype(np.int32)
+        for owner, part in zip(self._owners[shown].tolist(), np.split(fixed, np.cumsum(lengths)[:-1]), strict=True):
+            if len(part):
+                found.setdefault(owner, []).append(part)
+        return found
 
 
 def decode_run_lengths(segmentation: dict[str, Any]) -> Array:
@@ -96,36 +148,27 @@ def _cut_by_line(points_xy: Array, axis: int, border: float, sign: int) -> Array
     return np.asarray(both[np.stack([depth >= 0, crosses], axis=1).ravel()])
 
 
-def _polygons(segmentation: Sequence[Sequence[float]]) -> list[Array]:
-    return [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in segmentation]
+def _fill(grid: Array, polygons: Sequence[Array]) -> None:
+    """Draws an object. cv2 fills the pixels its edges touch wholly, so these are set to half, unless full before."""
+    grid.fill(0)
+    for number, corners in enumerate(polygons):
+        before = grid.copy() if number else None
+        cv2.fillPoly(grid, [corners], _INSIDE, lineType=cv2.LINE_8, shift=_FRACTION_BITS)
+        cv2.polylines(grid, [corners], True, _ON_EDGE, lineType=cv2.LINE_8, shift=_FRACTION_BITS)
+        if before is not None:
+            np.maximum(grid, before, out=grid)
 
 
-def _bounds(points_xy: Array) -> Array:
-    return np.concatenate([points_xy.min(axis=0), points_xy.max(axis=0)])
+def _bitmap_bounds(bitmap: Array, window: Window) -> Array | None:
+    part = bitmap[window.top : window.bottom, window.left : window.right]
+    left, top, width, height = cv2.boundingRect(np.ascontiguousarray(part))
+    if not width:
+        return None
+    left, top = left + window.left, top + window.top
+    return np.array([left, top, left + width, top + height], np.float64)
 
 
-def _from_polygons(polygons: Sequence[Array], box_xyxy_px: Array) -> Array:
-    side = MASK_SIZE_PX * _POLYGON_SUPERSAMPLING
-    grid = np.zeros((side, side), np.uint8)
-    per_px = side / (box_xyxy_px[2:] - box_xyxy_px[:2])
-    for polygon in polygons:
-        # cv2 counts from pixel centres. The bound keeps a polygon far larger than its box inside 32 bits.
-        corners = (polygon - box_xyxy_px[:2]) * per_px - 0.5
-        fixed = np.clip(np.rint(corners * (1 << _FRACTION_BITS)), -(1 << 26), 1 << 26).astype(np.int32)
-        _fill(grid, fixed)
-    return np.asarray(cv2.resize(grid, (MASK_SIZE_PX, MASK_SIZE_PX), interpolation=cv2.INTER_AREA))
-
-
-def _fill(grid: Array, corners: Array) -> None:
-    """Adds a polygon. cv2 fills the pixels its edges touch wholly, so these are set to half, unless full before."""
-    before = grid.copy() if grid.any() else None
-    cv2.fillPoly(grid, [corners], _INSIDE, lineType=cv2.LINE_8, shift=_FRACTION_BITS)
-    cv2.polylines(grid, [corners], True, _ON_EDGE, lineType=cv2.LINE_8, shift=_FRACTION_BITS)
-    if before is not None:
-        np.maximum(grid, before, out=grid)
-
-
-def _from_bitmap(bitmap: Array, box_xyxy_px: Array, geometry: Geometry) -> Array:
+def _sample_bitmap(bitmap: Array, box_xyxy_px: Array, geometry: Geometry, into: Array) -> None:
     """Samples a bitmap of the stored image on a grid over the box, finer where the box is large."""
     corners = geometry.stored_points(box_xyxy_px.reshape(2, 2))
     extent = np.abs(corners[1] - corners[0])
@@ -136,4 +179,4 @@ def _from_bitmap(bitmap: Array, box_xyxy_px: Array, geometry: Geometry) -> Array
     back = np.array([[step[0], 0, first[0]], [0, step[1], first[1]]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     grid = cv2.warpAffine(bitmap * np.uint8(_INSIDE), back, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-    return np.asarray(cv2.resize(grid, (MASK_SIZE_PX, MASK_SIZE_PX), interpolation=cv2.INTER_AREA))
+    cv2.resize(grid, (MASK_SIZE_PX, MASK_SIZE_PX), dst=into, interpolation=cv2.INTER_AREA)

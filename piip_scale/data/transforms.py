@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from piip_scale.config.detection import AugmentConfig, CropFirstConfig
-from piip_scale.data.batch import MASK_SIZE_PX
 from piip_scale.data.geometry import Geometry, Window
-from piip_scale.data.masks import mini_mask, visible_bounds
-from piip_scale.data.sample import Image, Sample
+from piip_scale.data.masks import Shapes
+from piip_scale.data.sample import Sample
 
 MIN_TARGET_PX = 0.01
 """Boxes that become smaller than this are no targets (as in mmdet's ``FilterAnnotations``)."""
@@ -27,17 +26,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Target:
-    """A sample as network input, in pixels of the new image.
+    """The objects of a sample in pixels of the new image.
 
     Attributes:
-        pixels: RGB, uint8 (H, W, 3).
         boxes_xyxy_px: float32 (N, 4).
         labels: int64 (N,).
         is_crowd: bool (N,).
         mini_masks: uint8 (N, MASK_SIZE_PX, MASK_SIZE_PX); ``None`` for a set without masks.
     """
 
-    pixels: Image
     boxes_xyxy_px: Array
     labels: Array
     is_crowd: Array
@@ -67,7 +64,7 @@ def training_geometry(size_px: Size, augment: AugmentConfig, rng: np.random.Gene
 
 
 def apply_geometry(sample: Sample, geometry: Geometry, *, recompute_boxes: bool = True) -> Target:
-    """Moves image, boxes and masks; objects of which nothing is left are left out.
+    """Moves boxes and masks; objects of which nothing is left are left out.
 
     Args:
         sample: The stored sample.
@@ -79,18 +76,14 @@ def apply_geometry(sample: Sample, geometry: Geometry, *, recompute_boxes: bool 
         DataError: A mask cannot be decoded.
     """
     boxes = geometry.boxes(sample.boxes_xyxy_px)
-    if sample.segmentations is not None and recompute_boxes:
-        for index in np.flatnonzero(geometry.window.cuts(sample.boxes_xyxy_px)):
-            bounds = visible_bounds(sample.segmentations[index], geometry.window)
+    shapes = None if sample.segmentations is None else Shapes(sample.segmentations, geometry.window)
+    if shapes is not None and recompute_boxes:
+        for index in np.flatnonzero(geometry.window.cuts(sample.boxes_xyxy_px)).tolist():
+            bounds = shapes.bounds(index)
             boxes[index] = 0 if bounds is None else geometry.boxes(bounds[None])[0]
     kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= MIN_TARGET_PX).all(axis=1))
-    masks = None
-    if sample.segmentations is not None:
-        masks = np.empty((len(kept), MASK_SIZE_PX, MASK_SIZE_PX), np.uint8)
-        for place, index in enumerate(kept):
-            masks[place] = mini_mask(sample.segmentations[index], boxes[index], geometry)
-    pixels = geometry.image(sample.pixels)
-    return Target(pixels, boxes[kept].astype(np.float32), sample.labels[kept], sample.is_crowd[kept], masks)
+    masks = None if shapes is None else shapes.mini_masks(kept.tolist(), boxes[kept], geometry)
+    return Target(boxes[kept].astype(np.float32), sample.labels[kept], sample.is_crowd[kept], masks)
 
 
 @dataclass(frozen=True)

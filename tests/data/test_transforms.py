@@ -13,6 +13,7 @@ from scipy.stats import ks_2samp
 
 from piip_scale.config.detection import AugmentConfig, CropFirstConfig
 from piip_scale.data.batch import MASK_SIZE_PX
+from piip_scale.data.canvas import blank_canvas
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.masks import clip_polygon
 from piip_scale.data.sample import Sample
@@ -358,3 +359,16 @@ def test_without_recomputing_a_cut_box_is_cut_itself():
     truth = plain_mask(cut.boxes_xyxy_px[0], lambda points: is_inside(points, triangle), geometry)
     assert np.abs(cut.mini_masks[0] / 255 - truth).mean() < 0.012
     assert (apply_geometry(stored, geometry).boxes_xyxy_px != cut.boxes_xyxy_px).any()
+
+
+def test_an_image_is_drawn_into_its_place_and_nowhere_else():
+    sizes = [(70, 90), (31, 40)]
+    canvas, places = blank_canvas(sizes, 64)
+    assert canvas.shape == (2, 128, 128, 3)
+    pixels = sample_of(None, []).pixels
+    for geometry, place in zip((GEOMETRIES["whole"], GEOMETRIES["smaller"]), places, strict=True):
+        geometry.draw(pixels, place)
+        assert np.array_equal(place, geometry.image(pixels))
+    for image, (height, width) in zip(canvas.numpy(), sizes, strict=True):
+        assert not image[height:].any()
+        assert not image[:, width:].any()
