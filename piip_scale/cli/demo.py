@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from piip_scale.cli.shards import describe, progress_bar
+from piip_scale.cli.pack import describe
+from piip_scale.cli.progress import progress_bar
 from piip_scale.cli.train import run_training, with_classes
 from piip_scale.config import load_config
 from piip_scale.config.loading import config_text

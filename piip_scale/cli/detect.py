@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides, WeightsPath
-from piip_scale.cli.shards import progress_bar
+from piip_scale.cli.progress import progress_bar
 from piip_scale.errors import DataError
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def decode_label_map(content: bytes, rule: MapRule, name: str) -> Image:
     Raises:
         DataError: The file is no whole 8-bit image of one channel, or holds a number that is no class.
     """
-    labels = _stored(content, name)
+    labels = stored_map(content, name)
     if rule.reduce_zero_label:
         # 255 is ignored as it is; taken down like a class it would become 254.
         labels = np.where(labels == IGNORED, IGNORED, labels - np.uint8(1)).astype(np.uint8)
@@ -82,7 +82,12 @@ def decode_label_map(content: bytes, rule: MapRule, name: str) -> Image:
     return labels
 
 
-def _stored(content: bytes, name: str) -> Image:
+def stored_map(content: bytes, name: str) -> Image:
+    """The numbers of a label map as they are in its file, uint8 (H, W).
+
+    Raises:
+        DataError: The file is no whole 8-bit image of one channel.
+    """
     try:
         with PIL.Image.open(io.BytesIO(content)) as image:
             if image.mode not in ("L", "P"):

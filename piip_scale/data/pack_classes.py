@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from piip_scale.data.files import json_bytes, sha256_of_file
-from piip_scale.data.packing import PackItem, PackOptions, SetFacts, pack_items
+from piip_scale.data.pack_plan import PackItem
+from piip_scale.data.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.shards import Category, Manifest
 from piip_scale.errors import DataError
 

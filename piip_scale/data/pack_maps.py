@@ -8,7 +8,8 @@ from pathlib import Path
 from piip_scale.data.files import json_bytes
 from piip_scale.data.label_maps import MAX_CLASSES, MapRule
 from piip_scale.data.pack_classes import file_sizes, images_under, mixed
-from piip_scale.data.packing import LabelMap, PackItem, PackOptions, SetFacts, pack_items
+from piip_scale.data.pack_plan import LabelMap, PackItem
+from piip_scale.data.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.shards import Category, Manifest
 from piip_scale.errors import DataError
 

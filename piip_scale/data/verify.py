@@ -14,7 +14,7 @@ from piip_scale.data.files import sha256_of_file
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.label_maps import decode_mapped
 from piip_scale.data.pool import map_in_processes, num_processes
-from piip_scale.data.sample import RawSample, SetKind, check_size, decode_labelled, decode_sample
+from piip_scale.data.sample import Image, RawSample, SetKind, check_size, decode_image, decode_labelled, decode_sample
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.transforms import apply_geometry
 from piip_scale.errors import DataError
@@ -30,7 +30,7 @@ class VerifyReport:
     Attributes:
         kind: What the set's samples are labelled with.
         problems: One line each; empty for a sound set.
-        shared_images: Pairs of a key here and a key in the other set whose image files are the same.
+        shared_images: Pairs of a key here and a key in the other set whose images have the same pixels.
     """
 
     kind: SetKind
@@ -44,7 +44,7 @@ class VerifyReport:
 class _Findings:
     num_targets: int
     problems: tuple[str, ...]
-    digests: dict[bytes, str]
+    digests: tuple[tuple[bytes, str], ...]
 
 
 def verify_shards(
@@ -58,7 +58,8 @@ def verify_shards(
 
     Args:
         folder: The set.
-        other: Another set that must not share images with it, such as the validation set.
+        other: Another set that must not share images with it, such as the validation set. Images are compared by
+            their pixels, however they are stored.
         workers: Processes; all cores where not given.
         on_progress: Told the number of samples read so far and of all, after every shard.
 
@@ -75,43 +76,58 @@ def verify_shards(
         if on_progress is not None:
             on_progress(num_done, total)
 
-    read = partial(_read_shard, sets[0].folder)
+    read = partial(_read_shard, sets[0].folder, other is not None)
     found = map_in_processes(read, jobs, num_processes(workers, len(jobs)), advance)
     here, there = found[: len(sets[0].manifest.shards)], found[len(sets[0].manifest.shards) :]
-    keys_there = {digest: key for findings in there for digest, key in findings.digests.items()}
+    keys_there = {digest: key for findings in there for digest, key in findings.digests}
     return VerifyReport(
         kind=sets[0].manifest.kind,
         num_samples=len(sets[0]),
         num_targets=sum(findings.num_targets for findings in here),
         problems=tuple(problem for findings in here for problem in findings.problems),
         shared_images=tuple(
-            (key, keys_there[digest])
-            for findings in here
-            for digest, key in findings.digests.items()
-            if digest in keys_there
+            (key, keys_there[digest]) for findings in here for digest, key in findings.digests if digest in keys_there
         ),
     )
 
 
-def _read_shard(checked_folder: Path, job: tuple[ShardSet, int]) -> _Findings:
+def _read_shard(checked_folder: Path, compare: bool, job: tuple[ShardSet, int]) -> _Findings:
     """Everything about a shard of the set under check; of another set, only what its images are."""
     shards, number = job
     info = shards.manifest.shards[number]
     is_checked = shards.folder == checked_folder
-    problems, digests, num_targets = [], {}, 0
+    problems, digests, num_targets = [], [], 0
     if is_checked and sha256_of_file(shards.folder / info.name) != info.sha256:
         problems.append(f"shard {info.name} changed since it was packed: its SHA-256 is not the manifest's")
+    look = _LOOKS[shards.manifest.kind] if is_checked else _look_at_pixels
     for index in shards.numbers_of_shard(number):
         raw = shards.read(index)
-        digests[hashlib.blake2b(raw.image, digest_size=_DIGEST_BYTES).digest()] = raw.key
         try:
-            num_targets += _NUM_TARGETS[shards.manifest.kind](shards, raw, index) if is_checked else 0
+            targets, pixels = look(shards, raw, index)
         except DataError as error:
-            problems.append(f"{info.name}: {error}")
-    return _Findings(num_targets, tuple(problems), digests)
+            # A damaged image can still be the same file as another one.
+            targets, pixels = 0, np.frombuffer(raw.image, np.uint8)
+            if is_checked:
+                problems.append(f"{info.name}: {error}")
+        num_targets += targets
+        if compare:
+            digests.append((_digest(pixels), raw.key))
+    return _Findings(num_targets, tuple(problems), tuple(digests))
 
 
-def _num_objects(shards: ShardSet, raw: RawSample, index: int) -> int:
+def _digest(pixels: Image) -> bytes:
+    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+_Look = tuple[int, Image]
+"""What a sample holds: the number of its targets, and its pixels."""
+
+
+def _look_at_pixels(shards: ShardSet, raw: RawSample, index: int) -> _Look:
+    return 0, decode_image(raw.image, raw.key)
+
+
+def _look_at_objects(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     sample = decode_sample(raw, shards.label_of_category, has_masks=shards.manifest.has_masks)
     height, width = sample.pixels.shape[:2]
     boxes = sample.boxes_xyxy_px
@@ -123,25 +139,25 @@ def _num_objects(shards: ShardSet, raw: RawSample, index: int) -> int:
     target = apply_geometry(sample, Geometry(Window(0, 0, width, height), (height, width)))
     if target.mini_masks is not None and not target.mini_masks.any(axis=(1, 2)).all():
         raise DataError(f"sample {raw.key} has a mask that does not reach into its box")
-    return len(target.labels)
+    return len(target.labels), sample.pixels
 
 
-def _num_labels(shards: ShardSet, raw: RawSample, index: int) -> int:
+def _look_at_label(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     sample = decode_labelled(raw, len(shards.classes))
     height_px, width_px = shards.sizes_px[index].tolist()
     check_size(sample.pixels, height_px, width_px, raw.key)
-    return 1
+    return 1, sample.pixels
 
 
-def _num_maps(shards: ShardSet, raw: RawSample, index: int) -> int:
+def _look_at_map(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     sample = decode_mapped(raw, shards.map_rule)
     height_px, width_px = shards.sizes_px[index].tolist()
     check_size(sample.pixels, height_px, width_px, raw.key)
-    return 1
+    return 1, sample.pixels
 
 
-_NUM_TARGETS: dict[SetKind, Callable[[ShardSet, RawSample, int], int]] = {
-    "detection": _num_objects,
-    "classification": _num_labels,
-    "segmentation": _num_maps,
+_LOOKS: dict[SetKind, Callable[[ShardSet, RawSample, int], _Look]] = {
+    "detection": _look_at_objects,
+    "classification": _look_at_label,
+    "segmentation": _look_at_map,
 }

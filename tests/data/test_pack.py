@@ -9,8 +9,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import psutil
 import pytest
+import simplejpeg
 import webdataset
 from made_sets import SHARED, make_coco
 
@@ -77,6 +79,51 @@ def test_renamed_classes_are_another_set(tmp_path):
         pack_coco(annotations, images, tmp_path / "out")
     pack_coco(annotations, images, tmp_path / "out", overwrite=True)
     assert ShardSet.open(tmp_path / "out").classes == ("b", "c")
+
+
+def test_images_are_compressed_again_only_when_asked_and_only_to_be_smaller(tmp_path):
+    annotations, images = make_coco(tmp_path, 6)
+    pixels = decode_image((images / "1.jpg").read_bytes(), "1")
+    small = simplejpeg.encode_jpeg(pixels, quality=5)
+    (images / "1.jpg").write_bytes(small)
+    root = json.loads(annotations.read_text())
+    PIL.Image.fromarray(decode_image((images / "2.jpg").read_bytes(), "2")).save(images / "2.png")
+    root["images"][2]["file_name"] = "2.png"
+    annotations.write_text(json.dumps(root))
+    pack_coco(annotations, images, tmp_path / "a", jpeg_quality=40, workers=1)
+    pack_coco(annotations, images, tmp_path / "b", jpeg_quality=40, workers=2, target_samples=None)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    shards = ShardSet.open(tmp_path / "a")
+    assert shards.manifest.made_with["jpeg_quality"] == 40
+    assert shards.read(1).image == small
+    for number in (0, 2):
+        original = next(images.glob(f"{number}.{'png' if number else 'jpg'}")).read_bytes()
+        stored = shards.read(number).image
+        assert len(stored) < len(original)
+        again = simplejpeg.encode_jpeg(decode_image(original, "x"), quality=40, colorsubsampling="420")
+        assert np.array_equal(decode_image(stored, "x"), decode_image(again, "x"))
+    with tarfile.open(tmp_path / "a" / "shard-000000.tar") as tar:
+        assert {Path(name).suffix for name in tar.getnames()} == {".jpg", ".json"}
+    with pytest.raises(DataError, match="other options"):
+        pack_coco(annotations, images, tmp_path / "a", jpeg_quality=41)
+    with pytest.raises(DataError, match="it is 1 to 100"):
+        pack_coco(annotations, images, tmp_path / "c", jpeg_quality=0)
+
+
+def test_two_packers_do_not_share_a_folder(tmp_path):
+    source, out = make_coco(tmp_path, 12), tmp_path / "out"
+    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(60))"
+    process = run_pack(source, out, workers=2, progress=report)
+    process.stderr.readline()
+    with pytest.raises(DataError, match="another process packs into"):
+        pack_coco(*source, out, target_samples=4)
+    process.kill()
+    process.wait()
+    pack_coco(*source, out, target_samples=4)
+    assert not list(out.glob(".*"))
+    out.chmod(0o555)
+    assert pack_coco(*source, out, target_samples=4).num_samples == 12
+    out.chmod(0o755)
 
 
 def test_target_size_bounds_the_shards(tmp_path):

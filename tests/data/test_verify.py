@@ -4,15 +4,16 @@ import json
 from collections import Counter
 
 import numpy as np
+import PIL.Image
 import pytest
 from made_sets import SHARED, make_coco
 
 from piip_scale.data.files import json_bytes
 from piip_scale.data.pack import pack_coco
-from piip_scale.data.sample import RawSample, checksum
+from piip_scale.data.sample import RawSample, checksum, decode_image
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.summary import summarise
-from piip_scale.data.verify import _num_objects, verify_shards
+from piip_scale.data.verify import _look_at_objects, verify_shards
 from piip_scale.errors import DataError
 
 
@@ -67,26 +68,33 @@ def test_annotations_that_packing_would_refuse_are_found(packed):
         content = json_bytes(notes)
         changed = RawSample(raw.key, raw.image, content, checksum(raw.image, content))
         with pytest.raises(DataError) as caught:
-            _num_objects(shards, changed, 0)
+            _look_at_objects(shards, changed, 0)
         return str(caught.value)
 
-    assert _num_objects(shards, raw, 0) == len(sound["annotations"]) == 3
+    assert _look_at_objects(shards, raw, 0)[0] == len(sound["annotations"]) == 3
     assert "outside its image" in problem(bbox=[60, 40, 30, 30])
     assert "does not reach into its box" in problem(segmentation=[[60, 50, 63, 50, 63, 53]])
     assert "not what the manifest says" in problem(category_id=5)
     assert "run lengths" in problem(segmentation={"size": [60, 64], "counts": "ooooo"})
 
 
-def test_images_shared_with_another_set_are_found(packed, tmp_path):
+def test_images_shared_with_another_set_are_found_by_their_pixels(packed, tmp_path):
     annotations, images = make_coco(tmp_path / "other", 4)
     root = json.loads(annotations.read_text())
     for entry in [*root["images"], *root["annotations"]]:
         entry["image_id" if "image_id" in entry else "id"] += 1000
-    (images / "2.jpg").write_bytes(b"".join([(images / "2.jpg").read_bytes(), b"tail"]))
+    pixels = decode_image((images / "1.jpg").read_bytes(), "1.jpg")
+    PIL.Image.fromarray(pixels).save(images / "1.png")
+    root["images"][1]["file_name"] = "1.png"
+    (images / "2.jpg").write_bytes((images / "2.jpg").read_bytes() + b"tail")
+    pixels = decode_image((images / "3.jpg").read_bytes(), "3.jpg").copy()
+    pixels[0, 0, 0] ^= 1
+    PIL.Image.fromarray(pixels).save(images / "3.png")
+    root["images"][3]["file_name"] = "3.png"
     annotations.write_text(json.dumps(root))
     pack_coco(annotations, images, tmp_path / "other" / "out")
     report = verify_shards(packed, other=tmp_path / "other" / "out", workers=1)
-    assert sorted(report.shared_images) == [(f"{100 + i:012d}", f"{1100 + i:012d}") for i in (0, 1, 3)]
+    assert sorted(report.shared_images) == [(f"{100 + i:012d}", f"{1100 + i:012d}") for i in (0, 1, 2)]
     assert report.problems == ()
 
 
