@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from piip_scale.config.base import Strict
 from piip_scale.config.model import Positive
@@ -46,6 +46,30 @@ class CropFirstConfig(Strict):
         return self
 
 
+class PhotometricConfig(Strict):
+    """Distortion of colours as in SSD's recipes, each part in half of the training images; also swaps channels.
+
+    Attributes:
+        brightness: Most that is added to the channels, 0 to 255.
+        contrast: Range of the factor on them.
+        saturation: Range of the factor on HSV's saturation.
+        hue_degrees: Most that HSV's hue is turned.
+    """
+
+    brightness: Annotated[float, Field(ge=0, le=255)] = 32.0
+    contrast: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
+    saturation: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
+    hue_degrees: Annotated[float, Field(ge=0, le=180)] = 18.0
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> PhotometricConfig:
+        for name in ("contrast", "saturation"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}={[low, high]} must be low <= high")
+        return self
+
+
 class AugmentConfig(Strict):
     """How an image becomes network input. Without jitter the short edge takes the single size given.
 
@@ -59,6 +83,7 @@ class AugmentConfig(Strict):
         recompute_boxes: The box of an object that a crop cuts becomes that of its remaining mask, where it has one;
             otherwise it is cut itself.
         flip_probability: Of mirroring left and right.
+        photometric: Distortion of the stored image's colours; ``None`` leaves them.
         pad_multiple_px: Both sides of a batch are multiples of it.
         mean: Subtracted from the channels, 0 to 255, red first.
         std: Divides them after that.
@@ -71,6 +96,7 @@ class AugmentConfig(Strict):
     crop_px: tuple[Positive, Positive] | None = None
     recompute_boxes: bool = True
     flip_probability: Rate = 0.5
+    photometric: PhotometricConfig | None = None
     pad_multiple_px: Positive = 64
     mean: Rgb = (123.675, 116.28, 103.53)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (58.395, 57.12, 57.375)
@@ -89,9 +115,26 @@ class AugmentConfig(Strict):
 
 
 class DetectionData(DataConfig):
-    """Where boxes and masks come from, and how their images are augmented."""
+    """Where boxes and masks come from, and how their images are augmented.
+
+    Attributes:
+        group_by_aspect: Tall images share training batches with tall ones, wide with wide ones, which saves padding;
+            the order keeps all its guarantees. For batches of several images whose size follows from theirs.
+        polygons: Batches carry the objects' outlines beside their masks, for heads that want them.
+    """
 
     augment: AugmentConfig = AugmentConfig()
+    group_by_aspect: bool = False
+    polygons: bool = False
+
+    @model_validator(mode="after")
+    def _groups_of_something(self) -> DetectionData:
+        if self.group_by_aspect and (self.augment.jitter_scale is not None or self.micro_batch_size == 1):
+            raise ValueError(
+                "group_by_aspect=True saves no padding where every batch has the crop's size (augment.jitter_scale) or "
+                f"one image (micro_batch_size={self.micro_batch_size}): leave it out"
+            )
+        return self
 
 
 class DetectionRun(RunConfig):

@@ -13,6 +13,34 @@ MASK_SIZE_PX = 112
 
 
 @dataclass(frozen=True)
+class Polygons:
+    """Outlines of N objects, each of any number of polygons, as few tensors.
+
+    Attributes:
+        points_xy_px: The corners of all polygons in turn, in the resized image, float32 (P, 2).
+        num_points: Of each polygon, int64 (Q,), on the CPU.
+        num_polygons: Of each object, int64 (N,), on the CPU.
+    """
+
+    points_xy_px: Tensor
+    num_points: Tensor
+    num_polygons: Tensor
+
+    def __len__(self) -> int:
+        return len(self.num_polygons)
+
+    def per_object(self) -> list[tuple[Tensor, ...]]:
+        """The polygons of each object, float32 (M, 2) each; views."""
+        polygons = self.points_xy_px.split(self.num_points.tolist())
+        ends = self.num_polygons.cumsum(0).tolist()
+        return [polygons[end - number : end] for end, number in zip(ends, self.num_polygons.tolist(), strict=True)]
+
+    def to(self, device: torch.device | str) -> Polygons:
+        """A copy with its corners on ``device``."""
+        return replace(self, points_xy_px=self.points_xy_px.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
 class Instances:
     """The objects of one image, N of them.
 
@@ -22,12 +50,14 @@ class Instances:
         is_crowd: Regions of many objects, to be ignored by training, bool (N,).
         mini_masks: Anti-aliased masks cut to their boxes, uint8 0-255 (N, MASK_SIZE_PX, MASK_SIZE_PX);
             ``None`` for a data set without masks.
+        polygons: Outlines, cut to the image; only where the config asks for them.
     """
 
     boxes_xyxy_px: Tensor
     labels: Tensor
     is_crowd: Tensor
     mini_masks: Tensor | None = None
+    polygons: Polygons | None = None
 
     def to(self, device: torch.device | str) -> Instances:
         """A copy on ``device``."""
@@ -36,7 +66,8 @@ class Instances:
             return tensor.to(device, non_blocking=True)
 
         masks = None if self.mini_masks is None else moved(self.mini_masks)
-        return Instances(moved(self.boxes_xyxy_px), moved(self.labels), moved(self.is_crowd), masks)
+        polygons = None if self.polygons is None else self.polygons.to(device)
+        return Instances(moved(self.boxes_xyxy_px), moved(self.labels), moved(self.is_crowd), masks, polygons)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -52,6 +52,11 @@ class Geometry:
         """Resized over stored, for x and y."""
         width, height = self.window.right - self.window.left, self.window.bottom - self.window.top
         return self.size_px[1] / width, self.size_px[0] / height
+
+    def cut(self, pixels: Image) -> tuple[Image, Geometry]:
+        """The part of the stored image that is kept, and how it goes on from there."""
+        part = pixels[self.window.top : self.window.bottom, self.window.left : self.window.right]
+        return part, replace(self, window=Window(0, 0, part.shape[1], part.shape[0]))
 
     def image(self, pixels: Image) -> Image:
         """The new image, uint8 (H, W, 3)."""

@@ -25,8 +25,11 @@ from piip_scale.errors import DataError
 WINDOW_SHARDS = 8
 """Shards of a stream that are shuffled together: more mixes better and keeps more remote shards on disk."""
 
+ASPECT_WINDOW_STEPS = 16
+"""Steps whose images of one shape are brought together; more leaves fewer mixed micro-batches."""
+
 # Apart, so that a sample's randomness never repeats the order's.
-_ORDER, _SAMPLE = 0, 1
+_ORDER, _SAMPLE, _ASPECT = 0, 1, 2
 
 Indices = npt.NDArray[np.int64]
 
@@ -134,6 +137,51 @@ class EpochOrder:
         begin = step * self.global_batch_size
         first = begin + turn * self.num_ranks + self.rank
         return order[first : begin + self.global_batch_size : self.num_ranks * self.accumulation]
+
+
+def grouped_by_aspect(
+    order: Indices,
+    is_tall: npt.NDArray[np.bool_],
+    share: EpochOrder,
+    *,
+    seed: int,
+    epoch: int,
+    window_steps: int = ASPECT_WINDOW_STEPS,
+) -> Indices:
+    """The epoch's order with tall images in micro-batches of their own, wide ones in others.
+
+    The j-th micro-batches of the steps of a window trade images among each other alone, and come in a random order
+    afterwards, so that a step holds both shapes as before. Hence everything that is true of the canonical order stays
+    so: it is a permutation, the same for every world whose micro-batches are the same in size and number; ranks read
+    their own streams; the images left out at the end are the same. At most one micro-batch of each j and window holds
+    both shapes.
+
+    Args:
+        order: The epoch's ``canonical_order``.
+        is_tall: Of every sample of the set, bool (N,).
+        share: Tells micro-batches and their size; whose share it is does not matter.
+        seed: Of the run.
+        epoch: Counted from 0.
+        window_steps: Steps of a window.
+
+    Returns:
+        int64 (N,), to be read by ``EpochOrder.batch``.
+    """
+    size, turns = share.batch_size, share.num_ranks * share.accumulation
+    num_steps = len(order) // share.global_batch_size
+    random = _philox(_ASPECT, seed, epoch)
+    grouped = order.copy()
+    for first in range(0, num_steps, window_steps):
+        steps = min(window_steps, num_steps - first)
+        window = slice(first * share.global_batch_size, (first + steps) * share.global_batch_size)
+        # As the j-th micro-batch is dealt out: every turns-th sample from the j-th on.
+        rows = order[window].reshape(steps * size, turns).T
+        sorted_rows = np.take_along_axis(rows, np.argsort(is_tall[rows], axis=1, kind="stable"), axis=1)
+        batches = sorted_rows.reshape(turns, steps, size)
+        places = np.argsort(random.random_raw(turns * steps).reshape(turns, steps), axis=1, kind="stable")
+        mixed = np.take_along_axis(batches, places[:, :, None], axis=1)
+        grouped[window] = mixed.reshape(turns, steps * size).T.ravel()
+    return grouped
 
 
 def divisors(number: int) -> list[int]:

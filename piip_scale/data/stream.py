@@ -21,7 +21,14 @@ from typing_extensions import Self
 
 from piip_scale.config.run import DataConfig
 from piip_scale.data.batch import Batch
-from piip_scale.data.order import EpochOrder, canonical_order, evaluation_batches, random_of
+from piip_scale.data.order import (
+    EpochOrder,
+    Indices,
+    canonical_order,
+    evaluation_batches,
+    grouped_by_aspect,
+    random_of,
+)
 from piip_scale.data.sample import RawSample
 from piip_scale.data.shards import ShardSet
 from piip_scale.errors import DataError
@@ -102,6 +109,7 @@ class ShardLoader(Generic[BatchT]):
         seed: Of the run: order and augmentations follow from it.
         world: This rank among all.
         accumulation: Micro-batches of each rank in a step: with the ranks it decides which samples share a batch.
+        group_by_aspect: Tall and wide images train in batches of their own.
 
     Attributes:
         num_seen: Samples asked for so far.
@@ -117,9 +125,10 @@ class ShardLoader(Generic[BatchT]):
         seed: int,
         world: World,
         accumulation: int = 1,
+        group_by_aspect: bool = False,
     ) -> None:
         self.shards, self.config, self.maker, self.seed, self.world = shards, config, maker, seed, world
-        self.accumulation = accumulation
+        self.accumulation, self.group_by_aspect = accumulation, group_by_aspect
         self.num_seen = self.num_broken = 0
         self._named: set[str] = set()
 
@@ -149,12 +158,18 @@ class ShardLoader(Generic[BatchT]):
         Raises:
             DataError: A shard is gone, or too many samples are broken.
         """
-        share = self.order
+        share, order = self.order, self._epoch_order(epoch)
+        requests = [share.batch(order, step) for step in range(first_step, share.num_batches)]
+        return self._loaded(_Batches(self.shards, self.maker, requests, self.seed, epoch))
+
+    def _epoch_order(self, epoch: int) -> Indices:
         order = canonical_order(
             self.shards.num_samples_of_shard, seed=self.seed, epoch=epoch, num_streams=self.config.num_streams
         )
-        requests = [share.batch(order, step) for step in range(first_step, share.num_batches)]
-        return self._loaded(_Batches(self.shards, self.maker, requests, self.seed, epoch))
+        if not self.group_by_aspect:
+            return order
+        is_tall = self.shards.sizes_px[:, 0] > self.shards.sizes_px[:, 1]
+        return grouped_by_aspect(order, is_tall, self.order, seed=self.seed, epoch=epoch)
 
     def val_batches(self) -> Iterator[BatchT]:
         """This rank's batches of a pass over the whole set, without chance.

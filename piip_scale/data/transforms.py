@@ -33,12 +33,14 @@ class Target:
         labels: int64 (N,).
         is_crowd: bool (N,).
         mini_masks: uint8 (N, MASK_SIZE_PX, MASK_SIZE_PX); ``None`` for a set without masks.
+        polygons: Each object's outlines, float64 (M, 2), cut to the image; ``None`` where nobody asked.
     """
 
     boxes_xyxy_px: Array
     labels: Array
     is_crowd: Array
     mini_masks: Array | None
+    polygons: list[list[Array]] | None = None
 
 
 def evaluation_geometry(size_px: Size, augment: AugmentConfig) -> Geometry:
@@ -63,7 +65,9 @@ def training_geometry(size_px: Size, augment: AugmentConfig, rng: np.random.Gene
     return view.geometry(flip=bool(rng.random() < augment.flip_probability))
 
 
-def apply_geometry(sample: Sample, geometry: Geometry, *, recompute_boxes: bool = True) -> Target:
+def apply_geometry(
+    sample: Sample, geometry: Geometry, *, recompute_boxes: bool = True, polygons: bool = False
+) -> Target:
     """Moves boxes and masks; objects of which nothing is left are left out.
 
     Args:
@@ -71,6 +75,7 @@ def apply_geometry(sample: Sample, geometry: Geometry, *, recompute_boxes: bool 
         geometry: Where it goes.
         recompute_boxes: Where the window cuts an object with a mask, its box becomes that of what remains of the mask
             (mmdet's ``recompute_bbox``), else it is cut itself.
+        polygons: Give outlines too, where there are masks.
 
     Raises:
         DataError: A mask cannot be decoded.
@@ -83,7 +88,8 @@ def apply_geometry(sample: Sample, geometry: Geometry, *, recompute_boxes: bool 
             boxes[index] = 0 if bounds is None else geometry.boxes(bounds[None])[0]
     kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= MIN_TARGET_PX).all(axis=1))
     masks = None if shapes is None else shapes.mini_masks(kept.tolist(), boxes[kept], geometry)
-    return Target(boxes[kept].astype(np.float32), sample.labels[kept], sample.is_crowd[kept], masks)
+    outlines = shapes.polygons(kept.tolist(), geometry) if polygons and shapes is not None else None
+    return Target(boxes[kept].astype(np.float32), sample.labels[kept], sample.is_crowd[kept], masks, outlines)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,17 @@ class DetectionTask(ShardTask[DetectionRun, DetectionBatch]):
         return build_detection_model(self.config, len(self.classes), network_device)
 
     def _maker(self, shards: ShardSet) -> DetectionSamples:
-        return DetectionSamples(shards, self.config.data.augment)
+        return DetectionSamples(shards, self.config.data.augment, polygons=self.config.data.polygons)
+
+    @property
+    def _groups_by_aspect(self) -> bool:
+        return self.config.data.group_by_aspect
 
     def _check_train_shards(self, shards: ShardSet) -> None:
+        if self.config.data.polygons and not shards.manifest.has_masks:
+            raise DataError(
+                f"the shards in {shards.folder} hold boxes without masks", rule="data.polygons=True needs masks"
+            )
         if self.config.detector.kind in MASK_KINDS and not shards.manifest.has_masks:
             raise DataError(
                 f"the shards in {shards.folder} hold boxes without masks",

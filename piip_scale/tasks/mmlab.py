@@ -15,7 +15,7 @@ import mmcv.ops  # noqa: E402
 import mmdet.models  # noqa: E402 - registers mmdet's modules
 from mmdet.registry import MODELS, TASK_UTILS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
-from mmdet.structures.mask import BaseInstanceMasks, BitmapMasks  # noqa: E402
+from mmdet.structures.mask import BaseInstanceMasks, BitmapMasks, PolygonMasks  # noqa: E402
 from mmengine.config import Config, ConfigDict  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.model import BaseModule  # noqa: E402
@@ -46,5 +46,6 @@ __all__ = [
     "DetDataSample",
     "InstanceData",
     "MMLogger",
+    "PolygonMasks",
     "find_class",
 ]

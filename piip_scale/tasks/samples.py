@@ -9,11 +9,11 @@ import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor
 
-from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
+from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances, Polygons
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.mini_masks import MiniMasks
-from piip_scale.tasks.mmlab import DetDataSample, InstanceData
+from piip_scale.tasks.mmlab import DetDataSample, InstanceData, PolygonMasks
 
 
 def data_samples(batch: DetectionBatch, with_masks: bool) -> list[DetDataSample]:
@@ -81,6 +81,8 @@ def _sizes(info: ImageInfo, padded_px: tuple[int, ...]) -> dict[str, Any]:
 
 def _objects(instances: Instances, keep: Tensor, info: ImageInfo, with_masks: bool) -> InstanceData:
     objects = InstanceData(bboxes=instances.boxes_xyxy_px[keep], labels=instances.labels[keep])
+    if instances.polygons is not None:
+        objects.polygons = _outlines(instances.polygons, keep, info)
     if not with_masks:
         return objects
     if instances.mini_masks is None:
@@ -91,3 +93,10 @@ def _objects(instances: Instances, keep: Tensor, info: ImageInfo, with_masks: bo
         )
     objects.masks = MiniMasks(instances.mini_masks[keep], objects.bboxes, *info.size_px)
     return objects
+
+
+def _outlines(polygons: Polygons, keep: Tensor, info: ImageInfo) -> PolygonMasks:
+    """The outlines in the shape in which mmdet's heads take them."""
+    objects = polygons.to("cpu").per_object()
+    kept = [objects[index] for index in keep.nonzero().flatten().tolist()]
+    return PolygonMasks([[outline.flatten().numpy() for outline in outlines] for outlines in kept], *info.size_px)

@@ -106,6 +106,11 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
     def _maker(self, shards: ShardSet) -> SampleMaker[BatchT]:
         """Makes batches of a set's samples."""
 
+    @property
+    def _groups_by_aspect(self) -> bool:
+        """Whether tall and wide images train in batches of their own."""
+        return False
+
     def _check_train_shards(self, shards: ShardSet) -> None:
         """Raises a ``DataError`` where the set lacks what training needs."""
 
@@ -124,4 +129,5 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
             seed=train.seed,
             world=self.world,
             accumulation=train.gradient_accumulation,
+            group_by_aspect=self._groups_by_aspect,
         )

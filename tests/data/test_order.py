@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piip_scale.data.order import EpochOrder, canonical_order, divisors, evaluation_batches, random_of
+from piip_scale.data.order import (
+    EpochOrder,
+    canonical_order,
+    divisors,
+    evaluation_batches,
+    grouped_by_aspect,
+    random_of,
+)
 from piip_scale.errors import DataError
 
 SHARDS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
@@ -141,3 +148,89 @@ def test_randomness_belongs_to_the_sample():
     draws = {random_of(seed, epoch, number).random() for seed in (0, 1) for epoch in (0, 1) for number in range(50)}
     assert len(draws) == 200
     assert random_of(3, 4, 5).random() == random_of(3, 4, 5).random()
+
+
+WORLDS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
+"""Nodes, ranks of a node, micro-batches of a rank, images of a micro-batch."""
+
+
+@settings(deadline=None, max_examples=150)
+@given(SHARDS, SEEDS, WORLDS, st.integers(1, 3), st.integers(0, 3))
+def test_nodes_ranks_and_workers_share_an_epoch_exactly(sizes, seeds, world, factor, num_workers):
+    nodes, ranks_per_node, accumulation, batch_size = world
+    num_ranks, num_streams = nodes * ranks_per_node, nodes * ranks_per_node * factor
+    sizes = [*sizes, num_ranks * accumulation * batch_size]
+    order = canonical_order(sizes, seed=seeds[0], epoch=seeds[1], num_streams=num_streams)
+    shares = ranks(len(order), num_streams, num_ranks, batch_size, accumulation)
+    # Torch deals a rank's batches out to its processes in turn, and collects them in the same turn.
+    processes = max(num_workers, 1)
+    turns = [range(worker, shares[0].num_batches, processes) for worker in range(processes)]
+    seen = np.concatenate([share.batch(order, step) for share in shares for turn in turns for step in turn])
+    whole = shares[0].global_batch_size * (len(order) // shares[0].global_batch_size)
+    assert {share.num_batches for share in shares} == {whole // (num_ranks * batch_size)}
+    assert np.array_equal(np.sort(seen), np.sort(order[:whole]))
+    assert len(order) - whole < shares[0].global_batch_size
+
+
+@settings(deadline=None, max_examples=100)
+@given(SHARDS, SEEDS, st.integers(1, 60), WORLDS)
+def test_worlds_that_do_not_divide_the_streams_are_told_those_that_do(sizes, seeds, num_streams, world):
+    num_ranks = world[0] * world[1]
+    sizes = (1000, num_streams, num_ranks)
+    if num_streams % num_ranks == 0:
+        assert ranks(*sizes, 1)[0].num_ranks == num_ranks
+        return
+    with pytest.raises(DataError) as caught:
+        ranks(*sizes, 1)
+    listed = str(caught.value).split("one of ")[1].split(";")[0]
+    assert [int(number) for number in listed.split(", ")] == [n for n in range(1, 61) if num_streams % n == 0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(SHARDS, SEEDS, st.sampled_from([1, 2, 4, 6, 12]), st.integers(1, 4), st.integers(1, 3), st.data())
+def test_grouping_by_aspect_keeps_the_laws_of_the_order(sizes, seeds, most_ranks, batch_size, factor, data):
+    micro_batches = most_ranks * factor
+    sizes = [*sizes, micro_batches * batch_size]
+    window_steps = data.draw(st.integers(1, 5))
+    tall = np.array(data.draw(st.lists(st.booleans(), min_size=sum(sizes), max_size=sum(sizes))))
+    order = canonical_order(sizes, seed=seeds[0], epoch=seeds[1], num_streams=12)
+
+    def group(share):
+        return grouped_by_aspect(order, tall, share, seed=seeds[0], epoch=seeds[1], window_steps=window_steps)
+
+    seen = []
+    for num_ranks in divisors(most_ranks):
+        shares = ranks(len(order), 12, num_ranks, batch_size, micro_batches // num_ranks)
+        grouped = group(shares[0])
+        assert all(np.array_equal(grouped, group(share)) for share in shares)
+        assert np.array_equal(np.sort(grouped), np.arange(len(order)))
+        whole = shares[0].num_batches * num_ranks * batch_size
+        assert np.array_equal(grouped[whole:], order[whole:])
+        seen.append([share.batch(grouped, i).tolist() for i in range(shares[0].num_batches) for share in shares])
+        # A rank reads its own streams only, whoever else there is.
+        position = np.empty(len(order), np.int64)
+        position[order] = np.arange(len(order))
+        for share in shares:
+            own = np.concatenate([share.batch(grouped, i) for i in range(share.num_batches)])
+            assert set(position[own] % num_ranks) == {share.rank}
+    assert all(batches == seen[0] for batches in seen)
+    steps = len(order) // (micro_batches * batch_size)
+    for turn in range(micro_batches):
+        for first in range(0, steps, window_steps):
+            batches = [seen[0][s * micro_batches + turn] for s in range(first, min(first + window_steps, steps))]
+            assert sum(len({tall[number] for number in batch}) == 2 for batch in batches) <= 1
+
+
+def test_grouping_leaves_a_step_as_mixed_as_it_was():
+    sizes, rng = [500] * 40, np.random.default_rng(0)
+    tall = rng.random(sum(sizes)) < 0.3
+    order = canonical_order(sizes, seed=0, epoch=0, num_streams=48)
+    share = ranks(len(order), 48, 8, 2)[0]
+    grouped = grouped_by_aspect(order, tall, share, seed=0, epoch=0)
+    steps = grouped[: len(order) // 16 * 16].reshape(-1, 16)
+    assert abs(tall[steps].mean(axis=1).std() - np.sqrt(2 * 0.3 * 0.7 / 16)) < 0.01
+    pairs = np.concatenate([share.batch(grouped, step).reshape(1, 2) for step in range(share.num_batches)])
+    assert (tall[pairs[:, 0]] != tall[pairs[:, 1]]).mean() < 0.05
+    # Neither shape comes early or late in the epoch.
+    thirds = np.array_split(tall[grouped], 3)
+    assert max(abs(part.mean() - tall.mean()) for part in thirds) < 0.02

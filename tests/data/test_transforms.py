@@ -1,22 +1,23 @@
 """Geometry of images, boxes and masks against plain, slow twins."""
 
-import importlib
-
 import cv2
 import mmcv
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_sets import make_coco
 from pycocotools import mask as coco_mask
-from scipy.stats import ks_2samp
 
 from piip_scale.config.detection import AugmentConfig, CropFirstConfig
 from piip_scale.data.batch import MASK_SIZE_PX
 from piip_scale.data.canvas import blank_canvas
+from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.masks import clip_polygon
+from piip_scale.data.pack import pack_coco
 from piip_scale.data.sample import Sample
+from piip_scale.data.shards import ShardSet
 from piip_scale.data.transforms import apply_geometry, evaluation_geometry, training_geometry
 from piip_scale.errors import DataError
 
@@ -309,47 +310,6 @@ def test_two_resizes_and_two_crops_are_one_window_of_the_stored_image(height, wi
     assert np.abs(found - corners[:2])[large].max(initial=0) <= 0.5 + 1e-9
 
 
-def mmdets_windows(size_px, count: int) -> np.ndarray:
-    """Sides of the window and of the result, drawn by mmdet's own transforms, (count, 6)."""
-    importlib.import_module("piip_scale.tasks.mmlab")  # completes mmcv, which mmdet needs
-    from mmcv.transforms import RandomChoice, RandomChoiceResize
-    from mmdet.datasets.transforms import RandomCrop, RandomFlip, Resize
-    from mmengine.registry import DefaultScope
-
-    def resize(sizes):
-        scales = [(133, size) for size in sizes]
-        return RandomChoiceResize(scales=scales, resize_type=Resize, keep_ratio=True)
-
-    def crop(*size):
-        return RandomCrop(size, crop_type="absolute_range", allow_negative_crop=True)
-
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        ways = [[resize((48, 64, 80))], [resize((40, 50, 60)), crop(38, 60), resize((48, 64, 80))]]
-        steps = [RandomFlip(prob=0.5), RandomChoice(transforms=ways), crop(102, 102)]
-    drawn = []
-    for _ in range(count):
-        results = {"img": np.zeros((*size_px, 3), np.uint8), "img_shape": size_px}
-        for step in steps:
-            results = step(results)
-        height, width = results["img_shape"]
-        corners = np.linalg.inv(results["homography_matrix"]) @ [[0, width], [0, height], [1, 1]]
-        drawn.append([*np.sort(corners[0]), *np.sort(corners[1]), height, width])
-    return np.array(drawn)
-
-
-def test_crops_before_and_after_the_resize_are_distributed_as_mmdets():
-    size_px, count = (64, 121), 1500
-    np.random.seed(0)
-    theirs, rng = mmdets_windows(size_px, count), np.random.default_rng(0)
-    ours = []
-    for _ in range(count):
-        drawn = training_geometry(size_px, DETR, rng)
-        window = drawn.window
-        ours.append([window.left, window.right, window.top, window.bottom, *drawn.size_px])
-    for mine, reference in zip(np.array(ours).T, theirs.T, strict=True):
-        assert ks_2samp(mine, np.rint(reference)).pvalue > 1e-3
-
-
 def test_without_recomputing_a_cut_box_is_cut_itself():
     geometry = GEOMETRIES["cut, mirrored"]
     triangle = np.array([[20.0, 20.0], [60.0, 60.0], [20.0, 60.0]])
@@ -372,3 +332,55 @@ def test_an_image_is_drawn_into_its_place_and_nowhere_else():
     for image, (height, width) in zip(canvas.numpy(), sizes, strict=True):
         assert not image[height:].any()
         assert not image[:, width:].any()
+
+
+def outlines_of(polygons) -> list[list[np.ndarray]]:
+    return [[outline.numpy() for outline in outlines] for outlines in polygons.per_object()]
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_outlines_show_what_the_stored_polygons_do(name):
+    geometry, rng = GEOMETRIES[name], np.random.default_rng(6)
+    height, width = geometry.size_px
+    objects = [[blob(rng, (40, 32), 24), blob(rng, (70, 50), 14)], [blob(rng, (30, 30), 18)], [blob(rng, (2, 2), 3)]]
+    lists = tuple([polygon.ravel().tolist() for polygon in polygons] for polygons in objects)
+    boxes = [bounds(np.concatenate(polygons)) for polygons in objects]
+    target = apply_geometry(sample_of(lists, boxes), geometry, polygons=True)
+    assert len(target.polygons) == len(target.labels) >= 2
+    points = rng.uniform((0, 0), (width, height), (3000, 2))
+    stored = (np.linalg.inv(plain_matrix(geometry)) @ np.c_[points, np.ones(3000)].T)[:2].T
+    for label, outlines in zip(target.labels, target.polygons, strict=True):
+        assert all((o >= -1e-9).all() and (o <= np.array([width, height]) + 1e-9).all() for o in outlines)
+        found = np.any([is_inside(points, outline) for outline in outlines], axis=0)
+        truth = np.any([is_inside(stored, polygon) for polygon in objects[label]], axis=0)
+        assert (found != truth).mean() < 0.002
+
+
+def test_run_lengths_are_traced():
+    geometry = GEOMETRIES["cut, mirrored"]
+    bitmap = np.zeros((70, 90), np.uint8)
+    bitmap[10:30, 40:80], bitmap[50:52, 20:60] = 1, 1
+    packed = coco_mask.encode(np.asfortranarray(bitmap))
+    target = apply_geometry(sample_of((packed,), [[20, 10, 80, 52]]), geometry, polygons=True)
+    rows, columns = np.mgrid[: geometry.size_px[0], : geometry.size_px[1]]
+    centres = np.stack([columns.ravel() + 0.5, rows.ravel() + 0.5], axis=1)
+    found = np.any([is_inside(centres, outline) for outline in target.polygons[0]], axis=0)
+    x, y = (np.linalg.inv(plain_matrix(geometry)) @ np.c_[centres, np.ones(len(centres))].T)[:2]
+    truth = bitmap[np.floor(y).astype(int), np.floor(x).astype(int)].astype(bool)
+    assert (found & truth).sum() / (found | truth).sum() > 0.93
+
+
+def test_outlines_come_in_the_batch_with_their_objects(tmp_path):
+    pack_coco(*make_coco(tmp_path, 8), tmp_path / "out")
+    shards = ShardSet.open(tmp_path / "out")
+    maker = DetectionSamples(shards, AugmentConfig(short_edge_px=(60,), flip_probability=0.0), polygons=True)
+    samples = [maker.sample(shards.read(number), np.random.default_rng(0)) for number in range(8)]
+    batch = maker.collate(samples, training=True).batch()
+    assert [len(instances.labels) for instances in batch.instances] == [0, 1, 2, 3, 0, 1, 2, 3]
+    for instances, sample in zip(batch.to("cpu").instances, samples, strict=True):
+        assert len(instances.polygons) == len(instances.labels)
+        for outlines, expected in zip(outlines_of(instances.polygons), sample.target.polygons, strict=True):
+            assert all(np.allclose(one, other, atol=1e-4) for one, other in zip(outlines, expected, strict=True))
+    plain = DetectionSamples(shards, AugmentConfig(short_edge_px=(60,)))
+    batch = plain.collate([plain.sample(shards.read(1), None)], training=False).batch()
+    assert batch.instances[0].polygons is None
