@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from piip_scale.config.base import Strict
 from piip_scale.config.model import Positive
-from piip_scale.config.run import DataConfig, PositiveFloat, Rate, Rgb, RunConfig
+from piip_scale.config.run import DataConfig, PositiveFloat, Rate, Rgb, RunConfig, check_padding
 
 
 class DetectorConfig(Strict):
@@ -143,3 +143,8 @@ class DetectionRun(RunConfig):
     task: Literal["detection"] = "detection"
     detector: DetectorConfig
     data: DetectionData
+
+    @model_validator(mode="after")
+    def _batches_fit_the_pyramid(self) -> DetectionRun:
+        check_padding(self.model, self.data.augment.pad_multiple_px)
+        return self

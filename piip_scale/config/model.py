@@ -339,6 +339,12 @@ class PiipConfig(Strict):
             if (stride / scale) % 1:
                 raise ValueError(f"pyramid.scales={scale} must give a whole stride: the last branch's is {stride} px")
 
+    def coarsest_stride_px(self) -> int:
+        """Stride of the smallest level, in pixels of the network's input."""
+        lasts = self.last_blocks(-1)
+        levels = zip(self.level_stages(), self.pyramid.scales, strict=True)
+        return max(round(self.branches[-1].stride_after_px(lasts[stage]) / scale) for stage, scale in levels)
+
     def blocks_per_stage(self, branch: int) -> tuple[int, ...]:
         """Blocks that branch ``branch`` runs in each stage."""
         config, stages = self.branches[branch], self.interaction.num_stages

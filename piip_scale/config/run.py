@@ -25,6 +25,20 @@ def _place(value: str) -> str:
 Offload = Annotated[str, AfterValidator(_place)]
 
 
+def check_padding(model: PiipConfig, pad_multiple_px: int) -> None:
+    """Holds the sides of a batch to the network's levels.
+
+    Raises:
+        ValueError: A level would end in a part of a cell.
+    """
+    stride_px = model.coarsest_stride_px()
+    if pad_multiple_px % stride_px:
+        raise ValueError(
+            f"data.augment.pad_multiple_px={pad_multiple_px} must be a multiple of {stride_px}, the stride of the "
+            "pyramid's smallest level: others end in parts of cells"
+        )
+
+
 class DataConfig(Strict):
     """Where samples come from and how they are batched.
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from piip_scale.config.base import Strict
 from piip_scale.config.model import Positive
-from piip_scale.config.run import DataConfig, PositiveFloat, Rate, Rgb, RunConfig
+from piip_scale.config.run import DataConfig, PositiveFloat, Rate, Rgb, RunConfig, check_padding
 
 Size = tuple[Positive, Positive]
 Range = tuple[PositiveFloat, PositiveFloat]
@@ -18,8 +18,8 @@ class InferenceConfig(Strict):
     """How an image is segmented outside training.
 
     Attributes:
-        mode: ``whole`` images at once, padded to the largest of their batch, which touches their scores; or ``slide`` a
-            window over each, which sees no padding, and average where windows overlap.
+        mode: ``whole`` images at once, padded to ``augment.pad_multiple_px`` and no further; or ``slide`` a window over
+            each, which sees no padding, and average where windows overlap.
         crop_px: Height and width of the window.
         stride_px: Its steps down and to the right.
     """
@@ -133,6 +133,11 @@ class SegmentationRun(RunConfig):
     task: Literal["segmentation"] = "segmentation"
     segmentor: SegmentorConfig = SegmentorConfig()
     data: SegmentationData
+
+    @model_validator(mode="after")
+    def _batches_fit_the_pyramid(self) -> SegmentationRun:
+        check_padding(self.model, self.data.augment.pad_multiple_px)
+        return self
 
     @model_validator(mode="after")
     def _windows_fit_batches(self) -> SegmentationRun:

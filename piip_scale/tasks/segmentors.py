@@ -109,6 +109,7 @@ class SegmentationModel(NetworkWithLeaf):
         super().__init__(backbone, heads)
         self.heads: SegmentationHeads = heads
         self._mean, self._std, self._inference = augment.mean, augment.std, inference
+        self._pad_multiple_px = augment.pad_multiple_px
 
     def forward(self, batch: SegmentationBatch) -> dict[str, Tensor]:
         """Named losses and pixel accuracies (0-100), float32 scalars.
@@ -126,8 +127,8 @@ class SegmentationModel(NetworkWithLeaf):
     def predict(self, batch: SegmentationBatch) -> list[Segmentation]:
         """The class of every pixel of the stored images, on the CPU.
 
-        Collective where ranks are connected: with a sliding window each makes as many calls of the network as the
-        rank with the largest images.
+        Collective where ranks are connected: each makes as many calls of the network as the rank whose images need
+        most. Images of several sizes are several calls, since an image's scores must not depend on its batch.
 
         Raises:
             ModelError: The model is in training mode.
@@ -136,7 +137,7 @@ class SegmentationModel(NetworkWithLeaf):
             raise ModelError("predict needs eval mode", fix="call model.eval() first")
         pixels = network_input(batch, self._mean, self._std)
         sizes_px = [info.size_px for info in batch.infos]
-        scores = class_scores(self._scores, pixels, sizes_px, self._inference)
+        scores = class_scores(self._scores, pixels, sizes_px, self._inference, self._pad_multiple_px)
         return [
             Segmentation(info.image_id, label_map(one, info.original_size_px))
             for one, info in zip(scores, batch.infos, strict=True)

@@ -29,32 +29,53 @@ class Window:
     width: int
 
 
-def class_scores(scorer: Scorer, pixels: Tensor, sizes_px: Sequence[Size], config: InferenceConfig) -> list[Tensor]:
+def class_scores(
+    scorer: Scorer, pixels: Tensor, sizes_px: Sequence[Size], config: InferenceConfig, multiple_px: int = 1
+) -> list[Tensor]:
     """Scores of each image of a batch, float32 (num_classes, H_i, W_i), without its padding.
 
-    Collective with a window where ranks are connected: ZeRO-3 wants as many calls of the network on each of them.
+    What an image scores does not depend on which others share its batch.
+
+    Collective where ranks are connected: ZeRO-3 wants as many calls of the network on each of them.
 
     Args:
         scorer: The model.
         pixels: Normalised images, float32 (B, 3, H, W), each at the top left.
         sizes_px: Height and width of each.
         config: Whole images, or a window and its steps.
+        multiple_px: Whole images are padded to multiples of it, and no further; ``pixels`` are so large at least.
     """
     if config.crop_px is None or config.stride_px is None:
-        scores = scorer(pixels)
-        return [one[:, :height, :width] for one, (height, width) in zip(scores, sizes_px, strict=True)]
-    windows = [
-        w for image, size in enumerate(sizes_px) for w in windows_of(image, size, config.crop_px, config.stride_px)
-    ]
+        return _whole(scorer, pixels, sizes_px, multiple_px)
+    return _slid(scorer, pixels, sizes_px, config.crop_px, config.stride_px)
+
+
+def _whole(scorer: Scorer, pixels: Tensor, sizes_px: Sequence[Size], multiple_px: int) -> list[Tensor]:
+    """Images whose padded sizes are the same go through the network together."""
+    alike: dict[Size, list[int]] = {}
+    for image, (height, width) in enumerate(sizes_px):
+        padded = -(-height // multiple_px) * multiple_px, -(-width // multiple_px) * multiple_px
+        alike.setdefault(padded, []).append(image)
+    found: dict[int, Tensor] = {}
+    for (height, width), images in alike.items():
+        part = pixels[images, :, :height, :width]
+        found |= zip(images, scorer(part), strict=True)
+    for _ in range(_most_over_ranks(len(alike), pixels.device) - len(alike)):
+        scorer(part)
+    return [found[image][:, :height, :width] for image, (height, width) in enumerate(sizes_px)]
+
+
+def _slid(scorer: Scorer, pixels: Tensor, sizes_px: Sequence[Size], crop_px: Size, stride_px: Size) -> list[Tensor]:
+    windows = [w for image, size in enumerate(sizes_px) for w in windows_of(image, size, crop_px, stride_px)]
     sums: list[Tensor | None] = [None] * len(sizes_px)
     counts = [pixels.new_zeros(size) for size in sizes_px]
     chunks = [windows[start : start + len(pixels)] for start in range(0, len(windows), len(pixels))]
     for chunk in chunks:
-        scores = scorer(_cut(pixels, chunk, config.crop_px))
+        scores = scorer(_cut(pixels, chunk, crop_px))
         for window, score in zip(chunk, scores, strict=True):
             _add(sums, counts, window, score, sizes_px[window.image])
     for _ in range(_most_over_ranks(len(chunks), pixels.device) - len(chunks)):
-        scorer(_cut(pixels, chunks[-1], config.crop_px))
+        scorer(_cut(pixels, chunks[-1], crop_px))
     return [total / count for total, count in zip(sums, counts, strict=True) if total is not None]
 
 

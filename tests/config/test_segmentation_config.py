@@ -38,6 +38,7 @@ def test_defaults_are_ade20ks():
         ({"augment": {"scale_range": (2.0, 0.5)}}, "low <= high"),
         ({"augment": {"short_edge_px": 800, "max_edge_px": 700}}, "must not be above max_edge_px"),
         ({"augment": {"crop_px": (100, 96)}}, "multiples of pad_multiple_px"),
+        ({"augment": {"crop_px": (96, 96), "pad_multiple_px": 16}}, "a multiple of 32, the stride of the pyramid's"),
         ({"augment": {"distortion": {"contrast": (1.5, 0.5)}}}, "low <= high"),
         ({"augment": {"distortion": {"hue": 0}}}, "greater than or equal to 1"),
         ({"augment": {"max_class_share": 1.5}}, "less than or equal to 1"),

@@ -153,6 +153,30 @@ def test_images_of_one_batch_slide_each_by_its_own_size():
     assert set(calls) == {(2, 3, 64, 64)}
 
 
+def test_whole_images_score_the_same_whichever_share_their_batch():
+    generator = torch.Generator().manual_seed(0)
+    sizes_px = [(30, 90), (64, 64), (31, 70)]
+    images = [torch.randn(3, *size_px, generator=generator) for size_px in sizes_px]
+    calls = []
+
+    def scorer(pixels):
+        calls.append(tuple(pixels.shape))
+        # Its mean lets every pixel of an input touch every score.
+        return pixels + pixels.mean((1, 2, 3), keepdim=True)
+
+    def scores_of(images):
+        pixels = torch.zeros(len(images), 3, 96, 128)
+        for place, image in zip(pixels, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return class_scores(scorer, pixels, [tuple(image.shape[1:]) for image in images], InferenceConfig(), 32)
+
+    together = scores_of(images)
+    assert calls == [(2, 3, 32, 96), (1, 3, 64, 64)]
+    for image, found in zip(images, together, strict=True):
+        assert found.shape == image.shape
+        torch.testing.assert_close(found, scores_of([image])[0])
+
+
 def test_scores_are_scaled_before_the_best_is_taken():
     scores = torch.tensor([[[0.0, 1.0]], [[0.6, 0.0]]])
     assert label_map(scores, (1, 8)).tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
