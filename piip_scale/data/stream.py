@@ -22,6 +22,7 @@ from typing_extensions import Self
 
 from piip_scale.config.run import DataConfig
 from piip_scale.data.batch import Batch
+from piip_scale.data.cache import GIB
 from piip_scale.data.order import EpochOrder, canonical_order, evaluation_batches, random_of
 from piip_scale.data.prefetch import Prefetcher, ShardUse, shard_use
 from piip_scale.data.sample import RawSample
@@ -125,6 +126,7 @@ class ShardLoader(Generic[BatchT]):
         self.accumulation = accumulation
         self.num_seen = self.num_broken = 0
         self._named: set[str] = set()
+        self._told_of_cache = False
 
     @property
     def order(self) -> EpochOrder:
@@ -212,9 +214,28 @@ class ShardLoader(Generic[BatchT]):
         if not self.shards.files.is_remote or not ahead:
             return Prefetcher(self.shards.fetch, (), (), 0)
         use = self._use(requests)
+        self._warn_of_small_cache(use)
         then = [] if next_epoch is None else self._use(self._requests(next_epoch)).shards[:ahead].tolist()
         first_batch = use.first_batch.tolist() + [len(requests)] * len(then)
         return Prefetcher(self.shards.fetch, use.shards.tolist() + then, first_batch, ahead)
+
+    def _warn_of_small_cache(self, use: ShardUse) -> None:
+        """Says once a node that its cache cannot hold what is in use at a time, so that shards come more than once."""
+        sizes = [shard.size_bytes for shard in self.shards.manifest.shards]
+        limit_gib, ranks = self.config.cache.limit_gib, self.world.ranks_per_node
+        needed_gib = min(use.most_bytes_at_once(sizes) * ranks, sum(sizes)) / GIB
+        if self._told_of_cache or self.world.local_rank or needed_gib <= limit_gib:
+            return
+        self._told_of_cache = True
+        get_logger(__name__).warning(
+            "%s: the %d rank(s) of a node read up to %.3g GiB of shards at a time, and data.cache.limit_gib=%.3g: "
+            "shards will be fetched again and again; raise it, bring data.num_streams nearer to the number of ranks, "
+            "or pack smaller shards",
+            self.shards.location,
+            ranks,
+            needed_gib,
+            limit_gib,
+        )
 
     def _use(self, requests: Sequence[np.ndarray]) -> ShardUse:
         return shard_use([self.shards.shard_of(numbers) for numbers in requests])
