@@ -74,6 +74,16 @@ class DataError(PiipError):
     """Annotations, images or shards that cannot be used."""
 
 
+class FetchError(DataError):
+    """A file of a remote set that did not come.
+
+    Attributes:
+        is_final: Trying again later is of no use.
+    """
+
+    is_final = False
+
+
 class CheckpointError(PiipError):
     """A checkpoint that is absent, incomplete, or of another model."""
 

@@ -61,6 +61,7 @@ def test_exit_codes_tell_how_it_ended():
         "KernelError": 2,
         "ModelError": 2,
         "DataError": 2,
+        "FetchError": 2,
         "CheckpointError": 2,
         "RunError": 1,
         "HangError": 1,

@@ -39,7 +39,7 @@ def _map_table(shards: ShardSet) -> Table:
     from piip_scale.data.summary import summarise_maps
 
     summary = summarise_maps(shards)
-    table = _table(shards.folder, str(summary.num_images), summary.short_edges_px, summary.long_edges_px)
+    table = _table(shards.location, str(summary.num_images), summary.short_edges_px, summary.long_edges_px)
     shares = summary.share_of_class.items()
     shown = shares if len(shares) <= _MOST_CLASSES else sorted(shares, key=lambda item: -item[1])[:_MOST_CLASSES]
     table.add_row("classes", str(len(shares)) + (f", the largest {len(shown)}:" if len(shown) < len(shares) else ""))
@@ -53,7 +53,7 @@ def _label_table(shards: ShardSet) -> Table:
     from piip_scale.data.summary import summarise_labels
 
     summary = summarise_labels(shards)
-    table = _table(shards.folder, str(summary.num_images), summary.short_edges_px, summary.long_edges_px)
+    table = _table(shards.location, str(summary.num_images), summary.short_edges_px, summary.long_edges_px)
     counts = sorted(summary.images_of_class.items(), key=lambda item: item[1])
     (rarest, fewest), (middle, (frequent, most)) = counts[0], (counts[len(counts) // 2][1], counts[-1])
     table.add_row("classes", str(len(counts)))
@@ -63,10 +63,10 @@ def _label_table(shards: ShardSet) -> Table:
     return table
 
 
-def _table(folder: Path, images: str, short_px: tuple[int, int, int], long_px: tuple[int, int, int]) -> Table:
+def _table(location: str, images: str, short_px: tuple[int, int, int], long_px: tuple[int, int, int]) -> Table:
     from rich.table import Table
 
-    table = Table(title=str(folder), show_header=False)
+    table = Table(title=location, show_header=False)
     table.add_row("images", images)
     for name, (low, middle, high) in (("short edge", short_px), ("long edge", long_px)):
         table.add_row(name, f"{low} to {high} px, median {middle}")
@@ -78,7 +78,7 @@ def _object_table(shards: ShardSet) -> Table:
 
     summary = summarise(shards)
     images = f"{summary.num_images}, {summary.num_empty_images} without objects"
-    table = _table(shards.folder, images, summary.short_edges_px, summary.long_edges_px)
+    table = _table(shards.location, images, summary.short_edges_px, summary.long_edges_px)
     table.add_row("objects an image", "median {}, most {}".format(*summary.objects_per_image))
     table.add_row("objects by size", ", ".join(f"{count} {name}" for name, count in summary.objects_of_size.items()))
     table.add_row("crowd regions", str(summary.num_crowds))

@@ -59,7 +59,7 @@ def convert(
 def evaluate(
     config: ConfigPath,
     weights: WeightsPath,
-    shards: Annotated[Path | None, typer.Option(help="Shards to evaluate on; default: data.val_shards.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Shards to evaluate on; default: data.val_shards.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the metrics there, as JSON.")] = None,
     predictions: Annotated[
         Path | None,
@@ -83,7 +83,7 @@ def evaluate(
 
     changes = list(overrides or [])
     if shards is not None:
-        changes.append(f"data.val_shards={str(shards)!r}")
+        changes.append(f"data.val_shards={shards!r}")
     metrics = evaluate_weights(load_config(config, changes), weights, predictions)
     # Shown first: a place that cannot be written must not cost the evaluation.
     Console().print(metrics_table(metrics))

@@ -104,11 +104,13 @@ class Pace:
 
 
 def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
-    from piip_scale.data.shards import MANIFEST, ShardSet
+    from piip_scale.data.set_files import has_manifest
+    from piip_scale.data.shards import ShardSet
 
-    if not (Path(run.data.train_shards) / MANIFEST).is_file():
+    data = run.data
+    if not has_manifest(data.train_shards, data.cache):
         return None
-    return len(ShardSet.open(run.data.train_shards, run.data.classes)) // plan.images_per_step
+    return len(ShardSet.open(data.train_shards, data.classes, cache=data.cache)) // plan.images_per_step
 
 
 def _as_json(plan: MemoryPlan, changes: Sequence[Change], pace: Pace) -> dict[str, Any]:

@@ -11,17 +11,21 @@ from piip_scale.cli.pack import TARGETS, pack
 from piip_scale.cli.progress import progress_bar
 
 app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream, check them, look at them.")
-Folder = Annotated[Path, typer.Argument(help="Folder of packed shards.")]
+Location = Annotated[
+    str, typer.Argument(help="Packed shards: a folder, http(s)://, s3://, gs://, or pipe:COMMAND with {name} in it.")
+]
 app.command()(pack)
 
 
 @app.command()
 def verify(
-    folder: Folder,
-    other: Annotated[Path | None, typer.Option(help="A set that must not share images, such as validation's.")] = None,
+    location: Location,
+    other: Annotated[str | None, typer.Option(help="A set that must not share images, such as validation's.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: all cores.")] = None,
 ) -> None:
     """Read a packed set to the last byte: checksums, images, labels, label maps, boxes and masks.
+
+    One that is not in a folder is fetched anew for that, shard by shard.
 
     Prints one line a problem and ends with exit code 1 if there are any.
 
@@ -29,21 +33,21 @@ def verify(
     """
     from piip_scale.data.verify import verify_shards
 
-    with progress_bar(f"reading {folder}") as on_progress:
-        report = verify_shards(folder, other=other, workers=workers, on_progress=on_progress)
+    with progress_bar(f"reading {location}") as on_progress:
+        report = verify_shards(location, other=other, workers=workers, on_progress=on_progress)
     for line in report.problems:
         typer.echo(line)
     for here, there in report.shared_images:
         typer.echo(f"{here} is the same image as {there} in {other}")
     faults = len(report.problems) + len(report.shared_images)
     targets = f"{report.num_targets} {TARGETS[report.kind]}"
-    typer.echo(f"{folder}: {report.num_samples} images, {targets}, {faults} problems")
+    typer.echo(f"{location}: {report.num_samples} images, {targets}, {faults} problems")
     raise typer.Exit(int(faults > 0))
 
 
 @app.command()
 def show(
-    folder: Folder,
+    location: Location,
     out: Annotated[Path | None, typer.Option(help="Draw a contact sheet there (.png).")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images on the sheet, spread evenly over the set.")] = 12,
 ) -> None:
@@ -56,7 +60,7 @@ def show(
     from piip_scale.cli.contact import draw_contact_sheet, summary_table
     from piip_scale.data.shards import ShardSet
 
-    shards = ShardSet.open(folder)
+    shards = ShardSet.open(location)
     Console().print(summary_table(shards))
     if out is not None:
         draw_contact_sheet(shards, out, num_images)

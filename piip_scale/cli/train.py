@@ -89,9 +89,10 @@ def with_classes(config: RunConfig) -> RunConfig:
     from piip_scale.data.shards import ShardSet
 
     kind = cast("SetKind", config.task)
-    classes = ShardSet.open(config.data.train_shards, config.data.classes, kind).classes
-    ShardSet.open(config.data.val_shards, classes, kind)
-    return config.model_copy(update={"data": config.data.model_copy(update={"classes": classes})})
+    data = config.data
+    classes = ShardSet.open(data.train_shards, data.classes, kind, data.cache).classes
+    ShardSet.open(data.val_shards, classes, kind, data.cache)
+    return config.model_copy(update={"data": data.model_copy(update={"classes": classes})})
 
 
 def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bool) -> None:

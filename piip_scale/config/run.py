@@ -39,16 +39,38 @@ def check_padding(model: PiipConfig, pad_multiple_px: int) -> None:
         )
 
 
+class CacheConfig(Strict):
+    """How the shards of a remote set reach a node; sets in folders are read in place.
+
+    Attributes:
+        folder: On a disk of the node itself; its ranks, their loader processes and other runs share what is there.
+            ``auto`` takes a folder of the user's in $TMPDIR, or /tmp.
+        limit_gib: It never holds more; what was not used for longest goes first.
+        prefetch_shards: Each rank fetches so many shards ahead of those its loader has come to; 0 fetches on need.
+        retries: Further tries, with growing pauses, of a download that failed, before the run stops.
+        stall_seconds: A download that brings nothing for so long has failed.
+    """
+
+    folder: str = "auto"
+    limit_gib: PositiveFloat = 100.0
+    prefetch_shards: NonNegative = 8
+    retries: NonNegative = 6
+    stall_seconds: PositiveFloat = 60.0
+
+
 class DataConfig(Strict):
     """Where samples come from and how they are batched.
 
     Attributes:
-        train_shards: Folder of packed shards to train on.
-        val_shards: Folder of packed shards to evaluate on.
+        train_shards: Packed shards to train on: a folder, ``http(s)://``, ``s3://`` or ``gs://``, or ``pipe:`` and a
+            shell command that writes the file ``{name}`` of the set to its standard output.
+        val_shards: Packed shards to evaluate on, likewise.
         classes: Category names in label order; must equal the shards' own. Empty takes the shards' categories.
         num_streams: Canonical streams of an epoch's order; every world size that divides it sees the same batches.
         workers: Loader processes per rank; 0 loads in the training process.
-        max_broken_share: The run stops when more than this share of the samples seen is broken.
+        max_broken_share: The run stops when more than this share of what a rank has seen is broken; it is taken of an
+            epoch at least.
+        cache: Where shards that are not in a folder are kept on the node.
     """
 
     train_shards: str
@@ -58,6 +80,7 @@ class DataConfig(Strict):
     num_streams: Positive = 48
     workers: NonNegative = 2
     max_broken_share: Rate = 0.01
+    cache: CacheConfig = CacheConfig()
 
 
 class OptimizerConfig(Strict):

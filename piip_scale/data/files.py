@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,13 +49,33 @@ def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def sha256_of_file(path: Path, block_bytes: int = 1 << 20) -> str:
+def sha256_of_file(path: Path) -> str:
     """The SHA-256 of a file, read block by block."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(block_bytes), b""):
-            digest.update(block)
+        return sha256_of_open(file)
+
+
+def sha256_of_open(file: BinaryIO, block_bytes: int = 1 << 20) -> str:
+    """The SHA-256 of a whole open file, read block by block."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    for block in iter(lambda: file.read(block_bytes), b""):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def read_whole(path: Path) -> bytes:
+    """The content of a file of a packed set.
+
+    Raises:
+        DataError: It is absent or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read", value=os.strerror(error.errno or 0), fix="pack the set again"
+        ) from None
 
 
 class HashingWriter:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pydantic
 
 from piip_scale.config.base import Strict
-from piip_scale.data.files import sha256_of
+from piip_scale.config.run import CacheConfig
+from piip_scale.data.files import read_whole, sha256_of
 from piip_scale.data.label_maps import MapRule
-from piip_scale.data.sample import RawSample, SetKind, parse_notes
+from piip_scale.data.sample import RawSample, SetKind, checksum, parse_notes
+from piip_scale.data.set_files import MANIFEST as MANIFEST
+from piip_scale.data.set_files import SHARD_GLOB as SHARD_GLOB
+from piip_scale.data.set_files import LocalFiles, SetFiles, open_files
+from piip_scale.data.sources import NEVER, Stop, located
 from piip_scale.errors import DataError
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-SHARD_GLOB = "shard-*.tar"
 
-_MAX_OPEN_SHARDS = 128
+_PLACE_COLUMNS = (
+    "image_offsets",
+    "image_bytes",
+    "notes_offsets",
+    "notes_bytes",
+    "crc32s",
+    "map_offsets",
+    "map_bytes",
+)
 _Model = TypeVar("_Model", bound=Strict)
 
 
@@ -107,23 +117,23 @@ def index_name(name: str) -> str:
 
 
 def read_json_model(path: Path, kind: type[_Model]) -> tuple[_Model, bytes]:
-    """A manifest or an index, and its bytes.
+    """A manifest or an index in a folder, and its bytes.
 
     Raises:
         DataError: The file is absent or not what it should be.
     """
+    content = read_whole(path)
+    return _parsed(content, kind, str(path)), content
+
+
+def _parsed(content: bytes, kind: type[_Model], name: str) -> _Model:
     try:
-        content = path.read_bytes()
-        return kind.model_validate_json(content), content
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read", value=os.strerror(error.errno or 0), fix="pack the set again"
-        ) from None
+        return kind.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
-            f"{path} is damaged", value=f"{where}: {first['msg']}", fix="pack the set again with --overwrite"
+            f"{name} is damaged", value=f"{where}: {first['msg']}", fix="pack the set again with --overwrite"
         ) from None
 
 
@@ -131,7 +141,8 @@ class ShardSet:
     """A packed set, open for reading samples by number.
 
     Attributes:
-        folder: Where it lies.
+        location: Where it lies, as the user wrote it.
+        files: Its files, and where they are read.
         manifest: What it holds.
         classes: Category names in label order.
         label_of_category: Label by COCO category id.
@@ -141,72 +152,63 @@ class ShardSet:
         sizes_px: Height and width of every image, int32 (N, 2).
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, indexes: Sequence[ShardIndex]) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, files: SetFiles, manifest: Manifest, indexes: Sequence[ShardIndex]) -> None:
+        self.files, self.location, self.manifest = files, files.location, manifest
         self.classes = tuple(category.name for category in manifest.categories)
         self.label_of_category = {category.id: label for label, category in enumerate(manifest.categories)}
         self.num_samples_of_shard = tuple(shard.num_samples for shard in manifest.shards)
         self.keys = np.array([key for index in indexes for key in index.keys])
-        self.image_ids = np.array([i for index in indexes for i in index.image_ids], np.int64)
-        self.sizes_px = np.array(
-            [size for index in indexes for size in zip(index.heights_px, index.widths_px, strict=True)], np.int32
-        ).reshape(-1, 2)
-        self._places = np.array(
-            [
-                (number, *place)
-                for number, index in enumerate(indexes)
-                for place in zip(
-                    index.image_offsets,
-                    index.image_bytes,
-                    index.notes_offsets,
-                    index.notes_bytes,
-                    index.crc32s,
-                    index.map_offsets or (0,) * len(index.keys),
-                    index.map_bytes or (0,) * len(index.keys),
-                    strict=True,
-                )
-            ],
-            np.int64,
-        ).reshape(-1, 8)
-        self._files = _ShardFiles([folder / shard.name for shard in manifest.shards])
+        self.image_ids = _column([index.image_ids for index in indexes])
+        self.sizes_px = np.stack(
+            [_column([getattr(index, name) for index in indexes]) for name in ("heights_px", "widths_px")], axis=1
+        ).astype(np.int32)
+        places = [[getattr(index, name) or (0,) * len(index.keys) for index in indexes] for name in _PLACE_COLUMNS]
+        shards = np.repeat(np.arange(len(indexes)), self.num_samples_of_shard)
+        self._places = np.stack([shards, *map(_column, places)], axis=1)
 
     @classmethod
-    def open(cls, folder: str | Path, classes: Sequence[str] = (), kind: SetKind | None = None) -> ShardSet:
-        """Opens a set and checks that it is whole: manifest, indexes and sizes, not every byte.
+    def open(
+        cls,
+        location: str | Path,
+        classes: Sequence[str] = (),
+        kind: SetKind | None = None,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 - frozen
+    ) -> ShardSet:
+        """Opens a set and checks that it is whole: manifest, indexes and, in a folder, sizes, not every byte.
 
         Args:
-            folder: Where it was packed to.
+            location: The folder it was packed to, or where it was put: see ``sources``.
             classes: The class names expected, in label order; empty takes the set's own.
             kind: The kind expected; ``None`` takes any.
+            cache: Where shards that are not in a folder are kept on this node.
 
         Raises:
             DataError: It is absent, unfinished, damaged (naming the shard), of another kind or of other classes.
         """
-        folder = Path(folder)
-        _require_manifest(folder)
-        manifest, _ = read_json_model(folder / MANIFEST, Manifest)
+        files = open_files(location, cache)
+        manifest = _parsed(files.manifest(), Manifest, located(files.location, MANIFEST))
         if manifest.format_version != FORMAT_VERSION:
             raise DataError(
-                f"format version of {folder / MANIFEST}",
+                f"format version of the set at {location}",
                 value=manifest.format_version,
                 rule=f"this version reads {FORMAT_VERSION}",
                 fix="pack the set again with --overwrite",
             )
         if kind not in (None, manifest.kind):
             raise DataError(
-                f"the shards in {folder} are packed for {manifest.kind}",
+                f"the shards in {location} are packed for {manifest.kind}",
                 rule=f"this needs a set for {kind}",
-                fix=f"choose another folder, or pack a set for {kind}: see `piip-scale shards pack --help`",
+                fix=f"choose another set, or pack one for {kind}: see `piip-scale shards pack --help`",
             )
         names = [category.name for category in manifest.categories]
         if classes and list(classes) != names:
             raise DataError(
-                f"classes of the shards in {folder}",
+                f"classes of the shards in {location}",
                 value=names,
                 rule=f"the config's classes are {list(classes)}",
                 fix="make them equal, in the same order",
             )
-        return cls(folder, manifest, [read_index(folder, shard) for shard in manifest.shards])
+        return cls(files, manifest, _read_indexes(files, manifest.shards))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -221,16 +223,37 @@ class ShardSet:
         first = sum(self.num_samples_of_shard[:shard])
         return range(first, first + self.num_samples_of_shard[shard])
 
+    def shard_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The shards that samples are in, by number, int64 as ``numbers``."""
+        shards: npt.NDArray[np.int64] = self._places[numbers, 0]
+        return shards
+
+    def fetch(self, shard: int, stop: Stop = NEVER) -> None:
+        """Has a shard ready for reading, by its number; nothing to do for a set in a folder.
+
+        Raises:
+            DataError: It does not come.
+            StoppedError: ``stop`` was set.
+        """
+        self.files.fetch(self.manifest.shards[shard], stop)
+
     def read(self, number: int) -> RawSample:
         """The bytes of a sample.
 
         Raises:
             DataError: Its shard is gone or cut off, which no other sample can make up for.
         """
-        shard, image_offset, image_bytes, notes_offset, notes_bytes, crc32, *_ = map(int, self._places[number])
-        image = self._files.read(shard, image_offset, image_bytes)
-        notes = self._files.read(shard, notes_offset, notes_bytes)
-        return RawSample(str(self.keys[number]), image, notes, crc32, self.label_map(number))
+        raw = self._raw(number)
+        if not self.files.is_remote or checksum(raw.image, raw.notes, raw.label_map) == raw.crc32:
+            return raw
+        # Perhaps only this node's copy of the shard is damaged, and the sample is whole where it comes from.
+        return self._raw(number) if self.files.mend(self._shard(number)) else raw
+
+    def _raw(self, number: int) -> RawSample:
+        _, image_at, image_bytes, notes_at, notes_bytes, crc32, map_at, map_bytes = map(int, self._places[number])
+        ranges = ((image_at, image_bytes), (notes_at, notes_bytes), (map_at, map_bytes))
+        image, notes, label_map = self.files.read(self._shard(number), ranges)
+        return RawSample(str(self.keys[number]), image, notes, crc32, label_map)
 
     def label_map(self, number: int) -> bytes:
         """The file of a sample's label map alone; empty where the set has none.
@@ -238,8 +261,8 @@ class ShardSet:
         Raises:
             DataError: Its shard is gone or cut off.
         """
-        shard, offset, num_bytes = (int(self._places[number, column]) for column in (0, 6, 7))
-        return self._files.read(shard, offset, num_bytes) if num_bytes else b""
+        offset, num_bytes = map(int, self._places[number, 6:8])
+        return self.files.read(self._shard(number), [(offset, num_bytes)])[0]
 
     def notes(self, number: int) -> dict[str, Any]:
         """A sample's annotations alone, as ``parse_notes`` gives them: the image is not read.
@@ -247,9 +270,12 @@ class ShardSet:
         Raises:
             DataError: Its shard is gone, or the annotations are damaged.
         """
-        shard, _, _, notes_offset, notes_bytes, crc32, *_ = map(int, self._places[number])
-        notes = self._files.read(shard, notes_offset, notes_bytes)
+        offset, num_bytes, crc32 = map(int, self._places[number, 3:6])
+        notes = self.files.read(self._shard(number), [(offset, num_bytes)])[0]
         return parse_notes(RawSample(str(self.keys[number]), b"", notes, crc32), self.manifest.kind)
+
+    def _shard(self, number: int) -> ShardInfo:
+        return self.manifest.shards[int(self._places[number, 0])]
 
     def coco_ground_truth(self) -> dict[str, Any]:
         """The set as a COCO dict (``images``, ``annotations``, ``categories``), as packed.
@@ -267,77 +293,31 @@ class ShardSet:
         return root
 
 
+def _column(of_shards: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.array(values, np.int64) for values in of_shards])
+
+
 def read_index(folder: Path, shard: ShardInfo) -> ShardIndex:
-    """The index of a shard, after checking that both are the manifest's.
+    """The index of a shard in a folder, after checking that both are the manifest's.
 
     Raises:
         DataError: The shard or its index is absent, or not the one that was packed.
     """
-    path = folder / shard.name
-    size_bytes = path.stat().st_size if path.is_file() else None
-    if size_bytes != shard.size_bytes:
-        raise DataError(
-            f"shard {path} is {'not there' if size_bytes is None else f'{size_bytes} bytes long'}",
-            rule=f"its manifest says {shard.size_bytes} bytes",
-            fix="copy it again, or pack the set again",
-        )
-    index, content = read_json_model(folder / shard.index_name, ShardIndex)
+    return _read_indexes(LocalFiles(str(folder)), [shard])[0]
+
+
+def _read_indexes(files: SetFiles, shards: Sequence[ShardInfo]) -> list[ShardIndex]:
+    contents = files.indexes(shards)
+    return [_checked_index(*each, files.location) for each in zip(contents, shards, strict=True)]
+
+
+def _checked_index(content: bytes, shard: ShardInfo, location: str) -> ShardIndex:
+    name = located(location, shard.index_name)
+    index = _parsed(content, ShardIndex, name)
     if sha256_of(content) != shard.index_sha256 or len(index.keys) != shard.num_samples:
         raise DataError(
-            f"index {folder / shard.index_name} is not the one that was packed",
+            f"index {name} is not the one that was packed",
             rule="its checksum must be the manifest's",
             fix="copy it again, or pack the set again",
         )
     return index
-
-
-def _require_manifest(folder: Path) -> None:
-    if (folder / MANIFEST).is_file():
-        return
-    if not folder.is_dir():
-        problem, fix = "is not there", "check the path, or pack the set with `piip-scale shards pack`"
-    elif any(folder.glob(SHARD_GLOB)):
-        problem, fix = "is unfinished: it has shards but no manifest", "run `piip-scale shards pack` again to finish it"
-    else:
-        problem, fix = "holds no shards", "pack a set with `piip-scale shards pack`"
-    raise DataError(f"shard folder {folder} {problem}", fix=fix)
-
-
-class _ShardFiles:
-    """Open files of the shards last read; each process opens its own."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = tuple(paths)
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def read(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        try:
-            content = os.pread(self._descriptor(shard), num_bytes, offset)
-        except OSError as error:
-            raise DataError(
-                f"shard {self._paths[shard]} cannot be read",
-                value=os.strerror(error.errno or 0),
-                fix="restore it, then start again: the run resumes where it stopped",
-            ) from error
-        if len(content) != num_bytes:
-            raise DataError(
-                f"shard {self._paths[shard]} ends before byte {offset + num_bytes}",
-                rule="it was cut off after it was opened",
-                fix="copy it again, or pack the set again",
-            )
-        return content
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            self._open[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-        self._open.move_to_end(shard)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_paths": self._paths, "_open": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -21,6 +22,7 @@ from typing_extensions import Self
 
 from piip_scale.config.run import DataConfig
 from piip_scale.data.batch import Batch
+from piip_scale.data.cache import GIB
 from piip_scale.data.order import (
     EpochOrder,
     Indices,
@@ -29,6 +31,7 @@ from piip_scale.data.order import (
     grouped_by_aspect,
     random_of,
 )
+from piip_scale.data.prefetch import Prefetcher, ShardUse, shard_use
 from piip_scale.data.sample import RawSample
 from piip_scale.data.shards import ShardSet
 from piip_scale.errors import DataError
@@ -44,6 +47,7 @@ Flag = Any
 # What Slurm, a terminal or a launcher sends to every process of a job: it is for the training process to act on.
 _PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _WATCH_SECONDS = 0.2
+_BATCHES_OF_WORKER = 2
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class ShardLoader(Generic[BatchT]):
         self.accumulation, self.group_by_aspect = accumulation, group_by_aspect
         self.num_seen = self.num_broken = 0
         self._named: set[str] = set()
+        self._told_of_cache = False
 
     @property
     def order(self) -> EpochOrder:
@@ -158,9 +163,12 @@ class ShardLoader(Generic[BatchT]):
         Raises:
             DataError: A shard is gone, or too many samples are broken.
         """
+        requests = self._requests(epoch, first_step)
+        return self._loaded(_Batches(self.shards, self.maker, requests, self.seed, epoch), requests, epoch + 1)
+
+    def _requests(self, epoch: int, first_step: int = 0) -> list[Indices]:
         share, order = self.order, self._epoch_order(epoch)
-        requests = [share.batch(order, step) for step in range(first_step, share.num_batches)]
-        return self._loaded(_Batches(self.shards, self.maker, requests, self.seed, epoch))
+        return [share.batch(order, step) for step in range(first_step, share.num_batches)]
 
     def _epoch_order(self, epoch: int) -> Indices:
         order = canonical_order(
@@ -185,27 +193,67 @@ class ShardLoader(Generic[BatchT]):
             rank=self.world.rank,
             batch_size=self.config.micro_batch_size,
         )
-        return self._loaded(_Batches(self.shards, self.maker, requests, self.seed, None))
+        return self._loaded(_Batches(self.shards, self.maker, requests, self.seed, None), requests)
 
-    def _loaded(self, batches: _Batches[BatchT]) -> Iterator[BatchT]:
-        closing = _closing(os.getpid())
+    def _loaded(
+        self, batches: _Batches[BatchT], requests: Sequence[np.ndarray], next_epoch: int | None = None
+    ) -> Iterator[BatchT]:
+        ends = _closing(os.getpid()), _flag()
         loader = DataLoader(
             batches,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.config.workers,
+            prefetch_factor=_BATCHES_OF_WORKER if self.config.workers else None,
             # Python 3.14 starts processes in another way, which would open every shard's index again.
             multiprocessing_context="fork" if self.config.workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=partial(_start_worker, closing, os.getpid()),
+            worker_init_fn=partial(_start_worker, ends, os.getpid()),
             # Without one of its own it would draw from the global generator, and a resumed run would differ.
             generator=torch.Generator(),
         )
-        for loaded in _named_worker_deaths(loader, closing):
-            if isinstance(loaded, DataError):
-                raise loaded
-            self._count(loaded)
-            yield loaded.packed.batch()
+        with contextlib.closing(self._prefetcher(requests, next_epoch)) as prefetcher:
+            # Workers ask for batches that nobody has taken yet.
+            begun = self.config.workers * _BATCHES_OF_WORKER
+            prefetcher.advance(begun)
+            for number, loaded in enumerate(_named_worker_deaths(loader, ends, prefetcher.start)):
+                if isinstance(loaded, DataError):
+                    raise loaded
+                prefetcher.advance(number + 1 + begun)
+                self._count(loaded)
+                yield loaded.packed.batch()
+
+    def _prefetcher(self, requests: Sequence[np.ndarray], next_epoch: int | None) -> Prefetcher:
+        """Fetches the shards of these batches in time, and then those that the next epoch begins with."""
+        ahead = self.config.cache.prefetch_shards
+        if not self.shards.files.is_remote or not ahead:
+            return Prefetcher(self.shards.fetch, (), (), 0)
+        use = self._use(requests)
+        self._warn_of_small_cache(use)
+        then = [] if next_epoch is None else self._use(self._requests(next_epoch)).shards[:ahead].tolist()
+        first_batch = use.first_batch.tolist() + [len(requests)] * len(then)
+        return Prefetcher(self.shards.fetch, use.shards.tolist() + then, first_batch, ahead)
+
+    def _warn_of_small_cache(self, use: ShardUse) -> None:
+        """Says once a node that its cache cannot hold what is in use at a time, so that shards come more than once."""
+        sizes = [shard.size_bytes for shard in self.shards.manifest.shards]
+        limit_gib, ranks = self.config.cache.limit_gib, self.world.ranks_per_node
+        needed_gib = min(use.most_bytes_at_once(sizes) * ranks, sum(sizes)) / GIB
+        if self._told_of_cache or self.world.local_rank or needed_gib <= limit_gib:
+            return
+        self._told_of_cache = True
+        get_logger(__name__).warning(
+            "%s: the %d rank(s) of a node read up to %.3g GiB of shards at a time, and data.cache.limit_gib=%.3g: "
+            "shards will be fetched again and again; raise it, bring data.num_streams nearer to the number of ranks, "
+            "or pack smaller shards",
+            self.shards.location,
+            ranks,
+            needed_gib,
+            limit_gib,
+        )
+
+    def _use(self, requests: Sequence[np.ndarray]) -> ShardUse:
+        return shard_use([self.shards.shard_of(numbers) for numbers in requests])
 
     def _count(self, loaded: _Loaded[BatchT]) -> None:
         self.num_seen += loaded.num_samples
@@ -218,7 +266,7 @@ class ShardLoader(Generic[BatchT]):
         share = self.num_broken / max(self.num_seen, len(self.shards) / self.world.num_ranks)
         if share > self.config.max_broken_share:
             raise DataError(
-                f"too many broken samples in {self.shards.folder}: {self.num_broken}, last {sorted(self._named)[-1]}",
+                f"too many broken samples in {self.shards.location}: {self.num_broken}, last {sorted(self._named)[-1]}",
                 value=round(share, 4),
                 rule=f"at most a share of {self.config.max_broken_share} of an epoch (data.max_broken_share)",
                 fix="pack the set again, or raise the share",
@@ -277,9 +325,13 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _named_worker_deaths(loader: DataLoader[_Made], closing: Flag) -> Iterator[_Made]:
+def _named_worker_deaths(
+    loader: DataLoader[_Made], ends: tuple[Flag, Flag], on_start: Callable[[], None]
+) -> Iterator[_Made]:
+    closing, leaving = ends
     try:
         iterator = iter(loader)
+        on_start()
         # Last registered, first called: before torch waits seconds for workers that do not know of the end.
         atexit.unregister(_announce_end)
         atexit.register(_announce_end, closing)
@@ -294,11 +346,18 @@ def _named_worker_deaths(loader: DataLoader[_Made], closing: Flag) -> Iterator[_
             rule="most often of too little memory, or too little room in /dev/shm",
             fix="use fewer data.workers",
         ) from error
+    finally:
+        # Before torch waits seconds for workers that wait for a shard themselves.
+        leaving.value = True
 
 
 @cache
 def _closing(pid: int) -> Flag:
     """Becomes true once the process with that id is about to end."""
+    return _flag()
+
+
+def _flag() -> Flag:
     # Not an Event: setting one waits for whoever waits for it, and hangs where such a process was killed.
     return multiprocessing.RawValue(ctypes.c_bool, False)
 
@@ -307,7 +366,7 @@ def _announce_end(closing: Flag) -> None:
     closing.value = True
 
 
-def _start_worker(closing: Flag, parent_pid: int, _: int) -> None:
+def _start_worker(ends: Sequence[Flag], parent_pid: int, _: int) -> None:
     """Leaves the job's signals to the parent, which saves and stops; the worker ends with it, however it ends."""
     import cv2
 
@@ -316,7 +375,7 @@ def _start_worker(closing: Flag, parent_pid: int, _: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
-        while not closing.value and os.getppid() == parent_pid:
+        while not any(end.value for end in ends) and os.getppid() == parent_pid:
             time.sleep(_WATCH_SECONDS)
         os._exit(0)
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from piip_scale.data.files import sha256_of_file
+from piip_scale.config.run import CacheConfig
 from piip_scale.data.geometry import Geometry, Window
 from piip_scale.data.label_maps import decode_mapped
 from piip_scale.data.pool import map_in_processes, num_processes
 from piip_scale.data.sample import Image, RawSample, SetKind, check_size, decode_image, decode_labelled, decode_sample
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.transforms import apply_geometry
-from piip_scale.errors import DataError
+from piip_scale.errors import DataError, FetchError
 
 _DIGEST_BYTES = 16
 _ROUNDING_PX = 1e-6
+# Of a set that is in no folder: each process reads one shard at a time.
+_CACHE_GIB = 16.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class _Findings:
 
 
 def verify_shards(
-    folder: str | Path,
+    location: str | Path,
     *,
     other: str | Path | None = None,
     workers: int | None = None,
@@ -57,7 +60,7 @@ def verify_shards(
     """Checks every shard's checksum, decodes every sample, and looks at every label, label map, box and mask.
 
     Args:
-        folder: The set.
+        location: The set; where it is in no folder, it is fetched anew.
         other: Another set that must not share images with it, such as the validation set. Images are compared by
             their pixels, however they are stored.
         workers: Processes; all cores where not given.
@@ -66,7 +69,15 @@ def verify_shards(
     Raises:
         DataError: A set is unfinished, or a shard or index is absent: then there is nothing to read.
     """
-    sets = [ShardSet.open(path) for path in (folder, other) if path is not None]
+    with tempfile.TemporaryDirectory(prefix="piip_scale_verify_") as folder:
+        cache = CacheConfig(folder=folder, limit_gib=_CACHE_GIB)
+        sets = [ShardSet.open(place, cache=cache) for place in (location, other) if place is not None]
+        return _verify_sets(sets, workers, on_progress)
+
+
+def _verify_sets(
+    sets: Sequence[ShardSet], workers: int | None, on_progress: Callable[[int, int], None] | None
+) -> VerifyReport:
     jobs = [(shards, number) for shards in sets for number in range(len(shards.manifest.shards))]
     total, num_done = sum(map(len, sets)), 0
 
@@ -76,7 +87,7 @@ def verify_shards(
         if on_progress is not None:
             on_progress(num_done, total)
 
-    read = partial(_read_shard, sets[0].folder, other is not None)
+    read = partial(_read_shard, sets[0].location, len(sets) > 1)
     found = map_in_processes(read, jobs, num_processes(workers, len(jobs)), advance)
     here, there = found[: len(sets[0].manifest.shards)], found[len(sets[0].manifest.shards) :]
     keys_there = {digest: key for findings in there for digest, key in findings.digests}
@@ -91,13 +102,17 @@ def verify_shards(
     )
 
 
-def _read_shard(checked_folder: Path, compare: bool, job: tuple[ShardSet, int]) -> _Findings:
+def _read_shard(checked_location: str, compare: bool, job: tuple[ShardSet, int]) -> _Findings:
     """Everything about a shard of the set under check; of another set, only what its images are."""
     shards, number = job
     info = shards.manifest.shards[number]
-    is_checked = shards.folder == checked_folder
+    is_checked = shards.location == checked_location
     problems, digests, num_targets = [], [], 0
-    if is_checked and sha256_of_file(shards.folder / info.name) != info.sha256:
+    try:
+        shards.fetch(number)
+    except FetchError as error:
+        return _Findings(0, (str(error),), ())
+    if is_checked and shards.files.sha256(info) != info.sha256:
         problems.append(f"shard {info.name} changed since it was packed: its SHA-256 is not the manifest's")
     look = _LOOKS[shards.manifest.kind] if is_checked else _look_at_pixels
     for index in shards.numbers_of_shard(number):

@@ -19,6 +19,9 @@ from piip_scale.telemetry.memory import peak_memory_bytes
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 from piip_scale.world import World
 
+# Beside the losses, which saves a collective of its own.
+_BROKEN = "broken samples"
+
 
 class Sink(Protocol):
     """Where a run tells what happens: ``Telemetry`` on the main rank, ``Silence`` on the others."""
@@ -86,26 +89,31 @@ class Tell:
         every: int,
         total_steps: int,
         utilisation: Utilisation,
+        num_broken: Callable[[], int],
     ) -> None:
+        self._num_broken = num_broken
         self._sink, self._run, self._world, self._device = sink, run, world, device
         self._every, self._total, self._utilisation = every, total_steps, utilisation
 
     def after_step(self, report: StepReport) -> None:
         """Every rank takes part in the means."""
         logged = report.step % self._every == 0 or report.step == self._total
+        num_broken = None
         if logged:
-            losses = mean_over_ranks(report.result.losses)
+            broken = torch.tensor(float(self._num_broken()), device=self._device)
+            losses = mean_over_ranks(report.result.losses | {_BROKEN: broken})
+            num_broken = round(losses.pop(_BROKEN) * self._world.num_ranks)
         elif self._world.is_main:
             losses = {name: value.item() for name, value in report.result.losses.items()}
         if not self._world.is_main:
             return
         if not report.result.applied:
             self._sink.event(report.step, "step not applied: its loss or gradient was not finite")
-        self._sink.step(self._record(report, losses))
+        self._sink.step(self._record(report, losses, num_broken))
         if logged:
             self._run.write_status("running", report.step)
 
-    def _record(self, report: StepReport, losses: Mapping[str, float]) -> StepRecord:
+    def _record(self, report: StepReport, losses: Mapping[str, float], num_broken: int | None) -> StepRecord:
         tflops = self._utilisation.tflops(report.result.sizes_px, report.seconds)
         return StepRecord(
             step=report.step,
@@ -118,6 +126,7 @@ class Tell:
             grad_norm=report.result.grad_norm,
             model_tflops=tflops,
             mfu=self._utilisation.mfu(tflops),
+            broken_samples=num_broken,
         )
 
     def at_stop(self, step: int) -> None:

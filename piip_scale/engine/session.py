@@ -159,7 +159,16 @@ class _Training:
         averaging: list[Hook] = [Average(self._average)] if self._average else []
         return [
             *averaging,
-            Tell(self._sink, session.run, session.world, self._device, train.log_every_steps, total_steps, use),
+            Tell(
+                self._sink,
+                session.run,
+                session.world,
+                self._device,
+                train.log_every_steps,
+                total_steps,
+                use,
+                self._task.num_broken_samples,
+            ),
             TellStart(self._sink, clock),
             Save(self._checkpointer, self._sink, train.checkpoint_every_steps, first_step),
             Evaluate(self._evaluate, self._sink, train.evaluate_every_steps),

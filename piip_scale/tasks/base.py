@@ -170,6 +170,10 @@ class Task(Protocol):
         """Micro-batches of one epoch, the same on every rank."""
         ...
 
+    def num_broken_samples(self) -> int:
+        """Training samples that this rank had to replace since it started."""
+        ...
+
     def val_batches(self) -> Iterable[Batch]:
         """This rank's share of the validation set; equally many batches on every rank (the tail repeats samples)."""
         ...

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from piip_scale.config.run import RunConfig
-from piip_scale.data.shards import MANIFEST, ShardSet
+from piip_scale.data.set_files import has_manifest
+from piip_scale.data.shards import ShardSet
 from piip_scale.errors import ConfigError
 
 
@@ -33,7 +32,7 @@ def told_classes(config: RunConfig) -> tuple[str, ...]:
     """
     if config.data.classes:
         return config.data.classes
-    for folder in (config.data.val_shards, config.data.train_shards):
-        if (Path(folder) / MANIFEST).is_file():
-            return ShardSet.open(folder).classes
+    for location in (config.data.val_shards, config.data.train_shards):
+        if has_manifest(location, config.data.cache):
+            return ShardSet.open(location, cache=config.data.cache).classes
     return ()

@@ -47,11 +47,11 @@ class DetectionTask(ShardTask[DetectionRun, DetectionBatch]):
     def _check_train_shards(self, shards: ShardSet) -> None:
         if self.config.data.polygons and not shards.manifest.has_masks:
             raise DataError(
-                f"the shards in {shards.folder} hold boxes without masks", rule="data.polygons=True needs masks"
+                f"the shards in {shards.location} hold boxes without masks", rule="data.polygons=True needs masks"
             )
         if self.config.detector.kind in MASK_KINDS and not shards.manifest.has_masks:
             raise DataError(
-                f"the shards in {shards.folder} hold boxes without masks",
+                f"the shards in {shards.location} hold boxes without masks",
                 rule=f"detector.kind={self.config.detector.kind!r} trains on masks",
                 fix="set detector.kind='faster_rcnn'",
             )

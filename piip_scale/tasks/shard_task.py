@@ -43,7 +43,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
 
     def __init__(self, config: ConfigT, world: World) -> None:
         self.config, self.world = config, world
-        self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes, self.set_kind)
+        self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes, self.set_kind, config.data.cache)
         self._val_loader = self._loader(self.val_shards)
 
     @property
@@ -81,6 +81,10 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         """Micro-batches of one epoch, the same on every rank."""
         return len(self._train_loader)
 
+    def num_broken_samples(self) -> int:
+        """Training samples that this rank had to replace since it started."""
+        return self._train_loader.num_broken
+
     def val_batches(self) -> Iterator[BatchT]:
         """This rank's share of the validation set; equally many batches on every rank, the last repeat samples."""
         return self._val_loader.val_batches()
@@ -116,7 +120,8 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
 
     @cached_property
     def _train_loader(self) -> ShardLoader[BatchT]:
-        shards = ShardSet.open(self.config.data.train_shards, self.classes, self.set_kind)
+        data = self.config.data
+        shards = ShardSet.open(data.train_shards, self.classes, self.set_kind, data.cache)
         self._check_train_shards(shards)
         return self._loader(shards)
 

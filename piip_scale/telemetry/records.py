@@ -22,6 +22,8 @@ class StepRecord:
         grad_norm: Norm of the whole gradient before clipping, ``None`` where it is not computed.
         model_tflops: TFLOP/s of this rank by the count of the network's multiply-adds, waiting included.
         mfu: Their share of the device's peak, ``None`` where that is not known.
+        broken_samples: Training samples that all ranks together had to replace since they started, ``None`` between
+            the steps that are written.
     """
 
     step: int
@@ -34,6 +36,7 @@ class StepRecord:
     grad_norm: float | None = None
     model_tflops: float | None = None
     mfu: float | None = None
+    broken_samples: int | None = None
 
     @property
     def total_loss(self) -> float:

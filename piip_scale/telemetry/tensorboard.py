@@ -90,6 +90,7 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
         "train/grad_norm": record.grad_norm,
         "throughput/model_tflops_per_rank": record.model_tflops,
         "throughput/mfu": record.mfu,
+        "data/broken_samples": record.broken_samples,
     }
     return values | {tag: value for tag, value in optional.items() if value is not None}
 

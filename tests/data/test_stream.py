@@ -12,19 +12,13 @@ import psutil
 import pytest
 import torch
 from made_sets import SHARED, make_coco
+from streams import content, loader
 
-from piip_scale.config.detection import AugmentConfig, DetectionData
+from piip_scale.config.detection import AugmentConfig
 from piip_scale.data.batch import MASK_SIZE_PX
-from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.pack import pack_coco
 from piip_scale.data.shards import ShardSet
-from piip_scale.data.stream import ShardLoader
 from piip_scale.errors import DataError
-from piip_scale.world import World
-
-AUGMENT = AugmentConfig(
-    jitter_scale=(0.5, 2.0), crop_px=(96, 96), short_edge_px=(64,), max_edge_px=100, pad_multiple_px=32
-)
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +32,6 @@ def packed(tmp_path_factory):
 def own_packed(tmp_path):
     pack_coco(*make_coco(tmp_path, 20), tmp_path / "out", target_samples=7)
     return tmp_path / "out"
-
-
-def loader(folder, *, rank=0, num_ranks=1, accumulation=1, **keys):
-    keys = {"micro_batch_size": 4, "num_streams": 12, "workers": 0, "augment": AUGMENT} | keys
-    config = DetectionData(train_shards=str(folder), val_shards=str(folder), **keys)
-    world = World(rank=rank, num_ranks=num_ranks, ranks_per_node=num_ranks, local_rank=rank)
-    shards = ShardSet.open(folder)
-    samples = DetectionSamples(shards, config.augment)
-    return ShardLoader(shards, config, samples, seed=3, world=world, accumulation=accumulation)
-
-
-def content(batch):
-    """Everything of each image of a batch, by key, without the padding."""
-    found = {}
-    for image, instances, info in zip(batch.images_BHWC, batch.instances, batch.infos, strict=True):
-        tensors = (instances.boxes_xyxy_px, instances.labels, instances.is_crowd, instances.mini_masks)
-        pixels = image[: info.size_px[0], : info.size_px[1]]
-        found[info.key] = (info, *(None if t is None else t.numpy().tobytes() for t in (pixels, *tensors)))
-    return found
 
 
 def test_batches_are_as_promised(packed):

@@ -9,6 +9,7 @@ from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation, peak_of, peak_tflops
 from piip_scale.models.counting import count_network
+from piip_scale.telemetry.tensorboard import step_scalars
 from piip_scale.world import World
 
 
@@ -24,7 +25,14 @@ class Heard(Silence):
 def tell_of(heard, folder, peak_tflops=None):
     utilisation = Utilisation(tiny_config().model, peak_tflops)
     return Tell(
-        heard, RunDirectory(folder), World(), torch.device("cpu"), every=2, total_steps=5, utilisation=utilisation
+        heard,
+        RunDirectory(folder),
+        World(),
+        torch.device("cpu"),
+        every=2,
+        total_steps=5,
+        utilisation=utilisation,
+        num_broken=lambda: 3,
     )
 
 
@@ -40,6 +48,19 @@ def test_every_step_that_is_written_tells_means_over_ranks(tmp_path, monkeypatch
     for step in range(1, 6):
         tell.after_step(report_of(step))
     assert heard.losses == {1: 1.0, 2: 7.0, 3: 1.0, 4: 7.0, 5: 7.0}
+
+
+def test_broken_samples_are_told_of_all_ranks_together(tmp_path, monkeypatch):
+    # Ranks have replaced 3, 5, 0 and 4: the mean that the collective gives is 3.
+    monkeypatch.setattr(hooks, "mean_over_ranks", lambda losses: {name: value.item() for name, value in losses.items()})
+    heard = Heard()
+    tell = tell_of(heard, tmp_path)
+    tell._world = World(num_ranks=4)
+    for step in (1, 2):
+        tell.after_step(report_of(step))
+    assert [record.broken_samples for record in heard.records] == [None, 12]
+    assert "data/broken_samples" not in step_scalars(heard.records[0], 1.0)
+    assert step_scalars(heard.records[1], 1.0)["data/broken_samples"] == 12
 
 
 def test_utilisation_is_six_flops_a_multiply_add_of_the_network_over_the_peak(tmp_path):

@@ -163,6 +163,9 @@ class TinyTask:
     def num_train_batches(self) -> int:
         return self.batches
 
+    def num_broken_samples(self) -> int:
+        return 0
+
     def val_batches(self):
         for micro in range(4 // self.world.num_ranks):
             yield make_batch(10_000 + micro * self.world.num_ranks + self.world.rank, 2)

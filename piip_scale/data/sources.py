@@ -1,0 +1,306 @@
+"""Where a packed set lies, and how the bytes of its files come from there.
+
+A location is a folder, ``http(s)://``, ``s3://`` or ``gs://`` through fsspec, or ``pipe:`` and a shell command. In it
+``{name}`` stands for the name of a file of the set; a location without it is a folder, and the name follows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import selectors
+import shlex
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import IO, Any, Protocol
+
+from piip_scale.errors import DataError
+
+PIPE = "pipe:"
+NAME = "{name}"
+
+Stop = threading.Event
+"""Set when nobody waits for a transfer any more."""
+
+NEVER = Stop()
+
+# A failed try costs at most a block; each is a request of its own, so small ones cost time.
+_BLOCK_BYTES = 8 << 20
+_PIPE_BYTES = 1 << 20
+_POLL_S = 0.1
+# Statuses of a client's fault that may pass: a timeout, too early, too many requests.
+_PASSING = {408, 425, 429}
+_NO_SUCH_COMMAND = (126, 127)
+# What fsspec needs for each kind of location, and the extra of this package that brings it.
+_EXTRAS = {"http": "", "https": "", "s3": "s3", "gs": "gcs"}
+
+
+class TransferError(Exception):
+    """A try that failed.
+
+    Attributes:
+        is_final: Another one would fail too.
+    """
+
+    def __init__(self, reason: str, *, is_final: bool = False) -> None:
+        super().__init__(reason)
+        self.is_final = is_final
+
+
+class SpoiltError(TransferError):
+    """What came, came to its end, and is not the file."""
+
+
+class StoppedError(Exception):
+    """Nobody waits for the transfer any more."""
+
+
+class Source(Protocol):
+    """Where the files of a set come from.
+
+    Attributes:
+        location: As the user wrote it.
+        resumes: Can begin in the middle of a file.
+    """
+
+    location: str
+    resumes: bool
+
+    def stream(self, name: str, begin: int, num_bytes: int | None, stop: Stop) -> Iterator[bytes]:
+        """The bytes of a file from ``begin`` to its end.
+
+        Args:
+            name: Of the file.
+            begin: 0 where the source cannot resume.
+            num_bytes: Length of the file, ``None`` where that is not known.
+            stop: Ends the transfer when set.
+
+        Raises:
+            TransferError: They did not come.
+            StoppedError: ``stop`` was set.
+        """
+        ...
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is no folder of this machine."""
+    return location.startswith(PIPE) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
+
+
+def open_source(location: str, stall_s: float) -> Source:
+    """The source at a remote location.
+
+    Raises:
+        DataError: There is no such kind of location, or what it needs is not installed.
+    """
+    return PipeSource(location, stall_s) if location.startswith(PIPE) else ObjectSource(location, stall_s)
+
+
+class ObjectSource:
+    """Files behind a URL, read block by block through fsspec.
+
+    Options of its clients are fsspec's own to read: ``FSSPEC_S3_ENDPOINT_URL`` and the like, or its config files.
+
+    Raises:
+        DataError: As ``open_source``.
+    """
+
+    resumes = True
+
+    def __init__(self, location: str, stall_s: float) -> None:
+        self.location, self._stall_s = location, stall_s
+        self._protocol = location.partition("://")[0].lower()
+        if self._protocol not in _EXTRAS:
+            raise DataError(
+                f"location of shards {location}",
+                rule=f"a folder, {', '.join(f'{protocol}://' for protocol in _EXTRAS)} or {PIPE}COMMAND",
+                fix=f"for other storage, name the command that reads it: {PIPE}COMMAND {NAME}",
+            )
+        self._filesystem_of: tuple[int, Any] | None = None
+        self._filesystem()
+
+    def stream(self, name: str, begin: int, num_bytes: int | None, stop: Stop) -> Iterator[bytes]:
+        """As in ``Source``."""
+        if num_bytes is None:
+            yield self._block(name, None, None, stop)
+            return
+        while begin < num_bytes:
+            end = min(begin + _BLOCK_BYTES, num_bytes)
+            block = self._block(name, begin, end, stop)
+            # A server that knows no ranges sends the whole file, whatever it is asked for.
+            if len(block) == num_bytes:
+                block, end = block[begin:], num_bytes
+            if len(block) != end - begin:
+                raise SpoiltError(f"{len(block)} bytes came where {end - begin} of its {num_bytes} should")
+            yield block
+            begin = end
+
+    def _block(self, name: str, begin: int | None, end: int | None, stop: Stop) -> bytes:
+        try:
+            filesystem = self._filesystem()
+            read = filesystem._cat_file(self._path(filesystem, name), start=begin, end=end, **self._request())
+            future = asyncio.run_coroutine_threadsafe(read, filesystem.loop)
+            return _awaited(future, None if self._is_http else self._stall_s, stop)
+        except StoppedError:
+            raise
+        # The clients' errors have no base of their own in common.
+        except Exception as error:
+            raise TransferError(self._reason(error), is_final=_is_final(error)) from error
+
+    @property
+    def _is_http(self) -> bool:
+        return self._protocol in ("http", "https")
+
+    def _request(self) -> Mapping[str, Any]:
+        """What http is told with every request; the other clients wait for a block as long as for a stall."""
+        if not self._is_http:
+            return {}
+        import aiohttp
+
+        wait = aiohttp.ClientTimeout(total=None, sock_connect=self._stall_s, sock_read=self._stall_s)
+        return {"timeout": wait}
+
+    def _path(self, filesystem: Any, name: str) -> str:
+        path: str = filesystem._strip_protocol(located(self.location, name))
+        return path
+
+    def _filesystem(self) -> Any:
+        # Its connections belong to a thread of the process that made it; loader processes make their own.
+        if self._filesystem_of is None or self._filesystem_of[0] != os.getpid():
+            self._filesystem_of = os.getpid(), self._new_filesystem()
+        return self._filesystem_of[1]
+
+    def _new_filesystem(self) -> Any:
+        import fsspec
+
+        options: dict[str, Any] = {"skip_instance_cache": True}
+        if self._is_http:
+            told = fsspec.config.conf.get("http", {})
+            options["client_kwargs"] = {"trust_env": True} | told.get("client_kwargs", {})
+            options["headers"] = {"Accept-Encoding": "identity"} | told.get("headers", {})
+        try:
+            return fsspec.filesystem(self._protocol, **options)
+        except ImportError as error:
+            extra = _EXTRAS[self._protocol]
+            raise DataError(
+                f"shards at {self.location} need a package that is not installed",
+                value=str(error).splitlines()[0],
+                fix=f"pip install 'piip-scale[{extra}]'" if extra else "pip install aiohttp",
+            ) from None
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, FileNotFoundError):
+            return "it is not there"
+        if isinstance(error, TimeoutError | asyncio.TimeoutError | FutureTimeout):
+            return f"nothing came for {self._stall_s:g} s"
+        if (status := getattr(error, "status", None)) is not None:
+            return f"{status} {getattr(error, 'message', '')}".strip()
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_filesystem_of": None}
+
+
+class PipeSource:
+    """Files that a shell command writes to its standard output, as webdataset's ``pipe:`` does.
+
+    Raises:
+        DataError: The command does not say where the file's name goes.
+    """
+
+    resumes = False
+
+    def __init__(self, location: str, stall_s: float) -> None:
+        self.location, self._stall_s = location, stall_s
+        if NAME not in location:
+            raise DataError(
+                f"location of shards {location}",
+                rule=f"the command reads one file of the set; {NAME} stands for its name",
+                fix=f"write it as in {PIPE}curl -sf https://host/train/{NAME}",
+            )
+
+    def stream(self, name: str, begin: int, num_bytes: int | None, stop: Stop) -> Iterator[bytes]:
+        """As in ``Source``; always from the start."""
+        command = located(self.location.removeprefix(PIPE), shlex.quote(name))
+        with tempfile.TemporaryFile() as errors, _running(command, errors) as process:
+            assert process.stdout is not None
+            yield from self._output(process.stdout, stop)
+            code = process.wait(self._stall_s)
+            if code:
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+                reason = ": ".join([f"the command ended with exit code {code}", *said])
+                raise TransferError(reason, is_final=code in _NO_SUCH_COMMAND)
+
+    def _output(self, stdout: IO[bytes], stop: Stop) -> Iterator[bytes]:
+        last = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            while not stop.is_set():
+                if selector.select(_POLL_S):
+                    if not (block := os.read(stdout.fileno(), _PIPE_BYTES)):
+                        return
+                    yield block
+                    last = time.monotonic()
+                elif time.monotonic() - last > self._stall_s:
+                    raise TransferError(f"nothing came for {self._stall_s:g} s")
+        raise StoppedError
+
+
+def located(location: str, name: str) -> str:
+    """The location of a file of the set at ``location``."""
+    return location.replace(NAME, name) if NAME in location else f"{location.rstrip('/')}/{name}"
+
+
+def _awaited(future: Future[bytes], longest_s: float | None, stop: Stop) -> bytes:
+    end = time.monotonic() + (longest_s if longest_s is not None else float("inf"))
+    while True:
+        try:
+            return future.result(_POLL_S)
+        except CancelledError:
+            raise StoppedError from None
+        except FutureTimeout:
+            if future.done() or time.monotonic() > end:
+                future.cancel()
+                raise
+        if stop.is_set():
+            future.cancel()
+            raise StoppedError
+
+
+def _is_final(error: Exception) -> bool:
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in _PASSING
+    return isinstance(error, FileNotFoundError | PermissionError | ValueError) or "Credential" in type(error).__name__
+
+
+@contextlib.contextmanager
+def _running(command: str, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """A shell that does not outlive the block, nor what it started."""
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    except subprocess.TimeoutExpired:
+        raise TransferError("the command closed its output and did not end") from None
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()

@@ -1,0 +1,34 @@
+"""Loaders over made sets wherever they lie, and what their batches hold."""
+
+from piip_scale.config.detection import AugmentConfig, DetectionData
+from piip_scale.data.detection import DetectionSamples
+from piip_scale.data.shards import ShardSet
+from piip_scale.data.stream import ShardLoader
+from piip_scale.world import World
+
+AUGMENT = AugmentConfig(
+    jitter_scale=(0.5, 2.0), crop_px=(96, 96), short_edge_px=(64,), max_edge_px=100, pad_multiple_px=32
+)
+
+
+def loader(location, *, rank=0, num_ranks=1, accumulation=1, **keys):
+    keys = {"micro_batch_size": 4, "num_streams": 12, "workers": 0, "augment": AUGMENT} | keys
+    config = DetectionData(train_shards=str(location), val_shards=str(location), **keys)
+    world = World(rank=rank, num_ranks=num_ranks, ranks_per_node=num_ranks, local_rank=rank)
+    shards = ShardSet.open(location, cache=config.cache)
+    samples = DetectionSamples(shards, config.augment)
+    return ShardLoader(shards, config, samples, seed=3, world=world, accumulation=accumulation)
+
+
+def content(batch):
+    """Everything of each image of a batch, by key, without the padding."""
+    found = {}
+    for image, instances, info in zip(batch.images_BHWC, batch.instances, batch.infos, strict=True):
+        tensors = (instances.boxes_xyxy_px, instances.labels, instances.is_crowd, instances.mini_masks)
+        pixels = image[: info.size_px[0], : info.size_px[1]]
+        found[info.key] = (info, *(None if t is None else t.numpy().tobytes() for t in (pixels, *tensors)))
+    return found
+
+
+def keys_of(batches):
+    return [info.key for batch in batches for info in batch.infos]
