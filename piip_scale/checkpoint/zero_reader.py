@@ -30,6 +30,10 @@ flat master weights."""
 UPDATES = "updates"
 """Key in these files of how often they were updated."""
 
+SWAPPED = "swapped"
+"""Key in our saves' files of optimiser states, where those live on a disk: for each flat tensor that did, its elements
+and where beside the file the raw ones of itself and its states are; ``None`` for the others."""
+
 # A mapped file's pages count as this process's memory until it is unmapped: so much for all files together, but at
 # least so much for each.
 _MAPPED_BYTES = 64 << 20
@@ -209,7 +213,9 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals(list(_STAND_INS)):
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if not unsafe:
-                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                _attach_swapped(content, path.parent)
+                return content
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read: {reason}", fix="take another checkpoint") from error
@@ -219,6 +225,23 @@ def _load(path: Path) -> Any:
         rule="only tensors, plain Python values and DeepSpeed's own records are read",
         fix="save such objects as plain values or tensors",
     )
+
+
+def _attach_swapped(content: Any, folder: Path) -> None:
+    """Puts tensors that were on a disk into the places where the file has empty ones; mapped, not read."""
+    for index, swapped in enumerate(content.get(SWAPPED, ())):
+        if swapped is None:
+            continue
+        numel, place = swapped
+        optimizer = content["optimizer_state_dict"]
+        optimizer["fp32_flat_groups"][index] = _raw(folder / f"{place}.tensor.swp", numel)
+        states = optimizer["optimizer_state_dict"]["state"].get(index, {})
+        for key in [key for key, value in states.items() if torch.is_tensor(value) and value.numel() == 0]:
+            states[key] = _raw((folder / place).with_name(f"{key}-{Path(place).name}.tensor.swp"), numel)
+
+
+def _raw(path: Path, numel: int) -> Tensor:
+    return torch.from_file(str(path), shared=False, size=numel, dtype=torch.float32)
 
 
 def _find_files(folder: Path) -> Path:

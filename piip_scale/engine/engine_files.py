@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from piip_scale.checkpoint.zero_reader import SWAPPED
+from piip_scale.engine.disk_offload import swapped_files
+from piip_scale.engine.partitions import frozen_parts
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors
 
@@ -32,7 +35,7 @@ def engine_files(
     Raises:
         CheckpointError: The disk refuses what DeepSpeed copies from another: optimiser state that lives on a disk.
     """
-    catch = _Catch(keep)
+    catch = _Catch(engine, keep)
     with disk_errors(CheckpointError, f"write checkpoint {folder}"), _instead_of_writing(engine, catch):
         engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
     return {str(path.relative_to(folder)): content for path, content in catch.files.items()}
@@ -41,12 +44,20 @@ def engine_files(
 class _Catch:
     """Stands in for DeepSpeed's checkpoint engine, with the methods that deepspeed 0.19.8 calls while it saves."""
 
-    def __init__(self, keep: Callable[[object], Any]) -> None:
+    def __init__(self, engine: DeepSpeedEngine, keep: Callable[[object], Any]) -> None:
         self.files: dict[Path, Any] = {}
-        self._keep = keep
+        self._engine, self._keep = engine, keep
 
-    def save(self, state_dict: object, path: str) -> None:
-        self.files[Path(path)] = self._keep(state_dict)
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        self.files[Path(path)] = self._keep(state_dict | self._off_disk(state_dict))
+
+    def _off_disk(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What deepspeed 0.19.8 leaves out of a file where the tensors are on a disk."""
+        if self._engine.zero_nvme_offload_optimizer() and "optimizer_state_dict" in state_dict:
+            return {SWAPPED: swapped_files(self._engine)}
+        if state_dict.get("frozen_param_fragments") and self._engine.zero_optimization_stage() == 3:
+            return {"frozen_param_fragments": {s.name: data.clone() for s, data in frozen_parts(self._engine)}}
+        return {}
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Folders are made by who writes into them."""

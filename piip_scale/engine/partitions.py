@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from piip_scale.engine.disk_offload import is_on_disk
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -60,6 +62,22 @@ def partitions(engine: DeepSpeedEngine) -> list[Partition]:
     ]
 
 
+def partitions_in_memory(engine: DeepSpeedEngine) -> Iterator[Partition]:
+    """``partitions``, each while its tensors are in memory; those that live on a disk go back when the next is due.
+
+    Not collective. Changes to the master weights of those on a disk reach the weights that the model computes with
+    here, those of all others by ``publish``.
+    """
+    for index, partition in enumerate(partitions(engine)):
+        if not is_on_disk(engine, index):
+            yield partition
+            continue
+        engine.optimizer._optimizer_states_and_gradient_swap_in(index)
+        yield partition
+        engine.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        engine.optimizer._optimizer_states_and_gradient_swap_out(index)
+
+
 def _flat_tensors(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, int, Iterable[Span]]]:
     """Each tensor with its optimiser group and spans."""
     optimizer = engine.optimizer
@@ -82,7 +100,10 @@ def _flat_tensors(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, int, Iterab
 
 
 def frozen_parts(engine: DeepSpeedEngine) -> Iterator[tuple[Span, Tensor]]:
-    """This rank's share of the parameters that are not trained, live: all of each below stage 3. Not collective."""
+    """This rank's share of the parameters that are not trained, live: all of each below stage 3. Not collective.
+
+    One that lives on a disk is in memory until the next is due.
+    """
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             continue
@@ -90,9 +111,20 @@ def frozen_parts(engine: DeepSpeedEngine) -> Iterator[tuple[Span, Tensor]]:
             part = parameter.partition_numel()
             source = part * engine.optimizer._get_param_partition_rank(parameter)
             span = Span(name, source, 0, max(min(part, parameter.ds_numel - source), 0))
-            yield span, parameter.ds_tensor.data
+            yield from _in_memory(span, parameter)
         else:
             yield Span(name, 0, 0, parameter.numel()), parameter.data.view(-1)
+
+
+def _in_memory(span: Span, parameter: Any) -> Iterator[tuple[Span, Tensor]]:
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+    away = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
+    if away:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    yield span, parameter.ds_tensor.data
+    if away:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
 
 
 def publish(engine: DeepSpeedEngine) -> None:
@@ -101,7 +133,7 @@ def publish(engine: DeepSpeedEngine) -> None:
     if stage == 3:
         # As around DeepSpeed's own loading: what is gathered, the resident parameters too, is stale.
         optimizer.checkpoint_event_prologue()
-        for sub_group in range(len(optimizer.fp16_groups)):
+        for sub_group in (index for index in range(len(optimizer.fp16_groups)) if not is_on_disk(engine, index)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         optimizer.checkpoint_event_epilogue()
     elif stage:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
-from piip_scale.engine.partitions import Partition, frozen_parts, partitions, publish
+from piip_scale.engine.partitions import Partition, frozen_parts, partitions_in_memory, publish
 from piip_scale.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def restore(engine: DeepSpeedEngine, checkpoint: Path) -> None:
     """
     saved = ZeroCheckpoint(checkpoint)
     with torch.no_grad():
-        for partition in partitions(engine):
+        for partition in partitions_in_memory(engine):
             copy_spans(saved, partition, partition.master)
             _restore_state(saved, partition)
         for span, data in frozen_parts(engine):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import keep_images_per_step
-from piip_scale.engine.checkpointing import STATE_FILE, ZERO_FOLDER, TrainingState
+from piip_scale.engine.checkpointing import STATE_FILE, TrainingState
 from piip_scale.engine.collective import on_main
 from piip_scale.engine.restoring import restore
 from piip_scale.engine.versions import check_format, tell_other_versions
@@ -68,25 +68,10 @@ class Checkpoint:
         _check(self.path, self.state, now)
         if dist.get_rank() == 0:
             tell_other_versions(self.path, self.state.versions)
-        if _is_on_disk(self.state) or _is_on_disk(now):
-            self._resume_from_disk(engine, now)
-        else:
-            restore(engine, self.path)
+        restore(engine, self.path)
         engine.global_steps = self.state.step
         engine.global_samples = self.state.step * self.state.images_per_step
         return self.state.step
-
-    def _resume_from_disk(self, engine: DeepSpeedEngine, now: TrainingState) -> None:
-        """Optimiser state that lives on disks is in files that only DeepSpeed reads, and only as they were written."""
-        for meaning, before, here in (
-            ("zero.offload_optimizer to a disk", _is_on_disk(self.state), _is_on_disk(now)),
-            ("ranks", self.state.num_ranks, now.num_ranks),
-            ("zero.stage", self.state.stage, now.stage),
-        ):
-            if before != here:
-                raise _changed(self.path, meaning, before, here, "optimiser state on disks resumes where it was")
-        if engine.load_checkpoint(str(self.path), tag=ZERO_FOLDER)[0] is None:
-            raise CheckpointError(f"DeepSpeed could not load {self.path}", fix="take an older checkpoint")
 
 
 def find_checkpoint(folder: Path) -> Checkpoint | None:
@@ -166,10 +151,6 @@ def _changed(path: Path, meaning: str, before: object, here: object, rule: str) 
         rule=rule,
         fix=f"start it with {before!r} again, or convert it and start a new run from its weights",
     )
-
-
-def _is_on_disk(state: TrainingState) -> bool:
-    return state.config["zero"]["offload_optimizer"] not in ("none", "cpu")
 
 
 def _num_streams(state: TrainingState) -> Any:

@@ -17,6 +17,7 @@ from torch import nn
 
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.building import Cutter, fill, named_weights, place_cut, place_whole, settle
+from piip_scale.engine.disk_offload import prepare_disks, read_once
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
 from piip_scale.engine.report import start_report
 from piip_scale.engine.sharding_checks import checked_plan
@@ -113,6 +114,7 @@ def build_engine(
     """
     trainable, clock = cast(TrainableModel, model), clock or StartClock()
     sizes, plan = checked_plan(model, config, world)
+    prepare_disks(config.zero)
     for line in start_report(sizes, plan):
         get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
@@ -127,6 +129,7 @@ def build_engine(
         _gather_residents_together(engine)
         _unhook_residents(engine, trainable.head_leaf())
         _unhook_outputs(engine)
+        read_once(engine)
         gather_residents(engine)
     clock.end_phase("shard")
     return engine, plan

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.extensions import missing_tools
 from piip_scale.engine.zero import Sharding, Sizes, measure, plan_sharding
 from piip_scale.errors import ConfigError, KernelError
 from piip_scale.tasks.base import TrainableModel
@@ -68,7 +68,7 @@ def _check_disk(name: str, folder: Path) -> None:
         raise ConfigError(f"zero.{name}", value=str(folder), rule="it is a folder that exists and can be written")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
+    missing = missing_tools()
     if not AsyncIOBuilder().is_compatible():
         missing.insert(0, "libaio")
     if missing:

@@ -184,7 +184,7 @@ def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int) -> Sharding:
             fix="set zero.stage=1, or train.precision='fp32'",
         )
     threshold, reason = _threshold(config, sizes)
-    decided = _decided(config, sizes, threshold)
+    decided = _decided(config, sizes, threshold, num_ranks)
     _check_owned(config.zero.deepspeed, decided)
     merged = _merged(decided, config.zero.deepspeed)
     averaged = config.train.ema_decay is not None
@@ -218,7 +218,7 @@ def _repeated_matrices(part: Part) -> list[int]:
     return repeated or list(counts)
 
 
-def _decided(config: RunConfig, sizes: Sizes, threshold: int) -> dict[str, Any]:
+def _decided(config: RunConfig, sizes: Sizes, threshold: int, num_ranks: int) -> dict[str, Any]:
     decided: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation,
@@ -226,7 +226,7 @@ def _decided(config: RunConfig, sizes: Sizes, threshold: int) -> dict[str, Any]:
         "zero_optimization": {
             "stage": config.zero.stage,
             **_zero_keys(config.zero.stage, sizes, threshold),
-            **_offload_keys(config.zero, sizes),
+            **_offload_keys(config.zero, sizes, num_ranks),
         },
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -255,15 +255,16 @@ def _zero_keys(stage: int, sizes: Sizes, threshold: int) -> dict[str, Any]:
     }
 
 
-def _offload_keys(zero: ZeroConfig, sizes: Sizes) -> dict[str, Any]:
+def _offload_keys(zero: ZeroConfig, sizes: Sizes, num_ranks: int) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if zero.offload_optimizer != "none":
         keys["offload_optimizer"] = _place(zero.offload_optimizer)
     if zero.offload_parameters != "none":
         keys["offload_param"] = _place(zero.offload_parameters)
     if "nvme_path" in keys.get("offload_param", {}):
-        # A buffer takes one parameter's slice; on one rank, that is the whole of it.
-        keys["offload_param"]["buffer_size"] = max(parameter.numel for parameter in sizes.parameters)
+        # A buffer takes one parameter's slice. DeepSpeed would keep a rank's first billion elements in host memory.
+        largest = max(parameter.numel for parameter in sizes.parameters)
+        keys["offload_param"] |= {"buffer_size": -(-largest // num_ranks), "max_in_cpu": 0}
     if zero.node_partition > 1:
         keys["zero_hpz_partition_size"] = zero.node_partition
     return keys

@@ -7,7 +7,7 @@ import torch
 from ranks import tiny_config
 from tiny_task import TinyModel
 
-from piip_scale.engine import sharding_checks
+from piip_scale.engine import extensions
 from piip_scale.engine.sharding_checks import checked_plan
 from piip_scale.errors import ConfigError, KernelError
 from piip_scale.world import World
@@ -87,11 +87,11 @@ def test_a_disk_needs_a_folder_and_the_means_to_build_its_driver(tmp_path, monke
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: False)
-    monkeypatch.setattr(sharding_checks.shutil, "which", lambda _: None)
+    monkeypatch.setattr(extensions.shutil, "which", lambda _: None)
     line = refusal(KernelError, offload_parameters=str(tmp_path))
     assert "no libaio and no c++ and no ninja" in line
     assert "set zero.offload_parameters='cpu'" in line
     monkeypatch.undo()
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_: True)
-    monkeypatch.setattr(sharding_checks.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    monkeypatch.setattr(extensions.shutil, "which", lambda tool: f"/usr/bin/{tool}")
     assert plan(offload_optimizer=str(tmp_path)).deepspeed["zero_optimization"]["offload_optimizer"]["device"] == "nvme"

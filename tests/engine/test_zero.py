@@ -88,7 +88,7 @@ def test_a_raw_key_that_contradicts_names_both(raw, named):
             {"offload_optimizer": "/nvme", "offload_parameters": "/nvme"},
             {
                 "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"},
-                "offload_param": {"device": "nvme", "nvme_path": "/nvme", "buffer_size": 768 * 8},
+                "offload_param": {"device": "nvme", "nvme_path": "/nvme", "buffer_size": 768 * 8 // 4, "max_in_cpu": 0},
             },
         ),
         ({"offload_parameters": "cpu"}, {"offload_param": {"device": "cpu"}}),
