@@ -18,6 +18,7 @@ LAYERS = {
     "tasks": 3,
     "engine": 3,
     "telemetry": 3,
+    "launch": 4,
     "cli": 4,
 }
 # Modules that a part may import within its own layer.
@@ -27,6 +28,7 @@ WITHIN_LAYER = {
     "config": ("errors", "logging"),
     "ops": ("world",),
     "engine": ("tasks.base", "telemetry"),
+    "cli": ("launch",),
 }
 # Third-party packages that only some modules may import at all.
 WALLS = {
