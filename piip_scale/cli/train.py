@@ -13,6 +13,8 @@ import typer
 from piip_scale.cli.options import ConfigPath, Overrides
 from piip_scale.config import RunConfig, load_config
 from piip_scale.config.loading import config_text
+from piip_scale.errors import PiipError
+from piip_scale.logging import configure_logging
 from piip_scale.world import read_world
 
 if TYPE_CHECKING:
@@ -43,7 +45,12 @@ def train(
     Example: `piip-scale train configs/demo/digits.py --procs 2 --run-dir runs/mine --set train.steps=200`
     """
     folder = run_dir or Path("runs") / config.stem
-    code = run_training(config, overrides or [], folder, procs=procs, resume=resume, progress=progress)
+    try:
+        code = run_training(config, overrides or [], folder, procs=procs, resume=resume, progress=progress)
+    except PiipError as error:
+        if read_world().num_ranks == 1:
+            raise
+        code = _tell_as_rank(error, folder)
     # At once: after an error, threads of the communication library may never end.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -117,6 +124,16 @@ def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bo
     build_task(scaled, world).check()
     with torch.device("meta"):
         checked_plan(build_model(scaled, len(scaled.data.classes)), scaled, world)
+
+
+def _tell_as_rank(error: PiipError, run_dir: Path) -> int:
+    """One of many ranks could not start: mostly none could, and one of them tells."""
+    from piip_scale.engine.failing import tell_failure
+    from piip_scale.engine.run_dir import RunDirectory
+
+    world = read_world()
+    configure_logging(world.rank)
+    return tell_failure(RunDirectory(run_dir), world.rank, error)
 
 
 def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:

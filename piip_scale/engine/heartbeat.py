@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from piip_scale.files import atomic_file
 
 WAITING, COMPUTING = "waiting for data", "computing"
 _OF_A_STEP = (WAITING, COMPUTING)
+# Has a rank write its stack. None that Slurm, NCCL or a launcher sends.
+STACK_SIGNAL = signal.SIGRTMIN + 7
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Beat:
         unix_time_s: When this was written: it goes on while the rank waits, but not when its process is stopped.
         host: Name of its machine.
         pid: Its process.
+        limit_s: As in ``Mark``.
     """
 
     rank: int
@@ -87,6 +88,7 @@ class Beat:
     unix_time_s: float
     host: str
     pid: int
+    limit_s: float = math.inf
 
 
 def write_beat(folder: Path, beat: Beat) -> None:
@@ -102,12 +104,3 @@ def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:
             beat = Beat(**json.loads(path.read_text()))
             if beat.unix_time_s >= since_unix_s:
                 yield beat
-
-
-def count_collectives() -> int:
-    """Messages among ranks that this process has begun, in all groups; 0 before there are any."""
-    if not dist.is_initialized():
-        return 0
-    # torch 2.15 keeps both private; the flight recorder, which tells as much, is NCCL's only.
-    groups: tuple[Any, ...] = tuple(dist.distributed_c10d._world.pg_map)
-    return sum(group._get_sequence_number_for_group() for group in groups)
