@@ -119,3 +119,7 @@ class Interrupted(RunError):
     """The run was asked to stop (Ctrl-C or TERM), saved, and did."""
 
     exit_code = 130
+
+
+class SlurmError(RunError):
+    """Slurm refused a command, or did not answer."""

@@ -26,9 +26,7 @@ def explain(error: ValidationError, root: type[BaseModel], noun: str = "config k
     others = {_key(problem["loc"], root) for problem in problems} - {key}
     more = f"(and {len(others)} more)" if others else ""
     if kind == "extra_forbidden":
-        return ConfigError(
-            f"unknown {noun} {key}", value=first["input"], rule=_valid_keys(location, root), fix=more
-        )
+        return ConfigError(f"unknown {noun} {key}", value=first["input"], rule=_valid_keys(location, root), fix=more)
     if kind == "missing":
         return ConfigError(f"{noun} {key} is missing", rule=_purpose(location, root), fix=more)
     # A rule over several keys of one object: the values stand in its message, the object itself would flood the line.
