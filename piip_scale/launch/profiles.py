@@ -146,8 +146,8 @@ def load_profile(name: str) -> Profile:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"profile {path} cannot be read: {error}") from None
     try:
-        # As JSON, where lists are tuples and all else stays strict.
-        profile = Profile.model_validate_json(json.dumps(values, default=str))
+        # As JSON, where lists are tuples, dates the text that Slurm reads, and all else stays strict.
+        profile = Profile.model_validate_json(json.dumps(values, default=lambda value: value.isoformat()))
     except ValidationError as error:
         raise explain(error, Profile, f"profile {path}: key") from None
     check_options(profile.sbatch, f"profile {path}")

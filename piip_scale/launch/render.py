@@ -38,7 +38,7 @@ def render_script(
     sections = {
         "options": option_lines(job_options(specs, profile, options, array_limit)),
         "site": site_lines(profile),
-        "run": [*_command_lines(specs[0]), *_argument_lines(specs)],
+        "run": [*_command_lines(specs), *_argument_lines(specs)],
     }
     return fill_sections(template, sections)
 
@@ -111,8 +111,10 @@ def _gpus(number: int, profile: Profile) -> dict[str, OptionValue]:
     return {"gpus-per-node": of_type} if profile.gpu_request == "gpus-per-node" else {"gres": f"gpu:{of_type}"}
 
 
-def _command_lines(spec: JobSpec) -> list[str]:
-    told = "".join(f" --set {shlex.quote(text)}" for text in spec.told_overrides)
+def _command_lines(specs: Sequence[JobSpec]) -> list[str]:
+    spec = specs[0]
+    shared = [text for text in spec.told_overrides if all(text in each.told_overrides for each in specs)]
+    told = "".join(f" --set {shlex.quote(text)}" for text in shared)
     lines = [f"# {shlex.quote(str(spec.source_config))}{told}"]
     if spec.code_dir is not None:
         lines += [
