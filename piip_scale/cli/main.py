@@ -9,7 +9,7 @@ import sys
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import count, demo, detect, jobs, plan, shards, submit, train, weights
+from piip_scale.cli import count, demo, detect, plan, shards, supervise, train, weights
 from piip_scale.errors import PiipError
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ detect.register(app)
 count.register(app)
 plan.register(app)
 demo.register(app)
+supervise.register(app)
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,6 +95,19 @@ def write_beat(folder: Path, beat: Beat) -> None:
     """Replaces a rank's file. A disk that refuses is not this function's to tell."""
     with suppress(OSError), atomic_file(folder / f"rank_{beat.rank}.json", durable=False) as file:
         file.write(json.dumps(asdict(beat)).encode())
+
+
+def late_ranks(beats: Mapping[int, Beat], silent: Sequence[int], num_ranks: int) -> list[int]:
+    """Ranks that the others wait for: behind the foremost, without a sign, or never there.
+
+    Args:
+        beats: The last of every rank that has one.
+        silent: Ranks whose process no longer writes them.
+        num_ranks: Ranks in all.
+    """
+    places = {rank: (beat.number, beat.collectives) for rank, beat in beats.items()}
+    foremost = max(places.values(), default=(0, 0))
+    return [rank for rank in range(num_ranks) if places.get(rank, (-1, -1)) < foremost or rank in silent]
 
 
 def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:

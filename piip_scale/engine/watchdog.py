@@ -18,7 +18,7 @@ from typing import IO
 
 from piip_scale.engine.collective import count_collectives
 from piip_scale.engine.failing import tell_failure
-from piip_scale.engine.heartbeat import STACK_SIGNAL, Beat, Heartbeat, read_beats, write_beat
+from piip_scale.engine.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beats, write_beat
 from piip_scale.engine.run_dir import RunDirectory, process_start_unix_s
 from piip_scale.errors import HangError
 from piip_scale.world import World
@@ -149,9 +149,7 @@ def hang_error(
         limit_s: The limit that passed.
         stacks: Folder of the stacks, as the user would name it.
     """
-    places = {rank: (beat.number, beat.collectives) for rank, beat in beats.items()}
-    foremost = max(places.values(), default=(0, 0))
-    late = [r for r in range(num_ranks) if places.get(r, (-1, -1)) < foremost or r in silent]
+    late = late_ranks(beats, silent, num_ranks)
     named = [_where(rank, beats.get(rank), rank in silent) for rank in (late or range(num_ranks))]
     more = f" and {len(named) - _RANKS_NAMED} more" if len(named) > _RANKS_NAMED else ""
     where = "; ".join(named[:_RANKS_NAMED]) + more
