@@ -9,7 +9,7 @@ import sys
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import count, demo, detect, plan, shards, supervise, train, weights
+from piip_scale.cli import count, demo, detect, jobs, plan, shards, submit, supervise, train, weights
 from piip_scale.errors import PiipError
 
 app = typer.Typer(

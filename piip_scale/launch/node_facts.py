@@ -207,7 +207,9 @@ def summary(answers: Mapping[str, Answer], needs: Needs) -> str:
     facts = [answer.facts for answer in answers.values()]
     gpus = f"{needs.gpus_per_node} GPUs each" if needs.gpus_per_node else "no GPUs asked for, none looked at"
     speeds: list[float] = [one.reduction.gib_s for one in facts if one.reduction]
-    reduced = f"all-reduce right, {min(speeds):.2f} GiB/s" if speeds and min(speeds) > 0 else "no all-reduce among one node"
+    reduced = (
+        f"all-reduce right, {min(speeds):.2f} GiB/s" if speeds and min(speeds) > 0 else "no all-reduce among one node"
+    )
     memory = min(one.memory_bytes for one in facts) / _GIB
     disk = min((free for one in facts for free in one.free_disk_bytes.values()), default=0) / _GIB
     return f"{gpus}; {reduced}; at least {memory:.1f} GiB of memory and {disk:.1f} GiB of local disk free"
