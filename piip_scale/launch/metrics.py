@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Pace:
         images_per_second: Over the steps since the line before.
         seconds_per_step: Mean of the last steps written, saves and evaluations left out.
         event: Its last event, in one line.
+        unix_time_s: When the last of it was written.
     """
 
     step: int = 0
@@ -33,6 +35,7 @@ class Pace:
     images_per_second: float | None = None
     seconds_per_step: float | None = None
     event: str = ""
+    unix_time_s: float = 0.0
 
     def eta_s(self, step: int) -> float | None:
         """Seconds from a step to the end at this pace; ``None`` where it is not known."""
@@ -48,7 +51,7 @@ def read_pace(run_dir: Path) -> Pace:
         (run_dir / METRICS_FILE).open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
-        return _pace(content)
+        return replace(_pace(content), unix_time_s=os.fstat(file.fileno()).st_mtime)
     return Pace()
 
 

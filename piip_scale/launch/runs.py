@@ -59,6 +59,11 @@ class Run:
         """Optimiser steps behind it."""
         return max(self.status.step if self.status else 0, self.pace.step)
 
+    @property
+    def is_stepping(self) -> bool:
+        """Its pace is of the attempt that runs, not of one before it."""
+        return not self.attempts or self.pace.unix_time_s > self.attempts[-1].started_unix_s
+
 
 @dataclass(frozen=True)
 class Row:
@@ -135,15 +140,15 @@ def describe(run: Run, now_unix_s: float | None = None) -> Row:
     """One line about a run."""
     alive = is_alive(run.beat, time.time() if now_unix_s is None else now_unix_s)
     state = state_of(run, alive)
-    running = state == "running"
+    stepping = state == "running" and run.is_stepping
     return Row(
         run=run.path,
         state=state,
         job=_job_text(run, alive),
         step=run.step,
         total_steps=run.pace.total_steps,
-        images_per_second=run.pace.images_per_second if running else None,
-        eta_s=run.pace.eta_s(run.step) if running else None,
+        images_per_second=run.pace.images_per_second if stepping else None,
+        eta_s=run.pace.eta_s(run.step) if stepping else None,
         restarts=max(len(run.attempts) - 1, 0),
         event=event_of(run, state),
     )
@@ -178,9 +183,9 @@ def event_of(run: Run, state: str) -> str:
     if state == "lost":
         return "ended without a word; it goes on with --resume or jobs requeue"
     if state == "running":
-        if run.beat is not None and not run.pace.event:
-            return run.beat.phase
-        return run.pace.event or "starting"
+        if run.is_stepping and run.pace.event:
+            return run.pace.event
+        return f"starting, attempt {last.attempt}" if last else "starting"
     if run.status is not None and run.status.note and state in ("failed", "stopped"):
         return run.status.note
     if run.status is None and not told:
