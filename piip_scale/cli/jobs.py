@@ -80,14 +80,14 @@ def logs(
 @app.command()
 def stop(run: RunPath) -> None:
     """Have a run save and end, for good: it is not requeued, and what waits for it leaves the queue."""
-    queue = _queue_or_error()
+    queue = _queue_for(run)
     typer.echo(stop_run(_read(run, queue), queue))
 
 
 @app.command()
 def requeue(run: RunPath) -> None:
     """Send a run through the queue again: saving first where it runs, anew where it has ended."""
-    typer.echo(requeue_run(_read(run, _queue_or_error())))
+    typer.echo(requeue_run(_read(run, _queue_for(run))))
 
 
 def watch_runs(paths: Sequence[Path], *, from_start: bool = True) -> None:
@@ -158,8 +158,10 @@ def _queue() -> tuple[list[QueuedJob], str]:
         return [], f"without the queue: {error.line}"
 
 
-def _queue_or_error() -> list[QueuedJob]:
-    return queued_jobs() if has_slurm() else []
+def _queue_for(run: Path) -> list[QueuedJob]:
+    """The queue, without which a run that has a job must not be touched; others need none."""
+    found = _read(run, [])
+    return queued_jobs() if found.spec is not None or found.attempts else []
 
 
 def _all_over(paths: Sequence[Path]) -> Callable[[], bool]:
