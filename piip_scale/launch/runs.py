@@ -169,6 +169,8 @@ def state_of(run: Run, alive: bool) -> str:
         return "running" if run.job.state == "RUNNING" else run.job.state.lower()
     if told == "running":
         return "running" if alive else "lost"
+    if told is None and run.attempts and run.attempts[-1].end in ("stopped", "done"):
+        return str(run.attempts[-1].end)
     return told or ("failed" if run.log else "submitted" if run.spec else "empty")
 
 
