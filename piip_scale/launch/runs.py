@@ -200,6 +200,9 @@ def _job_text(run: Run, alive: bool) -> str:
         return run.job.name
     if alive and run.beat is not None:
         return f"{run.beat.host}:{run.beat.pid}"
+    # A task's own number is none that its user was told.
+    if run.attempts and run.attempts[-1].job_id and (run.spec is None or run.spec.array_task is None):
+        return str(run.attempts[-1].job_id)
     return (submitted_jobs(run.path) or ["-"])[-1]
 
 
