@@ -68,6 +68,10 @@ def logs(
     found = _read(run, _queue()[0])
     if found.spec is None:
         raise RunError(f"{run} has no job, and so no log", fix=f"metrics.jsonl and errors/ in {run} tell how it went")
+    if not found.spec.log:
+        raise RunError(
+            f"the job of {run} was submitted by hand", fix="its log is where the batch script's output option says"
+        )
     there = find_logs(found.spec)
     if there:
         typer.echo(tail(there[-1], lines), nl=False)

@@ -158,7 +158,7 @@ def _patch(root: Path, untracked: list[str]) -> bytes:
             "GIT_OBJECT_DIRECTORY": str(objects),
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": f"{common}/objects",
         }
-        _git_bytes(root, "read-tree", "HEAD", environment=with_index)
+        shutil.copyfile(root / (_git(root, "rev-parse", "--git-path", "index") or ""), index)
         _git_bytes(root, "add", "--update", environment=with_index)
         if untracked:
             listing = b"\0".join(map(os.fsencode, untracked))
