@@ -158,7 +158,9 @@ def _patch(root: Path, untracked: list[str]) -> bytes:
             "GIT_OBJECT_DIRECTORY": str(objects),
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": f"{common}/objects",
         }
-        shutil.copyfile(root / (_git(root, "rev-parse", "--git-path", "index") or ""), index)
+        users_index = root / (_git(root, "rev-parse", "--git-path", "index") or "index")
+        if users_index.is_file():
+            shutil.copyfile(users_index, index)
         _git_bytes(root, "add", "--update", environment=with_index)
         if untracked:
             listing = b"\0".join(map(os.fsencode, untracked))
