@@ -88,7 +88,10 @@ ranks=$!
     [ "$word" = stop ] && pkill -USR2 -P "$ranks"
   done
   kill -TERM "$ranks"
-  sleep 20
+  for ((try = 0; try < 100; try++)); do
+    kill -0 "$ranks" || exit
+    sleep 0.2
+  done
   pkill -KILL -P "$ranks"
   kill -KILL "$ranks"
 } 2>/dev/null &
