@@ -14,7 +14,8 @@ class PiipError(Exception):
 
     Attributes:
         exit_code: What a process that ends with it exits with.
-        reason: What kind of end it is, for whoever restarts runs: ``error``, or a kind of its own.
+        reason: What kind of end it is, for whoever restarts runs: ``error``, or a kind of its own. An instance may
+            have another than its class, where it knows more.
         is_echo: It was raised here because another rank raised it, and that rank tells of it.
         details: More than a line has room for; ``errors/`` of a run directory keeps it.
     """
@@ -38,7 +39,7 @@ class PiipError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions pickle by positional arguments only; loader workers must be able to send ours, with any value.
         value = None if self.value is None else _Shown(repr(self.value))
-        return _rebuild, (type(self), self.problem, value, self.rule, self.fix)
+        return _rebuild, (type(self), self.problem, value, self.rule, self.fix, self.reason)
 
 
 class _Shown(str):
@@ -50,12 +51,16 @@ class _Shown(str):
         return str(self)
 
 
-def _rebuild(kind: type[PiipError], problem: str, value: object, rule: str, fix: str) -> PiipError:
-    return kind(problem, value=value, rule=rule, fix=fix)
+def _rebuild(kind: type[PiipError], problem: str, value: object, rule: str, fix: str, reason: str) -> PiipError:
+    error = kind(problem, value=value, rule=rule, fix=fix)
+    error.reason = reason
+    return error
 
 
 class ConfigError(PiipError):
     """A config file or override that cannot be meant as written."""
+
+    reason = "bad config"
 
 
 class WorldError(PiipError):
@@ -69,9 +74,13 @@ class KernelError(PiipError):
 class ModelError(PiipError):
     """Weights and model do not fit together."""
 
+    reason = "bad model"
+
 
 class DataError(PiipError):
     """Annotations, images or shards that cannot be used."""
+
+    reason = "bad data"
 
 
 class FetchError(DataError):
@@ -120,3 +129,7 @@ class Interrupted(RunError):
     """The run was asked to stop (Ctrl-C or TERM), saved, and did."""
 
     exit_code = 130
+
+
+class SlurmError(RunError):
+    """Slurm refused a command, or did not answer."""

@@ -22,6 +22,30 @@ _FIXES = {
     errno.EPERM: "choose a folder you may write, or change its permissions",
 }
 
+# A disk or a network says so that may be well again, or emptier, a minute later; a wrong path stays wrong.
+_PASSING = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.EREMOTEIO,
+}
+IO_REASON = "input or output"
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the same may work a minute later, or on another machine."""
+    return error.errno in _PASSING
+
 
 @contextlib.contextmanager
 def disk_errors(kind: type[PiipError], action: str) -> Iterator[None]:
@@ -37,7 +61,10 @@ def disk_errors(kind: type[PiipError], action: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         named = f" ({error.filename})" if error.filename else ""
         fix = _FIXES.get(error.errno or 0, "")
-        raise kind(f"cannot {action}: {reason}{named}", fix=fix) from error
+        told = kind(f"cannot {action}: {reason}{named}", fix=fix)
+        if may_pass(error):
+            told.reason = IO_REASON
+        raise told from error
 
 
 def sync_file(path: Path) -> None:

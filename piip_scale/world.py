@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from piip_scale.errors import WorldError
 
 _MAX_PORT = 65535
+# Below the ports that Linux gives to outgoing connections, which begin at 32768.
+_FIRST_PORT, _NUM_PORTS, _PORTS_PER_JOB = 12000, 20000, 8
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,76 @@ def _slurm_world(env: Mapping[str, str]) -> World:
     )
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm gave to a job, as its batch process sees it.
+
+    Attributes:
+        job_id: The job; a task of an array has one of its own.
+        restart_count: How often the job was requeued.
+        node_list: Its nodes as Slurm writes them: ``n[1-3,7]``.
+        num_nodes: How many they are.
+        this_node: The node of this process.
+        tasks_per_node: As the job asked; ``None`` where it did not.
+        cpus_per_task: Likewise.
+        gpus_per_node: GPUs of this node that are the job's.
+        array_task: Index of the task in its array; ``None`` outside of one.
+    """
+
+    job_id: int
+    restart_count: int
+    node_list: str
+    num_nodes: int
+    this_node: str
+    tasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    gpus_per_node: int = 0
+    array_task: int | None = None
+
+
+def read_allocation(environment: Mapping[str, str] | None = None) -> Allocation | None:
+    """Reads the allocation from Slurm's variables; ``None`` outside of one.
+
+    Args:
+        environment: Variables to read instead of the process's own.
+
+    Raises:
+        WorldError: A variable is missing beside its siblings, or cannot be meant.
+    """
+    env = os.environ if environment is None else environment
+    if "SLURM_JOB_ID" not in env:
+        return None
+    return Allocation(
+        job_id=_integer(env, "SLURM_JOB_ID"),
+        restart_count=_optional(env, "SLURM_RESTART_COUNT") or 0,
+        node_list=_text(env, "SLURM_JOB_NODELIST"),
+        num_nodes=_integer(env, "SLURM_JOB_NUM_NODES"),
+        this_node=node_name(env),
+        tasks_per_node=_optional(env, "SLURM_NTASKS_PER_NODE"),
+        cpus_per_task=_optional(env, "SLURM_CPUS_PER_TASK"),
+        gpus_per_node=_optional(env, "SLURM_GPUS_ON_NODE") or 0,
+        array_task=_optional(env, "SLURM_ARRAY_TASK_ID"),
+    )
+
+
+def node_name(environment: Mapping[str, str] | None = None) -> str:
+    """Slurm's name of this machine, which is what it wants to hear of it; the host's own outside of a job."""
+    env = os.environ if environment is None else environment
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def outside_of_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for a command that must not take this process's job for its own, as one that submits another."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {name: value for name, value in environment.items() if name in kept or not name.startswith("SLURM")}
+
+
+def rendezvous_port(job_id: int, attempt: int) -> int:
+    """Where the ranks of a job's attempt meet: no two jobs of a node, and no two attempts in a row, share one."""
+    job = job_id % (_NUM_PORTS // _PORTS_PER_JOB)
+    return _FIRST_PORT + job * _PORTS_PER_JOB + attempt % _PORTS_PER_JOB
+
+
 def _tasks_of_node(text: str, node: int) -> int:
     """Reads Slurm's ``2(x3),1``: three nodes of two tasks, then one node of one."""
     begin = 0
@@ -155,3 +228,7 @@ def _integer(env: Mapping[str, str], name: str) -> int:
         return int(text)
     except ValueError:
         raise WorldError(f"environment variable {name}", value=text, rule="it must be a whole number") from None
+
+
+def _optional(env: Mapping[str, str], name: str) -> int | None:
+    return _integer(env, name) if env.get(name) else None

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from piip_scale.errors import WorldError
-from piip_scale.world import World, read_world
+from piip_scale.world import (
+    Allocation,
+    World,
+    outside_of_job,
+    read_allocation,
+    read_world,
+    rendezvous_port,
+)
 
 MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
 TASKS_PER_NODE = st.lists(st.integers(1, 5), min_size=1, max_size=6)
@@ -170,3 +177,40 @@ def test_real_srun():
     for line, (rank, local, count, node) in zip(lines, [(0, 0, 2, 0), (1, 1, 2, 0), (2, 0, 1, 1)], strict=True):
         assert f"rank={rank}, num_ranks=3, local_rank={local}, ranks_per_node={count}" in line
         assert f"launcher='slurm', node_rank={node}" in line
+
+
+BATCH = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_JOB_NODELIST": "n[2-3]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURMD_NODENAME": "n2",
+    "SLURM_CONF": "/etc/slurm.conf",
+    "SLURM_NTASKS_PER_NODE": "",
+    "HOME": "/root",
+}
+
+
+def test_an_allocation_is_read_from_a_batch_jobs_variables():
+    """As Slurm 22.05 sets them: no restart count on the first run, empty where the job did not ask."""
+    first = read_allocation(BATCH)
+    assert first == Allocation(71, 0, "n[2-3]", 2, "n2")
+    more = {"SLURM_RESTART_COUNT": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}
+    again = read_allocation(BATCH | more | {"SLURM_GPUS_ON_NODE": "8", "SLURM_ARRAY_TASK_ID": "0"})
+    assert again == Allocation(71, 2, "n[2-3]", 2, "n2", 8, 12, 8, 0)
+    assert read_allocation({"HOME": "/root"}) is None
+    with pytest.raises(WorldError, match="SLURM_JOB_NODELIST is not set"):
+        read_allocation({"SLURM_JOB_ID": "71"})
+
+
+def test_another_jobs_command_does_not_see_this_jobs_variables():
+    assert outside_of_job(BATCH) == {"SLURM_CONF": "/etc/slurm.conf", "HOME": "/root"}
+
+
+@given(
+    job=st.integers(1, 10**7), distance=st.integers(1, 2499), attempts=st.tuples(st.integers(1, 99), st.integers(1, 99))
+)
+def test_jobs_and_attempts_do_not_share_ports(job, distance, attempts):
+    first, second = attempts
+    assert 1024 < rendezvous_port(job, first) < 32768
+    assert rendezvous_port(job, first) != rendezvous_port(job + distance, second)
+    assert rendezvous_port(job, first) != rendezvous_port(job, first + 1)

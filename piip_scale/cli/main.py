@@ -9,7 +9,7 @@ import sys
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import count, demo, detect, plan, shards, train, weights
+from piip_scale.cli import count, demo, detect, jobs, plan, shards, submit, supervise, train, weights
 from piip_scale.errors import PiipError
 
 app = typer.Typer(
@@ -32,11 +32,14 @@ app = typer.Typer(
 )
 app.add_typer(shards.app, name="shards")
 app.add_typer(weights.app, name="weights")
+app.add_typer(jobs.app, name="jobs")
 train.register(app)
+submit.register(app)
 detect.register(app)
 count.register(app)
 plan.register(app)
 demo.register(app)
+supervise.register(app)
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 

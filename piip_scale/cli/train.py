@@ -13,7 +13,9 @@ import typer
 from piip_scale.cli.options import ConfigPath, Overrides
 from piip_scale.config import RunConfig, load_config
 from piip_scale.config.loading import config_text
-from piip_scale.world import read_world
+from piip_scale.errors import PiipError
+from piip_scale.logging import configure_logging
+from piip_scale.world import World, read_world
 
 if TYPE_CHECKING:
     from piip_scale.data.sample import SetKind
@@ -43,7 +45,12 @@ def train(
     Example: `piip-scale train configs/demo/digits.py --procs 2 --run-dir runs/mine --set train.steps=200`
     """
     folder = run_dir or Path("runs") / config.stem
-    code = run_training(config, overrides or [], folder, procs=procs, resume=resume, progress=progress)
+    try:
+        code = run_training(config, overrides or [], folder, procs=procs, resume=resume, progress=progress)
+    except PiipError as error:
+        if read_world().num_ranks == 1:
+            raise
+        code = _tell_as_rank(error, folder)
     # At once: after an error, threads of the communication library may never end.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -70,7 +77,7 @@ def run_training(
     num_procs = procs or _num_gpus() or 1
     if num_procs == 1 or read_world().launcher != "single":
         return _train_here(resolved, run_dir, resume=resume, progress=progress)
-    _check_start(resolved, run_dir, num_procs, resume=resume)
+    check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume)
     from piip_scale.engine.local_launch import launch_local
     from piip_scale.engine.run_dir import RunDirectory
 
@@ -95,8 +102,18 @@ def with_classes(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data.model_copy(update={"classes": classes})})
 
 
-def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bool) -> None:
-    """Says once, before any process starts, what every rank would."""
+def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool) -> None:
+    """Says once, before any process starts, what every rank would.
+
+    Args:
+        config: The run, with its classes.
+        run_dir: Its directory.
+        world: The ranks that will train.
+        resume: They will continue the run there.
+
+    Raises:
+        PiipError: Directory, shards, model or sharding do not allow a start on these ranks.
+    """
     import torch
 
     from piip_scale.engine.batching import keep_images_per_step, scale_to_ranks
@@ -105,19 +122,27 @@ def _check_start(config: RunConfig, run_dir: Path, num_procs: int, *, resume: bo
     from piip_scale.engine.sharding_checks import checked_plan
     from piip_scale.models.pretrained import check_pretrained
     from piip_scale.tasks.kinds import build_model, build_task
-    from piip_scale.world import World
 
     run = RunDirectory(run_dir)
     run.check(resume=resume)
     newest = newest_checkpoint(run.checkpoints)
     if newest:
-        config = keep_images_per_step(config, newest.state.images_per_step, num_procs)
-    scaled = scale_to_ranks(config, num_procs)
+        config = keep_images_per_step(config, newest.state.images_per_step, world.num_ranks)
+    scaled = scale_to_ranks(config, world.num_ranks)
     check_pretrained(config.model)
-    world = World(num_ranks=num_procs, ranks_per_node=num_procs)
     build_task(scaled, world).check()
     with torch.device("meta"):
         checked_plan(build_model(scaled, len(scaled.data.classes)), scaled, world)
+
+
+def _tell_as_rank(error: PiipError, run_dir: Path) -> int:
+    """One of many ranks could not start: mostly none could, and one of them tells."""
+    from piip_scale.engine.failing import tell_failure
+    from piip_scale.engine.run_dir import RunDirectory
+
+    world = read_world()
+    configure_logging(world.rank)
+    return tell_failure(RunDirectory(run_dir), world.rank, error)
 
 
 def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:

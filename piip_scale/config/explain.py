@@ -11,8 +11,14 @@ from pydantic import BaseModel, ValidationError
 from piip_scale.errors import ConfigError
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
-    """The first problem of a validation as a ``ConfigError``; later ones are counted."""
+def explain(error: ValidationError, root: type[BaseModel], noun: str = "config key") -> ConfigError:
+    """The first problem of a validation as a ``ConfigError``; later ones are counted.
+
+    Args:
+        error: What pydantic found.
+        root: The model that was validated.
+        noun: What its keys are called.
+    """
     problems = error.errors(include_url=False)
     first = problems[0]
     location, kind = first["loc"], first["type"]
@@ -20,16 +26,14 @@ def explain(error: ValidationError, root: type[BaseModel]) -> ConfigError:
     others = {_key(problem["loc"], root) for problem in problems} - {key}
     more = f"(and {len(others)} more)" if others else ""
     if kind == "extra_forbidden":
-        return ConfigError(
-            f"unknown config key {key}", value=first["input"], rule=_valid_keys(location, root), fix=more
-        )
+        return ConfigError(f"unknown {noun} {key}", value=first["input"], rule=_valid_keys(location, root), fix=more)
     if kind == "missing":
-        return ConfigError(f"config key {key} is missing", rule=_purpose(location, root), fix=more)
+        return ConfigError(f"{noun} {key} is missing", rule=_purpose(location, root), fix=more)
     # A rule over several keys of one object: the values stand in its message, the object itself would flood the line.
     # A value that fits no member of a union has one message for each.
     messages = [_lowered(problem["msg"]) for problem in problems if _key(problem["loc"], root) == key]
     value = None if isinstance(first["input"], dict | tuple | BaseModel) and kind == "value_error" else first["input"]
-    return ConfigError(f"config key {key}", value=_short(value), rule=" or ".join(messages), fix=more)
+    return ConfigError(f"{noun} {key}", value=_short(value), rule=" or ".join(messages), fix=more)
 
 
 def _key(location: Sequence[int | str], root: type[BaseModel]) -> str:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from piip_scale.files import atomic_file
 
 WAITING, COMPUTING = "waiting for data", "computing"
 _OF_A_STEP = (WAITING, COMPUTING)
+# Has a rank write its stack. None that Slurm, NCCL or a launcher sends.
+STACK_SIGNAL = signal.SIGRTMIN + 7
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Beat:
         unix_time_s: When this was written: it goes on while the rank waits, but not when its process is stopped.
         host: Name of its machine.
         pid: Its process.
+        limit_s: As in ``Mark``.
     """
 
     rank: int
@@ -87,12 +88,26 @@ class Beat:
     unix_time_s: float
     host: str
     pid: int
+    limit_s: float = math.inf
 
 
 def write_beat(folder: Path, beat: Beat) -> None:
     """Replaces a rank's file. A disk that refuses is not this function's to tell."""
     with suppress(OSError), atomic_file(folder / f"rank_{beat.rank}.json", durable=False) as file:
         file.write(json.dumps(asdict(beat)).encode())
+
+
+def late_ranks(beats: Mapping[int, Beat], silent: Sequence[int], num_ranks: int) -> list[int]:
+    """Ranks that the others wait for: behind the foremost, without a sign, or never there.
+
+    Args:
+        beats: The last of every rank that has one.
+        silent: Ranks whose process no longer writes them.
+        num_ranks: Ranks in all.
+    """
+    places = {rank: (beat.number, beat.collectives) for rank, beat in beats.items()}
+    foremost = max(places.values(), default=(0, 0))
+    return [rank for rank in range(num_ranks) if places.get(rank, (-1, -1)) < foremost or rank in silent]
 
 
 def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:
@@ -102,12 +117,3 @@ def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:
             beat = Beat(**json.loads(path.read_text()))
             if beat.unix_time_s >= since_unix_s:
                 yield beat
-
-
-def count_collectives() -> int:
-    """Messages among ranks that this process has begun, in all groups; 0 before there are any."""
-    if not dist.is_initialized():
-        return 0
-    # torch 2.15 keeps both private; the flight recorder, which tells as much, is NCCL's only.
-    groups: tuple[Any, ...] = tuple(dist.distributed_c10d._world.pg_map)
-    return sum(group._get_sequence_number_for_group() for group in groups)

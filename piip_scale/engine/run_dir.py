@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import socket
-import subprocess
-import sys
 import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
+from piip_scale.engine.reasons import reason_of
 from piip_scale.engine.starting import process_age_seconds
 from piip_scale.errors import PiipError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.logging import get_logger
+from piip_scale.world import node_name
 
 State = Literal["running", "stopped", "failed", "done"]
-_LIBRARIES = ("piip-scale", "torch", "torchvision", "deepspeed", "mmdet", "mmcv-lite", "mmengine", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class Status:
         state: ``running``, ``stopped`` (asked to, saved), ``failed`` or ``done``.
         step: Optimiser steps behind it.
         note: One line about the state; the error of a failed run.
-        reason: Why it failed, in the words of ``PiipError.reason``: ``hang``, ``lost rank``, ``error`` ...
+        reason: Why it failed, in the words of ``reason_of``: ``hang``, ``lost rank``, ``exception`` ...
     """
 
     state: State
@@ -55,12 +48,18 @@ class FirstError:
         line: The error in one line.
         exit_code: What the process should exit with.
         unix_time_s: When.
+        reason: Its kind, in the words of ``reason_of``.
+        step: Optimiser steps behind that rank.
+        node: Name of its machine.
     """
 
     rank: int
     line: str
     exit_code: int
     unix_time_s: float
+    reason: str = PiipError.reason
+    step: int = 0
+    node: str = ""
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -122,6 +121,9 @@ class RunDirectory:
         self.check(resume=resume)
         self.clear_traces(before_unix_s=process_start_unix_s())
         self._keep_config(config_text, resume=resume)
+        # Here, since it imports torch: who only reads a run's files, as commands about jobs do, need not wait for it.
+        from piip_scale.engine.environment import describe_environment
+
         write_text_atomic(self.environment, json.dumps(describe_environment(), indent=2) + "\n")
 
     def _keep_config(self, text: str, *, resume: bool) -> None:
@@ -175,20 +177,25 @@ class RunDirectory:
             RunError: The disk refuses, or the status there is none.
         """
         before = self.status()
-        reason = error.reason if isinstance(error, PiipError) else PiipError.reason
-        self.write_status("failed", before.step if before else 0, error_line(error), reason)
+        self.write_status("failed", before.step if before else 0, error_line(error), reason_of(error))
 
-    def record_error(self, rank: int, error: BaseException) -> bool:
+    def record_error(self, rank: int, error: BaseException, step: int = 0, node: str = "") -> bool:
         """Writes a rank's traceback, and claims to be the first that failed.
 
         Any rank may call it; it never raises, since it runs while another error is on its way.
+
+        Args:
+            rank: Whose error.
+            error: The error.
+            step: Optimiser steps behind the rank.
+            node: Where the rank ran; this machine where empty.
 
         Returns:
             True where no rank failed before, so that exactly one of them tells the user.
         """
         line = error_line(error)
         code = error.exit_code if isinstance(error, PiipError) else 1
-        first = FirstError(rank, line, code, time.time())
+        first = FirstError(rank, line, code, time.time(), reason_of(error), step, node or node_name())
         with suppress(OSError):
             self.errors.mkdir(parents=True, exist_ok=True)
             # Not over a traceback of the rank's own, where its launcher speaks for it.
@@ -212,13 +219,22 @@ class RunDirectory:
         with place.open("x", encoding="utf-8") as file:
             json.dump(asdict(first), file)
 
-    def first_error(self) -> FirstError | None:
-        """The error that ended this launch; ``None`` where no rank got to write one."""
+    def forget_first_error(self) -> None:
+        """Lets somebody who knows more tell which error came first; the tracebacks stay."""
+        with suppress(OSError):
+            (self.errors / "first.json").unlink()
+
+    def first_error(self, since_unix_s: float | None = None) -> FirstError | None:
+        """The error that ended a launch; ``None`` where no rank got to write one.
+
+        Args:
+            since_unix_s: When the launch began; this process's start where ``None``.
+        """
         try:
             first = FirstError(**json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
-        return first if first.unix_time_s >= process_start_unix_s() else None
+        return first if first.unix_time_s >= (since_unix_s or process_start_unix_s()) else None
 
 
 def error_line(error: BaseException) -> str:
@@ -230,40 +246,3 @@ def error_line(error: BaseException) -> str:
 def process_start_unix_s() -> float:
     """When this process began; where the system does not tell, when it first asked."""
     return time.time() - process_age_seconds()
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, machine and command line of this process, for ``environment.json``."""
-    return {
-        "command": sys.argv,
-        "directory": os.getcwd(),
-        "host": socket.gethostname(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
-        "git_commit": _git_commit(Path(__file__).parent),
-    }
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit(folder: Path) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

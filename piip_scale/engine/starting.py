@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-_STAT = Path("/proc/self/stat")
+_STAT = "/proc/{process}/stat"
 _START_TIME_FIELD = 19
 """Of what follows the command's name in ``stat``: clock ticks from the machine's start to the process's."""
 
@@ -31,10 +31,11 @@ class StartClock:
         self._last = now
 
 
-def process_age_seconds() -> float:
-    """How long ago this process began; 0 where the system does not tell."""
-    if not _STAT.is_file():
+def process_age_seconds(pid: int | None = None) -> float:
+    """How long ago this process, or another of this machine, began; 0 where the system does not tell."""
+    try:
+        text = Path(_STAT.format(process="self" if pid is None else pid)).read_text()
+    except OSError:
         return 0.0
-    fields = _STAT.read_text().rpartition(")")[2].split()
-    started = int(fields[_START_TIME_FIELD]) / os.sysconf("SC_CLK_TCK")
+    started = int(text.rpartition(")")[2].split()[_START_TIME_FIELD]) / os.sysconf("SC_CLK_TCK")
     return max(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 0.0)

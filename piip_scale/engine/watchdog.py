@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
+from piip_scale.engine.collective import count_collectives
 from piip_scale.engine.failing import tell_failure
-from piip_scale.engine.heartbeat import Beat, Heartbeat, count_collectives, read_beats, write_beat
+from piip_scale.engine.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beats, write_beat
 from piip_scale.engine.run_dir import RunDirectory, process_start_unix_s
 from piip_scale.errors import HangError
 from piip_scale.world import World
@@ -29,8 +30,6 @@ _LEAVE_AFTER_S = 3.0
 _STACKS_WITHIN_S = 5.0
 _POLLS_COUNTED = 5
 _RANKS_NAMED = 4
-# None that Slurm, NCCL or a launcher sends.
-_STACK_SIGNAL = signal.SIGRTMIN + 7
 
 
 class Watchdog:
@@ -57,7 +56,7 @@ class Watchdog:
         with suppress(OSError):
             self._run.stacks.mkdir(parents=True, exist_ok=True)
             self._stack = self._stack_path.open("w", encoding="utf-8")
-            faulthandler.register(_STACK_SIGNAL, self._stack)
+            faulthandler.register(STACK_SIGNAL, self._stack)
         self._thread.start()
         return self
 
@@ -65,7 +64,7 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
         if self._stack is not None:
-            faulthandler.unregister(_STACK_SIGNAL)
+            faulthandler.unregister(STACK_SIGNAL)
             self._stack.close()
             with suppress(OSError):
                 if not self._stack_path.stat().st_size:
@@ -95,7 +94,7 @@ class Watchdog:
         mark, rank = self._mark, self._world.rank
         place = (mark.number, count_collectives(), mark.phase, mark.step)
         process = (time.time(), socket.gethostname(), os.getpid())
-        write_beat(self._run.heartbeats, Beat(rank, *place, self._waited_s, *process))
+        write_beat(self._run.heartbeats, Beat(rank, *place, self._waited_s, *process, mark.limit_s))
 
     def _leave_after_others(self) -> None:
         """Ends this process some moments after another rank told of an error: it may sit in a collective for ever."""
@@ -127,7 +126,7 @@ class Watchdog:
         while self._missing_stacks() and time.monotonic() - began_s < _STACKS_WITHIN_S:
             time.sleep(self._poll_s)
         error = hang_error(beats, silent, self._world.num_ranks, limit_s, str(self._run.stacks))
-        os._exit(tell_failure(self._run, self._world.rank, error))
+        os._exit(tell_failure(self._run, self._world.rank, error, self._mark.step))
 
     def _missing_stacks(self) -> list[int]:
         def size(rank: int) -> int:
@@ -150,9 +149,7 @@ def hang_error(
         limit_s: The limit that passed.
         stacks: Folder of the stacks, as the user would name it.
     """
-    places = {rank: (beat.number, beat.collectives) for rank, beat in beats.items()}
-    foremost = max(places.values(), default=(0, 0))
-    late = [r for r in range(num_ranks) if places.get(r, (-1, -1)) < foremost or r in silent]
+    late = late_ranks(beats, silent, num_ranks)
     named = [_where(rank, beats.get(rank), rank in silent) for rank in (late or range(num_ranks))]
     more = f" and {len(named) - _RANKS_NAMED} more" if len(named) > _RANKS_NAMED else ""
     where = "; ".join(named[:_RANKS_NAMED]) + more
@@ -184,5 +181,5 @@ def _wake(beats: Sequence[Beat]) -> None:
     for beat in beats:
         if beat.host == socket.gethostname():
             with suppress(ProcessLookupError, PermissionError):
-                os.kill(beat.pid, _STACK_SIGNAL)
+                os.kill(beat.pid, STACK_SIGNAL)
                 os.kill(beat.pid, signal.SIGCONT)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.failing import tell_failure
 from piip_scale.engine.heartbeat import Heartbeat
+from piip_scale.engine.reasons import has_lost_contact
 from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.session import Session, TaskFactory
 from piip_scale.engine.stop import StopFlag, unsaved
@@ -67,17 +66,14 @@ def train_worker(
                 get_logger(__name__).warning(error.line)
             return error.exit_code
         except KeyboardInterrupt as error:
-            return tell_failure(run, world.rank, unsaved().with_traceback(error.__traceback__))
+            return tell_failure(run, world.rank, unsaved().with_traceback(error.__traceback__), heartbeat.last.step)
         except Exception as error:  # noqa: BLE001 - the last place where a rank can still speak
             if _is_echo(error):
                 time.sleep(_ECHO_WAIT_S)
-            return tell_failure(run, world.rank, error)
+            return tell_failure(run, world.rank, error, heartbeat.last.step)
     return 0
 
 
 def _is_echo(error: BaseException) -> bool:
     """Whether the rank at the other end, or the launcher if that was killed, knows more than this one."""
-    lost_contact = isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
-    )
-    return lost_contact or (isinstance(error, PiipError) and error.is_echo)
+    return has_lost_contact(error) or (isinstance(error, PiipError) and error.is_echo)

@@ -70,7 +70,11 @@ class Telemetry:
 
     def start(self, record: StartRecord) -> None:
         """Tells how the run came to its first step."""
-        self._write(record.step, "start", start_scalars(record))
+        scalars = start_scalars(record)
+        with disk_errors(RunError, self._action):
+            # How far there is to go, for who reads the run's files alone.
+            self._lines.write(record.step, "start", {**scalars, "total_steps": self._total})
+            self._board.scalars(record.step, scalars)
         phases = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in record.seconds.items())
         self.event(record.step, f"{sum(record.seconds.values()):.1f} s from process to first step: {phases}")
 

@@ -2,6 +2,7 @@ import errno
 import json
 import logging
 import os
+import socket
 import time
 
 import psutil
@@ -115,7 +116,8 @@ def test_exactly_one_rank_claims_the_first_error(tmp_path):
     assert run.record_error(3, DataError("broken", value="a.tar"))
     assert not run.record_error(0, RuntimeError("connection closed"))
     first = run.first_error()
-    assert (first.rank, first.line, first.exit_code) == (3, "broken: got 'a.tar'", 2)
+    assert (first.rank, first.line, first.exit_code, first.reason) == (3, "broken: got 'a.tar'", 2, "bad data")
+    assert (first.node, first.step) == (socket.gethostname(), 0)
     assert "DataError" in (run.errors / "rank_3.txt").read_text()
     assert "connection closed" in (run.errors / "rank_0.txt").read_text()
 

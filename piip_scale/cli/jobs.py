@@ -1,0 +1,179 @@
+"""``piip-scale jobs``: how every run goes, and asking one to stop or to go back into the queue."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from piip_scale.errors import RunError, SlurmError
+from piip_scale.launch.control import requeue_run, stop_run
+from piip_scale.launch.logs import find_logs, follow, tail
+from piip_scale.launch.queue import QueuedJob, has_slurm, queued_jobs
+from piip_scale.launch.runs import Row, Run, describe, find_runs, read_run
+
+app = typer.Typer(help="List runs, read a run's log, stop it, send it through the queue again.")
+_HEADS = ("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")
+_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
+
+
+@app.callback(invoke_without_command=True)
+def jobs(
+    context: typer.Context,
+    runs: Annotated[
+        list[Path] | None, typer.Option("--runs", metavar="DIR", help="Folders of runs; default: runs/; many times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List runs with state, step, images/s, time to go, restarts and last event, from the queue and their files.
+
+    Works without Slurm too, for runs that `piip-scale train` started. The time to go leaves out saves and evaluations.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    folders = runs or [Path("runs")]
+    for folder in folders if runs else ():
+        if not folder.is_dir():
+            raise RunError("--runs", value=str(folder), rule="a folder that is there")
+    queue, warning = _queue()
+    rows = [describe(read_run(path, queue)) for path in find_runs(folders)]
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(asdict(row) | {"run": str(row.run)}))
+    elif rows:
+        typer.echo("\n".join(table(rows, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)))
+    else:
+        typer.echo(f"no runs in {', '.join(map(str, folders))}; --runs DIR looks elsewhere", err=True)
+    if warning:
+        typer.echo(warning, err=True)
+
+
+@app.command()
+def logs(
+    run: RunPath,
+    lines: Annotated[int, typer.Option("-n", min=0, help="Begin with so many of the last lines.")] = 50,
+    keep_on: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on until the job ends; Ctrl-C leaves it.")
+    ] = False,
+) -> None:
+    """Print the end of a job's log, the newest where it had several."""
+    found = _read(run, _queue()[0])
+    if found.spec is None:
+        raise RunError(f"{run} has no job, and so no log", fix=f"metrics.jsonl and errors/ in {run} tell how it went")
+    if not found.spec.log:
+        raise RunError(
+            f"the job of {run} was submitted by hand", fix="its log is where the batch script's output option says"
+        )
+    there = find_logs(found.spec)
+    if there:
+        typer.echo(tail(there[-1], lines), nl=False)
+    elif not keep_on:
+        raise RunError(f"{run} has no log yet", value=describe(found).state, fix="add -f to wait for it")
+    if keep_on:
+        watch_runs([run], from_start=not there)
+
+
+@app.command()
+def stop(run: RunPath) -> None:
+    """Have a run save and end, for good: it is not requeued, and what waits for it leaves the queue."""
+    queue = _queue_for(run)
+    typer.echo(stop_run(_read(run, queue), queue))
+
+
+@app.command()
+def requeue(run: RunPath) -> None:
+    """Send a run through the queue again: saving first where it runs, anew where it has ended."""
+    typer.echo(requeue_run(_read(run, _queue_for(run))))
+
+
+def watch_runs(paths: Sequence[Path], *, from_start: bool = True) -> None:
+    """Prints the logs of jobs as they grow until none of them waits or runs, then how each run ended.
+
+    Raises:
+        RunError: A run ended otherwise than done.
+    """
+    specs = [spec for path in paths if (spec := _read(path, []).spec) is not None]
+    try:
+        pieces = follow(
+            lambda: [log for spec in specs for log in find_logs(spec)], _all_over(paths), from_start=from_start
+        )
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+    except KeyboardInterrupt:
+        typer.echo(f"\nleft; the job goes on: piip-scale jobs logs -f {paths[0]}", err=True)
+        return
+    ended = [describe(_read(path, [])) for path in paths]
+    for row in ended:
+        typer.echo(f"{row.run}: {row.state} at step {row.step}{f' ({row.event})' if row.event else ''}", err=True)
+    bad = [row for row in ended if row.state != "done"]
+    if bad:
+        raise RunError(f"{len(bad)} of {len(ended)} runs did not end as done", value=str(bad[0].run))
+
+
+def table(rows: Sequence[Row], width: int | None) -> list[str]:
+    """The rows as lines of a table, cut to a terminal's width where there is one."""
+    cells = [_HEADS, *map(_cells, rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADS) - 1)]
+    lines = ["  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in cells]
+    return [line if width is None else line[:width] for line in lines]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    total = "" if row.total_steps is None else f"/{row.total_steps}"
+    rate = "-" if row.images_per_second is None else f"{row.images_per_second:.1f}"
+    eta = "-" if row.eta_s is None else duration(row.eta_s)
+    return str(row.run), row.state, row.job, f"{row.step}{total}", rate, eta, str(row.restarts), row.event
+
+
+def duration(seconds: float) -> str:
+    """A time to go, to two units: ``3d 4h``, ``5h 20m``, ``12m``, ``40s``."""
+    if seconds < _MINUTE_S:
+        return f"{seconds:.0f}s"
+    if seconds < _HOUR_S:
+        return f"{seconds / _MINUTE_S:.0f}m"
+    if seconds < _DAY_S:
+        return f"{int(seconds // _HOUR_S)}h {int(seconds % _HOUR_S // _MINUTE_S):02d}m"
+    return f"{int(seconds // _DAY_S)}d {int(seconds % _DAY_S // _HOUR_S):02d}h"
+
+
+def _read(path: Path, queue: Sequence[QueuedJob]) -> Run:
+    if path.resolve() not in find_runs([path.resolve()]):
+        inside = find_runs([path]) if path.is_dir() else []
+        fix = f"name one of its runs, {inside[0]} for instance" if inside else "piip-scale jobs lists those there are"
+        raise RunError("no run's directory", value=str(path), fix=fix)
+    return read_run(path.resolve(), queue)
+
+
+def _queue() -> tuple[list[QueuedJob], str]:
+    """The queue, and a warning where a controller that should be there does not answer."""
+    if not has_slurm():
+        return [], ""
+    try:
+        return queued_jobs(), ""
+    except SlurmError as error:
+        return [], f"without the queue: {error.line}"
+
+
+def _queue_for(run: Path) -> list[QueuedJob]:
+    """The queue, without which a run that has a job must not be touched; others need none."""
+    found = _read(run, [])
+    return queued_jobs() if found.spec is not None or found.attempts else []
+
+
+def _all_over(paths: Sequence[Path]) -> Callable[[], bool]:
+    def over() -> bool:
+        try:
+            queue = queued_jobs()
+        except SlurmError:
+            return False
+        return all(_read(path, queue).job is None for path in paths)
+
+    return over

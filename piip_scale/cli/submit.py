@@ -1,0 +1,202 @@
+"""``piip-scale submit``: a training as a Slurm job, checked before it is sent."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from piip_scale.cli.options import ConfigPath, Overrides
+from piip_scale.errors import ConfigError
+from piip_scale.launch.logs import log_of
+from piip_scale.launch.options import OptionValue, check_options, options_of_environment, parse_options
+from piip_scale.launch.profiles import Profile, load_profile
+from piip_scale.launch.queue import queued_jobs
+from piip_scale.launch.submitting import Order, Submission, plan_submission, refuse_active, send
+from piip_scale.launch.sweeps import Point, choose_points, sweep_points
+
+if TYPE_CHECKING:
+    from piip_scale.config import RunConfig
+
+_GIB = 2**30
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's command."""
+    app.command()(submit)
+
+
+def submit(
+    config: ConfigPath,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and so ranks, of a node.")] = 8,
+    spares: Annotated[int, typer.Option(min=0, help="Further nodes of the job, to replace lost ones at once.")] = 0,
+    profile: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="The site's facts: a name in launch/profiles/, or a .toml file.")
+    ] = "",
+    partition: Annotated[str, typer.Option(metavar="NAME")] = "",
+    account: Annotated[str, typer.Option(metavar="NAME")] = "",
+    qos: Annotated[str, typer.Option(metavar="NAME")] = "",
+    time: Annotated[str, typer.Option(metavar="D-HH:MM:SS", help="Time limit of one job, not of the training.")] = "",
+    constraint: Annotated[str, typer.Option(metavar="FEATURES")] = "",
+    exclude: Annotated[str, typer.Option(metavar="NODES")] = "",
+    nodelist: Annotated[str, typer.Option(metavar="NODES")] = "",
+    reservation: Annotated[str, typer.Option(metavar="NAME")] = "",
+    dependency: Annotated[str, typer.Option(metavar="TYPE:JOB")] = "",
+    cpus_per_task: Annotated[str, typer.Option(metavar="N", help="Cores of a rank and its loaders.")] = "",
+    mem: Annotated[str, typer.Option(metavar="SIZE", help="Host memory of a node.")] = "",
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Any other option of sbatch; many times.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY.PATH=V1,V2,...", help="A run for each value, as tasks of an array; many times."),
+    ] = None,
+    array: Annotated[str, typer.Option(metavar="0-3,7%N", help="Of the sweep only these runs, N at once.")] = "",
+    chain: Annotated[int, typer.Option(min=0, help="Further jobs, each after the one before: no requeueing.")] = 0,
+    max_stale_restarts: Annotated[
+        int, typer.Option(min=0, help="Give up after so many restarts in a row without a newer checkpoint.")
+    ] = 3,
+    job_name: Annotated[str, typer.Option(metavar="NAME", help="Default: the run directory's name.")] = "",
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run lives; default: runs/NAME of the config.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and send nothing.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow the log until the job ends; Ctrl-C leaves it.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Submit a training to Slurm as a job that looks after itself.
+
+    It survives time limits, preemption, lost nodes and hung ranks: it saves, waits in the queue again and goes on.
+    Config, code and environment are put aside in the run directory first: later edits do not change the job.
+
+    Example: `piip-scale submit configs/coco/mask_rcnn_h6b_1024_512.py --nodes 2 --gpus-per-node 8 --profile infiniband`
+    """
+    site = load_profile(profile) if profile else Profile()
+    named = {"partition": partition, "account": account, "qos": qos, "time": time, "constraint": constraint}
+    named |= {"exclude": exclude, "nodelist": nodelist, "reservation": reservation, "dependency": dependency}
+    named |= {"cpus-per-task": cpus_per_task, "mem": mem}
+    points, limit = _points(sweep or [], array)
+    order = Order(
+        config=config.absolute(),
+        run_dir=Path(os.path.abspath(run_dir or Path("runs") / config.stem)),
+        working_dir=Path.cwd(),
+        num_nodes=nodes,
+        ranks_per_node=gpus_per_node,
+        overrides=tuple(overrides or ()),
+        points=tuple(points),
+        array_limit=limit,
+        name=_job_name(job_name),
+        spares=spares,
+        chain=chain,
+        max_stale_restarts=max_stale_restarts,
+        profile_name=profile,
+        profile=site,
+        options=_merged(site, {name: value for name, value in named.items() if value}, sbatch or []),
+    )
+    submission = plan_submission(order)
+    if not dry_run:
+        refuse_active(submission.specs, queued_jobs())
+    checked = _check_runs(order, submission, resume=resume)
+    if dry_run:
+        typer.echo(submission.script, nl=False)
+        return
+    _send(submission, checked)
+    if watch:
+        from piip_scale.cli.jobs import watch_runs
+
+        watch_runs([spec.run_dir for spec in submission.specs])
+
+
+def _merged(site: Profile, named: Mapping[str, OptionValue], texts: list[str]) -> dict[str, OptionValue]:
+    """The command line's options before the profile's, and those before the environment's."""
+    told = check_options(named, "command line") | parse_options(texts, "--sbatch")
+    merged = options_of_environment(os.environ) | site.sbatch | told
+    # An option in two spellings of the same thing would be refused, or worse, only one of them taken.
+    for ours, other in (("cpus-per-task", "cpus-per-gpu"), ("mem", "mem-per-cpu"), ("mem", "mem-per-gpu")):
+        if other in told and ours not in told:
+            merged.pop(ours, None)
+    return merged
+
+
+def _points(sweep: list[str], array: str) -> tuple[list[Point], str]:
+    if sweep:
+        return choose_points(sweep_points(sweep), array)
+    if array:
+        raise ConfigError("--array", value=array, rule="it chooses among the runs of a --sweep", fix="add --sweep")
+    return [], ""
+
+
+def _job_name(name: str) -> str:
+    if not name.isprintable():
+        raise ConfigError("--job-name", value=name, rule="one line of printable characters")
+    return name
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A run that may start.
+
+    Attributes:
+        text: Its resolved config.
+        line: What it will need of a GPU, in one line; empty where that was not asked.
+    """
+
+    text: str
+    line: str = ""
+
+
+def _check_runs(order: Order, submission: Submission, *, resume: bool) -> list[_Checked]:
+    """What every rank would say at its start, said now, for each run.
+
+    Raises:
+        PiipError: As ``check_start``.
+    """
+    from piip_scale.cli.train import check_start, with_classes
+    from piip_scale.config import load_config
+    from piip_scale.config.loading import config_text
+    from piip_scale.world import World
+
+    world = World(num_ranks=order.num_nodes * order.ranks_per_node, ranks_per_node=order.ranks_per_node)
+    checked = []
+    for spec in submission.specs:
+        resolved = with_classes(load_config(order.config, spec.told_overrides))
+        check_start(resolved, spec.run_dir, world, resume=resume)
+        line = _memory_line(resolved, order) if order.profile.gpu_memory_gib else ""
+        checked.append(_Checked(config_text(resolved), line))
+    return checked
+
+
+def _memory_line(config: RunConfig, order: Order) -> str:
+    """What `plan` says in short; an estimate, so a warning and no refusal."""
+    from functools import partial
+
+    from piip_scale.engine.planning import Planner
+    from piip_scale.tasks.outline import outline_run
+
+    assert order.profile.gpu_memory_gib is not None
+    planner = Planner(partial(outline_run, num_classes=len(config.data.classes)), order.profile.gpu_memory_gib * _GIB)
+    plan = planner.plan(config, order.num_nodes * order.ranks_per_node)
+    told = f"planned memory: {plan.total / _GIB:.1f} of {order.profile.gpu_memory_gib:g} GiB a GPU"
+    return told if plan.fits else f"warning: {told}; piip-scale plan tells what helps"
+
+
+def _send(submission: Submission, checked: Sequence[_Checked]) -> None:
+    for line in dict.fromkeys(run.line for run in checked if run.line):
+        typer.echo(line)
+    job_ids = send(submission, [run.text for run in checked])
+    first = submission.specs[0]
+    what = f" ({len(submission.specs)} runs)" if first.array_task is not None else ""
+    chained = f", then {', '.join(map(str, job_ids[1:]))}" if len(job_ids) > 1 else ""
+    typer.echo(f"submitted job {job_ids[0]}{what}{chained}")
+    typer.echo(f"script:      {shlex.quote(str(submission.files.script))}")
+    typer.echo(f"log:         {shlex.quote(str(log_of(first, job_ids[0])))}")
+    typer.echo(f"watch:       piip-scale jobs logs -f {shlex.quote(str(first.run_dir))}")
+    board = submission.folder if what else submission.folder / "tensorboard"
+    typer.echo(f"tensorboard: tensorboard --logdir {shlex.quote(str(board))}")

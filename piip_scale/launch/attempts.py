@@ -1,0 +1,146 @@
+"""A job's history: one line when an attempt begins, one when it has ended, in ``job/attempts.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from piip_scale.errors import RunError
+from piip_scale.files import IO_REASON, disk_errors
+from piip_scale.logging import get_logger
+
+End = Literal["done", "stopped", "crashed", "hang", "lost_node", "preflight", "cut"]
+Action = Literal["finish", "requeue", "restart", "give_up"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the training, with what became of it.
+
+    Attributes:
+        attempt: Its number, from 0.
+        job_id: Slurm's job, 0 without one.
+        restart_count: How often that job had been requeued.
+        nodes: Where it ran.
+        started_unix_s: When it began.
+        first_step: Step of the newest valid checkpoint then; 0 for none.
+        ended_unix_s: When it ended; ``None`` while it runs, or where nobody saw its end.
+        end: How: ``done``; ``stopped``, asked to and saved; ``crashed``; ``hang``; ``lost_node``; ``preflight``, too
+            few healthy nodes; ``cut``, its supervisor ended with it.
+        last_step: Step of the newest valid checkpoint at the end.
+        error_kind: What the failure was, in the words of ``reason_of``.
+        error_line: The failure in one line.
+        error_step: Optimiser steps behind the rank that failed first.
+        rank: That rank; ``None`` where it is not known.
+        node: Its node.
+        cause: Why it was asked to stop: ``time limit``, ``preemption``, ``user``, ``requeue``.
+        decision: What follows: ``finish``, ``requeue``, ``restart`` (in the same allocation) or ``give_up``.
+        why: The decision's reason, in one line.
+    """
+
+    attempt: int
+    job_id: int
+    restart_count: int
+    nodes: tuple[str, ...]
+    started_unix_s: float
+    first_step: int = 0
+    ended_unix_s: float | None = None
+    end: End | None = None
+    last_step: int = 0
+    error_kind: str = ""
+    error_line: str = ""
+    error_step: int = 0
+    rank: int | None = None
+    node: str = ""
+    cause: str = ""
+    decision: Action | None = None
+    why: str = ""
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether it left a newer checkpoint than it began with, or the end of the run."""
+        return self.end == "done" or self.last_step > self.first_step
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended otherwise than by its own end or by being asked to."""
+        return self.end not in (None, "done", "stopped")
+
+
+class History:
+    """The attempts of a run's job, in its file.
+
+    A line is written whole and to the disk before anything follows from it; one that a kill cut short is passed over.
+    On a full disk lines wait in memory for room: that must not end a job which may find some.
+
+    Args:
+        path: ``job/attempts.jsonl``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+
+    def read(self) -> tuple[Attempt, ...]:
+        """All attempts, the oldest first; none where there is no file.
+
+        Raises:
+            RunError: The file is there and cannot be read.
+        """
+        try:
+            with disk_errors(RunError, f"read {self.path}"):
+                text = self.path.read_bytes().decode("utf-8", errors="replace")
+        except RunError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            text = ""
+        return parse_attempts([*text.splitlines(), *self._waiting])
+
+    def write(self, attempt: Attempt) -> None:
+        """Adds what is known of an attempt by now.
+
+        Raises:
+            RunError: The place cannot be written, now or later.
+        """
+        told = {key: value for key, value in asdict(attempt).items() if value not in (None, "")}
+        self._waiting.append(json.dumps(told))
+        try:
+            with disk_errors(RunError, f"write {self.path}"):
+                _append(self.path, self._waiting)
+        except RunError as error:
+            if error.reason != IO_REASON:
+                raise
+            get_logger(__name__).warning("piip-scale: warning: %s; it is kept in memory meanwhile", error.line)
+        else:
+            self._waiting.clear()
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        # A line that a kill cut short must not take this one with it.
+        begun = file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n"
+        file.write((b"\n" if begun else b"") + "".join(f"{line}\n" for line in lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def parse_attempts(lines: Iterable[str]) -> tuple[Attempt, ...]:
+    """Attempts from lines: the last of a number tells all; those that cannot be read are passed over."""
+    known, found = {field.name for field in fields(Attempt)}, {}
+    for line in lines:
+        with suppress(ValueError, TypeError, AttributeError, KeyError):
+            values: dict[str, Any] = {key: value for key, value in json.loads(line).items() if key in known}
+            attempt = Attempt(**values | {"nodes": tuple(values["nodes"])})
+            found[int(attempt.attempt)] = attempt
+    return tuple(found[number] for number in sorted(found))
+
+
+def next_number(history: Sequence[Attempt]) -> int:
+    """The number of the attempt to come."""
+    return history[-1].attempt + 1 if history else 0

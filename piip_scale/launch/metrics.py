@@ -1,0 +1,90 @@
+"""What a run's metrics.jsonl says of its pace, read from its end: it may be long, and several commands ask often."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+_TAIL_BYTES = 1 << 16
+_STEPS_AVERAGED = 20
+_START = b'"kind": "start"'
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far and how fast a run is, by its own words.
+
+    Attributes:
+        step: Last optimiser step that was written.
+        total_steps: Of the whole run; ``None`` before its first step.
+        images_per_second: Over the steps since the line before.
+        seconds_per_step: Mean of the last steps written, saves and evaluations left out.
+        event: Its last event, in one line.
+        unix_time_s: When the last of it was written.
+    """
+
+    step: int = 0
+    total_steps: int | None = None
+    images_per_second: float | None = None
+    seconds_per_step: float | None = None
+    event: str = ""
+    unix_time_s: float = 0.0
+
+    def eta_s(self, step: int) -> float | None:
+        """Seconds from a step to the end at this pace; ``None`` where it is not known."""
+        if self.total_steps is None or self.seconds_per_step is None:
+            return None
+        return max(self.total_steps - step, 0) * self.seconds_per_step
+
+
+def read_pace(run_dir: Path) -> Pace:
+    """The pace of a run; of one that has not begun, or whose file cannot be read, nothing is known."""
+    with (
+        suppress(OSError, ValueError),
+        (run_dir / METRICS_FILE).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return replace(_pace(content), unix_time_s=os.fstat(file.fileno()).st_mtime)
+    return Pace()
+
+
+def _pace(content: mmap.mmap) -> Pace:
+    lines = list(_lines(content[max(len(content) - _TAIL_BYTES, 0) :]))
+    steps = [line for line in lines if line.get("kind") == "step"][-_STEPS_AVERAGED:]
+    events = [str(line.get("text", "")) for line in lines if line.get("kind") == "event"]
+    times = [time for line in steps if isinstance(time := line.get("time/step_ms"), float | int)]
+    rate = steps[-1].get("throughput/images_per_second") if steps else None
+    return Pace(
+        step=int(steps[-1]["step"]) if steps else 0,
+        total_steps=_total_steps(content),
+        images_per_second=float(rate) if isinstance(rate, float | int) else None,
+        seconds_per_step=sum(times) / len(times) / 1e3 if times else None,
+        event=events[-1] if events else "",
+    )
+
+
+def _total_steps(content: mmap.mmap) -> int | None:
+    place = content.rfind(_START)
+    if place < 0:
+        return None
+    begin, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place)
+    for line in _lines(content[begin : end if end >= 0 else len(content)]):
+        total = line.get("total_steps")
+        return int(total) if isinstance(total, int) else None
+    return None
+
+
+def _lines(text: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON objects in it; the first and the last line may be cut."""
+    for line in text.splitlines():
+        with suppress(ValueError):
+            content = json.loads(line)
+            if isinstance(content, dict) and isinstance(content.get("step"), int):
+                yield content

@@ -1,0 +1,132 @@
+"""The options of a batch job: which ones a user may set, which ones follow from the run, and how they are written."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from piip_scale.errors import ConfigError
+from piip_scale.world import outside_of_job
+
+OptionValue = str | int | bool
+"""True stands for a flag; False for one that is left out although a profile has it."""
+
+ALLOWED = (
+    *("account", "acctg-freq", "bb", "bbf", "begin", "clusters", "comment", "constraint", "contiguous", "core-spec"),
+    *("cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task", "deadline", "delay-boot", "dependency"),
+    *("distribution", "exclude", "exclusive", "extra-node-info", "gpu-bind", "gpu-freq", "gres-flags", "hint", "hold"),
+    *("kill-on-invalid-dep", "licenses", "mail-type", "mail-user", "mcs-label", "mem", "mem-bind", "mem-per-cpu"),
+    *("mem-per-gpu", "network", "nice", "nodefile", "nodelist", "oversubscribe", "partition", "power", "prefer"),
+    *("priority", "profile", "qos", "reboot", "reservation", "sockets-per-node", "spread-job", "switches"),
+    *("thread-spec", "threads-per-core", "time", "time-min", "tmp", "use-min-nodes", "wait-all-nodes", "wckey"),
+)
+# What follows from the run, and so would contradict it.
+_OURS = {
+    "array": "--sweep",
+    "chdir": "the folder you submit from",
+    "error": "the run's directory",
+    "export": "--profile, its [environment]",
+    "get-user-env": "--profile, its setup",
+    "gpus": "--gpus-per-node",
+    "gpus-per-node": "--gpus-per-node",
+    "gpus-per-task": "--gpus-per-node",
+    "gres": "--gpus-per-node, and gpu_request and gpu_type of a profile",
+    "job-name": "--job-name",
+    "no-kill": "--spares",
+    "no-requeue": "--profile, its requeue",
+    "nodes": "--nodes and --spares",
+    "ntasks": "--nodes and --gpus-per-node",
+    "ntasks-per-node": "--gpus-per-node",
+    "open-mode": "nothing: a log is appended to",
+    "output": "the run's directory",
+    "parsable": "nothing",
+    "requeue": "--profile, its requeue",
+    "signal": "--profile, its signal_lead_s",
+    "test-only": "--dry-run",
+    "wrap": "nothing",
+}
+# Variables that many sites tell their users to set; others of sbatch's would override the script unseen.
+_DEFAULTS = {
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_QOS": "qos",
+    "SBATCH_RESERVATION": "reservation",
+    "SBATCH_TIMELIMIT": "time",
+    "SBATCH_WCKEY": "wckey",
+}
+_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]^-]+")
+
+
+def check_options(options: Mapping[str, object], source: str) -> dict[str, OptionValue]:
+    """The options as they may be written, or an error that names the valid ones.
+
+    Args:
+        options: Values by long name, without dashes.
+        source: Where they come from, for errors.
+
+    Raises:
+        ConfigError: A name that the batch system has not, that follows from the run, or a value that is none.
+    """
+    checked: dict[str, OptionValue] = {}
+    for name, value in options.items():
+        if name in _OURS:
+            raise ConfigError(f"{source}: option {name}", rule=f"it follows from {_OURS[name]}", fix="leave it out")
+        if name not in ALLOWED:
+            raise _unknown(name, source)
+        if not isinstance(value, str | int) or (isinstance(value, str) and not _is_line(value)):
+            raise ConfigError(
+                f"{source}: option {name}", value=value, rule="a text of one line, a number, or true for a flag"
+            )
+        checked[name] = value
+    return checked
+
+
+def parse_options(texts: list[str], source: str) -> dict[str, OptionValue]:
+    """Options from ``NAME=VALUE`` or ``NAME`` texts, checked.
+
+    Raises:
+        ConfigError: As ``check_options``.
+    """
+    pairs = (text.removeprefix("--").partition("=") for text in texts)
+    return check_options({name: value if sign else True for name, sign, value in pairs}, source)
+
+
+def option_lines(options: Mapping[str, OptionValue]) -> list[str]:
+    """The lines of a batch script that set the options, in their order."""
+    lines = []
+    for name, value in options.items():
+        if value is True:
+            lines.append(f"#SBATCH --{name}")
+        elif value is not False:
+            lines.append(f"#SBATCH --{name}={option_word(str(value))}")
+    return lines
+
+
+def option_word(text: str) -> str:
+    """A value as the batch system reads it back; seen on Slurm 22.05, whose quotes are not the shell's."""
+    if _PLAIN.fullmatch(text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def options_of_environment(environment: Mapping[str, str]) -> dict[str, OptionValue]:
+    """Options that the submitting shell's variables stand for; they come last, and stand in the script."""
+    return {name: environment[variable] for variable, name in _DEFAULTS.items() if environment.get(variable)}
+
+
+def submitting_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables to submit with: none that would change what the script says, none of a job around this process."""
+    return {name: value for name, value in outside_of_job(environment).items() if not name.startswith("SBATCH_")}
+
+
+def _unknown(name: str, source: str) -> ConfigError:
+    near = difflib.get_close_matches(name, ALLOWED, n=3, cutoff=0.6)
+    suggestion = f"did you mean {' or '.join(near)}? " if near else ""
+    return ConfigError(f"{source}: unknown option {name}", rule=f"{suggestion}valid ones: {', '.join(ALLOWED)}")
+
+
+def _is_line(text: str) -> bool:
+    return bool(text) and text.isprintable()

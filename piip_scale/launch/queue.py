@@ -1,0 +1,162 @@
+"""The queue as a user asks about it: which jobs there are, submitting, signalling, cancelling."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from piip_scale.errors import SlurmError
+from piip_scale.launch.options import submitting_environment
+
+_TIMEOUT_S = 60.0
+# The command comes last: it alone may hold the separator.
+_FIELDS = "%A|%F|%K|%T|%r|%L|%N|%o"
+_NONE = ("N/A", "(null)", "")
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that waits, runs or is ending.
+
+    Attributes:
+        name: What Slurm's commands call it: ``12``, or ``12_3`` for a task of an array.
+        job_id: Its number; a task's own once it runs.
+        array_task: Index in its array; ``None`` outside of one.
+        state: ``PENDING``, ``RUNNING``, ``COMPLETING`` ...
+        reason: Why it waits, in Slurm's words.
+        time_left: Until its limit, as Slurm writes it.
+        nodes: Where it runs, as Slurm writes them.
+        command: Its script, with arguments.
+    """
+
+    name: str
+    job_id: int
+    array_task: int | None
+    state: str
+    reason: str
+    time_left: str
+    nodes: str
+    command: str
+
+    @property
+    def is_waiting(self) -> bool:
+        """It has not begun, or waits for its next attempt."""
+        return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+
+
+def has_slurm() -> bool:
+    """Whether Slurm's commands are on this machine."""
+    return shutil.which("squeue") is not None
+
+
+def queued_jobs() -> list[QueuedJob]:
+    """This user's jobs.
+
+    Raises:
+        SlurmError: The controller does not answer.
+    """
+    return parse_queue(_run("squeue", "--me", "--noheader", "--array", f"--format={_FIELDS}"))
+
+
+def parse_queue(text: str) -> list[QueuedJob]:
+    """Jobs from squeue's lines in our format; lines of another are passed over."""
+    jobs = []
+    for line in text.splitlines():
+        fields = line.split("|", _FIELDS.count("|"))
+        if len(fields) != _FIELDS.count("|") + 1 or not fields[0].isdecimal():
+            continue
+        number, array, task, state, reason, left, nodes, command = fields
+        index = int(task) if task.isdecimal() else None
+        name = number if index is None else f"{array}_{index}"
+        jobs.append(QueuedJob(name, int(number), index, state, reason, left, "" if nodes in _NONE else nodes, command))
+    return jobs
+
+
+def check_submission(script: str, folder: Path) -> str:
+    """Asks Slurm whether it would take a script, without submitting it; returns when it would start, in its words.
+
+    Raises:
+        SlurmError: It would not, in its words.
+    """
+    told = _run("sbatch", "--test-only", stdin=script, folder=folder, prefix="Slurm would refuse the job")
+    lines = [line.removeprefix("sbatch: ").strip() for line in told.splitlines()]
+    return next((line for line in lines if line.startswith("Job ")), "")
+
+
+def submit_script(script: Path, folder: Path, options: Sequence[str] = ()) -> int:
+    """Submits a script; returns the job's id.
+
+    Raises:
+        SlurmError: Slurm refuses.
+    """
+    told = _run("sbatch", "--parsable", *options, str(script), folder=folder, prefix="Slurm refuses the job")
+    words = told.strip().splitlines()
+    if not words or not words[-1].split(";")[0].isdecimal():
+        raise SlurmError("cannot read the id of the submitted job", value=told[:200])
+    return int(words[-1].split(";")[0])
+
+
+def signal_batch(job: QueuedJob, name: str) -> None:
+    """Sends a signal to a job's batch process alone.
+
+    Raises:
+        SlurmError: The job is gone, or another user's.
+    """
+    _run("scancel", "--batch", f"--signal={name}", job.name)
+
+
+def cancel(job: QueuedJob) -> None:
+    """Takes a job out of the queue.
+
+    Raises:
+        SlurmError: It is another user's.
+    """
+    _run("scancel", job.name)
+
+
+def release(job: QueuedJob) -> None:
+    """Lets a job that is held wait for nodes.
+
+    Raises:
+        SlurmError: An administrator holds it.
+    """
+    _run("scontrol", "release", job.name)
+
+
+def _run(*words: str, stdin: str | None = None, folder: Path | None = None, prefix: str = "") -> str:
+    try:
+        done = subprocess.run(
+            words,
+            input=stdin or "",
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=_TIMEOUT_S,
+            env=submitting_environment(os.environ),
+            cwd=folder,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(
+            f"Slurm's {words[0]} is not on this machine",
+            fix="log in where jobs are submitted, or try launch/minislurm; piip-scale train needs no Slurm",
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(f"{words[0]} did not answer within {_TIMEOUT_S:g} s") from error
+    if done.returncode:
+        told = _reason(words[0], done.stderr) or f"exit code {done.returncode}"
+        fix = "is this machine part of a cluster? SLURM_CONF may name its configuration" if "config" in told else ""
+        raise SlurmError(f"{prefix or ' '.join(words[:2])}: {told}", fix=fix)
+    # sbatch tells of a test on standard error.
+    return done.stdout or done.stderr
+
+
+def _reason(command: str, stderr: str) -> str:
+    """What a command says went wrong, on one line: the end of it where that is fatal, or else all."""
+    lines = [line.removeprefix(f"{command}: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
+    fatal = [line.removeprefix("fatal: ") for line in lines if line.startswith("fatal: ")]
+    return "; ".join(fatal or lines)

@@ -1,0 +1,196 @@
+"""Steps of a Slurm job: srun with the options that keep one rank's end from going unnoticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from piip_scale.engine.heartbeat import STACK_SIGNAL
+from piip_scale.errors import SlurmError
+from piip_scale.launch.executors import LostNodes, ProcessStep, Step, with_code
+from piip_scale.launch.queue import submit_script
+from piip_scale.launch.slurm_commands import JobRecord, Slurm
+from piip_scale.launch.spec import JobSpec
+from piip_scale.launch.submitting import note_submitted
+from piip_scale.logging import get_logger
+from piip_scale.world import Allocation, World, rendezvous_port
+
+
+def srun_words(
+    spec: JobSpec, nodes: Sequence[str], tasks_per_node: int, cpus_per_task: int | None, *, alone: bool
+) -> list[str]:
+    """The srun of a step, up to the program.
+
+    Args:
+        spec: The job.
+        nodes: Where.
+        tasks_per_node: Processes on each.
+        cpus_per_task: Cores of each; srun no longer takes them from the batch job by itself.
+        alone: The end of one process, or of a node, does not end the others.
+    """
+    together = ["--kill-on-bad-exit=1", "--no-kill=off"]
+    words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}"]
+    words += [f"--ntasks-per-node={tasks_per_node}", f"--nodelist={','.join(nodes)}", "--export=ALL", "--unbuffered"]
+    words += [f"--cpus-per-task={cpus_per_task}"] * bool(cpus_per_task)
+    return words + (["--kill-on-bad-exit=0", "--no-kill"] if alone else together) + list(spec.srun_options)
+
+
+class SlurmStep(ProcessStep):
+    """A step of a job, behind its srun."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], slurm: Slurm, job_id: int) -> None:
+        super().__init__(command, environment)
+        self._slurm, self._job_id = slurm, job_id
+
+    def ask_for_stacks(self) -> None:
+        """Not by srun, which passes on only signals of its own choice."""
+        for number in (int(STACK_SIGNAL), int(signal.SIGCONT)):
+            with suppress(SlurmError):
+                for step_id in self._slurm.step_ids(self._job_id)[-1:]:
+                    self._slurm.signal_step(self._job_id, step_id, number)
+
+    def end(self) -> None:
+        """Srun takes TERM for the wish to kill all tasks."""
+        self.signal(signal.SIGTERM)
+
+
+class SlurmExecutor:
+    """The allocation of the batch job that this process belongs to.
+
+    Args:
+        spec: The job as it was meant.
+        allocation: The job as it is.
+        slurm: The commands.
+    """
+
+    has_queue = True
+
+    def __init__(self, spec: JobSpec, allocation: Allocation, slurm: Slurm) -> None:
+        self.job_id, self.restart_count = allocation.job_id, allocation.restart_count
+        self._spec, self._allocation, self._slurm = spec, allocation, slurm
+
+    def allocated(self) -> tuple[str, ...]:
+        """The job's nodes, in order."""
+        return self._slurm.hostnames(self._allocation.node_list)
+
+    def lost(self, nodes: Sequence[str]) -> LostNodes:
+        """Which are down, or were taken from the job because they were."""
+        down = dict(self.down(nodes))
+        own = self._slurm.hostnames(self._slurm.job(self.job_id).node_list)
+        taken = {node: f"node {node} was lost: Slurm took it from the job" for node in nodes if node not in own}
+        return tuple((taken | down).items())
+
+    def down(self, nodes: Sequence[str]) -> LostNodes:
+        """Which Slurm calls down, failing or out of reach."""
+        records = self._slurm.nodes(nodes)
+        lost = [record for record in records.values() if record.is_lost]
+        return tuple((record.name, f"node {record.name} was lost: {record.line}") for record in lost)
+
+    def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
+        """Starts one step."""
+        is_training = words[0] == "train"
+        command = srun_words(
+            self._spec,
+            nodes,
+            tasks_per_node,
+            self._allocation.cpus_per_task if is_training else None,
+            alone=not is_training,
+        )
+        environment = with_code(self._spec, os.environ) | self._meeting_point(nodes, tasks_per_node, number)
+        return SlurmStep([*command, *self._spec.rank_command, *words], environment, self._slurm, self.job_id)
+
+    def _meeting_point(self, nodes: Sequence[str], tasks_per_node: int, number: int) -> dict[str, str]:
+        records = self._slurm.nodes(nodes[:1])
+        # Where Slurm itself reaches the node: its name need not be one that resolves.
+        address = records[nodes[0]].address if nodes[0] in records else nodes[0]
+        world = World(num_ranks=1, master_address=address, master_port=rendezvous_port(self.job_id, number))
+        names = world.as_environment()
+        # Each task of a step finds its own rank; the single task of one does not look for any.
+        alone = len(nodes) * tasks_per_node == 1
+        return names if alone else {name: value for name, value in names.items() if name.startswith("MASTER")}
+
+    def why_ending(self) -> str:
+        """What the controller says of the job."""
+        try:
+            job = self._slurm.job(self.job_id)
+        except SlurmError:
+            return ""
+        return ending(job, self.restart_count)
+
+    def is_running(self, job_id: int) -> bool:
+        """Whether another job still runs; one that the controller has forgotten does not."""
+        try:
+            return self._slurm.job(job_id).state in ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
+        except SlurmError:
+            return False
+
+    def requeue(self, exclude: Sequence[str]) -> str:
+        """Puts this job back into the queue; where the site does not let it, has another follow it."""
+        job = self._slurm.job(self.job_id)
+        exclude = self._affordable(exclude, job)
+        if job.restarts > self.restart_count:
+            return "Slurm has put the job back into the queue itself" + self._try_exclude(exclude)
+        if self._spec.requeue:
+            try:
+                self._slurm.requeue(self.job_id)
+            except SlurmError as error:
+                get_logger(__name__).warning("%s; a successor is submitted instead", error.line)
+            else:
+                return f"job {self.job_id} is back in the queue" + self._try_exclude(exclude)
+        return self._succeed(exclude)
+
+    def _try_exclude(self, exclude: Sequence[str]) -> str:
+        if not exclude:
+            return ""
+        try:
+            self._slurm.exclude(self.job_id, exclude)
+        except SlurmError as error:
+            return f", and may get {', '.join(exclude)} again: {error.line}"
+        return f", without {', '.join(exclude)}"
+
+    def _succeed(self, exclude: Sequence[str]) -> str:
+        waiting = self._slurm.dependents(self.job_id)
+        if waiting:
+            for job_id in waiting[:1] if exclude else ():
+                self._slurm.exclude(job_id, exclude)
+            return f"job {waiting[0]}, which waits for this one, goes on"
+        if self._spec.script is None:
+            raise SlurmError(
+                "this job cannot be requeued here, and its script is not known",
+                fix="submit it again by hand; `piip-scale submit` keeps the script for such sites",
+            )
+        options = [f"--dependency=afterany:{self.job_id}", *([f"--exclude={','.join(exclude)}"] if exclude else [])]
+        options += [] if self._spec.array_task is None else [f"--array={self._spec.array_task}"]
+        successor = submit_script(self._spec.script, self._spec.working_dir, options)
+        note_submitted(self._spec, successor)
+        return f"job {successor} follows this one" + (f", without {', '.join(exclude)}" if exclude else "")
+
+    def _affordable(self, exclude: Sequence[str], job: JobRecord) -> tuple[str, ...]:
+        """None of the nodes where the partition would have too few left: the job would wait for ever."""
+        size = self._slurm.partition_size(job.partition)
+        if exclude and size - len(exclude) < self._spec.nodes_to_ask:
+            get_logger(__name__).warning(
+                "%s should be left out, but partition %s has only %d nodes", ", ".join(exclude), job.partition, size
+            )
+            return ()
+        return tuple(exclude)
+
+
+def ending(job: JobRecord, restart_count: int) -> str:
+    """Why a job ends, from what the controller says of it while its processes still run.
+
+    Args:
+        job: The record.
+        restart_count: How often it had been requeued when it started.
+    """
+    if job.restarts > restart_count:
+        return "preemption" if job.is_preempted else "requeue"
+    if job.is_preempted:
+        return "preemption"
+    if job.state != "COMPLETING":
+        return ""
+    # Completing with processes alive means that Slurm ends them: because the time is over, or somebody said scancel.
+    return "time limit" if job.limit_s is not None and job.run_s >= job.limit_s - 2 else "cancel"

@@ -1,0 +1,309 @@
+"""One process that stays with a training until it is done, or until a person has to look."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from piip_scale.checkpoint.store import CheckpointStore, read_step
+from piip_scale.engine.heartbeat import late_ranks, read_beats
+from piip_scale.engine.run_dir import RunDirectory, Status
+from piip_scale.errors import HangError, LostRankError, PiipError, RunError, SlurmError
+from piip_scale.launch.attempts import Attempt, History, next_number
+from piip_scale.launch.bad_nodes import add_bad_nodes, choose_nodes, read_bad_nodes
+from piip_scale.launch.checking import Check, check_nodes
+from piip_scale.launch.decide import Decision, Situation, decide
+from piip_scale.launch.executors import Executor, LostNodes
+from piip_scale.launch.node_facts import Needs
+from piip_scale.launch.outcome import Evidence, judge
+from piip_scale.launch.spec import JobFiles, JobSpec
+from piip_scale.launch.step_notes import StepNotes
+from piip_scale.launch.telling import say
+from piip_scale.launch.watching import Watch, Wishes
+
+_STILL_S = 10.0
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a supervisor goes about it.
+
+    Attributes:
+        preflight: Look at the nodes before each attempt.
+        preflight_s: How long that may take.
+        poll_s: How often to look at a step.
+    """
+
+    preflight: bool = True
+    preflight_s: float = 180.0
+    poll_s: float = 1.0
+
+
+class Supervisor:
+    """Starts attempts until ``decide`` says otherwise.
+
+    Args:
+        spec: The job.
+        executor: Where it runs.
+        wishes: What is asked of it; its signals are installed.
+        habits: How.
+    """
+
+    def __init__(self, spec: JobSpec, executor: Executor, wishes: Wishes, habits: Habits) -> None:
+        self._spec, self._executor, self._wishes, self._habits = spec, executor, wishes, habits
+        self._run, self._files = RunDirectory(spec.run_dir), JobFiles(spec.run_dir)
+        self._history = History(self._files.attempts)
+        self._needs = Needs(spec.ranks_per_node, spec.gpus_per_node)
+
+    def run(self) -> int:
+        """Trains to the end, as far as this job can; returns the exit code for it.
+
+        Raises:
+            PiipError: The run's directory cannot be written, or another job is training in it.
+        """
+        status = self._run.status()
+        if status and status.state == "done":
+            say(f"the training is done (step {status.step}); nothing is left to do")
+            return 0
+        decision = self._settle_the_past()
+        while decision is None or decision.action == "restart":
+            if decision and decision.pause_s:
+                self._pause(decision.pause_s)
+            decision = self._attempt()
+        return self._leave(decision)
+
+    def _settle_the_past(self) -> Decision | None:
+        """Closes an attempt whose supervisor was killed with it; a decision where that ends the job."""
+        history = self._history.read()
+        if not history or history[-1].end is not None:
+            return None
+        last = history[-1]
+        if last.job_id != self._executor.job_id and self._executor.is_running(last.job_id):
+            raise RunError(
+                f"job {last.job_id} is training in {self._run.path}",
+                rule="a run has one job at a time",
+                fix=f"wait for it, or end it with scancel {last.job_id}",
+            )
+        ended = self._cut(last)
+        decision = decide([*history[:-1], ended], self._situation(()))
+        if decision.action == "give_up":
+            self._note(ended, decision)
+            return decision
+        self._note(ended, replace(decision, action="requeue"))
+        return None
+
+    def _cut(self, last: Attempt) -> Attempt:
+        gone = [node for node in last.nodes if node not in self._executor.allocated()]
+        status = self._run.status()
+        has_stopped = status is not None and status.state == "stopped" and self._status_unix_s() >= last.started_unix_s
+        evidence = Evidence(
+            exit_code=0,
+            last_step=self._newest_step(),
+            status=status if has_stopped else None,
+            lost_nodes=self._executor.down(gone),
+            cause="requeue" if has_stopped else "",
+        )
+        ended = judge(last, evidence, self._spec.ranks_per_node, time.time())
+        if ended.end in ("stopped", "lost_node"):
+            return ended
+        line = "its supervisor was ended together with it: the job was requeued or killed, or its first node was lost"
+        return replace(ended, end="cut", error_kind="", error_line=line)
+
+    def _attempt(self) -> Decision:
+        """One attempt, from the look at the nodes to the decision that follows it."""
+        attempt = self._begin()
+        check = self._check(attempt)
+        add_bad_nodes(self._files.bad_nodes, check.problems, time.time())
+        known_bad = read_bad_nodes(self._files.bad_nodes, time.time())
+        nodes = choose_nodes(check.healthy, self._spec.num_nodes, known_bad)
+        self._wishes.look()
+        if self._wishes.cause:
+            ended = replace(attempt, end="stopped", cause=self._wishes.cause, last_step=attempt.first_step)
+        elif len(nodes) < self._spec.num_nodes or check.shared_problem:
+            ended = _unfit(attempt, check)
+        else:
+            ended = self._train(replace(attempt, nodes=nodes))
+        return self._conclude(replace(ended, ended_unix_s=time.time()), check.problems)
+
+    def _begin(self) -> Attempt:
+        history = self._history.read()
+        attempt = Attempt(
+            attempt=next_number(history),
+            job_id=self._executor.job_id,
+            restart_count=self._executor.restart_count,
+            nodes=self._executor.allocated(),
+            started_unix_s=time.time(),
+            first_step=self._newest_step(),
+        )
+        self._history.write(attempt)
+        self._keep_traces(attempt.attempt - 1)
+        return attempt
+
+    def _check(self, attempt: Attempt) -> Check:
+        """The nodes that are fit to train."""
+        lost = dict(self._executor.lost(attempt.nodes))
+        there = [node for node in attempt.nodes if node not in lost]
+        for line in lost.values():
+            say(f"attempt {attempt.attempt}: {line}")
+        if not self._habits.preflight:
+            return Check(tuple(there), lost)
+        folder = self._files.folder / f"preflight-{attempt.attempt}"
+        check = check_nodes(self._spec, self._executor, there, attempt.attempt, folder, self._habits.preflight_s)
+        for node, problem in check.problems.items():
+            say(f"attempt {attempt.attempt}: node {node} fails its preflight: {problem}")
+        say(f"attempt {attempt.attempt}: preflight of {len(there)} nodes took {check.seconds:.1f} s: {check.line}")
+        return replace(check, problems=lost | dict(check.problems))
+
+    def _train(self, attempt: Attempt) -> Attempt:
+        """Runs the ranks, and judges what became of them."""
+        self._history.write(attempt)
+        before = self._status_stamp()
+        resume = ["--resume"] if self._run.status() else []
+        words = ["train", str(self._spec.config), f"--run-dir={self._run.path}", "--no-progress", *resume]
+        words += [f"--set={override}" for override in self._spec.overrides]
+        where = f"{len(attempt.nodes)} nodes ({' '.join(attempt.nodes)})"
+        say(f"attempt {attempt.attempt}: training from step {attempt.first_step} on {where}")
+        step = self._executor.start(
+            words, attempt.nodes, self._spec.ranks_per_node, 2 * attempt.attempt + 1, self._run.heartbeats
+        )
+        watch = Watch(step, self._run, self._wishes, self._spec.num_ranks, self._habits.poll_s)
+        code = watch.wait()
+        status = self._run.status() if self._status_stamp() != before else None
+        evidence = self._evidence(attempt, code, status, step.notes(), watch.silence)
+        return judge(attempt, evidence, self._spec.ranks_per_node, time.time())
+
+    def _evidence(self, attempt: Attempt, code: int, status: Status | None, notes: StepNotes, silence: str) -> Evidence:
+        is_well = status is not None and status.state in ("done", "stopped")
+        return Evidence(
+            exit_code=code,
+            last_step=self._newest_step(),
+            status=status,
+            first_error=self._run.first_error(since_unix_s=attempt.started_unix_s),
+            notes=notes,
+            lost_nodes=() if is_well else self._lost(attempt, notes),
+            silence=silence,
+            late_rank=self._late_rank(attempt),
+            cause=self._wishes.cause or (self._executor.why_ending() if not status or status.state != "done" else ""),
+        )
+
+    def _lost(self, attempt: Attempt, notes: StepNotes) -> LostNodes:
+        told = tuple((node, f"node {node} was lost while it trained") for node in notes.failed_nodes)
+        return self._executor.lost(attempt.nodes) or told
+
+    def _late_rank(self, attempt: Attempt) -> int | None:
+        beats = {beat.rank: beat for beat in read_beats(self._run.heartbeats, attempt.started_unix_s)}
+        newest = max((beat.unix_time_s for beat in beats.values()), default=0.0)
+        silent = [rank for rank, beat in beats.items() if newest - beat.unix_time_s > _STILL_S]
+        late = late_ranks(beats, silent, len(attempt.nodes) * self._spec.ranks_per_node)
+        return late[0] if beats and late else None
+
+    def _conclude(self, ended: Attempt, problems: Mapping[str, str]) -> Decision:
+        self._wishes.look()
+        if ended.cause in ("preemption", "time limit", "requeue", "cancel") and not self._wishes.is_ending:
+            self._wishes.end(ended.cause)
+        self._tell_status(ended)
+        history = self._history.read()
+        decision = decide([*history[:-1], ended], self._situation(self._bad_now(ended, problems)))
+        self._note(ended, decision)
+        return decision
+
+    def _bad_now(self, ended: Attempt, problems: Mapping[str, str]) -> tuple[str, ...]:
+        bad = dict(problems)
+        if ended.end == "lost_node" and ended.node:
+            bad[ended.node] = ended.error_line
+        return tuple(bad)
+
+    def _situation(self, bad: tuple[str, ...]) -> Situation:
+        nodes = self._executor.allocated()
+        lost = {node for node, _ in self._executor.lost(nodes)}
+        return Situation(
+            num_nodes=self._spec.num_nodes,
+            usable_nodes=tuple(node for node in nodes if node not in lost and node not in bad),
+            bad_nodes=tuple(sorted({*lost, *bad})),
+            max_stale_restarts=self._spec.max_stale_restarts,
+            has_queue=self._executor.has_queue,
+            is_ending=self._wishes.is_ending,
+            asked=self._wishes.asked,
+        )
+
+    def _note(self, ended: Attempt, decision: Decision) -> None:
+        """One line for the log, the same for the history, the nodes for the next."""
+        self._history.write(replace(ended, decision=decision.action, why=decision.why))
+        reasons = {node: ended.error_line or ended.end or "" for node in decision.exclude if node == ended.node}
+        add_bad_nodes(self._files.bad_nodes, reasons, time.time())
+        action = decision.action.replace("_", " ")
+        without = f", without {', '.join(decision.exclude)}" if decision.exclude else ""
+        say(f"attempt {ended.attempt}: {decision.why} -> {action}{without}")
+
+    def _tell_status(self, ended: Attempt) -> None:
+        """Ranks that could not speak are spoken for, in the status and in ``errors/``."""
+        first = self._run.first_error(since_unix_s=ended.started_unix_s)
+        if not ended.failed or (first and first.line == ended.error_line):
+            return
+        kind = HangError if ended.end == "hang" else LostRankError
+        error: PiipError = kind(ended.error_line)
+        error.reason = ended.error_kind or ended.end or error.reason
+        # In the place of a rank that only met the end of another.
+        self._run.forget_first_error()
+        self._run.record_error(ended.rank or 0, error, ended.error_step, ended.node)
+        if self._run.status():
+            self._run.write_failure(error)
+
+    def _leave(self, decision: Decision) -> int:
+        if decision.action == "requeue":
+            try:
+                say(self._executor.requeue(decision.exclude))
+            except SlurmError as error:
+                last = self._history.read()[-1]
+                self._history.write(replace(last, decision="give_up", why=f"{last.why}; {error.line}"))
+                raise
+            return 0
+        return 0 if decision.action == "finish" else 1
+
+    def _keep_traces(self, number: int) -> None:
+        """Errors and stacks of the attempt before stay beside the history, where the next does not replace them."""
+        for name in ("errors", "stacks"):
+            source, kept = self._run.path / name, self._files.folder / f"attempt-{number}" / name
+            if source.is_dir() and any(source.iterdir()) and not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(source, kept)
+        self._run.clear_traces()
+
+    def _pause(self, seconds: float) -> None:
+        say(f"waiting {seconds:.0f} s before the next attempt")
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s and not self._wishes.cause:
+            time.sleep(self._habits.poll_s)
+            self._wishes.look()
+
+    def _newest_step(self) -> int:
+        newest = CheckpointStore(self._run.checkpoints, keep=1).latest()
+        return read_step(newest) if newest else 0
+
+    def _status_unix_s(self) -> float:
+        return self._run.status_file.stat().st_mtime
+
+    def _status_stamp(self) -> tuple[int, int] | None:
+        return _stamp(self._run.status_file)
+
+
+def _unfit(attempt: Attempt, check: Check) -> Attempt:
+    """An attempt that its nodes, or its config, did not allow to begin."""
+    ended = replace(attempt, end="preflight", last_step=attempt.first_step)
+    if check.shared_problem:
+        kind, line = check.shared_problem
+        return replace(ended, error_kind=kind, error_line=line)
+    line = "; ".join(f"{node}: {problem}" for node, problem in check.problems.items()) or "too few nodes"
+    node = next(iter(check.problems), "")
+    return replace(ended, error_kind="preflight", error_line=line, node=node)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -1,0 +1,153 @@
+"""Looking after a step while it runs: signals and requests go in, silence does not go on for ever."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from piip_scale.engine.heartbeat import Beat, read_beats
+from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.launch.decide import Asked
+from piip_scale.launch.executors import Step
+from piip_scale.launch.spec import Request, load_request
+from piip_scale.launch.telling import say
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_REQUEST_EVERY_S = 2.0
+_SILENCE_MARGIN_S = 60.0
+_START_LIMIT_S = 3600.0
+_STACKS_WITHIN_S = 5.0
+_END_AGAIN_AFTER_S = 20.0
+
+
+class Wishes:
+    """What signals and requests asked of this job so far.
+
+    Attributes:
+        cause: Why ranks are to stop: ``time limit``, ``preemption``, ``requeue``, ``user``; empty while they are not.
+        asked: What the user asked for.
+        is_ending: The allocation is about to end.
+        is_impatient: A second Ctrl-C came: end at once.
+
+    Args:
+        run: Whose requests count; one that is there already is of an earlier job.
+        why_ending: Tells what Slurm is about when it sends TERM.
+    """
+
+    def __init__(self, run: RunDirectory, why_ending: Callable[[], str]) -> None:
+        self.cause = ""
+        self.asked: Asked = ""
+        self.is_ending = False
+        self.is_impatient = False
+        self._run, self._why_ending = run, why_ending
+        self._received: list[int] = []
+        self._old = load_request(run.path)
+        self._looked_s = -math.inf
+
+    def install(self) -> None:
+        """Takes the signals over. Main thread only."""
+        for number in _SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self._received.append(number)
+
+    def look(self) -> None:
+        """Takes in what has come since."""
+        # A request is written first, and then a signal sent that has it read.
+        if self._received or time.monotonic() - self._looked_s > _REQUEST_EVERY_S:
+            self._looked_s = time.monotonic()
+            request = load_request(self._run.path)
+            if request and request != self._old:
+                self._old = request
+                self._take_request(request)
+        while self._received:
+            self._take(self._received.pop(0))
+
+    def _take(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self.is_impatient = self.asked == "stop"
+            self.asked, self.cause = "stop", "user"
+        elif number == signal.SIGUSR2:
+            self.end(self._why_ending() or "time limit")
+        else:
+            self.end(self._why_ending() or "TERM")
+        say(f"{signal.Signals(number).name} came: {self.cause}")
+
+    def end(self, cause: str) -> None:
+        """The job ends, for a cause that ``why_ending`` told."""
+        self.is_ending = True
+        if cause == "cancel":
+            self.asked = "cancel"
+        self.cause = self.cause or cause
+
+    def _take_request(self, request: Request) -> None:
+        self.asked, self.cause = request.action, "user" if request.action == "stop" else "requeue"
+        say(f"{request.action} was asked for" + f" by {request.user}" * bool(request.user))
+
+
+class Watch:
+    """Waits for a step of ranks.
+
+    Attributes:
+        silence: What was seen of ranks that gave no sign for too long, in one line; empty where they did.
+
+    Args:
+        step: The step.
+        run: The run, whose heartbeats are read.
+        wishes: What is asked of the job.
+        num_ranks: Ranks of the step.
+        poll_s: How often to look.
+    """
+
+    def __init__(self, step: Step, run: RunDirectory, wishes: Wishes, num_ranks: int, poll_s: float) -> None:
+        self.silence = ""
+        self._step, self._run, self._wishes = step, run, wishes
+        self._num_ranks, self._poll_s = num_ranks, poll_s
+        self._began_s, self._began_unix_s = time.monotonic(), time.time()
+        self._was_asked = False
+        self._ended_s = 0.0
+        self._newest_unix_s, self._moved_s = 0.0, time.monotonic()
+        self._limit_s = _START_LIMIT_S
+
+    def wait(self) -> int:
+        """Until the step has ended; returns its exit code."""
+        while (code := self._step.poll()) is None:
+            time.sleep(self._poll_s)
+            self._wishes.look()
+            beats = list(read_beats(self._run.heartbeats, self._began_unix_s))
+            self._pass_on(beats)
+            self._look_for_silence(beats)
+        return code
+
+    def _pass_on(self, beats: list[Beat]) -> None:
+        if self._wishes.is_impatient and not self._ended_s:
+            self._end()
+        # Before a rank's first beat, a signal would kill it.
+        if self._wishes.cause and not self._was_asked and len(beats) == self._num_ranks:
+            self._was_asked = True
+            say("asking the ranks to save and stop")
+            self._step.ask_to_stop()
+
+    def _look_for_silence(self, beats: list[Beat]) -> None:
+        now_s = time.monotonic()
+        newest = max((beat.unix_time_s for beat in beats), default=0.0)
+        if newest != self._newest_unix_s:
+            # By this machine's clock alone: those of others may differ.
+            self._newest_unix_s, self._moved_s = newest, now_s
+            self._limit_s = max(beat.limit_s for beat in beats)
+        waited_s = now_s - self._moved_s
+        if waited_s > self._limit_s + _SILENCE_MARGIN_S and not self._ended_s:
+            self.silence = f"no rank gave any sign for {waited_s:.0f} s, so they were ended from outside"
+            self._step.ask_for_stacks()
+            time.sleep(_STACKS_WITHIN_S)
+            self._end()
+        elif self._ended_s and now_s - self._ended_s > _END_AGAIN_AFTER_S:
+            self._end()
+
+    def _end(self) -> None:
+        self._ended_s = time.monotonic()
+        self._step.end()

@@ -1,0 +1,107 @@
+"""What submit says before anything is sent; tests/slurm sends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import command, environment, failed_in_one_line, piip_scale, succeeded
+
+BATCH = ("--nodes", 2, "--gpus-per-node", 1)
+
+
+def without_slurm(*arguments, cwd=None):
+    """As on a laptop: Slurm's commands are not there."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=240, check=False, cwd=cwd,
+        env=environment() | {"PATH": str(Path("/nonexistent"))},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--profile", "infiniban"], ["unknown profile: got 'infiniban'", "did you mean infiniband", "minislurm"]),
+        (["--profile", "none.toml"], ["profile file not found", "profiles that ship"]),
+        (["--sbatch", "partitoin=gpu"], ["--sbatch: unknown option partitoin", "did you mean partition", "wckey"]),
+        (["--sbatch", "nodes=3"], ["option nodes; it follows from --nodes and --spares"]),
+        (["--partition", "a\nb"], ["command line: option partition", "a text of one line"]),
+        (["--array", "0-3"], ["--array: got '0-3'", "add --sweep"]),
+        (["--sweep", "optimizer.lr"], ["--sweep: got 'optimizer.lr'"]),
+        (["--run-dir", "a\\b"], ["--run-dir", "without backslashes"]),
+        (["--job-name", "a\nb"], ["--job-name", "one line"]),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(config, tmp_path, words, parts):
+    if "--run-dir" not in words:
+        words = [*words, "--run-dir", tmp_path / "run"]
+    failed_in_one_line(piip_scale("submit", config, *BATCH, *words, "--dry-run"), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_nothing_is_sent_and_nothing_written(config, tmp_path):
+    done = without_slurm("submit", config, *BATCH, "--run-dir", tmp_path / "run")
+    failed_in_one_line(done, "Slurm's squeue is not on this machine", "launch/minislurm", code=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_config_is_checked_for_all_ranks_before_anything_is_sent(config, tmp_path):
+    done = without_slurm("submit", config, "--nodes", 3, "--gpus-per-node", 1, "--dry-run", "--run-dir", tmp_path / "r")
+    failed_in_one_line(done, "3 ranks cannot share 2 canonical streams", "data.num_streams")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_the_script_alone(config, tmp_path):
+    run_dir = tmp_path / 'it\'s 50% "mine"'
+    site = tmp_path / "site.toml"
+    site.write_text("gpu_memory_gib = 80\n[sbatch]\npartition = 'slow'\nqos = 'site'\n")
+    words = ["--profile", site, "--partition", "gpu", "--set", "train.steps=3", "--run-dir", run_dir, "--spares", 1]
+    done = succeeded(
+        subprocess.run(
+            command("submit", config, *BATCH, *words, "--dry-run"),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env=environment() | {"SBATCH_QOS": "shell", "SBATCH_ACCOUNT": "ann", "SBATCH_EXPORT": "NONE"},
+        )
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert {"nodes=3", "partition=gpu", "qos=site", "account=ann", "no-kill", "gpus-per-node=1"} <= asked
+    assert f"chdir={os.getcwd()}" in asked
+    assert [line for line in lines if "[" in line and line.startswith("# [")] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["site.toml"]
+
+
+def test_jobs_without_any_say_where_to_look(tmp_path):
+    done = without_slurm("jobs", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no runs in runs; --runs DIR looks elsewhere" in done.stderr
+    failed_in_one_line(piip_scale("jobs", "--runs", tmp_path / "none"), "a folder that is there", code=1)
+    failed_in_one_line(piip_scale("jobs", "stop", tmp_path), "no run's directory", code=1)
+
+
+def test_a_local_run_is_listed_without_slurm(trained, tmp_path):
+    done = succeeded(without_slurm("jobs", "--runs", trained.parent))
+    heads, line = done.stdout.splitlines()
+    assert heads.startswith("RUN")
+    assert "done" in line
+    assert "6/6" in line
+    failed_in_one_line(without_slurm("jobs", "logs", trained), "has no job, and so no log", code=1)
+    failed_in_one_line(without_slurm("jobs", "stop", trained), "got 'done at step 6'", code=1)
+    failed_in_one_line(without_slurm("jobs", "requeue", trained), "is done, at step 6", code=1)
+
+
+def test_jobs_answer_without_torch():
+    code = (
+        "import sys, piip_scale.cli.main, piip_scale.launch.control, piip_scale.launch.submitting, piip_scale.cli.jobs;"
+    )
+    code += "print([name for name in ('torch', 'numpy', 'deepspeed', 'mmengine') if name in sys.modules])"
+    done = subprocess.run(
+        [command()[0], "-c", code], capture_output=True, text=True, check=True, timeout=60, env=environment()
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,59 @@
+"""Orders as a user would give them, on paths that are the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from piip_scale.launch.profiles import Container, Profile, load_profile
+from piip_scale.launch.submitting import Order
+from piip_scale.launch.sweeps import sweep_points
+
+PYTHON = "/shared/venv/bin/python"
+HOSTILE = '/runs/it\'s "50%j" #1 $HOME `id` *'
+
+
+def order(run_dir="/shared/runs/h6b", profile=None, **changes):
+    given = {
+        "config": Path("/home/ann/piip_scale/configs/coco/mask_rcnn_h6b_1024_512.py"),
+        "run_dir": Path(run_dir),
+        "working_dir": Path("/home/ann/piip_scale"),
+        "num_nodes": 2,
+        "ranks_per_node": 8,
+        "profile": (profile or Profile()).model_copy(update={"python": PYTHON}),
+        "options": dict((profile or Profile()).sbatch),
+    }
+    return Order(**given | changes)
+
+
+def shipped(name, **changes):
+    profile = load_profile(name)
+    options = dict(profile.sbatch) | changes.pop("options", {})
+    return order(profile=profile, profile_name=name, options=options, **changes)
+
+
+ORDERS = {
+    "plain": lambda: order(options={"partition": "gpu", "time": "24:00:00"}, overrides=("train.seed=1",)),
+    "infiniband_spares": lambda: shipped("infiniband", spares=1, options={"time": "12:00:00", "exclude": "n[3,7]"}),
+    "container": lambda: shipped("container"),
+    "no_requeue_chain": lambda: shipped("no_requeue", chain=2),
+    "sweep": lambda: shipped(
+        "infiniband", points=tuple(sweep_points(["optimizer.lr=1e-4,2e-4", "train.seed=0,1"])), array_limit="%2"
+    ),
+    "hostile": lambda: order(
+        run_dir=HOSTILE,
+        name="my 'job' #1",
+        working_dir=Path("/home/o'neil/my work"),
+        overrides=("data.train_shards=it's here",),
+        profile=Profile(
+            modules=("cuda/12.8",),
+            setup=("source /opt/site/setup.sh",),
+            environment={"CACHE": '${HOME}/a "b" `c` $(d) \\e', "PLAIN": "1"},
+        ),
+        options={"comment": 'say "hi" \\ #2', "contiguous": True, "exclusive": False},
+    ),
+}
+
+APPTAINER = Profile(
+    python=PYTHON,
+    container=Container(kind="apptainer", image="/images/piip.sif", mounts=("/data", "/a:/b"), options=("--cleanenv",)),
+)
