@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import throughput
+from sections import aspect, loading, mask_targets, throughput
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
 # A section returns its Markdown, without its heading.
 SECTIONS: dict[str, Callable[[], str]] = {
     "Throughput": throughput.section,
+    "Mask targets": mask_targets.section,
+    "Loader": loading.section,
+    "Memory": loading.memory_section,
+    "Aspect": aspect.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."
 

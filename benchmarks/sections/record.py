@@ -53,11 +53,12 @@ def _row(cells: Sequence[str]) -> str:
 
 def provenance(name: str, script: Path) -> str:
     """One line: when, on what and by which command a section was measured."""
+    words = f'"{name}"' if " " in name else name
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "deepspeed"))
     return (
         f"*{date.today().isoformat()}; {os.cpu_count()} cores ({platform.machine()}), {gpu}; Python "
-        f"{platform.python_version()}, {versions}; `python benchmarks/{script.name} {name} --record`.*"
+        f"{platform.python_version()}, {versions}; `python benchmarks/{script.name} {words} --record`.*"
     )
 
 

@@ -95,7 +95,7 @@ def draw_contact_sheet(shards: ShardSet, out: Path, num_images: int) -> None:
     """
     from piip_scale.tasks.drawing import DrawingStyle, contact_sheet, png_bytes
 
-    style = DrawingStyle(long_edge_px=360, text_px=12, scores=False)
+    style = DrawingStyle(long_edge_px=360, text_px=12, scores=False, names_once=True)
     numbers = np.unique(np.linspace(0, len(shards) - 1, min(num_images, len(shards))).round().astype(int)).tolist()
     pictures = [_picture(shards, number, style) for number in numbers]
     caption = f"{len(numbers)} of {len(shards)} images: " + ", ".join(shards.keys[numbers])
@@ -103,7 +103,7 @@ def draw_contact_sheet(shards: ShardSet, out: Path, num_images: int) -> None:
 
 
 def _picture(shards: ShardSet, number: int, style: DrawingStyle) -> PIL.Image.Image:
-    from piip_scale.tasks.drawing import draw_detections, draw_label_map, draw_names
+    from piip_scale.tasks.drawing import draw_detections, draw_label_map, draw_names, draw_regions
 
     raw = shards.read(number)
     if shards.manifest.kind == "classification":
@@ -113,7 +113,12 @@ def _picture(shards: ShardSet, number: int, style: DrawingStyle) -> PIL.Image.Im
         mapped = decode_mapped(raw, shards.map_rule)
         return draw_label_map(mapped.pixels, mapped.labels, shards.classes, style)
     pixels = decode_image(raw.image, raw.key)
-    return draw_detections(pixels, _ground_truth(parse_notes(raw), shards), shards.classes, style)
+    notes = parse_notes(raw)
+    picture = draw_detections(pixels, _ground_truth(notes, shards), shards.classes, style)
+    crowds = [note["bbox"] for note in notes["annotations"] if note["iscrowd"]]
+    corners = [(x, y, x + width, y + height) for x, y, width, height in crowds]
+    draw_regions(picture, corners, style.long_edge_px / max(pixels.shape[:2]))
+    return picture
 
 
 def _ground_truth(notes: dict[str, Any], shards: ShardSet) -> Detections:

@@ -160,7 +160,7 @@ def _check_options(kind: str, options: dict[str, Any]) -> None:
             takers = ", ".join(_flag(taker) for taker, taken in _TAKES.items() if name in taken)
             raise DataError(f"{_flag(name)} with {_flag(kind)}", rule=f"it goes with {takers}", fix="leave it out")
     if options["images"] is None and "images" in _TAKES[kind]:
-        raise DataError("--images", value="", rule=f"{_flag(kind)} needs the folder of its images", fix="give it")
+        raise DataError("--images is not given", rule=f"{_flag(kind)} needs the folder of its images")
 
 
 def _flag(name: str) -> str:

@@ -15,9 +15,9 @@ from piip_scale.errors import DataError
 
 Array = npt.NDArray[Any]
 
-# Polygons are filled on a grid twice as fine; that with half-covered edges is as close to the truth as 4 without
-# (IoU at 28 x 28 of 0.995), in half the time.
-_GRID_PX = 2 * MASK_SIZE_PX
+# Polygons are filled on a grid four times as fine, half-covered where their edges run, and halved twice: OpenCV halves
+# far faster than it divides by four. IoU with the truth at 28 x 28 is 0.997; a grid twice as fine gives 0.995.
+_GRID_PX = 4 * MASK_SIZE_PX
 _MAX_BITMAP_SUPERSAMPLING = 4
 _TRACE_SUPERSAMPLING = 4
 _FRACTION_BITS = 4
@@ -79,13 +79,14 @@ class Shapes:
         """
         masks = np.empty((len(indices), MASK_SIZE_PX, MASK_SIZE_PX), np.uint8)
         polygons = self._on_grids(dict(zip(indices, boxes_xyxy_px, strict=True)), geometry)
-        grid = np.empty((_GRID_PX, _GRID_PX), np.uint8)
+        grid, half = (np.empty((_GRID_PX // factor, _GRID_PX // factor), np.uint8) for factor in (1, 2))
         for mask, index, box in zip(masks, indices, boxes_xyxy_px, strict=True):
             if index in self._run_lengths:
                 _sample_bitmap(decode_run_lengths(self._run_lengths[index]), box, geometry, mask)
             else:
                 _fill(grid, polygons.get(index, []))
-                cv2.resize(grid, (MASK_SIZE_PX, MASK_SIZE_PX), dst=mask, interpolation=cv2.INTER_AREA)
+                cv2.resize(grid, half.shape, dst=half, interpolation=cv2.INTER_AREA)
+                cv2.resize(half, mask.shape, dst=mask, interpolation=cv2.INTER_AREA)
         return masks
 
     def polygons(self, indices: Sequence[int], geometry: Geometry) -> list[list[Array]]:

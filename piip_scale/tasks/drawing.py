@@ -25,6 +25,7 @@ _MASK_OPACITY = 0.45
 _MOST_NAMES = 6
 _BACKGROUND: Rgb = (250, 250, 250)
 _TEXT: Rgb = (30, 30, 30)
+_IGNORED: Rgb = (150, 150, 150)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class DrawingStyle:
         gap_px: Between images of a sheet, and around them.
         min_score: Detections below it are left out.
         scores: Write scores behind class names; ground truth has none worth writing.
+        names_once: Name the largest object of each class alone: colours tell the others, and nothing is hidden.
     """
 
     long_edge_px: int = 640
@@ -46,6 +48,7 @@ class DrawingStyle:
     gap_px: int = 10
     min_score: float = 0.5
     scores: bool = True
+    names_once: bool = False
 
 
 def draw_detections(
@@ -73,12 +76,35 @@ def draw_detections(
         draw.rectangle(box, outline=class_colour(label), width=style.line_px)
     # Names come last and best first, each where it hides no other.
     taken: list[_Place] = []
-    for index, box, label in zip(shown, boxes, labels, strict=True):
+    named = _largest_of_each(boxes, labels) if style.names_once else range(len(shown))
+    for index, box, label in ((shown[number], boxes[number], labels[number]) for number in named):
         text = f"{classes[label]} {found.scores[index].item():.2f}" if style.scores else classes[label]
         place = _free_place(draw.textlength(text, font=_font(style.text_px)), box, picture.size, style, taken)
         _write_tag(draw, text, place, class_colour(label), style)
         taken.append(place)
     return picture
+
+
+def draw_regions(picture: Image.Image, boxes_xyxy_px: Sequence[Sequence[float]], scale: float) -> None:
+    """Outlines regions to ignore in grey.
+
+    Args:
+        picture: Drawn on.
+        boxes_xyxy_px: In pixels of the image that the picture was made of.
+        scale: Picture over image.
+    """
+    draw = ImageDraw.Draw(picture)
+    for box in boxes_xyxy_px:
+        draw.rectangle([edge * scale for edge in box], outline=_IGNORED)
+
+
+def _largest_of_each(boxes: Sequence[Sequence[float]], labels: Sequence[int]) -> list[int]:
+    """The number of the largest box of each label."""
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
+    largest: dict[int, int] = {}
+    for number in sorted(range(len(boxes)), key=lambda number: -areas[number]):
+        largest.setdefault(labels[number], number)
+    return sorted(largest.values())
 
 
 def draw_names(image: Pixels, names: Sequence[tuple[int, str]], style: DrawingStyle | None = None) -> Image.Image:

@@ -92,6 +92,8 @@ def test_a_set_is_verified_shown_and_drawn(trained):
     [
         (["--image-folders", "{images}", "--images", "{images}"], ["--images", "--image-list"]),
         (["--image-folders", "{images}", "--boxes-only"], ["--boxes-only", "--coco"]),
+        (["--coco", "x.json", "--images", "{images}", "--voc-list", "x"], ["--voc-list", "it goes with --voc"]),
+        (["--voc", "{images}"], ["--images is not given", "--voc needs"]),
         (["--image-list", "nowhere.txt", "--images", "{images}"], ["--class-names"]),
         (["--image-folders", "{images}", "--coco", "x.json"], ["exactly one of"]),
         ([], ["exactly one of"]),

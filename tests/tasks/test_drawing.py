@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from piip_scale.tasks.base import Detections
-from piip_scale.tasks.drawing import DrawingStyle, class_colour, contact_sheet, draw_detections
+from piip_scale.tasks.drawing import DrawingStyle, class_colour, contact_sheet, draw_detections, draw_regions
 from piip_scale.tasks.samples import encode_masks
 
 GREY = np.full((60, 80, 3), 90, np.uint8)
@@ -55,6 +55,18 @@ def test_weak_detections_and_empty_ones_leave_the_image_alone():
     weak = draw_detections(GREY, _found([[20, 20, 60, 50]], [0.4], [0]), NAMES, style)
     assert np.array_equal(np.asarray(nothing), GREY)
     assert np.array_equal(np.asarray(weak), GREY)
+
+
+def test_the_largest_of_each_class_is_named_and_regions_to_ignore_are_grey():
+    boxes = [[2, 40, 12, 50], [30, 20, 60, 50], [64, 40, 76, 52]]
+    style = DrawingStyle(long_edge_px=640, scores=False, names_once=True)
+    once = draw_detections(GREY, _found(boxes, [1.0] * 3, [0, 0, 1]), NAMES, style)
+    alone = draw_detections(GREY, _found(boxes[1:], [1.0] * 2, [0, 1]), NAMES, style)
+    # But for its box, which lies left of 13 * 8, the smaller disc leaves no trace.
+    assert np.array_equal(np.asarray(once)[:, 104:], np.asarray(alone)[:, 104:])
+    assert not np.array_equal(np.asarray(once), np.asarray(alone))
+    draw_regions(once, [[2, 2, 10, 10]], 8)
+    assert _near(np.asarray(once)[16, 40], (150, 150, 150), tolerance=0)
 
 
 def test_names_stay_inside_the_picture_and_apart():
