@@ -141,3 +141,19 @@ def test_randomness_belongs_to_the_sample():
     draws = {random_of(seed, epoch, number).random() for seed in (0, 1) for epoch in (0, 1) for number in range(50)}
     assert len(draws) == 200
     assert random_of(3, 4, 5).random() == random_of(3, 4, 5).random()
+
+
+@settings(deadline=None, max_examples=80)
+@given(SHARDS, SEEDS, st.integers(1, 4), st.integers(1, 8), st.integers(1, 3), st.data())
+def test_nodes_and_ranks_share_an_epoch_of_uneven_shards_exactly(sizes, seeds, nodes, per_node, batch_size, data):
+    num_ranks = nodes * per_node
+    sizes = [*sizes, num_ranks * batch_size]
+    num_streams = num_ranks * data.draw(st.integers(1, 4))
+    order = canonical_order(sizes, seed=seeds[0], epoch=seeds[1], num_streams=num_streams)
+    shares = ranks(len(order), num_streams, num_ranks, batch_size)
+    assert {share.num_batches for share in shares} == {len(order) // (num_ranks * batch_size)}
+    numbers = [n for share in shares for step in range(share.num_batches) for n in share.batch(order, step).tolist()]
+    assert len(set(numbers)) == len(numbers) == shares[0].num_batches * num_ranks * batch_size
+    # What is left out is the end of the order, less than a global batch, and not what came before.
+    assert set(numbers) == set(order[: len(numbers)].tolist())
+    assert len(order) - len(numbers) < num_ranks * batch_size
