@@ -169,26 +169,21 @@ class FileCache:
                 raise StoppedError
 
     def _has_room(self, part: BinaryIO, num_bytes: int) -> bool:
-        files, total = self._contents(os.fstat(part.fileno()).st_ino)
-        while total + num_bytes > self.limit_bytes:
+        files, of_files, of_parts = self._contents(os.fstat(part.fileno()).st_ino)
+        while of_files + of_parts + num_bytes > self.limit_bytes:
             if not files:
                 return False
-            total -= _remove(files.pop())
-        while True:
-            try:
-                os.posix_fallocate(part.fileno(), 0, max(num_bytes, 1))
-                os.ftruncate(part.fileno(), num_bytes)
-                return True
-            except OSError as error:
-                part.truncate(0)
-                if error.errno != errno.ENOSPC or not files:
-                    raise
-                _remove(files.pop())
+            of_files -= _remove(files.pop())
+        while not _allocated(part, num_bytes, or_raise=not files and not of_parts):
+            if not files:
+                return False
+            _remove(files.pop())
+        return True
 
-    def _contents(self, own_inode: int) -> tuple[list[Path], int]:
-        """Whole files, those used last first, and the size of everything but one's own part; dead parts are removed."""
+    def _contents(self, own_inode: int) -> tuple[list[Path], int, int]:
+        """Whole files, those used last first, their bytes, and those of others' parts; dead parts are removed."""
         ages: list[tuple[int, Path]] = []
-        total = 0
+        of_files = of_parts = 0
         for item in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):
                 state = item.stat()
@@ -196,11 +191,11 @@ class FileCache:
                     continue
                 path = Path(item.path)
                 if item.name.endswith(_PART):
-                    total += 0 if _remove_dead(path) else state.st_size
+                    of_parts += 0 if _remove_dead(path) else state.st_size
                 else:
                     ages.append((state.st_mtime_ns, path))
-                    total += state.st_size
-        return [path for _, path in sorted(ages, reverse=True)], total
+                    of_files += state.st_size
+        return [path for _, path in sorted(ages, reverse=True)], of_files, of_parts
 
     def _errors(self, action: str) -> contextlib.AbstractContextManager[None]:
         return disk_errors(DataError, f"{action} in {self.folder} (data.cache.folder)")
@@ -240,6 +235,19 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def _allocated(part: BinaryIO, num_bytes: int, *, or_raise: bool) -> bool:
+    """Gives a part its whole length on the disk; false where that is full, as it is with others' files too."""
+    try:
+        os.posix_fallocate(part.fileno(), 0, max(num_bytes, 1))
+        os.ftruncate(part.fileno(), num_bytes)
+    except OSError as error:
+        part.truncate(0)
+        if or_raise or error.errno != errno.ENOSPC:
+            raise
+        return False
+    return True
 
 
 def _remove(path: Path) -> int:

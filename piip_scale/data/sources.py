@@ -201,6 +201,8 @@ class ObjectSource:
             return "it is not there"
         if isinstance(error, TimeoutError | asyncio.TimeoutError | FutureTimeout):
             return f"nothing came for {self._stall_s:g} s"
+        if type(error).__name__ == "ClientPayloadError":
+            return "the connection ended before the answer did"
         if (status := getattr(error, "status", None)) is not None:
             return f"{status} {getattr(error, 'message', '')}".strip()
         return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,5 +1,7 @@
 """Loaders over made sets wherever they lie, and what their batches hold."""
 
+from dataclasses import dataclass
+
 from piip_scale.config.detection import AugmentConfig, DetectionData
 from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.shards import ShardSet
@@ -32,3 +34,40 @@ def content(batch):
 
 def keys_of(batches):
     return [info.key for batch in batches for info in batch.infos]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A batch of nothing but keys and what chance gave each sample."""
+
+    samples: tuple
+
+    def pin_memory(self):
+        return self
+
+    def batch(self):
+        return self.samples
+
+
+class Draws:
+    """A ``SampleMaker`` of samples that are cheap to make and tell everything of the order and of chance."""
+
+    def sample(self, raw, rng):
+        return raw.key, int(rng.integers(1 << 40))
+
+    def collate(self, samples, *, training):
+        return Drawn(tuple(samples))
+
+
+def draws(location, *, nodes=1, per_node=1, global_batch=12, cache_of_node=None, **keys):
+    """The loaders of all ranks of a world, of samples that are cheap to make; each node has a cache of its own."""
+    loaders = []
+    for rank in range(nodes * per_node):
+        cache = {} if cache_of_node is None else {"folder": cache_of_node(rank // per_node)}
+        size = global_batch // (nodes * per_node)
+        told = {"micro_batch_size": size, "num_streams": 12, "cache": cache} | keys
+        config = DetectionData(train_shards=str(location), val_shards="", **told)
+        world = World(rank, nodes * per_node, rank % per_node, per_node, node_rank=rank // per_node)
+        shards = ShardSet.open(location, cache=config.cache)
+        loaders.append(ShardLoader(shards, config, Draws(), seed=5, world=world))
+    return loaders

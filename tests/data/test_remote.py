@@ -1,5 +1,6 @@
 """Sets that lie elsewhere: the same stream as from a folder, whatever happens on the way, or one clear line."""
 
+import json
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_sets import make_coco
 from sections.faulty_server import FaultyServer
@@ -16,6 +18,7 @@ from streams import content, keys_of, loader
 
 from piip_scale.config.run import CacheConfig
 from piip_scale.data import fetching
+from piip_scale.data.files import sha256_of
 from piip_scale.data.pack import pack_coco
 from piip_scale.data.set_files import has_manifest
 from piip_scale.data.shards import ShardSet
@@ -309,6 +312,47 @@ def test_a_folder_that_cannot_be_written_is_one_line(packed, cache, tmp_path):
     (tmp_path / "file").write_text("")
     with FaultyServer(packed) as server, pytest.raises(DataError, match=r"data\.cache\.folder.*Not a directory"):
         loader(server.url, cache=cache | {"folder": str(tmp_path / "file")})
+
+
+def spoil_sample(folder, number):
+    """Damages an image in its shard and vouches for the shard as it is then, as if it had been packed like that."""
+    shards = ShardSet.open(folder)
+    info = shards.manifest.shards[int(shards.shard_of(np.array([number]))[0])]
+    path, index_path = folder / info.name, folder / info.index_name
+    content = bytearray(path.read_bytes())
+    begin = content.find(shards.read(number).image)
+    content[begin + 300 : begin + 340] = bytes(40)
+    path.write_bytes(content)
+    index = json.loads(index_path.read_text()) | {"shard_sha256": sha256_of(bytes(content))}
+    index_path.write_text(json.dumps(index))
+    text = (folder / "manifest.json").read_text().replace(info.sha256, sha256_of(bytes(content)))
+    text = text.replace(info.index_sha256, sha256_of(index_path.read_bytes()))
+    (folder / "manifest.json").write_text(text)
+    return str(shards.keys[number])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_sample_is_replaced_the_same_wherever_the_set_lies(tmp_path, cache, caplog, monkeypatch, workers):
+    monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
+    folder = tmp_path / "out"
+    pack_coco(*make_coco(tmp_path, 24), folder, target_samples=5, workers=1)
+    key = spoil_sample(folder, 7)
+    keys = {"max_broken_share": 0.1, "num_ranks": 2, "micro_batch_size": 3, "workers": workers, "cache": cache}
+    found = []
+    with FaultyServer(folder) as server, caplog.at_level(logging.WARNING, logger="piip_scale"):
+        for place in (folder, server.url, f"pipe:cat {folder}/{{name}}"):
+            caplog.clear()
+            ranks = [loader(place, rank=rank, **keys) for rank in range(2)]
+            found.append([[content(batch) for batch in rank.batches(e)] for e in range(3) for rank in ranks])
+            # Once an epoch in all, whichever rank has it; each rank that meets it names it once.
+            assert sum(rank.num_broken for rank in ranks) == 3
+            named = [record.args[0] for record in caplog.records if "replaced by a neighbour" in record.msg]
+            assert set(named) == {key}
+            assert len(named) == sum(rank.num_broken > 0 for rank in ranks)
+        # Whole as it is, the copy of its shard is kept.
+        assert set(server.requests.values()) <= {1, 2}
+    assert found[0] == found[1] == found[2]
+    assert key not in {name for rank in found[0] for batch in rank for name in batch}
 
 
 @pytest.fixture(scope="module")
