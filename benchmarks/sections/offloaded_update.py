@@ -50,7 +50,7 @@ def section() -> str:
         "and torch's time over DeepSpeed's, the median of neighbours and of the best. After "
         f"{_STEPS_COMPARED} steps from the same weights and gradients the results differ by at most {worst:.1e} "
         f"learning rates, {share:.1e} of the movement. Torch's "
-        "stays: it is as fast and needs no compiler. Load average at the end: {os.getloadavg()[0]:.1f}.\n\n"
+        f"stays: it is as fast and needs no compiler. Load average at the end: {os.getloadavg()[0]:.1f}.\n\n"
         + table(header, rows)
     )
 
