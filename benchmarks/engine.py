@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import collectives, equality, gpu, memory, saving, starting, step_time
+from sections import collectives, equality, gpu, memory, offloaded_update, saving, starting, step_time
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
@@ -18,6 +18,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Memory": memory.section,
     "Collectives": collectives.section,
     "Step time": step_time.section,
+    "Offloaded update": offloaded_update.section,
     "Saving": saving.section,
     "Starting": starting.section,
     "Starting at 6B": starting.section_6b,

@@ -99,6 +99,23 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], seed: int, place: Plac
                 parameter.copy_(weights[name])
 
 
+@torch.no_grad()
+def fill_blank(model: nn.Module, place: Place) -> None:
+    """Gives a model's meta parameters zeros, for weights that come from a checkpoint: nothing is drawn or read.
+
+    Args:
+        model: The model.
+        place: As in ``fill``.
+    """
+    for prefix, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                # One element seen as many: whole parameters of a sharded branch need not fit.
+                zeros = torch.zeros(1).expand(parameter.numel())
+                name = f"{prefix}.{key}" if prefix else key
+                module.register_parameter(key, place(name, zeros, parameter))
+
+
 def draw(module: nn.Module, seed: int) -> dict[str, Tensor]:
     """A module's own parameters drawn anew, always in float32 on the CPU: the same on every device.
 

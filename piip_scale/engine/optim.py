@@ -60,7 +60,8 @@ def build_param_groups(
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
     """Torch's AdamW over the groups, fused: one kernel a group on CUDA and on CPUs alike.
 
-    DeepSpeed's own Adams compile an extension at first use and would need a compiler on the machine.
+    DeepSpeed's own Adams compile an extension at first use and would need a compiler on the machine; its Adam for
+    offloaded state is no faster than this one on host tensors (``benchmarks/engine.md``).
     """
     return AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 

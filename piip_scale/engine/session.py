@@ -21,7 +21,15 @@ from piip_scale.engine.hooks import Average, Evaluate, Save, Silence, Sink, Tell
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
 from piip_scale.engine.resuming import Checkpoint, find_checkpoint
 from piip_scale.engine.run_dir import RunDirectory
-from piip_scale.engine.setup import build_engine, build_model, init_distributed, set_group_timeouts
+from piip_scale.engine.setup import (
+    Give,
+    build_engine,
+    build_model,
+    give_blanks,
+    give_weights,
+    init_distributed,
+    set_group_timeouts,
+)
 from piip_scale.engine.starting import StartClock
 from piip_scale.engine.stop import StopFlag
 from piip_scale.engine.stream import BatchStream
@@ -100,7 +108,7 @@ class _Training:
     ) -> None:
         self._session, self._task, self._config, self._device = session, task, config, device
         stream = BatchStream(task, config.train, device)
-        self._engine = self._build_engine(clock)
+        self._engine = self._build_engine(clock, give_blanks if found else give_weights)
         self._checkpointer = Checkpointer(
             self._engine, session.run.checkpoints, config, session.world, stream.steps_per_epoch
         )
@@ -145,11 +153,11 @@ class _Training:
         if is_main:
             run.write_status("done", self._trainer.step)
 
-    def _build_engine(self, clock: StartClock) -> DeepSpeedEngine:
+    def _build_engine(self, clock: StartClock, give: Give) -> DeepSpeedEngine:
         train = self._config.train
         model = build_model(self._task, train.seed)
         clock.end_phase("build")
-        engine, _ = build_engine(model, self._config, self._session.world, clock)
+        engine, _ = build_engine(model, self._config, self._session.world, clock, give)
         set_group_timeouts(timedelta(minutes=train.slow_hang_minutes) + _GROUP_MARGIN)
         return engine
 

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.building import Cutter, fill, named_weights, place_cut, place_whole, settle
+from piip_scale.engine.building import Cutter, Place, fill, fill_blank, named_weights, place_cut, place_whole, settle
 from piip_scale.engine.disk_offload import prepare_disks, read_once
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
 from piip_scale.engine.report import start_report
@@ -30,6 +30,9 @@ from piip_scale.world import World
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+# Gives a model of the plan's sizes its first values.
+Give = Callable[[nn.Module, RunConfig, Sizes, Sharding, torch.device], None]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -94,7 +97,7 @@ def build_model(task: Task, seed: int) -> nn.Module:
 
 
 def build_engine(
-    model: nn.Module, config: RunConfig, world: World, clock: StartClock | None = None
+    model: nn.Module, config: RunConfig, world: World, clock: StartClock | None = None, give: Give | None = None
 ) -> tuple[DeepSpeedEngine, Sharding]:
     """Gives the model its first weights, marks the leaf, groups the parameters and hands all to DeepSpeed. Collective.
 
@@ -106,6 +109,7 @@ def build_engine(
         config: The run.
         world: The ranks.
         clock: Is told the end of the phases ``weights`` and ``shard``.
+        give: Gives what is on the meta device its values: ``give_weights``, or ``give_blanks`` before resuming.
 
     Raises:
         ConfigError: DeepSpeed refuses a raw key, or it contradicts ours.
@@ -118,7 +122,7 @@ def build_engine(
     for line in start_report(sizes, plan):
         get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
-    give_weights(model, config, sizes, plan, choose_device(world))
+    (give or give_weights)(model, config, sizes, plan, choose_device(world))
     clock.end_phase("weights")
     groups = build_param_groups(model, trainable.parameter_rules(), trainable.num_layers, config.optimizer)
     for line in ["optimiser groups", *group_lines(groups)]:
@@ -148,12 +152,29 @@ def give_weights(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Shardi
     Raises:
         ModelError: Pretrained weights are absent or do not fit the model, or it cannot draw its own.
     """
+    weights = named_weights(model)
+    _give(model, config, sizes, plan, device, lambda place: fill(model, weights, config.train.seed, place))
+
+
+def give_blanks(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Sharding, device: torch.device) -> None:
+    """As ``give_weights``, with zeros for what a checkpoint will replace: neither draws nor reads."""
+    _give(model, config, sizes, plan, device, lambda place: fill_blank(model, place))
+
+
+def _give(
+    model: nn.Module,
+    config: RunConfig,
+    sizes: Sizes,
+    plan: Sharding,
+    device: torch.device,
+    fill_with: Callable[[Place], None],
+) -> None:
     absent = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     sharded = absent & {parameter.name for parameter in sizes.parameters if plan.shards(parameter)}
     place = place_whole(device)
     if sharded:
         place = place_cut(device, sharded, Cutter(plan.deepspeed))
-    fill(model, named_weights(model), config.train.seed, place)
+    fill_with(place)
     if sharded:
         settle(model, device, _DTYPES[config.train.precision])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+
+from preloaded import run_main
 
 CONFIG = """
 model = dict(
@@ -48,10 +49,8 @@ def environment():
 
 
 def piip_scale(*arguments, timeout=240):
-    """Runs the command to its end."""
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment(), check=False
-    )
+    """Runs the command to its end; a training starts its ranks as for a user, each a new Python."""
+    return run_main(command(*arguments)[3:], environment(), timeout)
 
 
 def succeeded(done):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from preloaded import run_ranks
 from sections.collectives import step_messages
-from sections.processes import run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from preloaded import run_ranks
 from sections.equality import FIRST_STEP_TOLERANCE, KINDS, RANKS, STAGES, WEIGHTS_TOLERANCE, alone, difference, train
-from sections.processes import run_ranks
 
 
 @pytest.fixture(scope="module")

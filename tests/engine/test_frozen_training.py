@@ -16,7 +16,7 @@ from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.building import fill, place_whole
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.resuming import find_checkpoint
-from piip_scale.engine.setup import build_engine, build_model
+from piip_scale.engine.setup import build_engine, build_model, give_blanks, give_weights
 from piip_scale.engine.step import train_step
 from piip_scale.world import World
 
@@ -57,18 +57,18 @@ def trained(world, device, folder: Path) -> dict[str, dict]:
     for name in CASES:
         config = config_of(name)
 
-        def begin(config=config, path=folder / name):
+        def begin(give, config=config, path=folder / name):
             task = PyramidTask(config, world)
-            engine, _ = build_engine(build_model(task, 0), config, world)
+            engine, _ = build_engine(build_model(task, 0), config, world, give=give)
             return engine, Checkpointer(engine, path, config, world, task.num_train_batches())
 
-        engine, checkpointer = begin()
+        engine, checkpointer = begin(give_weights)
         start, trace = weights_of(engine), steps(engine, world, 0, 2)
         checkpointer.save(2)
         checkpointer.finish()
         trace += steps(engine, world, 2, 4)
         moments = [state["exp_avg"] for state in engine.optimizer.optimizer.state.values()]
-        again, checkpointer = begin()
+        again, checkpointer = begin(give_blanks)
         assert find_checkpoint(folder / name).resume(again, checkpointer.describe(0)) == 2
         found[name] = {
             "start": start,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from sections.processes import run_ranks
+from preloaded import run_ranks
 from small_detectors import SMALL, batch_of, instances, run_config
 
 from piip_scale.config.loading import check_config
