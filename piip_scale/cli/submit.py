@@ -104,6 +104,8 @@ def submit(
     if not dry_run:
         refuse_active(submission.specs, queued_jobs())
     checked = _check_runs(order, submission, resume=resume)
+    for line in dict.fromkeys(run.line for run in checked if run.line):
+        typer.echo(line, err=True)
     if dry_run:
         typer.echo(submission.script, nl=False)
         return
@@ -188,8 +190,6 @@ def _memory_line(config: RunConfig, order: Order) -> str:
 
 
 def _send(submission: Submission, checked: Sequence[_Checked]) -> None:
-    for line in dict.fromkeys(run.line for run in checked if run.line):
-        typer.echo(line)
     job_ids = send(submission, [run.text for run in checked])
     first = submission.specs[0]
     what = f" ({len(submission.specs)} runs)" if first.array_task is not None else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from piip_scale.errors import ConfigError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.launch.freeze import Frozen, freeze_code, freeze_config
-from piip_scale.launch.options import OptionValue
+from piip_scale.launch.options import OptionValue, time_limit_s
 from piip_scale.launch.places import launch_folder
 from piip_scale.launch.profiles import Profile
 from piip_scale.launch.queue import QueuedJob, check_submission, submit_script
@@ -84,11 +84,12 @@ def plan_submission(order: Order) -> Submission:
     """What an order comes to; writes and sends nothing.
 
     Raises:
-        ConfigError: A name that cannot stand in a batch script.
+        ConfigError: A name that cannot stand in a batch script, or a time limit too short to save in.
         RunError: The batch script is not installed.
     """
     check_path("--run-dir", order.run_dir)
     check_path("the folder to submit from", order.working_dir)
+    _check_time(str(order.options.get("time", "")), order.profile.signal_lead_s)
     specs = tuple(_spec(order, point) for point in order.points or (None,))
     template = (launch_folder() / "train.sbatch").read_text(encoding="utf-8")
     script = render_script(template, specs, order.profile, order.options, order.array_limit)
@@ -104,6 +105,17 @@ def check_path(what: str, path: Path) -> None:
     text = str(path)
     if "\\" in text or not text.isprintable():
         raise ConfigError(what, value=text, rule="a path without backslashes and line breaks: Slurm misreads them")
+
+
+def _check_time(limit: str, lead_s: int) -> None:
+    limit_s = time_limit_s(limit)
+    if limit_s is not None and limit_s <= lead_s:
+        raise ConfigError(
+            "time limit",
+            value=limit,
+            rule=f"longer than the {lead_s} s before its end at which the training is told to save",
+            fix="raise --time, or lower signal_lead_s in a profile",
+        )
 
 
 def send(submission: Submission, configs: Sequence[str]) -> list[int]:

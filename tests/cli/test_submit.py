@@ -70,6 +70,7 @@ def test_a_dry_run_prints_the_script_alone(config, tmp_path):
     )
     lines = done.stdout.splitlines()
     assert lines[0] == "#!/bin/bash"
+    assert "of 80 GiB a GPU" in done.stderr
     asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert {"nodes=3", "partition=gpu", "qos=site", "account=ann", "no-kill", "gpus-per-node=1"} <= asked
     assert f"chdir={os.getcwd()}" in asked
