@@ -195,21 +195,6 @@ def forget_request(run_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def refuse_active(specs: Sequence[JobSpec], queue: Sequence[QueuedJob]) -> None:
-    """Refuses runs that a job of this user trains, or will.
-
-    Raises:
-        RunError: There is one.
-    """
-    for spec in specs:
-        active = [job for job in queue if is_job_of(job, spec)]
-        if active:
-            raise RunError(
-                f"run directory {spec.run_dir} has job {active[0].name} ({active[0].state.lower()})",
-                fix="piip-scale jobs stop it first, or choose another --run-dir",
-            )
-
-
 def is_job_of(job: QueuedJob, spec: JobSpec) -> bool:
     """Whether a job in the queue trains a run: it runs the run's script, and in a sweep the run's task of it."""
     return spec.script is not None and job.command == str(spec.script) and job.array_task == spec.array_task
