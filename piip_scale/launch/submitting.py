@@ -87,8 +87,9 @@ def plan_submission(order: Order) -> Submission:
         ConfigError: A name that cannot stand in a batch script, or a time limit too short to save in.
         RunError: The batch script is not installed.
     """
-    check_path("--run-dir", order.run_dir)
-    check_path("the folder to submit from", order.working_dir)
+    in_container = order.profile.container is not None
+    check_path("--run-dir", order.run_dir, in_container=in_container)
+    check_path("the folder to submit from", order.working_dir, in_container=in_container)
     _check_time(str(order.options.get("time", "")), order.profile.signal_lead_s)
     specs = tuple(_spec(order, point) for point in order.points or (None,))
     template = (launch_folder() / "train.sbatch").read_text(encoding="utf-8")
@@ -96,13 +97,15 @@ def plan_submission(order: Order) -> Submission:
     return Submission(order.run_dir, specs, script)
 
 
-def check_path(what: str, path: Path) -> None:
+def check_path(what: str, path: Path, *, in_container: bool = False) -> None:
     """Refuses what Slurm cannot take in a path: it reads backslashes in a log's path in its own way.
 
     Raises:
-        ConfigError: It holds a backslash or a control character, or is not UTF-8.
+        ConfigError: It holds a backslash or a control character, is not UTF-8, or no container could mount it.
     """
     text = str(path)
+    if in_container and {":", ","} & set(text):
+        raise ConfigError(what, value=text, rule="a path without : and , which separate the mounts of a container")
     if "\\" in text or not text.isprintable():
         raise ConfigError(what, value=text, rule="a path without backslashes and line breaks: Slurm misreads them")
 
