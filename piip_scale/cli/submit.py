@@ -17,7 +17,8 @@ from piip_scale.launch.logs import log_of
 from piip_scale.launch.options import OptionValue, check_options, options_of_environment, parse_options
 from piip_scale.launch.profiles import Profile, load_profile
 from piip_scale.launch.queue import queued_jobs
-from piip_scale.launch.submitting import Order, Submission, plan_submission, refuse_active, send
+from piip_scale.launch.runs import refuse_active
+from piip_scale.launch.submitting import Order, Submission, plan_submission, send
 from piip_scale.launch.sweeps import Point, choose_points, sweep_points
 
 if TYPE_CHECKING:
@@ -102,8 +103,10 @@ def submit(
     )
     submission = plan_submission(order)
     if not dry_run:
-        refuse_active(submission.specs, queued_jobs())
+        refuse_active([spec.run_dir for spec in submission.specs], submission.files.script, queued_jobs())
     checked = _check_runs(order, submission, resume=resume)
+    for line in dict.fromkeys(run.line for run in checked if run.line):
+        typer.echo(line, err=True)
     if dry_run:
         typer.echo(submission.script, nl=False)
         return
@@ -188,8 +191,6 @@ def _memory_line(config: RunConfig, order: Order) -> str:
 
 
 def _send(submission: Submission, checked: Sequence[_Checked]) -> None:
-    for line in dict.fromkeys(run.line for run in checked if run.line):
-        typer.echo(line)
     job_ids = send(submission, [run.text for run in checked])
     first = submission.specs[0]
     what = f" ({len(submission.specs)} runs)" if first.array_task is not None else ""

@@ -18,9 +18,10 @@ from typing import IO
 
 from piip_scale.engine.collective import count_collectives
 from piip_scale.engine.failing import tell_failure
-from piip_scale.engine.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beats, write_beat
+from piip_scale.engine.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beat, read_beats, write_beat
 from piip_scale.engine.run_dir import RunDirectory, process_start_unix_s
 from piip_scale.errors import HangError
+from piip_scale.logging import get_logger
 from piip_scale.world import World
 
 _POLLS_PER_LIMIT = 10
@@ -94,7 +95,24 @@ class Watchdog:
         mark, rank = self._mark, self._world.rank
         place = (mark.number, count_collectives(), mark.phase, mark.step)
         process = (time.time(), socket.gethostname(), os.getpid())
-        write_beat(self._run.heartbeats, Beat(rank, *place, self._waited_s, *process, mark.limit_s))
+        beat = Beat(rank, *place, self._waited_s, *process, mark.limit_s, process_start_unix_s())
+        self._leave_to(read_beat(self._run.heartbeats, rank), beat)
+        write_beat(self._run.heartbeats, beat)
+
+    def _leave_to(self, found: Beat | None, own: Beat) -> None:
+        """Ends this process where a later one has its place, as on a node that a scheduler gave up for lost.
+
+        Two that train one run at once would overwrite each other's checkpoints.
+        """
+        is_other = found is not None and (found.host, found.pid) != (own.host, own.pid)
+        if found is not None and is_other and found.started_unix_s > own.started_unix_s:
+            get_logger(__name__).error(
+                "piip-scale: error: process %d on %s trains rank %d of this run now; this one, which is older, ends",
+                found.pid,
+                found.host,
+                own.rank,
+            )
+            os._exit(1)
 
     def _leave_after_others(self) -> None:
         """Ends this process some moments after another rank told of an error: it may sit in a collective for ever."""
@@ -155,11 +173,13 @@ def hang_error(
     where = "; ".join(named[:_RANKS_NAMED]) + more
     plural = "ranks" if len(late) > 1 else "rank"
     who = f"{plural} {', '.join(map(str, late))} did not arrive" if late else "no rank is behind the others"
-    return HangError(
+    error = HangError(
         f"nothing went on for {_duration(limit_s)}: {who} ({where})",
         fix=f"see the stacks of all ranks in {stacks}, and continue with --resume; raise train.hang_minutes or "
         "train.slow_hang_minutes if this was no hang",
     )
+    error.late_ranks = tuple(late)
+    return error
 
 
 def _where(rank: int, beat: Beat | None, is_silent: bool) -> str:

@@ -69,6 +69,10 @@ class Executor(Protocol):
         """Which of some nodes, whosever they are now, nothing can be started on."""
         ...
 
+    def doubtful(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Which of some nodes somebody wants emptied: better used last."""
+        ...
+
     def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts a command of ours on nodes.
 
@@ -87,6 +91,10 @@ class Executor(Protocol):
 
     def is_running(self, job_id: int) -> bool:
         """Whether another job still runs."""
+        ...
+
+    def end_chain(self) -> None:
+        """Takes back what was to follow this job; called where a person has to look first."""
         ...
 
     def requeue(self, exclude: Sequence[str]) -> str:
@@ -183,6 +191,10 @@ class LocalExecutor:
 
     down = lost
 
+    def doubtful(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """None: there is no other."""
+        return ()
+
     def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts one process, which starts its ranks itself."""
         procs = [f"--procs={tasks_per_node}"] if words[0] == "train" else []
@@ -196,6 +208,9 @@ class LocalExecutor:
     def is_running(self, job_id: int) -> bool:
         """There are no jobs."""
         return False
+
+    def end_chain(self) -> None:
+        """Nothing follows."""
 
     def requeue(self, exclude: Sequence[str]) -> str:
         """Never called: there is no queue."""

@@ -27,6 +27,11 @@ MAX_UNTRACKED_BYTES = 1 << 20
 MAX_UNTRACKED_FILES = 1000
 _GIT_TIMEOUT_S = 60
 _ENTRY = """# Starts the copy of the package beside it, whatever the current folder or PYTHONPATH hold.
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from piip_scale.cli.main import main
 
 if __name__ == "__main__":

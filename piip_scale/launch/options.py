@@ -56,6 +56,7 @@ _DEFAULTS = {
     "SBATCH_TIMELIMIT": "time",
     "SBATCH_WCKEY": "wckey",
 }
+_UNITS_S, _DAY_S = (3600, 60, 1), 86400
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]^-]+")
 
 
@@ -110,6 +111,21 @@ def option_word(text: str) -> str:
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
+
+
+def time_limit_s(text: str) -> int | None:
+    """Seconds of a time limit as sbatch reads it; ``None`` for one without end, or that it has to judge itself.
+
+    Its forms are minutes, minutes:seconds, hours:minutes:seconds, and days-hours with or without :minutes:seconds.
+    """
+    days, dash, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in [*parts, *([days] if dash else [])]) or len(parts) > len(_UNITS_S):
+        return None
+    # Alone or in two parts, without days, the first are minutes.
+    first = 1 if dash or len(parts) == len(_UNITS_S) else 2
+    units = _UNITS_S[first - 1 : first - 1 + len(parts)]
+    return int(days or 0) * _DAY_S + sum(int(part) * unit for part, unit in zip(parts, units, strict=True))
 
 
 def options_of_environment(environment: Mapping[str, str]) -> dict[str, OptionValue]:

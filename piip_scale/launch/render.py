@@ -37,7 +37,7 @@ def render_script(
     """
     sections = {
         "options": option_lines(job_options(specs, profile, options, array_limit)),
-        "site": site_lines(profile),
+        "site": [*_profile_lines(specs[0], profile), *site_lines(profile)],
         "run": [*_command_lines(specs), *_argument_lines(specs)],
     }
     return fill_sections(template, sections)
@@ -90,6 +90,11 @@ def array_text(tasks: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
+def _profile_lines(spec: JobSpec, profile: Profile) -> list[str]:
+    described = f": {profile.description}" if profile.description else ""
+    return [_comment(f"Profile {spec.profile}{described}")] if spec.profile else []
+
+
 def site_lines(profile: Profile) -> list[str]:
     """What a profile has run and set before the supervisor starts."""
     lines = [f"module load {' '.join(map(shlex.quote, profile.modules))}"] if profile.modules else []
@@ -115,7 +120,7 @@ def _command_lines(specs: Sequence[JobSpec]) -> list[str]:
     spec = specs[0]
     shared = [text for text in spec.told_overrides if all(text in each.told_overrides for each in specs)]
     told = "".join(f" --set {shlex.quote(text)}" for text in shared)
-    lines = [f"# {shlex.quote(str(spec.source_config))}{told}"]
+    lines = [_comment(f"{shlex.quote(str(spec.source_config))}{told}")]
     if spec.code_dir is not None:
         lines += [
             "# as it was, and with the code as it was, when this was submitted: editing the checkout changes nothing.",
@@ -136,6 +141,11 @@ def _argument_lines(specs: Sequence[JobSpec]) -> list[str]:
         ")",
         'set -- --run-dir "${RUNS[$SLURM_ARRAY_TASK_ID]}"',
     ]
+
+
+def _comment(text: str) -> str:
+    # What follows a line break would be run.
+    return "# " + " ".join(text.split())
 
 
 def _expanding(value: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from piip_scale.engine.heartbeat import Beat, read_beats
 from piip_scale.engine.run_dir import RunDirectory, Status
 from piip_scale.engine.starting import process_age_seconds
-from piip_scale.errors import PiipError
+from piip_scale.errors import PiipError, RunError
 from piip_scale.launch.attempts import Attempt, History
 from piip_scale.launch.logs import find_logs
 from piip_scale.launch.metrics import Pace, read_pace
@@ -118,6 +118,29 @@ def find_job(spec: JobSpec | None, attempts: Sequence[Attempt], queue: Sequence[
     last = attempts[-1].job_id if attempts else 0
     jobs = [job for job in queue if (spec is not None and is_job_of(job, spec)) or job.job_id == last]
     return min(jobs, key=lambda job: (job.is_waiting, job.job_id), default=None)
+
+
+def refuse_active(paths: Sequence[Path], script: Path, queue: Sequence[QueuedJob]) -> None:
+    """Refuses to submit what is being trained, or will be.
+
+    Args:
+        paths: Directories of the runs.
+        script: Their batch script; other runs of the same sweep share it, and the code that was frozen for it.
+        queue: This user's jobs.
+
+    Raises:
+        RunError: A job or a process of this machine has one of them.
+    """
+    jobs = [(script.parent.parent, job) for job in queue if job.command == str(script)]
+    runs = [read_run(path, queue) for path in paths]
+    jobs += [(run.path, run.job) for run in runs if run.job is not None]
+    fix = "piip-scale jobs stop it first, or choose another --run-dir"
+    for path, job in jobs:
+        raise RunError(f"run directory {path} has job {job.name} ({job.state.lower()})", fix=fix)
+    for run in runs:
+        trains = run.status is not None and run.status.state == "running" and is_alive(run.beat, time.time())
+        if trains and run.beat is not None:
+            raise RunError(f"process {run.beat.pid} on {run.beat.host} trains run directory {run.path}", fix=fix)
 
 
 def main_beat(path: Path) -> Beat | None:

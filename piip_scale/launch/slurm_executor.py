@@ -15,6 +15,7 @@ from piip_scale.launch.queue import submit_script
 from piip_scale.launch.slurm_commands import JobRecord, Slurm
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import note_submitted
+from piip_scale.launch.telling import say
 from piip_scale.logging import get_logger
 from piip_scale.world import Allocation, World, rendezvous_port
 
@@ -35,7 +36,8 @@ def srun_words(
     words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}"]
     words += [f"--ntasks-per-node={tasks_per_node}", f"--nodelist={','.join(nodes)}", "--export=ALL", "--unbuffered"]
     words += [f"--cpus-per-task={cpus_per_task}"] * bool(cpus_per_task)
-    return words + (["--kill-on-bad-exit=0", "--no-kill"] if alone else together) + list(spec.srun_options)
+    # Overlapping: the training's step need not wait until a node that is gone has let go of this one.
+    return words + (["--kill-on-bad-exit=0", "--no-kill", "--overlap"] if alone else together) + list(spec.srun_options)
 
 
 class SlurmStep(ProcessStep):
@@ -78,8 +80,10 @@ class SlurmExecutor:
 
     def lost(self, nodes: Sequence[str]) -> LostNodes:
         """Which are down, or were taken from the job because they were."""
-        down = dict(self.down(nodes))
-        own = self._slurm.hostnames(self._slurm.job(self.job_id).node_list)
+        down, job = dict(self.down(nodes)), self._slurm.job(self.job_id)
+        # A job that is on its way back into the queue has none any more.
+        has_nodes = job.state == "RUNNING" and job.restarts == self.restart_count
+        own = self._slurm.hostnames(job.node_list) if has_nodes else nodes
         taken = {node: f"node {node} was lost: Slurm took it from the job" for node in nodes if node not in own}
         return tuple((taken | down).items())
 
@@ -88,6 +92,10 @@ class SlurmExecutor:
         records = self._slurm.nodes(nodes)
         lost = [record for record in records.values() if record.is_lost]
         return tuple((record.name, f"node {record.name} was lost: {record.line}") for record in lost)
+
+    def doubtful(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Which are being drained."""
+        return tuple(record.name for record in self._slurm.nodes(nodes).values() if record.is_doubtful)
 
     def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts one step."""
@@ -142,6 +150,16 @@ class SlurmExecutor:
                 return f"job {self.job_id} is back in the queue" + self._try_exclude(exclude)
         return self._succeed(exclude)
 
+    def end_chain(self) -> None:
+        """Jobs that were submitted to follow this one would only meet the same."""
+        following = self._slurm.successors(self.job_id, self._spec.name)
+        # Each waits for the one before.
+        while following:
+            say(f"job {', '.join(map(str, following))}, which was to follow, is taken out of the queue")
+            after = [job for each in following for job in self._slurm.successors(each, self._spec.name)]
+            self._slurm.cancel(following)
+            following = after
+
     def _try_exclude(self, exclude: Sequence[str]) -> str:
         if not exclude:
             return ""
@@ -152,7 +170,7 @@ class SlurmExecutor:
         return f", without {', '.join(exclude)}"
 
     def _succeed(self, exclude: Sequence[str]) -> str:
-        waiting = self._slurm.dependents(self.job_id)
+        waiting = self._slurm.successors(self.job_id, self._spec.name)
         if waiting:
             for job_id in waiting[:1] if exclude else ():
                 self._slurm.exclude(job_id, exclude)

@@ -12,7 +12,7 @@ from pathlib import Path
 from piip_scale.errors import ConfigError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.launch.freeze import Frozen, freeze_code, freeze_config
-from piip_scale.launch.options import OptionValue
+from piip_scale.launch.options import OptionValue, time_limit_s
 from piip_scale.launch.places import launch_folder
 from piip_scale.launch.profiles import Profile
 from piip_scale.launch.queue import QueuedJob, check_submission, submit_script
@@ -84,26 +84,41 @@ def plan_submission(order: Order) -> Submission:
     """What an order comes to; writes and sends nothing.
 
     Raises:
-        ConfigError: A name that cannot stand in a batch script.
+        ConfigError: A name that cannot stand in a batch script, or a time limit too short to save in.
         RunError: The batch script is not installed.
     """
-    check_path("--run-dir", order.run_dir)
-    check_path("the folder to submit from", order.working_dir)
+    in_container = order.profile.container is not None
+    check_path("--run-dir", order.run_dir, in_container=in_container)
+    check_path("the folder to submit from", order.working_dir, in_container=in_container)
+    _check_time(str(order.options.get("time", "")), order.profile.signal_lead_s)
     specs = tuple(_spec(order, point) for point in order.points or (None,))
     template = (launch_folder() / "train.sbatch").read_text(encoding="utf-8")
     script = render_script(template, specs, order.profile, order.options, order.array_limit)
     return Submission(order.run_dir, specs, script)
 
 
-def check_path(what: str, path: Path) -> None:
+def check_path(what: str, path: Path, *, in_container: bool = False) -> None:
     """Refuses what Slurm cannot take in a path: it reads backslashes in a log's path in its own way.
 
     Raises:
-        ConfigError: It holds a backslash or a control character, or is not UTF-8.
+        ConfigError: It holds a backslash or a control character, is not UTF-8, or no container could mount it.
     """
     text = str(path)
+    if in_container and {":", ","} & set(text):
+        raise ConfigError(what, value=text, rule="a path without : and , which separate the mounts of a container")
     if "\\" in text or not text.isprintable():
         raise ConfigError(what, value=text, rule="a path without backslashes and line breaks: Slurm misreads them")
+
+
+def _check_time(limit: str, lead_s: int) -> None:
+    limit_s = time_limit_s(limit)
+    if limit_s is not None and limit_s <= lead_s:
+        raise ConfigError(
+            "time limit",
+            value=limit,
+            rule=f"longer than the {lead_s} s before its end at which the training is told to save",
+            fix="raise --time, or lower signal_lead_s in a profile",
+        )
 
 
 def send(submission: Submission, configs: Sequence[str]) -> list[int]:
@@ -181,21 +196,6 @@ def forget_request(run_dir: Path) -> None:
     path = JobFiles(run_dir).request
     with disk_errors(RunError, f"remove {path}"):
         path.unlink(missing_ok=True)
-
-
-def refuse_active(specs: Sequence[JobSpec], queue: Sequence[QueuedJob]) -> None:
-    """Refuses runs that a job of this user trains, or will.
-
-    Raises:
-        RunError: There is one.
-    """
-    for spec in specs:
-        active = [job for job in queue if is_job_of(job, spec)]
-        if active:
-            raise RunError(
-                f"run directory {spec.run_dir} has job {active[0].name} ({active[0].state.lower()})",
-                fix="piip-scale jobs stop it first, or choose another --run-dir",
-            )
 
 
 def is_job_of(job: QueuedJob, spec: JobSpec) -> bool:

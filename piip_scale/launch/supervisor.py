@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from piip_scale.checkpoint.store import CheckpointStore, read_step
-from piip_scale.engine.heartbeat import late_ranks, read_beats
 from piip_scale.engine.run_dir import RunDirectory, Status
 from piip_scale.errors import HangError, LostRankError, PiipError, RunError, SlurmError
+from piip_scale.files import IO_REASON
 from piip_scale.launch.attempts import Attempt, History, next_number
 from piip_scale.launch.bad_nodes import add_bad_nodes, choose_nodes, read_bad_nodes
 from piip_scale.launch.checking import Check, check_nodes
 from piip_scale.launch.decide import Decision, Situation, decide
 from piip_scale.launch.executors import Executor, LostNodes
-from piip_scale.launch.node_facts import Needs
 from piip_scale.launch.outcome import Evidence, judge
 from piip_scale.launch.spec import JobFiles, JobSpec
 from piip_scale.launch.step_notes import StepNotes
 from piip_scale.launch.telling import say
 from piip_scale.launch.watching import Watch, Wishes
 
-_STILL_S = 10.0
+_MOST_REFUSALS, _REFUSAL_PAUSE_S = 30, 60.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Supervisor:
         self._spec, self._executor, self._wishes, self._habits = spec, executor, wishes, habits
         self._run, self._files = RunDirectory(spec.run_dir), JobFiles(spec.run_dir)
         self._history = History(self._files.attempts)
-        self._needs = Needs(spec.ranks_per_node, spec.gpus_per_node)
+        self._refusals = 0
 
     def run(self) -> int:
         """Trains to the end, as far as this job can; returns the exit code for it.
@@ -72,7 +72,7 @@ class Supervisor:
         while decision is None or decision.action == "restart":
             if decision and decision.pause_s:
                 self._pause(decision.pause_s)
-            decision = self._attempt()
+            decision = self._attempt_with_patience()
         return self._leave(decision)
 
     def _settle_the_past(self) -> Decision | None:
@@ -112,13 +112,24 @@ class Supervisor:
         line = "its supervisor was ended together with it: the job was requeued or killed, or its first node was lost"
         return replace(ended, end="cut", error_kind="", error_line=line)
 
+    def _attempt_with_patience(self) -> Decision:
+        """An attempt, or a pause where the disk of the run's directory has no room for one."""
+        try:
+            return self._attempt()
+        except RunError as error:
+            self._refusals += 1
+            if error.reason != IO_REASON or self._refusals > _MOST_REFUSALS:
+                raise
+            say(error.line)
+            return Decision("restart", error.line, pause_s=_REFUSAL_PAUSE_S)
+
     def _attempt(self) -> Decision:
         """One attempt, from the look at the nodes to the decision that follows it."""
         attempt = self._begin()
         check = self._check(attempt)
         add_bad_nodes(self._files.bad_nodes, check.problems, time.time())
-        known_bad = read_bad_nodes(self._files.bad_nodes, time.time())
-        nodes = choose_nodes(check.healthy, self._spec.num_nodes, known_bad)
+        last = {*read_bad_nodes(self._files.bad_nodes, time.time()), *self._executor.doubtful(check.healthy)}
+        nodes = choose_nodes(check.healthy, self._spec.num_nodes, last)
         self._wishes.look()
         if self._wishes.cause:
             ended = replace(attempt, end="stopped", cause=self._wishes.cause, last_step=attempt.first_step)
@@ -139,7 +150,7 @@ class Supervisor:
             first_step=self._newest_step(),
         )
         self._history.write(attempt)
-        self._keep_traces(attempt.attempt - 1)
+        self._run.clear_traces()
         return attempt
 
     def _check(self, attempt: Attempt) -> Check:
@@ -154,7 +165,7 @@ class Supervisor:
         check = check_nodes(self._spec, self._executor, there, attempt.attempt, folder, self._habits.preflight_s)
         for node, problem in check.problems.items():
             say(f"attempt {attempt.attempt}: node {node} fails its preflight: {problem}")
-        say(f"attempt {attempt.attempt}: preflight of {len(there)} nodes took {check.seconds:.1f} s: {check.line}")
+        say(f"attempt {attempt.attempt}: preflight of {_count(len(there))} took {check.seconds:.1f} s: {check.line}")
         return replace(check, problems=lost | dict(check.problems))
 
     def _train(self, attempt: Attempt) -> Attempt:
@@ -164,7 +175,7 @@ class Supervisor:
         resume = ["--resume"] if self._run.status() else []
         words = ["train", str(self._spec.config), f"--run-dir={self._run.path}", "--no-progress", *resume]
         words += [f"--set={override}" for override in self._spec.overrides]
-        where = f"{len(attempt.nodes)} nodes ({' '.join(attempt.nodes)})"
+        where = f"{_count(len(attempt.nodes))} ({' '.join(attempt.nodes)})"
         say(f"attempt {attempt.attempt}: training from step {attempt.first_step} on {where}")
         step = self._executor.start(
             words, attempt.nodes, self._spec.ranks_per_node, 2 * attempt.attempt + 1, self._run.heartbeats
@@ -185,7 +196,6 @@ class Supervisor:
             notes=notes,
             lost_nodes=() if is_well else self._lost(attempt, notes),
             silence=silence,
-            late_rank=self._late_rank(attempt),
             cause=self._wishes.cause or (self._executor.why_ending() if not status or status.state != "done" else ""),
         )
 
@@ -193,18 +203,12 @@ class Supervisor:
         told = tuple((node, f"node {node} was lost while it trained") for node in notes.failed_nodes)
         return self._executor.lost(attempt.nodes) or told
 
-    def _late_rank(self, attempt: Attempt) -> int | None:
-        beats = {beat.rank: beat for beat in read_beats(self._run.heartbeats, attempt.started_unix_s)}
-        newest = max((beat.unix_time_s for beat in beats.values()), default=0.0)
-        silent = [rank for rank, beat in beats.items() if newest - beat.unix_time_s > _STILL_S]
-        late = late_ranks(beats, silent, len(attempt.nodes) * self._spec.ranks_per_node)
-        return late[0] if beats and late else None
-
     def _conclude(self, ended: Attempt, problems: Mapping[str, str]) -> Decision:
         self._wishes.look()
         if ended.cause in ("preemption", "time limit", "requeue", "cancel") and not self._wishes.is_ending:
             self._wishes.end(ended.cause)
         self._tell_status(ended)
+        ended = self._keep_traces(ended)
         history = self._history.read()
         decision = decide([*history[:-1], ended], self._situation(self._bad_now(ended, problems)))
         self._note(ended, decision)
@@ -261,16 +265,20 @@ class Supervisor:
                 self._history.write(replace(last, decision="give_up", why=f"{last.why}; {error.line}"))
                 raise
             return 0
-        return 0 if decision.action == "finish" else 1
+        if decision.action == "finish":
+            return 0
+        self._executor.end_chain()
+        return 1
 
-    def _keep_traces(self, number: int) -> None:
-        """Errors and stacks of the attempt before stay beside the history, where the next does not replace them."""
-        for name in ("errors", "stacks"):
-            source, kept = self._run.path / name, self._files.folder / f"attempt-{number}" / name
-            if source.is_dir() and any(source.iterdir()) and not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                os.rename(source, kept)
-        self._run.clear_traces()
+    def _keep_traces(self, ended: Attempt) -> Attempt:
+        """Errors and stacks stay beside the history, where the next attempt does not replace them."""
+        kept = self._files.folder / f"attempt-{ended.attempt}"
+        with suppress(OSError):
+            for source in (self._run.errors, self._run.stacks):
+                if source.is_dir() and any(source.iterdir()):
+                    shutil.copytree(source, kept / source.name, dirs_exist_ok=True)
+        line = ended.error_line.replace(str(self._run.stacks), str(kept / "stacks"))
+        return replace(ended, error_line=line)
 
     def _pause(self, seconds: float) -> None:
         say(f"waiting {seconds:.0f} s before the next attempt")
@@ -299,6 +307,10 @@ def _unfit(attempt: Attempt, check: Check) -> Attempt:
     line = "; ".join(f"{node}: {problem}" for node, problem in check.problems.items()) or "too few nodes"
     node = next(iter(check.problems), "")
     return replace(ended, error_kind="preflight", error_line=line, node=node)
+
+
+def _count(num_nodes: int) -> str:
+    return f"{num_nodes} node" + "s" * (num_nodes != 1)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

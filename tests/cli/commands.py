@@ -53,6 +53,12 @@ def piip_scale(*arguments, timeout=240):
     return run_main(command(*arguments)[3:], environment(), timeout)
 
 
+def without_slurm(*arguments, cwd=None):
+    """Runs the command to its end as on a laptop: Slurm's are not there, nor any other."""
+    words, outside = command(*arguments), environment() | {"PATH": "/nonexistent"}
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, env=outside, cwd=cwd, check=False)
+
+
 def succeeded(done):
     assert done.returncode == 0, done.stderr[-3000:]
     return done

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from commands import failed_in_one_line, piip_scale, succeeded
+from commands import failed_in_one_line, piip_scale, succeeded, without_slurm
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -51,6 +51,16 @@ def test_run_directory_is_complete(trained):
     assert load_config(trained / "config.py").data.classes == tuple("0123456789")
     assert CheckpointStore(trained / "checkpoints", keep=2).latest().name == "step_00000006"
     assert "torch" in json.loads((trained / "environment.json").read_text())["libraries"]
+
+
+def test_a_run_is_listed_where_there_is_no_slurm(trained):
+    done = succeeded(without_slurm("jobs", "--runs", trained.parent))
+    heads, line = done.stdout.splitlines()
+    assert heads.split()[:4] == ["RUN", "STATE", "JOB", "STEP"]
+    assert line.split()[:4] == [str(trained), "done", "-", "6/6"]
+    failed_in_one_line(without_slurm("jobs", "logs", trained), "has no job, and so no log", code=1)
+    failed_in_one_line(without_slurm("jobs", "stop", trained), "got 'done at step 6'", code=1)
+    failed_in_one_line(without_slurm("jobs", "requeue", trained), "is done, at step 6", code=1)
 
 
 def test_checkpoint_is_sharded_over_both_ranks(trained):

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
-from commands import command, environment, failed_in_one_line, piip_scale, succeeded
+from commands import command, environment, failed_in_one_line, piip_scale, succeeded, without_slurm
 
 BATCH = ("--nodes", 2, "--gpus-per-node", 1)
-
-
-def without_slurm(*arguments, cwd=None):
-    """As on a laptop: Slurm's commands are not there."""
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=240, check=False, cwd=cwd,
-        env=environment() | {"PATH": str(Path("/nonexistent"))},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -70,6 +61,7 @@ def test_a_dry_run_prints_the_script_alone(config, tmp_path):
     )
     lines = done.stdout.splitlines()
     assert lines[0] == "#!/bin/bash"
+    assert "of 80 GiB a GPU" in done.stderr
     asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
     assert {"nodes=3", "partition=gpu", "qos=site", "account=ann", "no-kill", "gpus-per-node=1"} <= asked
     assert f"chdir={os.getcwd()}" in asked
@@ -83,17 +75,6 @@ def test_jobs_without_any_say_where_to_look(tmp_path):
     assert "no runs in runs; --runs DIR looks elsewhere" in done.stderr
     failed_in_one_line(piip_scale("jobs", "--runs", tmp_path / "none"), "a folder that is there", code=1)
     failed_in_one_line(piip_scale("jobs", "stop", tmp_path), "no run's directory", code=1)
-
-
-def test_a_local_run_is_listed_without_slurm(trained, tmp_path):
-    done = succeeded(without_slurm("jobs", "--runs", trained.parent))
-    heads, line = done.stdout.splitlines()
-    assert heads.startswith("RUN")
-    assert "done" in line
-    assert "6/6" in line
-    failed_in_one_line(without_slurm("jobs", "logs", trained), "has no job, and so no log", code=1)
-    failed_in_one_line(without_slurm("jobs", "stop", trained), "got 'done at step 6'", code=1)
-    failed_in_one_line(without_slurm("jobs", "requeue", trained), "is done, at step 6", code=1)
 
 
 def test_jobs_answer_without_torch():

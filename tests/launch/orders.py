@@ -43,7 +43,7 @@ ORDERS = {
         run_dir=HOSTILE,
         name="my 'job' #1",
         working_dir=Path("/home/o'neil/my work"),
-        overrides=("data.train_shards=it's here",),
+        overrides=("data.train_shards=it's here", "x=a\nexit 3"),
         profile=Profile(
             modules=("cuda/12.8",),
             setup=("source /opt/site/setup.sh",),

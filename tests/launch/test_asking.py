@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from orders import order
 
 from piip_scale.errors import ConfigError
 from piip_scale.launch.options import (
@@ -16,8 +17,10 @@ from piip_scale.launch.options import (
     options_of_environment,
     parse_options,
     submitting_environment,
+    time_limit_s,
 )
 from piip_scale.launch.profiles import load_profile, profile_names
+from piip_scale.launch.submitting import plan_submission
 from piip_scale.launch.sweeps import choose_points, split_values, sweep_points
 
 
@@ -61,6 +64,23 @@ def test_no_variable_of_the_shell_changes_what_the_script_says():
     shell |= {"SLURM_CONF": "/etc/x", "HOME": "/h"}
     assert submitting_environment(shell) == {"SLURM_CONF": "/etc/x", "HOME": "/h"}
     assert options_of_environment(shell) == {"partition": "a", "time": "5"}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("5", 300), ("5:30", 330), ("1:02:03", 3723), ("2-0", 172800), ("1-2:30", 95400), ("1-02:03:04", 93784)),
+        *(("UNLIMITED", None), ("", None), ("a", None), ("1:2:3:4", None), ("x-1", None), ("-5", None)),
+    ],
+)
+def test_time_limits_are_read_as_slurm_does(text, seconds):
+    assert time_limit_s(text) == seconds
+
+
+def test_a_limit_leaves_time_to_save():
+    for limit in ("5", "0:30"):
+        assert "longer than the 300 s before its end" in error_of(plan_submission, order(options={"time": limit}))
+    assert "#SBATCH --time=6\n" in plan_submission(order(options={"time": "6"})).script
 
 
 def profile_error(tmp_path, text):

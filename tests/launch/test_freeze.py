@@ -46,14 +46,16 @@ def checkout(tmp_path):
 def run_frozen(frozen, checkout):
     """As the batch script does, from the checkout, with the checkout on the path too."""
     path = f"{frozen.code}{os.pathsep}{checkout}"
-    environment = {"PYTHONPATH": path, "PATH": os.environ["PATH"]}
+    environment = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PATH": os.environ["PATH"]}
     words = [sys.executable, *entry_words(frozen.code)]
     done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
-def test_an_edit_of_the_checkout_does_not_reach_a_frozen_job(checkout, tmp_path):
-    frozen = freeze_code(tmp_path / "run" / "frozen", checkout / "piip_scale")
+# A colon ends an entry of PYTHONPATH, which then does not find the copy.
+@pytest.mark.parametrize("name", ["run", "it's 12:30"])
+def test_an_edit_of_the_checkout_does_not_reach_a_frozen_job(checkout, tmp_path, name):
+    frozen = freeze_code(tmp_path / name / "frozen", checkout / "piip_scale")
     write_package(checkout, "after")
     assert run_frozen(frozen, checkout) == "before"
     # The trap that the entry file is for: -m looks into the current folder before PYTHONPATH.

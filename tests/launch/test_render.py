@@ -97,6 +97,13 @@ def test_names_that_slurm_misreads_are_refused(name):
         plan_submission(order(run_dir=f"/runs/{name}"))
 
 
+def test_names_that_no_container_can_mount_are_refused():
+    asked = order(run_dir="/runs/12:30")
+    assert plan_submission(asked).specs[0].run_dir == Path("/runs/12:30")
+    with pytest.raises(ConfigError, match="mounts of a container"):
+        plan_submission(order(run_dir="/runs/12:30", profile=APPTAINER))
+
+
 def test_the_template_must_have_its_sections():
     text = "# [a]\nold\n# [/a]\nrest\n"
     assert fill_sections(text, {"a": ["new \\1", "x"]}) == "new \\1\nx\nrest\n"

@@ -19,7 +19,7 @@ from piip_scale.launch.attempts import Attempt, History
 from piip_scale.launch.control import requeue_run, stop_run
 from piip_scale.launch.metrics import read_pace
 from piip_scale.launch.queue import QueuedJob, parse_queue
-from piip_scale.launch.runs import describe, find_runs, is_alive, read_run
+from piip_scale.launch.runs import describe, find_runs, is_alive, read_run, refuse_active
 from piip_scale.launch.spec import JobFiles, JobSpec, load_request, load_spec, save_spec
 
 NOW = time.time()
@@ -296,6 +296,25 @@ def test_a_spec_is_read_back_as_it_was(run_dir):
     spec = make_spec(run_dir, overrides=("a='b \"c\"'",), srun_options=("--mpi=none",), array_task=3)
     assert load_spec(run_dir) == spec
     assert load_spec(Path("/none")) is None
+
+
+def test_what_is_trained_is_not_submitted_again(run_dir):
+    script = run_dir / "job/train.sbatch"
+    refuse_active([run_dir], script, [job(run_dir.parent / "other")])
+    # Another run of the same sweep: submitting would replace the code that it waits to run.
+    with pytest.raises(RunError, match="has job 31_7"):
+        refuse_active([run_dir / "0"], script, [job(run_dir, "PENDING", name="31_7", array_task=7)])
+    # Submitted by hand: its history tells whose it is.
+    History(JobFiles(run_dir).attempts).write(attempt())
+    with pytest.raises(RunError, match="has job 12"):
+        refuse_active([run_dir], script, [job(run_dir, command="train.sbatch c.py")])
+    write_status(run_dir, "running", 3)
+    (run_dir / "heartbeats").mkdir()
+    write_beat(run_dir / "heartbeats", beat())
+    with pytest.raises(RunError, match=f"process {os.getpid()} on"):
+        refuse_active([run_dir], script, [])
+    write_status(run_dir, "stopped", 3)
+    refuse_active([run_dir], script, [])
 
 
 @pytest.mark.parametrize(

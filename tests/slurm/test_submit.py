@@ -98,7 +98,10 @@ def test_a_waiting_job_is_stopped_by_leaving_the_queue(job):
 def test_a_sweep_is_one_job_with_a_run_for_each_value(free):
     folder = free.folder / "it's a sweep"
     words = options(free, run_dir=folder, array="0-1%1", sweep="optimizer.lr=1e-3,2e-3,3e-3")
-    watched = free.command("submit", free.config, *words, *free.settings(train__steps=2), "--watch")
+    submit = command("submit", free.config, *words, *free.settings(train__steps=2), "--watch")
+    watched = subprocess.run(
+        submit, capture_output=True, text=True, env=free.environment(), timeout=360, check=True
+    ).stdout
     assert "(2 runs)" in watched
     rows = listed(free)
     assert {name: row["state"] for name, row in rows.items()} == {"0-lr=1e-3": "done", "1-lr=2e-3": "done"}
