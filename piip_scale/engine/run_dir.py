@@ -219,6 +219,11 @@ class RunDirectory:
         with place.open("x", encoding="utf-8") as file:
             json.dump(asdict(first), file)
 
+    def forget_first_error(self) -> None:
+        """Lets somebody who knows more tell which error came first; the tracebacks stay."""
+        with suppress(OSError):
+            (self.errors / "first.json").unlink()
+
     def first_error(self, since_unix_s: float | None = None) -> FirstError | None:
         """The error that ended a launch; ``None`` where no rank got to write one.
 

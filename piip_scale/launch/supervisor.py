@@ -240,11 +240,14 @@ class Supervisor:
 
     def _tell_status(self, ended: Attempt) -> None:
         """Ranks that could not speak are spoken for, in the status and in ``errors/``."""
-        if not ended.failed or self._run.first_error(since_unix_s=ended.started_unix_s):
+        first = self._run.first_error(since_unix_s=ended.started_unix_s)
+        if not ended.failed or (first and first.line == ended.error_line):
             return
         kind = HangError if ended.end == "hang" else LostRankError
         error: PiipError = kind(ended.error_line)
         error.reason = ended.error_kind or ended.end or error.reason
+        # In the place of a rank that only met the end of another.
+        self._run.forget_first_error()
         self._run.record_error(ended.rank or 0, error, ended.error_step, ended.node)
         if self._run.status():
             self._run.write_failure(error)
