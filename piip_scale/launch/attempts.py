@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from piip_scale.errors import RunError
-from piip_scale.files import disk_errors
+from piip_scale.files import IO_REASON, disk_errors
+from piip_scale.logging import get_logger
 
 End = Literal["done", "stopped", "crashed", "hang", "lost_node", "preflight", "cut"]
 Action = Literal["finish", "requeue", "restart", "give_up"]
@@ -75,6 +76,7 @@ class History:
     """The attempts of a run's job, in its file.
 
     A line is written whole and to the disk before anything follows from it; one that a kill cut short is passed over.
+    On a full disk lines wait in memory for room: that must not end a job which may find some.
 
     Args:
         path: ``job/attempts.jsonl``.
@@ -82,6 +84,7 @@ class History:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting: list[str] = []
 
     def read(self) -> tuple[Attempt, ...]:
         """All attempts, the oldest first; none where there is no file.
@@ -93,26 +96,38 @@ class History:
             with disk_errors(RunError, f"read {self.path}"):
                 text = self.path.read_bytes().decode("utf-8", errors="replace")
         except RunError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return ()
-            raise
-        return parse_attempts(text.splitlines())
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            text = ""
+        return parse_attempts([*text.splitlines(), *self._waiting])
 
     def write(self, attempt: Attempt) -> None:
         """Adds what is known of an attempt by now.
 
         Raises:
-            RunError: The disk refuses.
+            RunError: The place cannot be written, now or later.
         """
-        line = json.dumps({key: value for key, value in asdict(attempt).items() if value not in (None, "")})
-        with disk_errors(RunError, f"write {self.path}"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+") as file:
-                # A line that a kill cut short must not take this one with it.
-                begun = file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n"
-                file.write((b"\n" if begun else b"") + line.encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+        told = {key: value for key, value in asdict(attempt).items() if value not in (None, "")}
+        self._waiting.append(json.dumps(told))
+        try:
+            with disk_errors(RunError, f"write {self.path}"):
+                _append(self.path, self._waiting)
+        except RunError as error:
+            if error.reason != IO_REASON:
+                raise
+            get_logger(__name__).warning("piip-scale: warning: %s; it is kept in memory meanwhile", error.line)
+        else:
+            self._waiting.clear()
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        # A line that a kill cut short must not take this one with it.
+        begun = file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n"
+        file.write((b"\n" if begun else b"") + "".join(f"{line}\n" for line in lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def parse_attempts(lines: Iterable[str]) -> tuple[Attempt, ...]:

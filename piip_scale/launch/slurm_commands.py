@@ -9,10 +9,8 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from piip_scale.errors import SlurmError
-from piip_scale.world import outside_of_job
 
 _TIMEOUT_S = 90.0
 _TRIES, _PAUSE_S = 30, 10.0
@@ -200,21 +198,10 @@ class Slurm:
         listed = self._run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i").split()
         return sorted(int(part) for part in (name.rpartition(".")[2] for name in listed) if part.isdigit())
 
-    def submit_successor(self, job_id: int, script: Path, exclude: Sequence[str], options: Sequence[str] = ()) -> int:
-        """Submits a script that starts when a job has ended, however it does; returns the new job's id.
-
-        Raises:
-            SlurmError: Slurm does not take it.
-        """
-        words = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}", *options]
-        words += [f"--exclude={','.join(exclude)}"] * bool(exclude)
-        told = self._run(*words, str(script), environment=outside_of_job(self._environment))
-        return int(told.strip().split(";")[0])
-
-    def _run(self, *words: str, environment: Mapping[str, str] | None = None) -> str:
+    def _run(self, *words: str) -> str:
         for left in reversed(range(_TRIES)):
             try:
-                return _run_once(words, self._environment if environment is None else environment)
+                return _run_once(words, self._environment)
             except SlurmError as error:
                 if left == 0 or not any(text in error.problem for text in _UNREACHABLE):
                     raise

@@ -11,8 +11,10 @@ from pathlib import Path
 from piip_scale.engine.heartbeat import STACK_SIGNAL
 from piip_scale.errors import SlurmError
 from piip_scale.launch.executors import LostNodes, ProcessStep, Step, with_code
+from piip_scale.launch.queue import submit_script
 from piip_scale.launch.slurm_commands import JobRecord, Slurm
 from piip_scale.launch.spec import JobSpec
+from piip_scale.launch.submitting import note_submitted
 from piip_scale.logging import get_logger
 from piip_scale.world import Allocation, World, rendezvous_port
 
@@ -160,7 +162,10 @@ class SlurmExecutor:
                 "this job cannot be requeued here, and its script is not known",
                 fix="submit it again by hand; `piip-scale submit` keeps the script for such sites",
             )
-        successor = self._slurm.submit_successor(self.job_id, self._spec.script, exclude)
+        options = [f"--dependency=afterany:{self.job_id}", *([f"--exclude={','.join(exclude)}"] if exclude else [])]
+        options += [] if self._spec.array_task is None else [f"--array={self._spec.array_task}"]
+        successor = submit_script(self._spec.script, self._spec.working_dir, options)
+        note_submitted(self._spec, successor)
         return f"job {successor} follows this one" + (f", without {', '.join(exclude)}" if exclude else "")
 
     def _affordable(self, exclude: Sequence[str], job: JobRecord) -> tuple[str, ...]:

@@ -57,14 +57,15 @@ class Wishes:
 
     def look(self) -> None:
         """Takes in what has come since."""
-        while self._received:
-            self._take(self._received.pop(0))
-        if time.monotonic() - self._looked_s > _REQUEST_EVERY_S:
+        # A request is written first, and then a signal sent that has it read.
+        if self._received or time.monotonic() - self._looked_s > _REQUEST_EVERY_S:
             self._looked_s = time.monotonic()
             request = load_request(self._run.path)
             if request and request != self._old:
                 self._old = request
                 self._take_request(request)
+        while self._received:
+            self._take(self._received.pop(0))
 
     def _take(self, number: int) -> None:
         if number == signal.SIGINT:
