@@ -124,8 +124,9 @@ def _append(path: Path, lines: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         # A line that a kill cut short must not take this one with it.
-        begun = file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n"
-        file.write((b"\n" if begun else b"") + "".join(f"{line}\n" for line in lines).encode())
+        file.seek(max(file.tell() - 1, 0))
+        is_torn = file.read(1) not in (b"", b"\n")
+        file.write((b"\n" if is_torn else b"") + "".join(f"{line}\n" for line in lines).encode())
         file.flush()
         os.fsync(file.fileno())
 

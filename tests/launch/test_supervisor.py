@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from fakes import FakeExecutor, FakeStep, beat, save, spec
+from histories import attempt, crash
+
+from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.errors import DataError, RunError, SlurmError
+from piip_scale.launch import supervisor, watching
+from piip_scale.launch.attempts import History
+from piip_scale.launch.spec import JobFiles, Request, save_request
+from piip_scale.launch.supervisor import Habits, Supervisor
+from piip_scale.launch.watching import Wishes
+
+
+class Scene:
+    """A run's directory with a supervisor over a cluster that is only told about."""
+
+    def __init__(self, folder, *steps, preflight=False, nodes=("n1", "n2"), has_queue=True, **more) -> None:
+        self.spec = spec(folder, **more)
+        self.run = RunDirectory(self.spec.run_dir)
+        self.executor = FakeExecutor(self.spec.run_dir, *steps, nodes=nodes, has_queue=has_queue)
+        self.history = History(JobFiles(self.spec.run_dir).attempts)
+        self.wishes = Wishes(self.run, self.executor.why_ending)
+        self.habits = Habits(preflight=preflight, poll_s=0.001)
+
+    def supervise(self) -> int:
+        return Supervisor(self.spec, self.executor, self.wishes, self.habits).run()
+
+    def step(self, *deeds, code=1, notes=()) -> FakeStep:
+        """A step that does something and ends."""
+
+        def poll():
+            for deed in deeds:
+                deed()
+            return code
+
+        step = FakeStep(poll, lambda: 1, notes)
+        self.executor.steps.append(step)
+        return step
+
+    def waiting_step(self) -> FakeStep:
+        """A step that trains until it is asked to stop, and then saves at step 7."""
+        self.run.heartbeats.mkdir(parents=True, exist_ok=True)
+
+        def stop():
+            save(self.run, 7)
+            self.status("stopped", 7)()
+            return 130
+
+        step = FakeStep(lambda: [beat(self.run, rank) for rank in range(2)] and None, stop)
+        self.executor.steps.append(step)
+        return step
+
+    def status(self, state, step=0):
+        return lambda: self.run.write_status(state, step)
+
+    def saved(self, step):
+        return lambda: save(self.run, step)
+
+    def error(self, error, rank=0, node="n1"):
+        return lambda: self.run.record_error(rank, error, 5, node) and self.run.write_failure(error)
+
+
+@pytest.fixture
+def scene(tmp_path):
+    return Scene(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def spoken(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
+    caplog.set_level(logging.INFO, "piip_scale")
+    return caplog
+
+
+def test_a_done_run_starts_nothing(scene):
+    scene.run.path.mkdir(parents=True)
+    scene.run.write_status("done", 12)
+    assert scene.supervise() == 0
+    assert (scene.executor.started, scene.history.read()) == ([], ())
+
+
+def test_a_crash_is_told_everywhere_and_the_run_resumes(scene, spoken):
+    notes = ["srun: error: n2: task 1: Killed", "srun: error: n1: task 0: Exited with exit code 1"]
+    echo = scene.error(RuntimeError("gloo: connection closed"))
+    scene.step(scene.status("running"), scene.saved(4), echo, notes=notes)
+    scene.step(scene.status("done", 12), scene.saved(12), code=143)
+    assert scene.supervise() == 0
+    (first_words, _), (second_words, _) = scene.executor.started
+    assert "--resume" not in first_words
+    assert "--resume" in second_words
+    first, second = scene.history.read()
+    assert (first.error_kind, first.rank, first.node, first.decision) == ("lost rank", 1, "n2", "restart")
+    assert (first.first_step, first.last_step, first.error_step) == (0, 4, 5)
+    assert (second.end, second.first_step, second.decision) == ("done", 4, "finish")
+    kept = scene.spec.run_dir / "job" / "attempt-0" / "errors"
+    assert json.loads((kept / "first.json").read_text())["reason"] == "lost rank"
+    assert "connection closed" in (kept / "rank_0.txt").read_text()
+    told = [line for line in spoken.messages if "->" in line]
+    assert [line.partition("supervise: ")[2] for line in told] == [
+        "attempt 0: lost rank: rank 1 on n2 ended by a signal (Killed) before it could say why; goes on from step 4 "
+        "-> restart",
+        "attempt 1: the training is done -> finish",
+    ]
+
+
+def test_a_bug_is_given_up_with_its_line_in_the_status(scene):
+    for _ in range(2):
+        scene.step(scene.status("running"), scene.error(KeyError("boxes")))
+    assert scene.supervise() == 1
+    assert [one.decision for one in scene.history.read()] == ["restart", "give_up"]
+    assert scene.run.status().note == "KeyError: 'boxes'"
+
+
+def test_bad_data_is_given_up_at_once(scene):
+    scene.step(scene.status("running"), scene.error(DataError("broken", value="a.tar")))
+    assert scene.supervise() == 1
+    assert len(scene.executor.started) == 1
+
+
+def test_before_the_time_limit_ranks_stop_and_the_job_requeues(scene):
+    step = scene.waiting_step()
+    scene.wishes._receive(signal.SIGUSR2, None)
+    # It comes while the nodes are looked at: nothing is started any more.
+    assert scene.supervise() == 0
+    assert step.asked == 0
+    again = Scene(scene.spec.working_dir)
+    step = again.waiting_step()
+    polls = iter(range(100))
+    step._on_poll = lambda: _after(polls, 3, lambda: again.wishes._receive(signal.SIGUSR2, None), again.run)
+    assert again.supervise() == 0
+    assert (step.asked, again.executor.requeued) == (1, [()])
+    last = again.history.read()[-1]
+    assert (last.end, last.cause, last.last_step, last.decision) == ("stopped", "time limit", 7, "requeue")
+
+
+def _after(polls, count, deed, run):
+    for rank in range(2):
+        beat(run, rank)
+    if next(polls) == count:
+        deed()
+
+
+def test_ranks_that_do_not_listen_yet_are_not_told_yet(scene):
+    step = scene.waiting_step()
+    polls = iter(range(100))
+
+    def poll():
+        number = next(polls)
+        if number == 0:
+            scene.wishes._receive(signal.SIGUSR2, None)
+        if number < 10:
+            beat(scene.run, 0)
+            assert step.asked == 0
+        else:
+            beat(scene.run, 1)
+
+    step._on_poll = poll
+    assert scene.supervise() == 0
+    assert step.asked == 1
+
+
+@pytest.mark.parametrize(("action", "decision"), [("stop", "finish"), ("requeue", "requeue")])
+def test_what_a_user_asks_for_is_done(scene, monkeypatch, action, decision):
+    monkeypatch.setattr(watching, "_REQUEST_EVERY_S", 0.0)
+    step = scene.waiting_step()
+    polls = iter(range(100))
+    request = Request(action=action, unix_time_s=1.0, user="me")
+    step._on_poll = lambda: _after(polls, 3, lambda: save_request(scene.run.path, request), scene.run)
+    assert scene.supervise() == 0
+    last = scene.history.read()[-1]
+    assert (last.end, last.decision) == ("stopped", decision)
+    assert len(scene.executor.requeued) == (decision == "requeue")
+
+
+def test_a_request_to_an_earlier_job_is_none(tmp_path):
+    save_request(tmp_path / "run", Request(action="stop", unix_time_s=1.0))
+    scene = Scene(tmp_path)
+    scene.step(scene.status("done", 12))
+    scene.wishes.look()
+    assert scene.wishes.asked == ""
+
+
+def test_scancel_is_no_preemption(scene):
+    step = scene.waiting_step()
+    polls = iter(range(100))
+    scene.executor.reason = "cancel"
+    step._on_poll = lambda: _after(polls, 3, lambda: scene.wishes._receive(signal.SIGTERM, None), scene.run)
+    assert scene.supervise() == 0
+    assert scene.executor.requeued == []
+    assert "cancelled by scancel; saved" in scene.history.read()[-1].why
+
+
+def test_where_requeueing_is_refused_the_history_says_so(scene):
+    scene.executor.refusal = "requeueing is off"
+    scene.step(scene.status("running"), scene.saved(4), scene.status("stopped", 4))
+    with pytest.raises(SlurmError, match="off"):
+        scene.supervise()
+    last = scene.history.read()[-1]
+    assert (last.decision, "requeueing is off" in last.why) == ("give_up", True)
+
+
+def test_a_lost_node_is_replaced_by_a_spare(tmp_path):
+    scene = Scene(tmp_path, nodes=("n1", "n2", "n3"), spares=1)
+    scene.step(scene.status("running"), lambda: scene.executor.down_nodes.update(n2="node n2 was lost"))
+    scene.step(scene.status("done", 12))
+    assert scene.supervise() == 0
+    assert [nodes for _, nodes in scene.executor.started] == [("n1", "n2"), ("n1", "n3")]
+    assert "n2" in json.loads((scene.spec.run_dir / "job" / "bad_nodes.json").read_text())
+
+
+def test_without_a_spare_the_job_requeues_without_the_lost_node(scene):
+    scene.step(scene.status("running"), lambda: scene.executor.down_nodes.update(n2="node n2 was lost"))
+    assert scene.supervise() == 0
+    assert scene.executor.requeued == [("n2",)]
+
+
+def test_a_node_that_fails_its_preflight_is_replaced_or_left_out(tmp_path):
+    sick = {"memory_bytes": 0}
+    spare = Scene(tmp_path, preflight=True, nodes=("n1", "n2", "n3"), spares=1)
+    spare.executor.sick_nodes["n1"] = sick
+    spare.step(spare.status("done", 12))
+    assert spare.supervise() == 0
+    assert [nodes for _, nodes in spare.executor.started] == [("n2", "n3")]
+    (tmp_path / "b").mkdir()
+    none = Scene(tmp_path / "b", preflight=True)
+    none.executor.sick_nodes["n1"] = sick
+    assert none.supervise() == 0
+    assert (none.executor.started, none.executor.requeued) == ([], [("n1",)])
+    last = none.history.read()[-1]
+    assert (last.end, last.node) == ("preflight", "n1")
+    assert "0.0 GiB of memory are available" in last.why
+
+
+def test_shards_that_no_node_can_read_end_the_job_before_it_trains(tmp_path):
+    scene = Scene(tmp_path, preflight=True)
+    for node in scene.executor.nodes:
+        scene.executor.sick_nodes[node] = {"data_error": "shards/train holds no shards", "data_reason": "bad data"}
+    assert scene.supervise() == 1
+    assert scene.executor.started == []
+    assert "bad data, which a restart cannot cure: shards/train" in scene.history.read()[-1].why
+
+
+def test_an_attempt_whose_supervisor_died_with_it_is_closed(scene):
+    scene.history.write(replace(attempt(0, None), nodes=("n1", "n9")))
+    scene.executor.down_nodes["n9"] = "node n9 was lost: Slurm calls it down"
+    scene.step(scene.status("done", 12))
+    assert scene.supervise() == 0
+    first, second = scene.history.read()
+    assert (first.end, first.node, first.decision) == ("lost_node", "n9", "requeue")
+    assert second.attempt == 1
+
+
+def test_a_job_that_dies_at_every_start_ends(scene):
+    for number in range(3):
+        scene.history.write(attempt(number, "cut", decision="requeue"))
+    scene.history.write(attempt(3, None))
+    assert scene.supervise() == 1
+    assert scene.executor.started == []
+    last = scene.history.read()[-1]
+    assert (last.end, last.decision) == ("cut", "give_up")
+
+
+def test_two_jobs_do_not_train_one_run(scene):
+    scene.history.write(replace(attempt(0, None), job_id=3))
+    scene.executor.running_jobs.add(3)
+    with pytest.raises(RunError, match=r"job 3 is training in .*scancel 3"):
+        scene.supervise()
+
+
+def test_ranks_without_any_sign_are_ended_from_outside(scene, monkeypatch):
+    for name in ("_SILENCE_MARGIN_S", "_STACKS_WITHIN_S", "_START_LIMIT_S"):
+        monkeypatch.setattr(watching, name, 0.05)
+    monkeypatch.setattr(supervisor, "_STILL_S", 0.0)
+    step = FakeStep(lambda: None, lambda: 1)
+    scene.executor.steps += [step, FakeStep(lambda: scene.status("done", 12)() or 0, lambda: 0)]
+    scene.run.heartbeats.mkdir(parents=True)
+    assert scene.supervise() == 0
+    first, _ = scene.history.read()
+    assert (first.end, first.decision) == ("hang", "restart")
+    assert "no rank gave any sign" in first.error_line
+    assert (step.stacks, step.ended) == (1, 1)
+
+
+def test_the_cap_counts_over_jobs(scene):
+    for number in range(3):
+        scene.history.write(crash(number, node=f"m{number}", decision="requeue"))
+    scene.step(scene.status("running"))
+    assert scene.supervise() == 1
+    assert "4 attempts in a row" in scene.history.read()[-1].why
+
+
+def test_supervising_does_not_import_torch():
+    code = (
+        "import sys, piip_scale.cli.supervise, piip_scale.launch.supervisor, piip_scale.launch.slurm_executor,"
+        "piip_scale.launch.preflight; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,288 @@
+"""Jobs of a tiny training on a cluster of real daemons, and what is done to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from commands import command
+
+from piip_scale.checkpoint.store import CheckpointStore, read_step
+from piip_scale.errors import CheckpointError
+from piip_scale.launch.attempts import History
+
+HOOKS = Path(__file__).with_name("hooks")
+PROFILE = """
+gpu_request = "none"
+cpus_per_rank = 1
+signal_lead_s = 30
+requeue = {requeue}
+
+[sbatch]
+partition = "gpu"
+
+[environment]
+OMP_NUM_THREADS = "1"
+"""
+STEPS, SAVED_AT, HELD_AT = 12, 4, 6
+# Asked to stop, ranks that wait do the step that they waited before.
+STOPPED_AT = HELD_AT + 1
+WAIT_S = 240
+
+
+def wait_for(what, found, seconds=WAIT_S, every_s=0.05):
+    """The first true value that ``found`` returns."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        told = what() if callable(what) else what
+        assert time.monotonic() < deadline, f"not within {seconds} s: {told}"
+        time.sleep(every_s)
+    return value
+
+
+class Cluster:
+    """The daemons of ``launch/minislurm``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "COLUMNS": "200"}
+        self.folder = folder
+        self._restart: list[str] = []
+
+    def run(self, *words, check=True) -> str:
+        done = subprocess.run(
+            list(map(str, words)), capture_output=True, text=True, env=self.environment, timeout=60, check=False
+        )
+        assert not check or done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    def state(self, job_id: int) -> str:
+        return self.field(job_id, "JobState")
+
+    def field(self, job_id: int, name: str) -> str:
+        shown = self.run("scontrol", "show", "job", "-o", job_id)
+        return next(word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}="))
+
+    def take_down(self, node: str) -> None:
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def kill_daemons(self, node: str) -> None:
+        """slurmd of a node, then everything of its steps, as if somebody had pulled the plug."""
+        daemon = int((self.folder / f"slurmd-{node}.pid").read_text())
+        os.kill(daemon, signal.SIGKILL)
+        mine = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
+        for pid, environment, parent in _processes():
+            if mine in environment and f"SLURMD_NODENAME={node}".encode() in environment:
+                for each in {pid, parent} if _name(parent) == "slurmstepd" else {pid}:
+                    with suppress(ProcessLookupError):
+                        os.kill(each, signal.SIGKILL)
+        self._restart.append(node)
+
+    def heal(self) -> None:
+        """Brings back what a test broke."""
+        for node in self._restart:
+            path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+            subprocess.run(["slurmd", "-N", node], env=self.environment | {"PATH": path}, timeout=30, check=True)
+        self._restart.clear()
+        for node in self.run("sinfo", "-h", "-N", "-t", "down,drain", "-o", "%n", check=False).split():
+            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        wait_for(
+            "all nodes idle", lambda: self.run("sinfo", "-h", "-p", "gpu", "-t", "idle", "-o", "%D").strip() == "3"
+        )
+
+
+class Job:
+    """One run, submitted as a user would."""
+
+    def __init__(self, cluster: Cluster, config: Path, folder: Path) -> None:
+        self.cluster, self.config, self.folder = cluster, config, folder
+        self.run_dir = folder / "a run's directory"
+        self.hold = folder / "hold"
+        self.hold.touch()
+        self.job_id = 0
+        self._witness: Witness | None = None
+
+    @staticmethod
+    def settings(**more) -> list[str]:
+        values = {
+            "train.steps": STEPS,
+            "train.log_every_steps": 1,
+            "train.checkpoint_every_steps": SAVED_AT,
+            "train.evaluate_every_steps": 0,
+        } | {key.replace("__", "."): value for key, value in more.items()}
+        return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        paths = [str(HOOKS), os.environ.get("PYTHONPATH", "")]
+        ours = {
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "OMP_NUM_THREADS": "1",
+            "PIIP_TEST_HOLD": str(self.hold),
+            "PIIP_TEST_HOLD_AT": str(HELD_AT),
+        }
+        return self.cluster.environment | ours | more
+
+    def command(self, *words, code=0, **more: str) -> str:
+        """One of our commands; what it printed."""
+        done = subprocess.run(
+            command(*words), capture_output=True, text=True, env=self.environment(**more), timeout=120, check=False
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, *words, requeue=True, settings=None, **more: str) -> None:
+        """Submits it; two nodes of one rank each."""
+        profile = self.folder / "site.toml"
+        profile.write_text(PROFILE.format(requeue=str(requeue).lower()))
+        options = ["--nodes", 2, "--gpus-per-node", 1, "--profile", profile, "--run-dir", self.run_dir]
+        self.command("submit", self.config, *options, *(settings or self.settings()), *words, **more)
+        self.job_id = self.newest_job()
+        self._witness = self._witness or Witness(self.run_dir)
+
+    def newest_job(self) -> int:
+        lines = (self.run_dir / "job" / "submitted.jsonl").read_text().splitlines()
+        return int(json.loads(lines[-1])["job"])
+
+    def close(self) -> None:
+        """Ends what a failed test may have left."""
+        if self._witness:
+            self._witness.stop()
+        self.cluster.run("scancel", "--full", "--user", str(os.getuid()), check=False)
+        wait_for("an empty queue", lambda: not self.cluster.run("squeue", "-h", "-o", "%i").strip(), 60)
+
+    def go_on(self) -> None:
+        self.hold.unlink()
+
+    def until_held(self) -> None:
+        """Both ranks wait after the sixth step, and the checkpoint of the fourth is there."""
+        # A rank's own mark, since what the file of metrics says comes from the other.
+        wait_for(self.log, lambda: all(beat["step"] == HELD_AT for beat in self.beats()) and len(self.beats()) == 2)
+        wait_for(self.log, lambda: CheckpointStore(self.run_dir / "checkpoints", keep=9).steps() == [SAVED_AT])
+
+    def beats(self) -> list[dict]:
+        found = []
+        for path in sorted((self.run_dir / "heartbeats").glob("rank_*.json")):
+            with suppress(OSError, ValueError):
+                found.append(json.loads(path.read_text()))
+        return found
+
+    def pid(self, rank: int) -> int:
+        return self.beats()[rank]["pid"]
+
+    def attempts(self):
+        return History(self.run_dir / "job" / "attempts.jsonl").read()
+
+    def ended(self, number: int):
+        """An attempt, once it has ended and been decided upon."""
+
+        def found():
+            attempts = self.attempts()
+            return attempts[number] if len(attempts) > number and attempts[number].decision else None
+
+        return wait_for(self.log, found)
+
+    def status(self) -> dict:
+        return json.loads((self.run_dir / "status.json").read_text())
+
+    def finished(self):
+        """All attempts, once nothing runs or waits any more."""
+        wait_for(self.log, lambda: self.attempts() and self.attempts()[-1].decision in ("finish", "give_up"))
+        wait_for(self.log, lambda: not self.cluster.run("squeue", "-h", "-o", "%i").strip())
+        return self.attempts()
+
+    def log(self) -> str:
+        texts = [path.read_text(errors="replace") for path in sorted((self.run_dir / "job").glob("log-*.txt"))]
+        return "\n".join(texts)[-6000:] + self.cluster.run("squeue", check=False)
+
+    def lines(self) -> list[str]:
+        """What the supervisor said."""
+        texts = [path.read_text(errors="replace") for path in sorted((self.run_dir / "job").glob("log-*.txt"))]
+        return [line for text in texts for line in text.splitlines() if " supervise: " in line]
+
+    @staticmethod
+    def told(run_dir: Path) -> dict[int, dict[str, float]]:
+        """What each step's line says that does not depend on the machine."""
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        return {
+            line["step"]: {key: value for key, value in line.items() if key.startswith(("loss/", "train/"))}
+            for line in lines
+            if line["kind"] == "step"
+        }
+
+    def check_whole(self, whole) -> None:
+        """The run is done, step for step what it would have been, and no checkpoint was ever lost or half there."""
+        assert self.status()["state"] == "done", self.log()
+        assert len(whole) == STEPS
+        assert self.told(self.run_dir) == whole
+        store = CheckpointStore(self.run_dir / "checkpoints", keep=2)
+        assert store.steps() == [8, 12]
+        for step in store.steps():
+            store.validate(store.path(step))
+        assert [path.name for path in store.folder.iterdir() if path.name.startswith(".")] == []
+        self._witness.stop()
+        assert self._witness.faults == []
+        assert self._witness.looks > 10
+
+
+class Witness(threading.Thread):
+    """Looks at the checkpoints all the time: each that is visible is whole, and the newest never gets older."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(daemon=True)
+        self.faults: list[str] = []
+        self.looks = 0
+        self._store = CheckpointStore(run_dir / "checkpoints", keep=9)
+        self._ended = threading.Event()
+        self.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        newest = 0
+        while not self._ended.wait(0.05):
+            self.looks += 1
+            steps = self._store.steps()
+            for step in steps:
+                with suppress(FileNotFoundError):
+                    self._look(step)
+            if (steps and steps[-1] < newest) or (newest and not steps):
+                self.faults.append(f"step {newest} was there, now {steps}")
+            newest = max([newest, *steps])
+
+    def _look(self, step: int) -> None:
+        try:
+            assert read_step(self._store.path(step)) == step
+        except CheckpointError as error:
+            # Pruned between two looks.
+            if self._store.path(step).exists():
+                self.faults.append(error.line)
+
+
+def _processes():
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):
+                environment = set((folder / "environ").read_bytes().split(b"\0"))
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                yield int(folder.name), environment, parent
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def by_hand(job: Job, text: str) -> Path:
+    """A batch script that starts the supervisor as somebody would who copied ours."""
+    script = job.folder / "by_hand.sbatch"
+    script.write_text(f"#!/bin/bash\ntrap '' USR2\nexec {sys.executable} -m piip_scale.cli.main supervise {text}\n")
+    return script

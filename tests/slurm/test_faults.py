@@ -1,0 +1,113 @@
+"""Real trainings on a real Slurm, and what befalls them: each ends as if nothing had happened, and says what did."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+
+import pytest
+from jobs import HELD_AT, SAVED_AT, wait_for
+
+pytestmark = pytest.mark.timeout(420)
+
+
+def fill_up(path):
+    """Takes what room a disk has left."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 12)):
+            pass
+
+
+def test_a_sick_node_is_replaced_by_a_spare_and_a_done_job_stays_done(job, whole):
+    job.go_on()
+    job.submit("--spares", 1, PIIP_TEST_SICK="n2")
+    (attempt,) = job.finished()
+    assert (attempt.end, attempt.decision, attempt.nodes) == ("done", "finish", ("n1", "n3"))
+    assert any("node n2 fails its preflight" in line and "0.00 GiB free" in line for line in job.lines())
+    job.check_whole(whole)
+    job.cluster.run("scontrol", "requeue", job.job_id)
+    wait_for(job.log, lambda: any("nothing is left to do" in line for line in job.lines()))
+    wait_for(job.log, lambda: job.cluster.state(job.job_id) == "COMPLETED")
+    assert job.attempts() == (attempt,)
+
+
+def test_a_killed_rank_ends_the_step_and_the_run_goes_on_in_the_same_allocation(job, whole):
+    job.submit()
+    job.until_held()
+    os.kill(job.pid(1), signal.SIGKILL)
+    first = job.ended(0)
+    job.go_on()
+    _, second = job.finished()
+    assert (first.end, first.error_kind, first.rank, first.node) == ("crashed", "lost rank", 1, "n2")
+    assert (first.decision, first.last_step, first.error_step) == ("restart", SAVED_AT, HELD_AT)
+    assert (second.end, second.first_step, second.restart_count) == ("done", SAVED_AT, 0)
+    assert "rank 1 on n2" in (job.run_dir / "job" / "attempt-0" / "errors" / "first.json").read_text()
+    job.check_whole(whole)
+
+
+def test_a_hanging_rank_leaves_all_stacks_and_the_run_goes_on(job, whole):
+    job.submit(settings=job.settings(train__hang_minutes=0.1))
+    job.until_held()
+    os.kill(job.pid(1), signal.SIGSTOP)
+    job.go_on()
+    first = job.ended(0)
+    job.finished()
+    assert (first.end, first.rank, first.node, first.decision) == ("hang", 1, "n2", "restart")
+    assert "rank 1 did not arrive" in first.error_line
+    stacks = job.run_dir / "job" / "attempt-0" / "stacks"
+    assert "_train_step" in (stacks / "rank_0.txt").read_text()
+    assert (stacks / "rank_1.txt").read_text()
+    job.check_whole(whole)
+
+
+def test_a_lost_node_is_replaced_by_a_spare_without_the_queue(job, whole):
+    job.submit("--spares", 1)
+    job.until_held()
+    job.cluster.take_down("n2")
+    first = job.ended(0)
+    job.go_on()
+    _, second = job.finished()
+    assert (first.end, first.node, first.decision) == ("lost_node", "n2", "restart")
+    assert (second.nodes, second.job_id, second.restart_count) == (("n1", "n3"), first.job_id, 0)
+    assert "n2" in (job.run_dir / "job" / "bad_nodes.json").read_text()
+    job.check_whole(whole)
+
+
+def test_a_node_lost_without_spares_sends_the_job_through_the_queue(job, whole):
+    job.submit()
+    job.until_held()
+    job.cluster.take_down("n2")
+    wait_for(job.log, lambda: len(job.attempts()) > 1)
+    job.go_on()
+    first, second = job.finished()
+    assert first.end in ("lost_node", "cut", "stopped")
+    assert second.restart_count == 1
+    job.check_whole(whole)
+
+
+def test_a_node_whose_daemons_are_gone_is_named_and_left_out(job, whole):
+    job.submit()
+    job.until_held()
+    job.cluster.kill_daemons("n2")
+    wait_for(job.log, lambda: len(job.attempts()) > 1)
+    job.go_on()
+    attempts = job.finished()
+    assert attempts[-1].end == "done"
+    assert "n2" not in attempts[-1].nodes
+    job.check_whole(whole)
+
+
+def test_a_full_disk_costs_one_save_and_nothing_that_was_there(job, whole, small_disk):
+    job.run_dir = small_disk / "run"
+    job.submit()
+    job.until_held()
+    filler = small_disk / "filler"
+    fill_up(filler)
+    job.go_on()
+    wait_for(job.log, lambda: any("No space left" in line for line in job.lines()))
+    filler.unlink()
+    attempts = job.finished()
+    first = attempts[0]
+    assert (first.error_kind, first.decision, first.last_step) == ("input or output", "restart", SAVED_AT)
+    job.check_whole(whole)

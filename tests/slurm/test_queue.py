@@ -1,0 +1,83 @@
+"""Jobs that leave the queue and come back: time limits, preemption, requeueing by anybody, successors; and bad ones."""
+
+from __future__ import annotations
+
+import pytest
+from jobs import SAVED_AT, STOPPED_AT, by_hand, wait_for
+
+pytestmark = pytest.mark.timeout(420)
+
+
+def test_before_the_time_limit_the_run_saves_and_the_job_comes_back(job, whole):
+    job.submit("--time", "10")
+    job.until_held()
+    minutes = job.cluster.field(job.job_id, "RunTime").split(":")[-2]
+    job.cluster.run("scontrol", "update", f"jobid={job.job_id}", f"timelimit={int(minutes) + 1}")
+    first = job.ended(0)
+    job.go_on()
+    _, second = job.finished()
+    assert (first.end, first.cause, first.last_step, first.decision) == ("stopped", "time limit", STOPPED_AT, "requeue")
+    assert (second.job_id, second.restart_count, second.first_step) == (first.job_id, 1, STOPPED_AT)
+    job.check_whole(whole)
+
+
+def test_a_preempted_run_saves_within_its_grace_and_comes_back(job, whole):
+    job.submit()
+    job.until_held()
+    job.cluster.run("sbatch", "-p", "prio", "--exclusive", "-N3", "-o", "/dev/null", "--wrap", "sleep 1")
+    first = job.ended(0)
+    job.go_on()
+    _, second = job.finished()
+    assert (first.end, first.cause, first.last_step, first.decision) == ("stopped", "preemption", STOPPED_AT, "requeue")
+    assert (second.end, second.first_step) == ("done", STOPPED_AT)
+    job.check_whole(whole)
+
+
+def test_a_job_that_somebody_requeues_goes_on_from_a_checkpoint(job, whole):
+    job.submit()
+    job.until_held()
+    job.cluster.run("scontrol", "requeue", job.job_id)
+    wait_for(job.log, lambda: len(job.attempts()) > 1)
+    job.go_on()
+    first, second = job.finished()
+    assert first.decision == "requeue"
+    assert second.restart_count == 1
+    assert second.first_step in (SAVED_AT, STOPPED_AT)
+    job.check_whole(whole)
+
+
+def test_where_jobs_cannot_requeue_a_successor_goes_on_and_a_stop_is_for_good(job, whole):
+    job.submit(requeue=False)
+    job.until_held()
+    job.command("jobs", "requeue", job.run_dir)
+    first = job.ended(0)
+    assert (first.end, first.cause, first.decision) == ("stopped", "requeue", "requeue")
+    wait_for(job.log, lambda: len(job.attempts()) > 1 and len(job.beats()) == 2)
+    wait_for(job.log, lambda: len(job.attempts()[1].nodes) == 2 and job.beats()[0]["phase"] == "computing")
+    job.command("jobs", "stop", job.run_dir)
+    first, second = job.finished()
+    assert second.job_id == job.newest_job() != first.job_id
+    assert (second.end, second.cause, second.decision) == ("stopped", "user", "finish")
+    job.go_on()
+    job.submit("--resume")
+    wait_for(job.log, lambda: len(job.attempts()) > 2)
+    job.finished()
+    job.check_whole(whole)
+
+
+def test_a_bad_config_is_told_once_and_never_tried_again(job, config):
+    bad = job.folder / "bad.py"
+    bad.write_text(config.read_text().replace("num_heads=4, patch", "num_heads=5, patch", 1))
+    for name, options in (("told by the nodes", ""), ("told by the ranks", " --no-preflight")):
+        job.run_dir = job.folder / name
+        script = by_hand(job, f"'{bad}' --run-dir '{job.run_dir}' --ranks-per-node 1{options}")
+        log = job.folder / f"{name}.txt"
+        job.cluster.environment = job.environment()
+        told = job.cluster.run("sbatch", "--parsable", "--requeue", "-N2", "-o", log, script)
+        (attempt,) = job.finished()
+        assert (attempt.decision, attempt.error_kind) == ("give_up", "bad config")
+        assert "num_heads=5 must divide embed_dim=64" in attempt.why
+        assert job.cluster.state(int(told)) == "FAILED"
+        text = log.read_text()
+        assert "Traceback" not in text
+        assert text.count("-> give up") == 1
