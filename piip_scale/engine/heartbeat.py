@@ -77,6 +77,7 @@ class Beat:
         host: Name of its machine.
         pid: Its process.
         limit_s: As in ``Mark``.
+        started_unix_s: When its process began.
     """
 
     rank: int
@@ -89,11 +90,12 @@ class Beat:
     host: str
     pid: int
     limit_s: float = math.inf
+    started_unix_s: float = 0.0
 
 
 def write_beat(folder: Path, beat: Beat) -> None:
     """Replaces a rank's file. A disk that refuses is not this function's to tell."""
-    with suppress(OSError), atomic_file(folder / f"rank_{beat.rank}.json", durable=False) as file:
+    with suppress(OSError), atomic_file(_place(folder, beat.rank), durable=False) as file:
         file.write(json.dumps(asdict(beat)).encode())
 
 
@@ -113,7 +115,21 @@ def late_ranks(beats: Mapping[int, Beat], silent: Sequence[int], num_ranks: int)
 def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:
     """The beats in a folder that were written since a time; unreadable ones are as good as none."""
     for path in folder.glob("rank_*.json"):
-        with suppress(OSError, ValueError, TypeError):
-            beat = Beat(**json.loads(path.read_text()))
-            if beat.unix_time_s >= since_unix_s:
-                yield beat
+        beat = _read(path)
+        if beat is not None and beat.unix_time_s >= since_unix_s:
+            yield beat
+
+
+def read_beat(folder: Path, rank: int) -> Beat | None:
+    """A rank's beat; ``None`` where there is none."""
+    return _read(_place(folder, rank))
+
+
+def _place(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.json"
+
+
+def _read(path: Path) -> Beat | None:
+    with suppress(OSError, ValueError, TypeError):
+        return Beat(**json.loads(path.read_text()))
+    return None

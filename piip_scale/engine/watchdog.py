@@ -18,9 +18,10 @@ from typing import IO
 
 from piip_scale.engine.collective import count_collectives
 from piip_scale.engine.failing import tell_failure
-from piip_scale.engine.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beats, write_beat
+from piip_scale.engine.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beat, read_beats, write_beat
 from piip_scale.engine.run_dir import RunDirectory, process_start_unix_s
 from piip_scale.errors import HangError
+from piip_scale.logging import get_logger
 from piip_scale.world import World
 
 _POLLS_PER_LIMIT = 10
@@ -94,7 +95,24 @@ class Watchdog:
         mark, rank = self._mark, self._world.rank
         place = (mark.number, count_collectives(), mark.phase, mark.step)
         process = (time.time(), socket.gethostname(), os.getpid())
-        write_beat(self._run.heartbeats, Beat(rank, *place, self._waited_s, *process, mark.limit_s))
+        beat = Beat(rank, *place, self._waited_s, *process, mark.limit_s, process_start_unix_s())
+        self._leave_to(read_beat(self._run.heartbeats, rank), beat)
+        write_beat(self._run.heartbeats, beat)
+
+    def _leave_to(self, found: Beat | None, own: Beat) -> None:
+        """Ends this process where a later one has its place, as on a node that a scheduler gave up for lost.
+
+        Two that train one run at once would overwrite each other's checkpoints.
+        """
+        is_other = found is not None and (found.host, found.pid) != (own.host, own.pid)
+        if found is not None and is_other and found.started_unix_s > own.started_unix_s:
+            get_logger(__name__).error(
+                "piip-scale: error: process %d on %s trains rank %d of this run now; this one, which is older, ends",
+                found.pid,
+                found.host,
+                own.rank,
+            )
+            os._exit(1)
 
     def _leave_after_others(self) -> None:
         """Ends this process some moments after another rank told of an error: it may sit in a collective for ever."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,8 +52,14 @@ def add_bad_nodes(path: Path, reasons: Mapping[str, str], now_unix_s: float) -> 
         write_text_atomically(path, json.dumps({node: asdict(bad) for node, bad in known.items()}, indent=1) + "\n")
 
 
-def choose_nodes(healthy: Sequence[str], num_nodes: int, known_bad: Mapping[str, BadNode]) -> tuple[str, ...]:
-    """The nodes to train on, in their order: those that failed lately only where there are no others."""
-    ranked = sorted(healthy, key=lambda node: node in known_bad)
+def choose_nodes(healthy: Sequence[str], num_nodes: int, last: Collection[str]) -> tuple[str, ...]:
+    """The nodes to train on, in their order.
+
+    Args:
+        healthy: Those that can.
+        num_nodes: So many, or as many as there are.
+        last: Those to take only where there are no others.
+    """
+    ranked = sorted(healthy, key=lambda node: node in last)
     chosen = set(ranked[:num_nodes])
     return tuple(node for node in healthy if node in chosen)

@@ -69,6 +69,10 @@ class Executor(Protocol):
         """Which of some nodes, whosever they are now, nothing can be started on."""
         ...
 
+    def doubtful(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Which of some nodes somebody wants emptied: better used last."""
+        ...
+
     def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts a command of ours on nodes.
 
@@ -182,6 +186,10 @@ class LocalExecutor:
         return ()
 
     down = lost
+
+    def doubtful(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """None: there is no other."""
+        return ()
 
     def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts one process, which starts its ranks itself."""

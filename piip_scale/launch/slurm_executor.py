@@ -89,6 +89,10 @@ class SlurmExecutor:
         lost = [record for record in records.values() if record.is_lost]
         return tuple((record.name, f"node {record.name} was lost: {record.line}") for record in lost)
 
+    def doubtful(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Which are being drained."""
+        return tuple(record.name for record in self._slurm.nodes(nodes).values() if record.is_doubtful)
+
     def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts one step."""
         is_training = words[0] == "train"

@@ -12,12 +12,12 @@ from piip_scale.checkpoint.store import CheckpointStore, read_step
 from piip_scale.engine.heartbeat import late_ranks, read_beats
 from piip_scale.engine.run_dir import RunDirectory, Status
 from piip_scale.errors import HangError, LostRankError, PiipError, RunError, SlurmError
+from piip_scale.files import IO_REASON
 from piip_scale.launch.attempts import Attempt, History, next_number
 from piip_scale.launch.bad_nodes import add_bad_nodes, choose_nodes, read_bad_nodes
 from piip_scale.launch.checking import Check, check_nodes
 from piip_scale.launch.decide import Decision, Situation, decide
 from piip_scale.launch.executors import Executor, LostNodes
-from piip_scale.launch.node_facts import Needs
 from piip_scale.launch.outcome import Evidence, judge
 from piip_scale.launch.spec import JobFiles, JobSpec
 from piip_scale.launch.step_notes import StepNotes
@@ -25,6 +25,7 @@ from piip_scale.launch.telling import say
 from piip_scale.launch.watching import Watch, Wishes
 
 _STILL_S = 10.0
+_MOST_REFUSALS, _REFUSAL_PAUSE_S = 30, 60.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Supervisor:
         self._spec, self._executor, self._wishes, self._habits = spec, executor, wishes, habits
         self._run, self._files = RunDirectory(spec.run_dir), JobFiles(spec.run_dir)
         self._history = History(self._files.attempts)
-        self._needs = Needs(spec.ranks_per_node, spec.gpus_per_node)
+        self._refusals = 0
 
     def run(self) -> int:
         """Trains to the end, as far as this job can; returns the exit code for it.
@@ -72,7 +73,7 @@ class Supervisor:
         while decision is None or decision.action == "restart":
             if decision and decision.pause_s:
                 self._pause(decision.pause_s)
-            decision = self._attempt()
+            decision = self._attempt_with_patience()
         return self._leave(decision)
 
     def _settle_the_past(self) -> Decision | None:
@@ -112,13 +113,24 @@ class Supervisor:
         line = "its supervisor was ended together with it: the job was requeued or killed, or its first node was lost"
         return replace(ended, end="cut", error_kind="", error_line=line)
 
+    def _attempt_with_patience(self) -> Decision:
+        """An attempt, or a pause where the disk of the run's directory has no room for one."""
+        try:
+            return self._attempt()
+        except RunError as error:
+            self._refusals += 1
+            if error.reason != IO_REASON or self._refusals > _MOST_REFUSALS:
+                raise
+            say(error.line)
+            return Decision("restart", error.line, pause_s=_REFUSAL_PAUSE_S)
+
     def _attempt(self) -> Decision:
         """One attempt, from the look at the nodes to the decision that follows it."""
         attempt = self._begin()
         check = self._check(attempt)
         add_bad_nodes(self._files.bad_nodes, check.problems, time.time())
-        known_bad = read_bad_nodes(self._files.bad_nodes, time.time())
-        nodes = choose_nodes(check.healthy, self._spec.num_nodes, known_bad)
+        last = {*read_bad_nodes(self._files.bad_nodes, time.time()), *self._executor.doubtful(check.healthy)}
+        nodes = choose_nodes(check.healthy, self._spec.num_nodes, last)
         self._wishes.look()
         if self._wishes.cause:
             ended = replace(attempt, end="stopped", cause=self._wishes.cause, last_step=attempt.first_step)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from ranks import free_port
 
-from piip_scale.engine.heartbeat import COMPUTING, WAITING, Beat, Heartbeat
+from piip_scale.engine.heartbeat import COMPUTING, WAITING, Beat, Heartbeat, write_beat
 from piip_scale.engine.run_dir import RunDirectory
-from piip_scale.engine.watchdog import hang_error
+from piip_scale.engine.watchdog import Watchdog, hang_error
 from piip_scale.world import World
 
 WORKER = Path(__file__).with_name("tiny_worker.py")
@@ -140,6 +142,19 @@ def test_the_line_names_ranks_behind_by_place_by_message_or_by_silence():
     assert "no rank is behind the others (rank 0, process 40" in line(*ahead, beat(3, 9, 30))
     many = line(*ahead, num_ranks=12)
     assert "(rank 3 never started; rank 4 never started; rank 5 never started; rank 6 never started and 5 more)" in many
+
+
+def test_an_older_process_leaves_its_rank_to_a_later_one(tmp_path, monkeypatch):
+    run, left = RunDirectory(tmp_path), threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: left.set())
+    now = time.time()
+    earlier, later = replace(beat(0, 9, 30), started_unix_s=1.0), replace(beat(0, 9, 30), started_unix_s=now + 9)
+    for found, leaves in ((None, False), (earlier, False), (later, True)):
+        left.clear()
+        if found:
+            write_beat(run.heartbeats, found)
+        with Watchdog(run, World(), Heartbeat(step_limit_s=0.5, slow_limit_s=60)):
+            assert left.wait(5 if leaves else 0.4) is leaves
 
 
 def test_limits_follow_the_phase():

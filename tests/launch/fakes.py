@@ -77,6 +77,7 @@ class FakeExecutor:
         self.sick_nodes: dict[str, dict] = {}
         self.requeued: list[tuple[str, ...]] = []
         self.refusal = ""
+        self.drained: set[str] = set()
         self.reason = ""
         self.running_jobs: set[int] = set()
 
@@ -87,6 +88,9 @@ class FakeExecutor:
         return tuple((node, self.down_nodes[node]) for node in nodes if node in self.down_nodes)
 
     down = lost
+
+    def doubtful(self, nodes):
+        return tuple(node for node in nodes if node in self.drained)
 
     def start(self, words, nodes, tasks_per_node, number, beats):
         if words[0] == "preflight-node":

@@ -240,6 +240,30 @@ def test_a_node_that_fails_its_preflight_is_replaced_or_left_out(tmp_path):
     assert "0.0 GiB of memory are available" in last.why
 
 
+def test_a_node_that_is_being_emptied_is_used_last(tmp_path):
+    scene = Scene(tmp_path, nodes=("n1", "n2", "n3"), spares=1)
+    scene.executor.drained.add("n1")
+    scene.step(scene.status("done", 12))
+    assert scene.supervise() == 0
+    assert [nodes for _, nodes in scene.executor.started] == [("n2", "n3")]
+
+
+def test_a_full_disk_of_the_run_makes_the_supervisor_wait(scene, monkeypatch):
+    monkeypatch.setattr(supervisor, "_REFUSAL_PAUSE_S", 0.01)
+    refusals = iter(range(3))
+
+    def clear(run):
+        if next(refusals, None) is not None:
+            error = RunError("cannot write: No space left on device")
+            error.reason = "input or output"
+            raise error
+
+    monkeypatch.setattr(RunDirectory, "clear_traces", clear)
+    scene.step(scene.status("done", 12))
+    assert scene.supervise() == 0
+    assert len(scene.executor.started) == 1
+
+
 def test_shards_that_no_node_can_read_end_the_job_before_it_trains(tmp_path):
     scene = Scene(tmp_path, preflight=True)
     for node in scene.executor.nodes:

@@ -14,6 +14,8 @@ def test_before_the_time_limit_the_run_saves_and_the_job_comes_back(job, whole):
     minutes = job.cluster.field(job.job_id, "RunTime").split(":")[-2]
     job.cluster.run("scontrol", "update", f"jobid={job.job_id}", f"timelimit={int(minutes) + 1}")
     first = job.ended(0)
+    wait_for(job.log, lambda: job.cluster.state(job.job_id) == "PENDING")
+    job.cluster.run("scontrol", "update", f"jobid={job.job_id}", "timelimit=30")
     job.go_on()
     _, second = job.finished()
     assert (first.end, first.cause, first.last_step, first.decision) == ("stopped", "time limit", STOPPED_AT, "requeue")
