@@ -93,6 +93,10 @@ class Executor(Protocol):
         """Whether another job still runs."""
         ...
 
+    def end_chain(self) -> None:
+        """Takes back what was to follow this job; called where a person has to look first."""
+        ...
+
     def requeue(self, exclude: Sequence[str]) -> str:
         """Has the job, or one after it, go on later and without some nodes; tells in one line what was done.
 
@@ -204,6 +208,9 @@ class LocalExecutor:
     def is_running(self, job_id: int) -> bool:
         """There are no jobs."""
         return False
+
+    def end_chain(self) -> None:
+        """Nothing follows."""
 
     def requeue(self, exclude: Sequence[str]) -> str:
         """Never called: there is no queue."""

@@ -183,11 +183,16 @@ class Slurm:
         """Sends a signal to all processes of a step."""
         self._run("scancel", f"--signal={number}", f"{job_id}.{step_id}")
 
-    def dependents(self, job_id: int) -> list[int]:
-        """Waiting jobs of this user that start when a job ends."""
-        listed = self._run("squeue", "--noheader", "--me", "--states=PENDING", "--format=%A|%E").splitlines()
-        pairs = [line.partition("|")[::2] for line in listed]
-        return sorted(int(waiting) for waiting, awaited in pairs if re.search(rf"\b{job_id}\b", awaited))
+    def successors(self, job_id: int, name: str) -> list[int]:
+        """Waiting jobs of this user and of a name that start when a job ends."""
+        listed = self._run("squeue", "--noheader", "--me", "--states=PENDING", "--format=%A|%E|%j").splitlines()
+        rows = [line.split("|", 2) for line in listed]
+        return sorted(int(row[0]) for row in rows if row[2] == name and re.search(rf"\b{job_id}\b", row[1]))
+
+    def cancel(self, job_ids: Sequence[int]) -> None:
+        """Takes jobs out of the queue."""
+        if job_ids:
+            self._run("scancel", *map(str, job_ids))
 
     def partition_size(self, name: str) -> int:
         """How many nodes a partition has."""

@@ -15,6 +15,7 @@ from piip_scale.launch.queue import submit_script
 from piip_scale.launch.slurm_commands import JobRecord, Slurm
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import note_submitted
+from piip_scale.launch.telling import say
 from piip_scale.logging import get_logger
 from piip_scale.world import Allocation, World, rendezvous_port
 
@@ -35,7 +36,8 @@ def srun_words(
     words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}"]
     words += [f"--ntasks-per-node={tasks_per_node}", f"--nodelist={','.join(nodes)}", "--export=ALL", "--unbuffered"]
     words += [f"--cpus-per-task={cpus_per_task}"] * bool(cpus_per_task)
-    return words + (["--kill-on-bad-exit=0", "--no-kill"] if alone else together) + list(spec.srun_options)
+    # Overlapping: the training's step need not wait until a node that is gone has let go of this one.
+    return words + (["--kill-on-bad-exit=0", "--no-kill", "--overlap"] if alone else together) + list(spec.srun_options)
 
 
 class SlurmStep(ProcessStep):
@@ -146,6 +148,16 @@ class SlurmExecutor:
                 return f"job {self.job_id} is back in the queue" + self._try_exclude(exclude)
         return self._succeed(exclude)
 
+    def end_chain(self) -> None:
+        """Jobs that were submitted to follow this one would only meet the same."""
+        following = self._slurm.successors(self.job_id, self._spec.name)
+        # Each waits for the one before.
+        while following:
+            say(f"job {', '.join(map(str, following))}, which was to follow, is taken out of the queue")
+            after = [job for each in following for job in self._slurm.successors(each, self._spec.name)]
+            self._slurm.cancel(following)
+            following = after
+
     def _try_exclude(self, exclude: Sequence[str]) -> str:
         if not exclude:
             return ""
@@ -156,7 +168,7 @@ class SlurmExecutor:
         return f", without {', '.join(exclude)}"
 
     def _succeed(self, exclude: Sequence[str]) -> str:
-        waiting = self._slurm.dependents(self.job_id)
+        waiting = self._slurm.successors(self.job_id, self._spec.name)
         if waiting:
             for job_id in waiting[:1] if exclude else ():
                 self._slurm.exclude(job_id, exclude)

@@ -273,7 +273,10 @@ class Supervisor:
                 self._history.write(replace(last, decision="give_up", why=f"{last.why}; {error.line}"))
                 raise
             return 0
-        return 0 if decision.action == "finish" else 1
+        if decision.action == "finish":
+            return 0
+        self._executor.end_chain()
+        return 1
 
     def _keep_traces(self, number: int) -> None:
         """Errors and stacks of the attempt before stay beside the history, where the next does not replace them."""

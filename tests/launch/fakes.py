@@ -76,7 +76,7 @@ class FakeExecutor:
         self.down_nodes: dict[str, str] = {}
         self.sick_nodes: dict[str, dict] = {}
         self.requeued: list[tuple[str, ...]] = []
-        self.refusal = ""
+        self.refusal, self.chain_ended = "", False
         self.drained: set[str] = set()
         self.reason = ""
         self.running_jobs: set[int] = set()
@@ -109,6 +109,9 @@ class FakeExecutor:
 
     def is_running(self, job_id):
         return job_id in self.running_jobs
+
+    def end_chain(self):
+        self.chain_ended = True
 
     def requeue(self, exclude):
         if self.refusal:

@@ -118,6 +118,7 @@ def test_a_bug_is_given_up_with_its_line_in_the_status(scene):
     assert scene.supervise() == 1
     assert [one.decision for one in scene.history.read()] == ["restart", "give_up"]
     assert scene.run.status().note == "KeyError: 'boxes'"
+    assert scene.executor.chain_ended
 
 
 def test_bad_data_is_given_up_at_once(scene):

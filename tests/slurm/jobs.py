@@ -107,6 +107,7 @@ class Job:
         self.hold.touch()
         self.job_id = 0
         self._witness: Witness | None = None
+        self._harmed_unix_s, self._released_unix_s = 0.0, 0.0
 
     @staticmethod
     def settings(**more) -> list[str]:
@@ -115,6 +116,8 @@ class Job:
             "train.log_every_steps": 1,
             "train.checkpoint_every_steps": SAVED_AT,
             "train.evaluate_every_steps": 0,
+            # Starting a loader takes as long as the whole training; the tests of signals have some.
+            "data.workers": 0,
         } | {key.replace("__", "."): value for key, value in more.items()}
         return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
@@ -158,6 +161,15 @@ class Job:
 
     def go_on(self) -> None:
         self.hold.unlink()
+
+    def harmed(self) -> None:
+        """From now on the time counts."""
+        self._harmed_unix_s = time.time()
+
+    def until_released(self) -> None:
+        """Slurm may give the nodes to others."""
+        wait_for(self.log, lambda: self.cluster.state(self.job_id) not in ("RUNNING", "COMPLETING"))
+        self._released_unix_s = time.time()
 
     def until_held(self) -> None:
         """Both ranks wait after the sixth step, and the checkpoint of the fourth is there."""
@@ -228,6 +240,22 @@ class Job:
         self._witness.stop()
         assert self._witness.faults == []
         assert self._witness.looks > 10
+        self._record(os.environ.get("PIIP_SLURM_FIGURES"))
+
+    def _record(self, path: str | None) -> None:
+        """One row of benchmarks/slurm.md."""
+        first, *others = self.attempts()
+        if not path or not others or not self._harmed_unix_s:
+            return
+        # Attempts that found no nodes to train on left nothing to see.
+        last = others[-1]
+        new = min(at for at, step in self._witness.steps if at > last.started_unix_s and step == last.first_step + 1)
+        seconds = [first.ended_unix_s - self._harmed_unix_s, self._released_unix_s - self._harmed_unix_s]
+        seconds += [last.started_unix_s - first.ended_unix_s, new - last.started_unix_s]
+        name = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0].removeprefix("test_").replace("_", " ")
+        cells = [name, *(f"{value:.1f}" if value >= 0 else "" for value in seconds), f"{HELD_AT - last.first_step}"]
+        with Path(path).open("a") as file:
+            file.write(f"| {' | '.join(cells)} |\n")
 
 
 class Witness(threading.Thread):
@@ -237,6 +265,8 @@ class Witness(threading.Thread):
         super().__init__(daemon=True)
         self.faults: list[str] = []
         self.looks = 0
+        self.steps: list[tuple[float, int]] = []
+        self._metrics = run_dir / "metrics.jsonl"
         self._store = CheckpointStore(run_dir / "checkpoints", keep=9)
         self._ended = threading.Event()
         self.start()
@@ -249,6 +279,7 @@ class Witness(threading.Thread):
         newest = 0
         while not self._ended.wait(0.05):
             self.looks += 1
+            self._note_step()
             steps = self._store.steps()
             for step in steps:
                 with suppress(FileNotFoundError):
@@ -256,6 +287,12 @@ class Witness(threading.Thread):
             if (steps and steps[-1] < newest) or (newest and not steps):
                 self.faults.append(f"step {newest} was there, now {steps}")
             newest = max([newest, *steps])
+
+    def _note_step(self) -> None:
+        with suppress(OSError, ValueError, IndexError, KeyError):
+            told = json.loads(self._metrics.read_text().splitlines()[-1])["step"]
+            if not self.steps or self.steps[-1][1] != told:
+                self.steps.append((time.time(), told))
 
     def _look(self, step: int) -> None:
         try:

@@ -9,12 +9,14 @@ pytestmark = pytest.mark.timeout(420)
 
 
 def test_before_the_time_limit_the_run_saves_and_the_job_comes_back(job, whole):
-    job.submit("--time", "10")
+    job.submit("--time", "10", settings=job.settings(data__workers=1))
     job.until_held()
     minutes = job.cluster.field(job.job_id, "RunTime").split(":")[-2]
     job.cluster.run("scontrol", "update", f"jobid={job.job_id}", f"timelimit={int(minutes) + 1}")
+    wait_for(job.log, lambda: any("SIGUSR2 came" in line for line in job.lines()))
+    job.harmed()
     first = job.ended(0)
-    wait_for(job.log, lambda: job.cluster.state(job.job_id) == "PENDING")
+    job.until_released()
     job.cluster.run("scontrol", "update", f"jobid={job.job_id}", "timelimit=30")
     job.go_on()
     _, second = job.finished()
@@ -24,10 +26,12 @@ def test_before_the_time_limit_the_run_saves_and_the_job_comes_back(job, whole):
 
 
 def test_a_preempted_run_saves_within_its_grace_and_comes_back(job, whole):
-    job.submit()
+    job.submit(settings=job.settings(data__workers=1))
     job.until_held()
     job.cluster.run("sbatch", "-p", "prio", "--exclusive", "-N3", "-o", "/dev/null", "--wrap", "sleep 1")
+    job.harmed()
     first = job.ended(0)
+    job.until_released()
     job.go_on()
     _, second = job.finished()
     assert (first.end, first.cause, first.last_step, first.decision) == ("stopped", "preemption", STOPPED_AT, "requeue")
@@ -38,7 +42,9 @@ def test_a_preempted_run_saves_within_its_grace_and_comes_back(job, whole):
 def test_a_job_that_somebody_requeues_goes_on_from_a_checkpoint(job, whole):
     job.submit()
     job.until_held()
+    job.harmed()
     job.cluster.run("scontrol", "requeue", job.job_id)
+    job.until_released()
     wait_for(job.log, lambda: len(job.attempts()) > 1)
     job.go_on()
     first, second = job.finished()
