@@ -80,8 +80,10 @@ class SlurmExecutor:
 
     def lost(self, nodes: Sequence[str]) -> LostNodes:
         """Which are down, or were taken from the job because they were."""
-        down = dict(self.down(nodes))
-        own = self._slurm.hostnames(self._slurm.job(self.job_id).node_list)
+        down, job = dict(self.down(nodes)), self._slurm.job(self.job_id)
+        # A job that is on its way back into the queue has none any more.
+        has_nodes = job.state == "RUNNING" and job.restarts == self.restart_count
+        own = self._slurm.hostnames(job.node_list) if has_nodes else nodes
         taken = {node: f"node {node} was lost: Slurm took it from the job" for node in nodes if node not in own}
         return tuple((taken | down).items())
 

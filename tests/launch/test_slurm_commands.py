@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from piip_scale.errors import SlurmError
 from piip_scale.launch.slurm_commands import Slurm, parse_duration, parse_job, parse_nodes
-from piip_scale.launch.slurm_executor import ending, srun_words
+from piip_scale.launch.slurm_executor import SlurmExecutor, ending, srun_words
+from piip_scale.world import Allocation
 
 # As scontrol of Slurm 22.05 wrote it, shortened.
 JOB = (
@@ -87,3 +88,65 @@ def test_a_refusal_is_one_line(tmp_path):
     with pytest.raises(SlurmError) as caught:
         Slurm({"PATH": f"{tmp_path}:/usr/bin:/bin"}).requeue(3)
     assert caught.value.line == "scontrol requeue 3: Requested operation is presently disabled more"
+
+
+class ToldSlurm(Slurm):
+    """A controller that says what a test wants."""
+
+    def __init__(self, job=JOB, nodes=NODES) -> None:
+        super().__init__({})
+        self.told, self.told_nodes = parse_job(job), parse_nodes(nodes)
+        self.calls: list[tuple] = []
+
+    def job(self, job_id):
+        return self.told
+
+    def nodes(self, names):
+        return {name: self.told_nodes[name] for name in names}
+
+    def hostnames(self, node_list):
+        return tuple(node_list.replace("n[1,3]", "n1 n3").split())
+
+    def partition_size(self, name):
+        return 4
+
+    def requeue(self, job_id):
+        self.calls.append(("requeue", job_id))
+
+    def exclude(self, job_id, nodes):
+        self.calls.append(("exclude", job_id, tuple(nodes)))
+
+
+def executor(tmp_path, slurm, **more):
+    allocation = Allocation(job_id=71, restart_count=1, node_list="n[1-4]", num_nodes=4, this_node="n1")
+    return SlurmExecutor(spec(tmp_path, **more), allocation, slurm)
+
+
+def test_nodes_are_lost_that_are_down_or_taken_but_not_those_of_a_job_that_leaves_them_all(tmp_path):
+    nodes = ("n1", "n2", "n3", "n4")
+    assert dict(executor(tmp_path, ToldSlurm()).lost(nodes)) == {
+        "n2": "node n2 was lost: Slurm calls it down+not_responding (Not responding)",
+        "n4": "node n4 was lost: Slurm calls it idle+not_responding",
+    }
+    taken = dict(executor(tmp_path, ToldSlurm(JOB.replace("n[1,3]", "n1"))).lost(("n1", "n3")))
+    assert taken == {"n3": "node n3 was lost: Slurm took it from the job"}
+    leaving = JOB.replace("n[1,3]", "(null)").replace("Restarts=1", "Restarts=2")
+    assert dict(executor(tmp_path, ToldSlurm(leaving)).lost(("n1", "n3"))) == {}
+    assert executor(tmp_path, ToldSlurm()).doubtful(nodes) == ("n3",)
+
+
+def test_a_requeued_job_is_kept_from_a_node_unless_too_few_were_left(tmp_path):
+    slurm = ToldSlurm()
+    assert executor(tmp_path, slurm).requeue(["n2"]) == "job 71 is back in the queue, without n2"
+    assert slurm.calls == [("requeue", 71), ("exclude", 71, ("n2",))]
+    slurm = ToldSlurm()
+    assert executor(tmp_path, slurm, num_nodes=3, spares=1).requeue(["n2"]) == "job 71 is back in the queue"
+    slurm = ToldSlurm(JOB.replace("Restarts=1", "Restarts=2"))
+    assert "Slurm has put the job back" in executor(tmp_path, slurm).requeue(["n2"])
+    assert slurm.calls == [("exclude", 71, ("n2",))]
+
+
+def test_where_nothing_can_follow_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(ToldSlurm, "successors", lambda *_: [])
+    with pytest.raises(SlurmError, match="its script is not known"):
+        executor(tmp_path, ToldSlurm(), requeue=False).requeue([])
