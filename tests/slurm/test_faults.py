@@ -6,10 +6,7 @@ import os
 import signal
 from contextlib import suppress
 
-import pytest
 from jobs import HELD_AT, SAVED_AT, wait_for
-
-pytestmark = pytest.mark.timeout(420)
 
 
 def fill_up(path):
@@ -33,7 +30,7 @@ def test_a_sick_node_is_replaced_by_a_spare_and_a_done_job_stays_done(job, whole
 
 
 def test_a_killed_rank_ends_the_step_and_the_run_goes_on_in_the_same_allocation(job, whole):
-    job.submit()
+    job.start()
     job.until_held()
     os.kill(job.pid(1), signal.SIGKILL)
     job.harmed()
@@ -48,7 +45,7 @@ def test_a_killed_rank_ends_the_step_and_the_run_goes_on_in_the_same_allocation(
 
 
 def test_a_hanging_rank_leaves_all_stacks_and_the_run_goes_on(job, whole):
-    job.submit(settings=job.settings(train__hang_minutes=0.1))
+    job.start(settings=job.settings(train__hang_minutes=0.2))
     job.until_held()
     os.kill(job.pid(1), signal.SIGSTOP)
     job.go_on()
@@ -64,7 +61,7 @@ def test_a_hanging_rank_leaves_all_stacks_and_the_run_goes_on(job, whole):
 
 
 def test_a_lost_node_is_replaced_by_a_spare_without_the_queue(job, whole):
-    job.submit("--spares", 1)
+    job.start(spares=1)
     job.until_held()
     job.cluster.take_down("n2")
     job.harmed()
@@ -78,7 +75,7 @@ def test_a_lost_node_is_replaced_by_a_spare_without_the_queue(job, whole):
 
 
 def test_a_node_lost_without_spares_sends_the_job_through_the_queue(job, whole):
-    job.submit()
+    job.start()
     job.until_held()
     job.cluster.take_down("n2")
     job.harmed()
@@ -105,7 +102,7 @@ def test_a_node_whose_daemons_are_gone_is_named_and_left_out(job, whole):
 
 def test_a_full_disk_costs_one_save_and_nothing_that_was_there(job, whole, small_disk):
     job.run_dir = small_disk / "run"
-    job.submit()
+    job.start()
     job.until_held()
     filler = small_disk / "filler"
     fill_up(filler)

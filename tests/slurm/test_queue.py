@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from jobs import SAVED_AT, STOPPED_AT, by_hand, wait_for
-
-pytestmark = pytest.mark.timeout(420)
+from jobs import SAVED_AT, STOPPED_AT, wait_for
 
 
 def test_before_the_time_limit_the_run_saves_and_the_job_comes_back(job, whole):
-    job.submit("--time", "10", settings=job.settings(data__workers=1))
+    job.start("--time=10", settings=job.settings(data__workers=1))
     job.until_held()
     minutes = job.cluster.field(job.job_id, "RunTime").split(":")[-2]
     job.cluster.run("scontrol", "update", f"jobid={job.job_id}", f"timelimit={int(minutes) + 1}")
@@ -26,7 +24,7 @@ def test_before_the_time_limit_the_run_saves_and_the_job_comes_back(job, whole):
 
 
 def test_a_preempted_run_saves_within_its_grace_and_comes_back(job, whole):
-    job.submit(settings=job.settings(data__workers=1))
+    job.start(settings=job.settings(data__workers=1))
     job.until_held()
     job.cluster.run("sbatch", "-p", "prio", "--exclusive", "-N3", "-o", "/dev/null", "--wrap", "sleep 1")
     job.harmed()
@@ -40,7 +38,7 @@ def test_a_preempted_run_saves_within_its_grace_and_comes_back(job, whole):
 
 
 def test_a_job_that_somebody_requeues_goes_on_from_a_checkpoint(job, whole):
-    job.submit()
+    job.start()
     job.until_held()
     job.harmed()
     job.cluster.run("scontrol", "requeue", job.job_id)
@@ -73,19 +71,19 @@ def test_where_jobs_cannot_requeue_a_successor_goes_on_and_a_stop_is_for_good(jo
     job.check_whole(whole)
 
 
-def test_a_bad_config_is_told_once_and_never_tried_again(job, config):
+@pytest.mark.parametrize("teller", ["nodes", "ranks"])
+def test_a_bad_config_is_told_once_and_never_tried_again(job, teller):
     bad = job.folder / "bad.py"
-    bad.write_text(config.read_text().replace("num_heads=4, patch", "num_heads=5, patch", 1))
-    for name, options in (("told by the nodes", ""), ("told by the ranks", " --no-preflight")):
-        job.run_dir = job.folder / name
-        script = by_hand(job, f"'{bad}' --run-dir '{job.run_dir}' --ranks-per-node 1{options}")
-        log = job.folder / f"{name}.txt"
-        job.cluster.environment = job.environment()
-        told = job.cluster.run("sbatch", "--parsable", "--requeue", "-N2", "-o", log, script)
-        (attempt,) = job.finished()
-        assert (attempt.decision, attempt.error_kind) == ("give_up", "bad config")
-        assert "num_heads=5 must divide embed_dim=64" in attempt.why
-        assert job.cluster.state(int(told)) == "FAILED"
-        text = log.read_text()
-        assert "Traceback" not in text
-        assert text.count("-> give up") == 1
+    bad.write_text(job.config.read_text().replace("num_heads=4, patch", "num_heads=5, patch", 1))
+    job.config = bad
+    job.start(look=teller == "nodes")
+    (attempt,) = job.finished()
+    assert (attempt.decision, attempt.error_kind) == ("give_up", "bad config")
+    assert attempt.end == ("preflight" if teller == "nodes" else "crashed")
+    assert "num_heads=5 must divide embed_dim=64" in attempt.why
+    assert job.cluster.state(job.job_id) == "FAILED"
+    text = job.log()
+    assert "Traceback" not in text
+    assert text.count("-> give up") == 1
+    if teller == "ranks":
+        assert text.count("piip-scale: error:") == 1
