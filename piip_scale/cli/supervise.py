@@ -81,7 +81,7 @@ def preflight(
     GPUs present, free and right; versions and clocks alike; an all-reduce whose result is known; local disk, memory,
     and whether the shards can be read. Nodes that fail are named.
 
-    Example: `srun`'s or `salloc`'s shell, then `piip-scale preflight configs/coco/mask_rcnn_h6b_1024_512.py`
+    Example, in a shell that `salloc --nodes 2` gave: `piip-scale preflight configs/coco/mask_rcnn_h6b_1024_512.py`
     """
     import tempfile
 

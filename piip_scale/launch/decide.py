@@ -102,7 +102,8 @@ def sick_nodes(recent: Sequence[Attempt]) -> tuple[str, ...]:
     """Nodes not to trust again: lost, or the place of a hardware failure, or twice where a rank hung or vanished."""
     counts: Counter[str] = Counter()
     for attempt in recent:
-        if attempt.node and attempt.failed:
+        # Not where ranks ended because the job had to.
+        if attempt.node and attempt.failed and not attempt.cause:
             at_once = attempt.end == "lost_node" or attempt.error_kind in _SICK_AT_ONCE
             counts[attempt.node] += 2 if at_once else attempt.error_kind in _SICK_WHEN_AGAIN
     return tuple(sorted(node for node, count in counts.items() if count > 1))

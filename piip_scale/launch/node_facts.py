@@ -125,9 +125,12 @@ def problems_of_nodes(
     unable = _reduction_errors(answers)
     # Where most could not, it takes more than this to say who is to blame.
     unable = unable if 2 * len(unable) < len(answers) else {}
+    is_shared = all(answer.facts.data_error for answer in answers.values())
     odd = odd_versions({node: answer.facts.versions for node, answer in answers.items()})
     for node, answer in answers.items():
         problems = [*own_problems(answer.facts, needs), *clock_problems(answer), *odd.get(node, [])]
+        if answer.facts.data_error and not is_shared:
+            problems.append(answer.facts.data_error)
         if node in unable:
             problems.append(f"all-reduce: {unable[node]}")
         if problems:
@@ -145,8 +148,6 @@ def own_problems(facts: NodeFacts, needs: Needs) -> list[str]:
     wanted = needs.ranks_per_node * _MIN_MEMORY_GIB_PER_RANK
     if facts.memory_bytes < wanted * _GIB:
         found.append(f"{facts.memory_bytes / _GIB:.1f} GiB of memory are available, {wanted:g} are needed")
-    if facts.data_error:
-        found.append(facts.data_error)
     return found
 
 

@@ -166,7 +166,7 @@ class Supervisor:
         check = check_nodes(self._spec, self._executor, there, attempt.attempt, folder, self._habits.preflight_s)
         for node, problem in check.problems.items():
             say(f"attempt {attempt.attempt}: node {node} fails its preflight: {problem}")
-        say(f"attempt {attempt.attempt}: preflight of {len(there)} nodes took {check.seconds:.1f} s: {check.line}")
+        say(f"attempt {attempt.attempt}: preflight of {_count(len(there))} took {check.seconds:.1f} s: {check.line}")
         return replace(check, problems=lost | dict(check.problems))
 
     def _train(self, attempt: Attempt) -> Attempt:
@@ -176,7 +176,7 @@ class Supervisor:
         resume = ["--resume"] if self._run.status() else []
         words = ["train", str(self._spec.config), f"--run-dir={self._run.path}", "--no-progress", *resume]
         words += [f"--set={override}" for override in self._spec.overrides]
-        where = f"{len(attempt.nodes)} nodes ({' '.join(attempt.nodes)})"
+        where = f"{_count(len(attempt.nodes))} ({' '.join(attempt.nodes)})"
         say(f"attempt {attempt.attempt}: training from step {attempt.first_step} on {where}")
         step = self._executor.start(
             words, attempt.nodes, self._spec.ranks_per_node, 2 * attempt.attempt + 1, self._run.heartbeats
@@ -314,6 +314,10 @@ def _unfit(attempt: Attempt, check: Check) -> Attempt:
     line = "; ".join(f"{node}: {problem}" for node, problem in check.problems.items()) or "too few nodes"
     node = next(iter(check.problems), "")
     return replace(ended, error_kind="preflight", error_line=line, node=node)
+
+
+def _count(num_nodes: int) -> str:
+    return f"{num_nodes} node" + "s" * (num_nodes != 1)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

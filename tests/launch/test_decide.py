@@ -142,6 +142,7 @@ def test_a_node_where_ranks_hang_or_vanish_twice_is_sick_and_hardware_errors_suf
     hangs = [attempt(number, "hang", error_kind="hang", node="n2") for number in range(2)]
     assert sick_nodes(hangs[:1]) == ()
     assert sick_nodes(hangs) == ("n2",)
+    assert sick_nodes([replace(one, cause="preemption") for one in hangs]) == ()
     assert sick_nodes([crash(0, "device failure", node="n1")]) == ("n1",)
     assert sick_nodes([crash(number, "exception", node="n1") for number in range(9)]) == ()
     assert decide(hangs, situation()).exclude == ("n2",)

@@ -85,6 +85,7 @@ def test_a_node_that_does_not_answer_fails_by_name():
 def test_what_ails_all_nodes_is_nobodys_fault():
     bad = [replace(one, data_error="config key a", data_reason="bad config") for one in HEALTHY]
     assert shared_problem(answers(*bad)) == ("bad config", "config key a")
+    assert problems(*bad) == {}
     apart = [replace(one, reduction=Reduction("timed out")) for one in HEALTHY]
     kind, line = shared_problem(answers(*apart))
     assert (kind, "4 of 4 nodes" in line) == ("communication", True)
