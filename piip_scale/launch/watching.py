@@ -17,6 +17,7 @@ from piip_scale.launch.telling import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _REQUEST_EVERY_S = 2.0
+_BEATS_EVERY_S = 10.0
 _SILENCE_MARGIN_S = 60.0
 _START_LIMIT_S = 3600.0
 _STACKS_WITHIN_S = 5.0
@@ -109,7 +110,7 @@ class Watch:
         self._num_ranks, self._poll_s = num_ranks, poll_s
         self._began_s, self._began_unix_s = time.monotonic(), time.time()
         self._was_asked = False
-        self._ended_s = 0.0
+        self._ended_s, self._read_s = 0.0, 0.0
         self._newest_unix_s, self._moved_s = 0.0, time.monotonic()
         self._limit_s = _START_LIMIT_S
 
@@ -118,14 +119,22 @@ class Watch:
         while (code := self._step.poll()) is None:
             time.sleep(self._poll_s)
             self._wishes.look()
-            beats = list(read_beats(self._run.heartbeats, self._began_unix_s))
-            self._pass_on(beats)
-            self._look_for_silence(beats)
+            self._end_at_once()
+            # A file for each rank, on a disk that all share: not more often than needed.
+            is_wanted = bool(self._wishes.cause) and not self._was_asked
+            if is_wanted or time.monotonic() - self._read_s >= _BEATS_EVERY_S:
+                self._read_s = time.monotonic()
+                beats = list(read_beats(self._run.heartbeats, self._began_unix_s))
+                self._pass_on(beats)
+                self._look_for_silence(beats)
         return code
 
-    def _pass_on(self, beats: list[Beat]) -> None:
-        if self._wishes.is_impatient and not self._ended_s:
+    def _end_at_once(self) -> None:
+        again = self._ended_s and time.monotonic() - self._ended_s > _END_AGAIN_AFTER_S
+        if again or (self._wishes.is_impatient and not self._ended_s):
             self._end()
+
+    def _pass_on(self, beats: list[Beat]) -> None:
         # Before a rank's first beat, a signal would kill it.
         if self._wishes.cause and not self._was_asked and len(beats) == self._num_ranks:
             self._was_asked = True
@@ -144,8 +153,6 @@ class Watch:
             self.silence = f"no rank gave any sign for {waited_s:.0f} s, so they were ended from outside"
             self._step.ask_for_stacks()
             time.sleep(_STACKS_WITHIN_S)
-            self._end()
-        elif self._ended_s and now_s - self._ended_s > _END_AGAIN_AFTER_S:
             self._end()
 
     def _end(self) -> None:

@@ -302,7 +302,7 @@ def test_two_jobs_do_not_train_one_run(scene):
 
 
 def test_ranks_without_any_sign_are_ended_from_outside(scene, monkeypatch):
-    for name in ("_SILENCE_MARGIN_S", "_STACKS_WITHIN_S", "_START_LIMIT_S"):
+    for name in ("_SILENCE_MARGIN_S", "_STACKS_WITHIN_S", "_START_LIMIT_S", "_BEATS_EVERY_S"):
         monkeypatch.setattr(watching, name, 0.05)
     monkeypatch.setattr(supervisor, "_STILL_S", 0.0)
     step = FakeStep(lambda: None, lambda: 1)
