@@ -94,9 +94,14 @@ class RunError(PiipError):
 
 
 class HangError(RunError):
-    """Ranks waited too long for each other, or for something outside."""
+    """Ranks waited too long for each other, or for something outside.
+
+    Attributes:
+        late_ranks: Those that the others waited for.
+    """
 
     reason = "hang"
+    late_ranks: tuple[int, ...] = ()
 
 
 class DeviceMemoryError(RunError):

@@ -14,7 +14,7 @@ from typing import Literal
 
 from piip_scale.engine.reasons import reason_of
 from piip_scale.engine.starting import process_age_seconds
-from piip_scale.errors import PiipError, RunError
+from piip_scale.errors import HangError, PiipError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.logging import get_logger
 from piip_scale.world import node_name
@@ -51,6 +51,7 @@ class FirstError:
         reason: Its kind, in the words of ``reason_of``.
         step: Optimiser steps behind that rank.
         node: Name of its machine.
+        late_rank: The rank that it waited for in vain, where that is what happened.
     """
 
     rank: int
@@ -60,6 +61,7 @@ class FirstError:
     reason: str = PiipError.reason
     step: int = 0
     node: str = ""
+    late_rank: int | None = None
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -195,7 +197,8 @@ class RunDirectory:
         """
         line = error_line(error)
         code = error.exit_code if isinstance(error, PiipError) else 1
-        first = FirstError(rank, line, code, time.time(), reason_of(error), step, node or node_name())
+        late = error.late_ranks[0] if isinstance(error, HangError) and error.late_ranks else None
+        first = FirstError(rank, line, code, time.time(), reason_of(error), step, node or node_name(), late)
         with suppress(OSError):
             self.errors.mkdir(parents=True, exist_ok=True)
             # Not over a traceback of the rank's own, where its launcher speaks for it.

@@ -173,11 +173,13 @@ def hang_error(
     where = "; ".join(named[:_RANKS_NAMED]) + more
     plural = "ranks" if len(late) > 1 else "rank"
     who = f"{plural} {', '.join(map(str, late))} did not arrive" if late else "no rank is behind the others"
-    return HangError(
+    error = HangError(
         f"nothing went on for {_duration(limit_s)}: {who} ({where})",
         fix=f"see the stacks of all ranks in {stacks}, and continue with --resume; raise train.hang_minutes or "
         "train.slow_hang_minutes if this was no hang",
     )
+    error.late_ranks = tuple(late)
+    return error
 
 
 def _where(rank: int, beat: Beat | None, is_silent: bool) -> str:

@@ -22,7 +22,6 @@ class Evidence:
         notes: What srun said.
         lost_nodes: Nodes of the attempt that are no longer there, each with a line of why.
         silence: Set where no rank gave a sign for too long, and they were ended from outside.
-        late_rank: A rank that the others waited for.
         cause: Why the ranks were asked to stop.
     """
 
@@ -33,7 +32,6 @@ class Evidence:
     notes: StepNotes = field(default_factory=StepNotes)
     lost_nodes: tuple[tuple[str, str], ...] = ()
     silence: str = ""
-    late_rank: int | None = None
     cause: str = ""
 
 
@@ -68,7 +66,7 @@ def _failed(ended: Attempt, evidence: Evidence, ranks_per_node: int) -> Attempt:
     if killed and (first is None or first.reason == "communication"):
         return _lost(ended, killed, first.step if first else 0)
     if first:
-        return _late(_told(ended, first), evidence.late_rank, ranks_per_node)
+        return _late(_told(ended, first), first.late_rank, ranks_per_node)
     return _silent(ended, notes, evidence.exit_code)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from piip_scale.checkpoint.store import CheckpointStore, read_step
-from piip_scale.engine.heartbeat import late_ranks, read_beats
 from piip_scale.engine.run_dir import RunDirectory, Status
 from piip_scale.errors import HangError, LostRankError, PiipError, RunError, SlurmError
 from piip_scale.files import IO_REASON
@@ -24,7 +24,6 @@ from piip_scale.launch.step_notes import StepNotes
 from piip_scale.launch.telling import say
 from piip_scale.launch.watching import Watch, Wishes
 
-_STILL_S = 10.0
 _MOST_REFUSALS, _REFUSAL_PAUSE_S = 30, 60.0
 
 
@@ -151,7 +150,7 @@ class Supervisor:
             first_step=self._newest_step(),
         )
         self._history.write(attempt)
-        self._keep_traces(attempt.attempt - 1)
+        self._run.clear_traces()
         return attempt
 
     def _check(self, attempt: Attempt) -> Check:
@@ -197,7 +196,6 @@ class Supervisor:
             notes=notes,
             lost_nodes=() if is_well else self._lost(attempt, notes),
             silence=silence,
-            late_rank=self._late_rank(attempt),
             cause=self._wishes.cause or (self._executor.why_ending() if not status or status.state != "done" else ""),
         )
 
@@ -205,18 +203,12 @@ class Supervisor:
         told = tuple((node, f"node {node} was lost while it trained") for node in notes.failed_nodes)
         return self._executor.lost(attempt.nodes) or told
 
-    def _late_rank(self, attempt: Attempt) -> int | None:
-        beats = {beat.rank: beat for beat in read_beats(self._run.heartbeats, attempt.started_unix_s)}
-        newest = max((beat.unix_time_s for beat in beats.values()), default=0.0)
-        silent = [rank for rank, beat in beats.items() if newest - beat.unix_time_s > _STILL_S]
-        late = late_ranks(beats, silent, len(attempt.nodes) * self._spec.ranks_per_node)
-        return late[0] if beats and late else None
-
     def _conclude(self, ended: Attempt, problems: Mapping[str, str]) -> Decision:
         self._wishes.look()
         if ended.cause in ("preemption", "time limit", "requeue", "cancel") and not self._wishes.is_ending:
             self._wishes.end(ended.cause)
         self._tell_status(ended)
+        ended = self._keep_traces(ended)
         history = self._history.read()
         decision = decide([*history[:-1], ended], self._situation(self._bad_now(ended, problems)))
         self._note(ended, decision)
@@ -278,14 +270,15 @@ class Supervisor:
         self._executor.end_chain()
         return 1
 
-    def _keep_traces(self, number: int) -> None:
-        """Errors and stacks of the attempt before stay beside the history, where the next does not replace them."""
-        for name in ("errors", "stacks"):
-            source, kept = self._run.path / name, self._files.folder / f"attempt-{number}" / name
-            if source.is_dir() and any(source.iterdir()) and not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                os.rename(source, kept)
-        self._run.clear_traces()
+    def _keep_traces(self, ended: Attempt) -> Attempt:
+        """Errors and stacks stay beside the history, where the next attempt does not replace them."""
+        kept = self._files.folder / f"attempt-{ended.attempt}"
+        with suppress(OSError):
+            for source in (self._run.errors, self._run.stacks):
+                if source.is_dir() and any(source.iterdir()):
+                    shutil.copytree(source, kept / source.name, dirs_exist_ok=True)
+        line = ended.error_line.replace(str(self._run.stacks), str(kept / "stacks"))
+        return replace(ended, error_line=line)
 
     def _pause(self, seconds: float) -> None:
         say(f"waiting {seconds:.0f} s before the next attempt")

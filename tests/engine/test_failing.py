@@ -128,6 +128,7 @@ def test_the_line_names_ranks_behind_by_place_by_message_or_by_silence():
     def line(*beats: Beat, silent=(), num_ranks=4) -> str:
         error = hang_error({b.rank: b for b in beats}, silent, num_ranks, 600.0, "runs/a/stacks")
         assert (error.reason, error.exit_code) == ("hang", 1)
+        assert all(f"rank {rank}" in error.line for rank in error.late_ranks[:1])
         return error.line
 
     ahead = [beat(rank, 9, 30) for rank in range(3)]

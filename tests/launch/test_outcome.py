@@ -76,7 +76,7 @@ def test_the_runs_own_word_counts_more_than_any_exit_code():
         # A bug in the config is one on any node.
         ({"first_error": first("bad config"), "lost_nodes": LOST}, "crashed", "bad config", 0, "n1"),
         # A rank that waited tells of a hang; the one it waited for is on the second node of four ranks each.
-        ({"first_error": first("hang"), "late_rank": 5}, "hang", "hang", 5, "n2"),
+        ({"first_error": first("hang", late_rank=5)}, "hang", "hang", 5, "n2"),
         ({"first_error": first("hang")}, "hang", "hang", None, ""),
         ({"silence": "no rank gave any sign"}, "hang", "hang", None, ""),
         ({"notes": read_notes([REFUSED])}, "crashed", "launch", None, ""),

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fakes import FakeExecutor, FakeStep, beat, save, spec
 from histories import attempt, crash
 
 from piip_scale.engine.run_dir import RunDirectory
-from piip_scale.errors import DataError, RunError, SlurmError
+from piip_scale.errors import DataError, HangError, RunError, SlurmError
 from piip_scale.launch import supervisor, watching
 from piip_scale.launch.attempts import History
 from piip_scale.launch.spec import JobFiles, Request, save_request
@@ -304,7 +305,6 @@ def test_two_jobs_do_not_train_one_run(scene):
 def test_ranks_without_any_sign_are_ended_from_outside(scene, monkeypatch):
     for name in ("_SILENCE_MARGIN_S", "_STACKS_WITHIN_S", "_START_LIMIT_S", "_BEATS_EVERY_S"):
         monkeypatch.setattr(watching, name, 0.05)
-    monkeypatch.setattr(supervisor, "_STILL_S", 0.0)
     step = FakeStep(lambda: None, lambda: 1)
     scene.executor.steps += [step, FakeStep(lambda: scene.status("done", 12)() or 0, lambda: 0)]
     scene.run.heartbeats.mkdir(parents=True)
@@ -313,6 +313,20 @@ def test_ranks_without_any_sign_are_ended_from_outside(scene, monkeypatch):
     assert (first.end, first.decision) == ("hang", "restart")
     assert "no rank gave any sign" in first.error_line
     assert (step.stacks, step.ended) == (1, 1)
+
+
+def test_a_hang_names_the_node_of_the_rank_that_was_waited_for_and_where_stacks_stay(scene):
+    error = HangError(f"nothing went on; see {scene.run.stacks}")
+    error.late_ranks = (1,)
+    scene.run.stacks.mkdir(parents=True)
+    stack = lambda: (scene.run.stacks / "rank_1.txt").write_text("in train_step")  # noqa: E731
+    scene.step(scene.status("running"), stack, scene.error(error, rank=0))
+    scene.step(scene.status("done", 12))
+    assert scene.supervise() == 0
+    first, _ = scene.history.read()
+    assert (first.end, first.rank, first.node) == ("hang", 1, "n2")
+    kept = first.error_line.partition("see ")[2]
+    assert (Path(kept) / "rank_1.txt").read_text() == "in train_step"
 
 
 def test_the_cap_counts_over_jobs(scene):
