@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-all lint clean
+.PHONY: help install demo test test-slurm test-all lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,8 +21,11 @@ $(INSTALLED): requirements.txt setup.cfg
 demo: $(INSTALLED)  ## data, shards, training on two processes, conversion, evaluation, a picture (DATA=... for your own)
 	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(BOXES_ONLY),--boxes-only)
 
-test: $(INSTALLED)  ## everything that can be tested without a GPU, in under 15 minutes on 2 cores
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+test: $(INSTALLED)  ## everything that can be tested without a GPU and Slurm, in under 15 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses 2 --dist loadfile
+
+test-slurm: $(INSTALLED)  ## jobs and their faults on a real Slurm, brought up on this machine by launch/minislurm
+	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 test-all: $(INSTALLED)  ## the slow tests too
 	$(BIN)/python -m pytest
