@@ -145,7 +145,8 @@ class ZeroConfig(Strict):
         persistence_threshold: Parameters of fewer elements stay whole on every rank; ``auto`` puts it between the
             largest branch's matrices and the next branch's.
         offload_optimizer: Where master weights and moments live and are updated: ``none`` leaves them on the device,
-            ``cpu`` takes host memory, an absolute path a folder on a local NVMe disk (stage 3).
+            ``cpu`` takes host memory, an absolute path a folder on a local NVMe disk (stage 3), one for each run; a
+            save then waits until that state is copied into the checkpoint.
         offload_parameters: Where slices of parameters wait for their use, likewise; stage 3 only.
         node_partition: Ranks of a node that between them keep a second copy of the sharded parameters, so that
             gathers of the backward pass stay inside the node (hpZ); 1 keeps none. Stage 3 only.

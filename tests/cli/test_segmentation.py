@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 from commands import piip_scale, succeeded
 from PIL import Image
 
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.data.coco_maps import write_label_maps
 from piip_scale.data.pack_maps import pack_label_maps
 
@@ -35,7 +38,7 @@ data = dict(
 )
 optimizer = dict(lr=1e-2, clip_grad_norm=1.0)
 schedule = dict(kind="poly", warmup_steps=2)
-train = dict(steps=20, precision="{precision}", log_every_steps=2, evaluate_every_steps=20, checkpoint_every_steps=20)
+train = dict(steps=20, precision="{precision}", log_every_steps=2, evaluate_every_steps=20, checkpoint_every_steps=16)
 """
 
 
@@ -77,6 +80,32 @@ def test_training_lowers_the_loss_and_converted_weights_score_what_it_measured(t
     entries = json.loads(listing.read_text())
     assert len(entries) == 6
     assert all(sum(one["area_share"] for one in entry["classes"]) == pytest.approx(1) for entry in entries)
+
+
+def told(run_dir):
+    """What each line from step 17 on says that does not depend on the machine."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {
+        (line["kind"], line["step"], key): value
+        for line in lines
+        for key, value in line.items()
+        if line["step"] > 16 and key.startswith(("loss/", "train/", "eval/"))
+    }
+
+
+def test_a_run_that_lost_its_last_steps_is_resumed_bit_for_bit(trained, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(trained / "run", broken)
+    shutil.rmtree(broken / "checkpoints" / "step_00000020")
+    (broken / "metrics.jsonl").unlink()
+    succeeded(piip_scale("train", trained / "tiny.py", "--procs", 2, "--run-dir", broken, "--resume"))
+    assert len({step for _, step, _ in told(broken)}) == 2
+    assert told(broken) == told(trained / "run")
+    found, wanted = (ZeroCheckpoint(run / "checkpoints" / "step_00000020") for run in (broken, trained / "run"))
+    # Batch norms' running statistics, too.
+    assert any(weight.is_buffer and "running_var" in name for name, weight in wanted.weights.items())
+    assert found.keys() == wanted.keys()
+    assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
 
 
 def test_prediction_is_drawn_and_listed(trained, scenes, tmp_path):

@@ -9,7 +9,7 @@ from sections.collectives import step_messages
 
 @pytest.fixture(scope="module")
 def found():
-    return run_ranks(2, step_messages, False)[0]
+    return run_ranks(2, step_messages, False, timeout_s=500)[0]
 
 
 def messages(found, phase, kind):

@@ -22,7 +22,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def under_zero_3():
-    return run_ranks(2, train, [(kind, 3) for kind in KINDS])[0]
+    return run_ranks(2, train, [(kind, 3) for kind in KINDS], timeout_s=500)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,8 +31,9 @@ def test_two_ranks_of_zero_3_train_a_detector_as_torch_alone(under_zero_3, refer
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_every_stage_trains_a_detector_as_torch_alone(references, num_ranks):
     cases = [(kind, stage) for kind in KINDS for stage in STAGES]
-    for case, trained in run_ranks(num_ranks, train, cases)[0].items():
+    for case, trained in run_ranks(num_ranks, train, cases, timeout_s=1500)[0].items():
         assert_same(trained, references[case[0]])

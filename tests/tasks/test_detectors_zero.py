@@ -135,6 +135,6 @@ def test_in_bf16_the_ranks_stay_together_too(found):
 @pytest.mark.slow
 def test_the_other_detectors_too():
     kinds = ["faster_rcnn", "cascade_mask_rcnn"]
-    found = run_ranks(2, both, kinds, [])
+    found = run_ranks(2, both, kinds, [], timeout_s=500)
     for kind in kinds:
         check(found, kind)
