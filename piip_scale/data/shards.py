@@ -12,7 +12,7 @@ import pydantic
 
 from piip_scale.config.base import Strict
 from piip_scale.config.run import CacheConfig
-from piip_scale.data.files import read_whole, sha256_of
+from piip_scale.data.files import json_bytes, read_whole, sha256_of
 from piip_scale.data.label_maps import MapRule
 from piip_scale.data.sample import RawSample, SetKind, checksum, parse_notes
 from piip_scale.data.set_files import MANIFEST as MANIFEST
@@ -217,6 +217,12 @@ class ShardSet:
     def map_rule(self) -> MapRule:
         """What the pixels of a segmentation set's label maps mean."""
         return MapRule(len(self.classes), self.manifest.reduce_zero_label)
+
+    @property
+    def short_id(self) -> str:
+        """Tells the set from others by what its shards hold, wherever it lies: the start of a checksum."""
+        held = [(shard.sha256, shard.index_sha256) for shard in self.manifest.shards]
+        return sha256_of(json_bytes(held))[:12]
 
     def numbers_of_shard(self, shard: int) -> range:
         """The numbers of a shard's samples."""

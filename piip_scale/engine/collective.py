@@ -21,6 +21,24 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(flags.item())
 
 
+def require_same(what: str, value: str, fix: str) -> None:
+    """Holds ranks to have the same of something each found for itself. Collective.
+
+    Raises:
+        RunError: They have not, on every rank.
+    """
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, value)
+    others = [rank for rank, theirs in enumerate(everyones) if theirs != everyones[0]]
+    if others:
+        raise RunError(
+            f"{what} of rank {others[0]} differ from those of rank 0",
+            value=everyones[others[0]],
+            rule=f"rank 0 has {everyones[0]!r}",
+            fix=fix,
+        )
+
+
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Means of named scalars, each over the ranks that have it: a head that was skipped has no losses. Collective."""
     everyones: list[Any] = [None] * dist.get_world_size()

@@ -13,7 +13,7 @@ import torch
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import batch_line, scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
-from piip_scale.engine.collective import any_rank
+from piip_scale.engine.collective import any_rank, require_same
 from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.heartbeat import Heartbeat
@@ -86,6 +86,8 @@ class Session:
         get_logger(__name__).info(batch_line(config, self.world.num_ranks))
         scaled = scale_to_ranks(config, self.world.num_ranks)
         task = task_factory(scaled, self.world)
+        # Nodes that have a copy each may have different ones, and samples would be lost and repeated without a word.
+        require_same("the shards", task.data_id(), "give every node the same sets, then start again")
         try:
             _Training(self, task, scaled, device, found, clock).run()
         except Exception as error:

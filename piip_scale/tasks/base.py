@@ -170,6 +170,10 @@ class Task(Protocol):
         """Micro-batches of one epoch, the same on every rank."""
         ...
 
+    def data_id(self) -> str:
+        """What tells the sets of this run from others, whatever their location."""
+        ...
+
     def num_broken_samples(self) -> int:
         """Training samples that this rank had to replace since it started."""
         ...

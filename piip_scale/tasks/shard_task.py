@@ -81,6 +81,10 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         """Micro-batches of one epoch, the same on every rank."""
         return len(self._train_loader)
 
+    def data_id(self) -> str:
+        """The checksums of what both sets hold."""
+        return f"train {self._train_loader.shards.short_id}, val {self.val_shards.short_id}"
+
     def num_broken_samples(self) -> int:
         """Training samples that this rank had to replace since it started."""
         return self._train_loader.num_broken

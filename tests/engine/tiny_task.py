@@ -163,6 +163,9 @@ class TinyTask:
     def num_train_batches(self) -> int:
         return self.batches
 
+    def data_id(self) -> str:
+        return "made"
+
     def num_broken_samples(self) -> int:
         return 0
 
