@@ -14,7 +14,7 @@ def run(script, *arguments):
     )
 
 
-@pytest.mark.parametrize(("script", "section"), [("engine", "Memory"), ("family", "Golden")])
+@pytest.mark.parametrize(("script", "section"), [("engine", "Memory"), ("family", "Golden"), ("data", "Throughput")])
 def test_an_unknown_section_is_told_with_those_there_are(script, section):
     result = run(script, "Memori")
     assert result.returncode == 2
