@@ -57,6 +57,7 @@ class Supervisor:
         self._run, self._files = RunDirectory(spec.run_dir), JobFiles(spec.run_dir)
         self._history = History(self._files.attempts)
         self._refusals = 0
+        self._gone: dict[str, str] = {}
 
     def run(self) -> int:
         """Trains to the end, as far as this job can; returns the exit code for it.
@@ -125,7 +126,7 @@ class Supervisor:
 
     def _attempt(self) -> Decision:
         """One attempt, from the look at the nodes to the decision that follows it."""
-        attempt = self._begin()
+        attempt, self._gone = self._begin(), {}
         check = self._check(attempt)
         add_bad_nodes(self._files.bad_nodes, check.problems, time.time())
         last = {*read_bad_nodes(self._files.bad_nodes, time.time()), *self._executor.doubtful(check.healthy)}
@@ -137,7 +138,7 @@ class Supervisor:
             ended = _unfit(attempt, check)
         else:
             ended = self._train(replace(attempt, nodes=nodes))
-        return self._conclude(replace(ended, ended_unix_s=time.time()), check.problems)
+        return self._conclude(replace(ended, ended_unix_s=time.time()), dict(check.problems) | self._gone)
 
     def _begin(self) -> Attempt:
         history = self._history.read()
@@ -172,19 +173,26 @@ class Supervisor:
         """Runs the ranks, and judges what became of them."""
         self._history.write(attempt)
         before = self._status_stamp()
-        resume = ["--resume"] if self._run.status() else []
-        words = ["train", str(self._spec.config), f"--run-dir={self._run.path}", "--no-progress", *resume]
-        words += [f"--set={override}" for override in self._spec.overrides]
         where = f"{_count(len(attempt.nodes))} ({' '.join(attempt.nodes)})"
         say(f"attempt {attempt.attempt}: training from step {attempt.first_step} on {where}")
+        number = 2 * attempt.attempt + 1
         step = self._executor.start(
-            words, attempt.nodes, self._spec.ranks_per_node, 2 * attempt.attempt + 1, self._run.heartbeats
+            self._words(), attempt.nodes, self._spec.ranks_per_node, number, self._run.heartbeats
         )
         watch = Watch(step, self._run, self._wishes, self._spec.num_ranks, self._habits.poll_s)
         code = watch.wait()
         status = self._run.status() if self._status_stamp() != before else None
-        evidence = self._evidence(attempt, code, status, step.notes(), watch.silence)
+        notes = step.notes()
+        # Slurm may think well of them again a moment later.
+        self._gone = {node: f"node {node} was lost while it trained" for node in notes.failed_nodes}
+        add_bad_nodes(self._files.bad_nodes, self._gone, time.time())
+        evidence = self._evidence(attempt, code, status, notes, watch.silence)
         return judge(attempt, evidence, self._spec.ranks_per_node, time.time())
+
+    def _words(self) -> list[str]:
+        resume = ["--resume"] if self._run.status() else []
+        words = ["train", str(self._spec.config), f"--run-dir={self._run.path}", "--no-progress", *resume]
+        return words + [f"--set={override}" for override in self._spec.overrides]
 
     def _evidence(self, attempt: Attempt, code: int, status: Status | None, notes: StepNotes, silence: str) -> Evidence:
         is_well = status is not None and status.state in ("done", "stopped")
@@ -194,14 +202,13 @@ class Supervisor:
             status=status,
             first_error=self._run.first_error(since_unix_s=attempt.started_unix_s),
             notes=notes,
-            lost_nodes=() if is_well else self._lost(attempt, notes),
+            lost_nodes=() if is_well else self._lost(attempt),
             silence=silence,
             cause=self._wishes.cause or (self._executor.why_ending() if not status or status.state != "done" else ""),
         )
 
-    def _lost(self, attempt: Attempt, notes: StepNotes) -> LostNodes:
-        told = tuple((node, f"node {node} was lost while it trained") for node in notes.failed_nodes)
-        return self._executor.lost(attempt.nodes) or told
+    def _lost(self, attempt: Attempt) -> LostNodes:
+        return self._executor.lost(attempt.nodes) or tuple(self._gone.items())
 
     def _conclude(self, ended: Attempt, problems: Mapping[str, str]) -> Decision:
         self._wishes.look()

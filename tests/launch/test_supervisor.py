@@ -201,6 +201,26 @@ def test_scancel_is_no_preemption(scene):
     assert "cancelled by scancel; saved" in scene.history.read()[-1].why
 
 
+def test_a_second_ctrl_c_ends_ranks_that_do_not_stop(scene):
+    scene.run.heartbeats.mkdir(parents=True)
+    polls = iter(range(100))
+
+    def poll():
+        number = next(polls)
+        for rank in range(2):
+            beat(scene.run, rank)
+        if number in (3, 6):
+            scene.wishes._receive(signal.SIGINT, None)
+
+    step = FakeStep(poll, lambda: None)
+    scene.executor.steps.append(step)
+    assert scene.supervise() == 0
+    assert (step.asked, step.ended) == (1, 1)
+    last = scene.history.read()[-1]
+    assert (last.end, last.decision) == ("crashed", "finish")
+    assert "ended as asked; the last checkpoint is that of step 0" in last.why
+
+
 def test_where_requeueing_is_refused_the_history_says_so(scene):
     scene.executor.refusal = "requeueing is off"
     scene.step(scene.status("running"), scene.saved(4), scene.status("stopped", 4))
@@ -223,6 +243,16 @@ def test_without_a_spare_the_job_requeues_without_the_lost_node(scene):
     scene.step(scene.status("running"), lambda: scene.executor.down_nodes.update(n2="node n2 was lost"))
     assert scene.supervise() == 0
     assert scene.executor.requeued == [("n2",)]
+
+
+def test_a_node_that_went_while_its_job_was_stopped_is_left_out_too(scene):
+    notes = ["srun: error: Node failure on n2"]
+    scene.executor.reason = "requeue"
+    scene.step(scene.status("running"), scene.saved(4), scene.status("stopped", 4), notes=notes)
+    assert scene.supervise() == 0
+    last = scene.history.read()[-1]
+    assert (last.end, last.decision, scene.executor.requeued) == ("stopped", "requeue", [("n2",)])
+    assert "n2" in json.loads((scene.spec.run_dir / "job" / "bad_nodes.json").read_text())
 
 
 def test_a_node_that_fails_its_preflight_is_replaced_or_left_out(tmp_path):
