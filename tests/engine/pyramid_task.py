@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from ranks import tiny_config
+from tiny_configs import tiny_config
 from tiny_task import TinyTask
 from torch import Tensor, nn
 

@@ -1,26 +1,8 @@
-"""Configs for tests of real processes that talk over gloo, and these processes."""
+"""Real processes that talk over gloo, and configs for what they run."""
 
 from __future__ import annotations
 
 from preloaded import free_port as free_port
 from preloaded import run_ranks as run_ranks
-
-from piip_scale.config.loading import check_config
-from piip_scale.config.run import RunConfig
-
-_BRANCH = {"kind": "vit", "embed_dim": 32, "depth": 2, "num_heads": 2}
-FORCED_RELEASE = {"zero_optimization": {"stage3_max_live_parameters": 100000, "stage3_max_reuse_distance": 0}}
-
-
-def tiny_config(**sections) -> RunConfig:
-    """A run's config; the model section is never built, the tiny task ignores it."""
-    values = {
-        "model": {"branches": [_BRANCH | {"resolution_px": 32}], "interaction": {"num_stages": 2}},
-        "detector": {"kind": "mask_rcnn"},
-        "data": {"train_shards": "train", "val_shards": "val", "micro_batch_size": 2},
-        "schedule": {"warmup_steps": 2},
-        "train": {"steps": 6, "precision": "fp32"},
-    }
-    for section, keys in sections.items():
-        values[section] = values.get(section, {}) | keys
-    return check_config(values)
+from tiny_configs import FORCED_RELEASE as FORCED_RELEASE
+from tiny_configs import tiny_config as tiny_config

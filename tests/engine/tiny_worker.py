@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import torch
-from ranks import FORCED_RELEASE, tiny_config
 from save_killer import SaveKiller
+from tiny_configs import FORCED_RELEASE, tiny_config
 from tiny_task import TinyTask
 
 from piip_scale.engine.local_launch import launch_local
