@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from piip_scale.config.detection import DetectionData
+from piip_scale.config.run import CacheConfig
 from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.files import json_bytes, sha256_of, write_bytes
 from piip_scale.data.pack import pack_coco
@@ -90,9 +91,10 @@ def _bad_line() -> Callable[[str, int], Fault | None]:
 
 def _pass(location: str, cache: Path) -> float:
     """Images a second over an epoch from the first batch's request on."""
-    told = {"micro_batch_size": 4, "num_streams": 2, "workers": 2}
-    remote = {"folder": str(cache), "stall_seconds": _STALL_S}
-    config = DetectionData(train_shards=location, val_shards="", cache=remote, **told)  # type: ignore[arg-type]
+    remote = CacheConfig(folder=str(cache), stall_seconds=_STALL_S)
+    config = DetectionData(
+        train_shards=location, val_shards="", micro_batch_size=4, num_streams=2, workers=2, cache=remote
+    )
     shards = ShardSet.open(location, cache=config.cache)
     loader = ShardLoader(shards, config, DetectionSamples(shards, config.augment), seed=0, world=World())
     started = time.perf_counter()
@@ -157,7 +159,7 @@ def _first_batch(location: str, cache: Path, workers: int, step: int) -> tuple[s
         val_shards="",
         micro_batch_size=8,
         workers=workers,
-        cache={"folder": str(cache)},  # type: ignore[arg-type]
+        cache=CacheConfig(folder=str(cache)),
     )
     best = (float("inf"), 0.0, 0.0)
     for _ in range(ROUNDS):
@@ -243,8 +245,7 @@ def _single_samples(folder: Path) -> str:
 
 
 def _read(folder: Path, location: str) -> float:
-    config = DetectionData(train_shards="", val_shards="", cache={"folder": str(folder.parent / "single")})  # type: ignore[arg-type]
-    shards = ShardSet.open(location, cache=config.cache)
+    shards = ShardSet.open(location, cache=CacheConfig(folder=str(folder.parent / "single")))
     order = np.random.default_rng(0).permutation(len(shards)).tolist()
     for shard in range(len(shards.manifest.shards)):
         shards.fetch(shard)

@@ -3,8 +3,8 @@
 A file's name is its checksum, so one cache serves any number of sets, and a set packed anew never meets its old shards.
 While a file comes it is ``CHECKSUM.part``, as large as it will be from the start, and locked by whoever fetches it; the
 kernel drops the lock when that process dies, and the next one takes the part over. A file takes its name once it is
-whole. Room is made, and reserved, under a lock on the folder. Readers hold no file open between two reads, so what is
-evicted frees its disk space at once.
+whole. Room is made and reserved, and names are taken, under a lock on the folder. Readers hold no file open between two
+reads, so what is evicted frees its disk space at once.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class FileCache:
                 if part is None or self._path(entry).exists():
                     continue
                 self._fill(part, entry, fill, stop)
-                os.replace(self._part(entry), self._path(entry))
+                # Under the lock: whoever adds up the folder meanwhile could see neither the old name nor the new one.
+                with self._locked_folder(stop):
+                    os.replace(self._part(entry), self._path(entry))
                 # Of its own, which the lock's end does not close: it may be evicted before anybody opens it again.
                 return os.fdopen(os.dup(part.fileno()), "rb")
 
@@ -161,12 +163,17 @@ class FileCache:
                 fix="raise it, or pack the set in smaller shards",
             )
         while True:
-            with _descriptor(self.folder, os.O_RDONLY) as folder, _lock(folder, stop):
+            with self._locked_folder(stop):
                 if self._has_room(part, num_bytes):
                     return
             # Others fetch as well, and what they fetch cannot go before they are done.
             if stop.wait(_POLL_S):
                 raise StoppedError
+
+    @contextlib.contextmanager
+    def _locked_folder(self, stop: Stop) -> Iterator[None]:
+        with _descriptor(self.folder, os.O_RDONLY) as folder, _lock(folder, stop):
+            yield
 
     def _has_room(self, part: BinaryIO, num_bytes: int) -> bool:
         files, of_files, of_parts = self._contents(os.fstat(part.fileno()).st_ino)

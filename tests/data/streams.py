@@ -1,5 +1,8 @@
 """Loaders over made sets wherever they lie, and what their batches hold."""
 
+import fcntl
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from piip_scale.config.detection import AugmentConfig, DetectionData
@@ -34,6 +37,21 @@ def content(batch):
 
 def keys_of(batches):
     return [info.key for batch in batches for info in batch.infos]
+
+
+def bytes_in(folder):
+    """What a cache holds, added up while nobody can make room or take it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        total = 0
+        for item in os.scandir(folder):
+            # A part whose fetch failed goes without the lock.
+            with suppress(FileNotFoundError):
+                total += item.stat().st_size
+        return total
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

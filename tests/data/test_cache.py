@@ -6,9 +6,9 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
 
 import pytest
+from streams import bytes_in
 
 from piip_scale.data import cache as cache_module
 from piip_scale.data.cache import Entry, FileCache, cache_folder
@@ -40,14 +40,6 @@ def content_of(cache, number, *more, stop=None):
         return os.pread(file.fileno(), 10_000, 0)
 
 
-def size_of(folder):
-    total = 0
-    for item in os.scandir(folder):
-        with suppress(FileNotFoundError):
-            total += item.stat().st_size
-    return total
-
-
 def started(target, *arguments):
     process = FORK.Process(target=target, args=arguments, daemon=True)
     process.start()
@@ -68,7 +60,8 @@ def test_racing_and_dying_processes_keep_content_and_limit(tmp_path):
 
     def watch():
         while not done.is_set():
-            sizes.append(size_of(folder))
+            sizes.append(bytes_in(folder))
+            time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

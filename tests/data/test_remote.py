@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from made_sets import make_coco
 from sections.faulty_server import FaultyServer
-from streams import content, keys_of, loader
+from streams import bytes_in, content, keys_of, loader
 
 from piip_scale.config.run import CacheConfig
 from piip_scale.data import fetching
@@ -52,16 +52,6 @@ def expected(packed):
 
 def same_stream(location, cache, expected, **keys):
     return [content(batch) for batch in loader(location, cache=cache, **keys).batches(0)] == expected
-
-
-def bytes_in(cache):
-    total = 0
-    for path in Path(cache["folder"]).glob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 FAULTS = ("503", "stall", "truncate", "garble", None)
@@ -117,10 +107,12 @@ def test_the_limit_holds_at_every_moment(packed, cache, expected, workers):
     largest = max(shard.size_bytes for shard in ShardSet.open(packed).manifest.shards)
     limit = int(2.5 * largest)
     seen, done = [], threading.Event()
+    Path(cache["folder"]).mkdir()
 
     def watch():
         while not done.is_set():
-            seen.append(bytes_in(cache))
+            seen.append(bytes_in(cache["folder"]))
+            time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
     with FaultyServer(packed) as server:
@@ -157,7 +149,7 @@ def test_a_smaller_limit_than_before_is_kept_too(packed, cache, expected):
         limit = 2 * max(shard.size_bytes for shard in shards)
         (Path(cache["folder"]) / shards[0].sha256).unlink()
         assert same_stream(server.url, cache | {"limit_gib": limit / GIB}, expected)
-    assert bytes_in(cache) <= limit
+    assert bytes_in(cache["folder"]) <= limit
 
 
 def test_a_shard_larger_than_the_cache_says_so(packed, cache):
@@ -353,49 +345,3 @@ def test_a_broken_sample_is_replaced_the_same_wherever_the_set_lies(tmp_path, ca
         assert set(server.requests.values()) <= {1, 2}
     assert found[0] == found[1] == found[2]
     assert key not in {name for rank in found[0] for batch in rank for name in batch}
-
-
-@pytest.fixture(scope="module")
-def bucket(packed):
-    """The set in a bucket of an S3 server on this machine, and what its clients are told."""
-    boto3 = pytest.importorskip("boto3", reason="S3 is tested against moto's server: install the dev extra")
-    server = pytest.importorskip("moto.server", reason="S3 is tested against moto's server: install the dev extra")
-    s3 = server.ThreadedMotoServer(port=0, verbose=False)
-    s3.start()
-    _, port = s3.get_host_and_port()
-    options = {"endpoint_url": f"http://127.0.0.1:{port}", "key": "key", "secret": "secret"}
-    client = boto3.client(
-        "s3",
-        endpoint_url=options["endpoint_url"],
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="sets")
-    for path in packed.iterdir():
-        client.put_object(Bucket="sets", Key=f"coco/train/{path.name}", Body=path.read_bytes())
-    yield options
-    s3.stop()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_bucket_streams_as_a_folder_does(bucket, cache, expected, monkeypatch, workers):
-    pytest.importorskip("s3fs", reason="needs the s3 extra")
-    import fsspec
-
-    monkeypatch.setitem(fsspec.config.conf, "s3", bucket)
-    monkeypatch.setattr("piip_scale.data.sources._BLOCK_BYTES", 3000)
-    assert same_stream("s3://sets/coco/train", cache, expected, workers=workers)
-
-
-def test_a_bucket_that_is_not_there_is_one_line(bucket, cache, monkeypatch):
-    pytest.importorskip("s3fs", reason="needs the s3 extra")
-    import fsspec
-
-    monkeypatch.setitem(fsspec.config.conf, "s3", bucket)
-    for location in ("s3://sets/coco/val", "s3://absent/coco"):
-        with pytest.raises(
-            FetchError, match=f"^manifest.json cannot be fetched from {location}: got 'it is not there'"
-        ):
-            ShardSet.open(location, cache=CacheConfig(**cache))
-    assert not has_manifest("s3://absent/coco", CacheConfig(**cache))
