@@ -18,7 +18,7 @@ from piip_scale.data.sample import RawSample, SetKind, checksum, parse_notes
 from piip_scale.data.set_files import MANIFEST as MANIFEST
 from piip_scale.data.set_files import SHARD_GLOB as SHARD_GLOB
 from piip_scale.data.set_files import LocalFiles, SetFiles, open_files
-from piip_scale.data.sources import NEVER, Stop, located
+from piip_scale.data.sources import NEVER, Stop, is_remote, located
 from piip_scale.errors import DataError
 
 FORMAT_VERSION = 1
@@ -133,7 +133,9 @@ def _parsed(content: bytes, kind: type[_Model], name: str) -> _Model:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(
-            f"{name} is damaged", value=f"{where}: {first['msg']}", fix="pack the set again with --overwrite"
+            f"{name} is damaged",
+            value=f"{where}: {first['msg']}",
+            fix="check what is there (curl needs -f)" if is_remote(name) else "pack the set again with --overwrite",
         ) from None
 
 

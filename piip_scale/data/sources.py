@@ -139,7 +139,7 @@ class ObjectSource:
             if len(block) == num_bytes:
                 block, end = block[begin:], num_bytes
             if len(block) != end - begin:
-                raise SpoiltError(f"{len(block)} bytes came where {end - begin} of its {num_bytes} should")
+                raise SpoiltError(f"{len(block)} bytes came for bytes {begin} to {end} of its {num_bytes}")
             yield block
             begin = end
 

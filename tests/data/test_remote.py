@@ -177,7 +177,11 @@ def test_damaged_copies_are_fetched_again(packed, cache, expected):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("fault", "reason", "requests"),
-    [("404", "it is not there", 1), ("short", "bytes came where", 3), ("garble", "SHA-256 is not the manifest's", 3)],
+    [
+        ("404", "it is not there", 1),
+        ("short", "bytes came for bytes", 3),
+        ("garble", "SHA-256 is not the manifest's", 3),
+    ],
 )
 def test_a_broken_shard_stops_the_run_with_its_name(packed, cache, workers, fault, reason, requests):
     name = "shard-000004.tar"
