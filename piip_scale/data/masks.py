@@ -111,23 +111,18 @@ class Shapes:
 
     def _on_grids(self, boxes_xyxy_px: dict[int, Array], geometry: Geometry) -> dict[int, list[Array]]:
         """The polygons of each object in cv2's fixed-point numbers, on a grid over its box; one map for all points."""
-        shown = [number for number, owner in enumerate(self._owners.tolist()) if owner in boxes_xyxy_px]
+        shown = np.array([owner in boxes_xyxy_px for owner in self._owners.tolist()], bool)
         found: dict[int, list[Array]] = {}
-        if not shown:
+        if not shown.any():
             return found
-        frames = np.array([boxes_xyxy_px[owner] for owner in self._owners[shown].tolist()])
+        owners, lengths = self._owners[shown].tolist(), self._lengths[shown]
+        frames = np.array([boxes_xyxy_px[owner] for owner in owners])
         per_px = _GRID_PX / (frames[:, 2:] - frames[:, :2])
-        lengths = self._lengths[shown]
-        if len(shown) < len(self._owners):
-            is_shown = np.zeros(len(self._owners), bool)
-            is_shown[shown] = True
-            points = self._points_xy[np.repeat(is_shown, self._lengths)]
-        else:
-            points = self._points_xy
+        points = self._points_xy[np.repeat(shown, self._lengths)]
         # cv2 counts from pixel centres. The bound keeps a polygon far larger than its box inside 32 bits.
         corners = (geometry.points(points) - frames[:, :2].repeat(lengths, 0)) * per_px.repeat(lengths, 0) - 0.5
         fixed = np.clip(np.rint(corners * (1 << _FRACTION_BITS)), -(1 << 26), 1 << 26).astype(np.int32)
-        for owner, part in zip(self._owners[shown].tolist(), np.split(fixed, np.cumsum(lengths)[:-1]), strict=True):
+        for owner, part in zip(owners, np.split(fixed, np.cumsum(lengths)[:-1]), strict=True):
             if len(part):
                 found.setdefault(owner, []).append(part)
         return found
