@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import aspect, loading, mask_targets, throughput
+from sections import aspect, loading, mask_targets, streaming, throughput
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
@@ -19,6 +19,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Loader": loading.section,
     "Memory": loading.memory_section,
     "Aspect": aspect.section,
+    "Streaming": streaming.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."
 
