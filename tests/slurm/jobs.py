@@ -268,7 +268,8 @@ class Job:
         seconds = [first.ended_unix_s - self._harmed_unix_s, self._released_unix_s - self._harmed_unix_s]
         seconds += [last.started_unix_s - first.ended_unix_s, new - last.started_unix_s]
         name = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0].removeprefix("test_").replace("_", " ")
-        cells = [name, *(f"{value:.1f}" if value >= 0 else "" for value in seconds), f"{max(HELD_AT - last.first_step, 0)}"]
+        told = [f"{value:.1f}" if value >= 0 else "" for value in seconds]
+        cells = [name, *told, str(max(HELD_AT - last.first_step, 0))]
         with Path(path).open("a") as file:
             file.write(f"| {' | '.join(cells)} |\n")
 
