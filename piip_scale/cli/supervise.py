@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,7 +68,11 @@ def supervise(
     wishes = Wishes(RunDirectory(run_dir), executor.why_ending)
     wishes.install()
     habits = Habits(preflight=preflight, preflight_s=preflight_seconds)
-    raise typer.Exit(Supervisor(spec, executor, wishes, habits).run())
+    code = Supervisor(spec, executor, wishes, habits).run()
+    # At once: Slurm may be waiting for this process to be gone, and a thread still reads what srun has to say.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def preflight(

@@ -248,7 +248,8 @@ class Job:
         assert len(whole) == STEPS
         assert self.told(self.run_dir) == whole
         store = CheckpointStore(self.run_dir / "checkpoints", keep=2)
-        assert store.steps() == [8, 12]
+        assert len(store.steps()) == 2
+        assert store.steps()[-1] == STEPS
         for step in store.steps():
             store.validate(store.path(step))
         assert [path.name for path in store.folder.iterdir() if path.name.startswith(".")] == []
