@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from plain_aio import SMALL_SLICES, use_plain_aio
+from pyramid_task import PyramidTask, network, pyramid_config
 from ranks import FORCED_RELEASE, run_ranks, tiny_config
 from test_resuming import assert_same_content, content
-from tiny_task import TinyTask
+from tiny_task import TinyTask, make_batch
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine import disk_offload
@@ -21,7 +22,7 @@ from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.disk_offload import is_on_disk, prepare_disks
 from piip_scale.engine.extensions import load_extension, missing_tools
 from piip_scale.engine.resuming import find_checkpoint
-from piip_scale.engine.setup import build_engine, build_model
+from piip_scale.engine.setup import build_engine, build_model, give_blanks, give_weights
 from piip_scale.engine.step import train_step
 from piip_scale.engine.stream import BatchStream
 from piip_scale.errors import CheckpointError, ConfigError, KernelError
@@ -98,7 +99,39 @@ def on_two(world, device, root, width):
         found[name] = go_on(world, device, config, None, {s: folder / str(s) for s in (SAVED_AT, STEPS)}, width)
         resumed = go_on(world, device, config, folder / str(SAVED_AT), {STEPS: folder / "resumed"}, width)
         found[f"{name}, resumed"] = resumed
+    if width == WIDTH:
+        found["network"] = whole_network(world, root)
     return found
+
+
+def whole_network(world, root) -> dict[str, list[float]]:
+    """A network that is drawn on the meta device and cut at once, a block of it frozen; then from its checkpoint."""
+
+    def begin(give, zero):
+        config = pyramid_config(
+            network({"frozen_blocks": 1}),
+            optimizer={"lr": 1e-3},
+            zero={"deepspeed": FORCED_RELEASE | SMALL_SLICES} | zero,
+            train={"precision": "bf16"},
+        )
+        engine, _ = build_engine(build_model(PyramidTask(config, world), 0), config, world, give=give)
+        return engine, Checkpointer(engine, root / "network", config, world, STEPS)
+
+    def norms(engine, first, last):
+        batches = [make_batch(step * 2 + world.rank, 1) for step in range(first, last)]
+        return [train_step(engine, [batch], step, 0, world).grad_norm for step, batch in enumerate(batches, first)]
+
+    both = {"offload_optimizer": str(root / "disk"), "offload_parameters": str(root / "disk")}
+    expected = norms(begin(give_weights, {"offload_optimizer": "cpu"})[0], 0, STEPS)
+    engine, checkpointer = begin(give_weights, both)
+    assert any(p.ds_tensor.final_location == "nvme" and not p.requires_grad for p in engine.module.parameters())
+    found = norms(engine, 0, SAVED_AT)
+    checkpointer.save(SAVED_AT)
+    checkpointer.finish()
+    found += norms(engine, SAVED_AT, STEPS)
+    again, checkpointer = begin(give_blanks, both)
+    find_checkpoint(root / "network").resume(again, checkpointer.describe(0))
+    return {"in memory": expected, "on disk": found, "resumed": norms(again, SAVED_AT, STEPS)}
 
 
 def on_one(world, device, root):
@@ -150,6 +183,12 @@ def assert_same_runs(root, found, names) -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_disk_changes_no_bit_of_a_run_that_is_resumed_or_not(root, found, name):
     assert_same_runs(root, found, [name])
+
+
+def test_a_network_that_is_cut_while_it_is_built_changes_no_bit_either(found):
+    norms = found["network"]
+    assert norms["on disk"] == norms["in memory"]
+    assert norms["resumed"] == norms["on disk"][SAVED_AT:]
 
 
 def test_a_run_leaves_a_disk_and_half_its_ranks(root, found, alone):
