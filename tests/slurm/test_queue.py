@@ -55,11 +55,11 @@ def test_a_job_that_somebody_requeues_goes_on_from_a_checkpoint(job, whole):
 def test_where_jobs_cannot_requeue_a_successor_goes_on_and_a_stop_is_for_good(job, whole):
     job.submit(requeue=False)
     job.until_held()
+    before = {beat["pid"] for beat in job.beats()}
     job.command("jobs", "requeue", job.run_dir)
     first = job.ended(0)
     assert (first.end, first.cause, first.decision) == ("stopped", "requeue", "requeue")
-    wait_for(job.log, lambda: len(job.attempts()) > 1 and len(job.beats()) == 2)
-    wait_for(job.log, lambda: len(job.attempts()[1].nodes) == 2 and job.beats()[0]["phase"] == "computing")
+    wait_for(job.log, lambda: [beat["step"] for beat in job.beats() if beat["pid"] not in before] == [STOPPED_AT] * 2)
     job.command("jobs", "stop", job.run_dir)
     first, second = job.finished()
     assert second.job_id == job.newest_job() != first.job_id

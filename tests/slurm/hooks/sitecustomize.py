@@ -14,11 +14,11 @@ HOLD, HOLD_AT, SICK = (os.environ.get(f"PIIP_TEST_{name}") for name in ("HOLD", 
 
 
 def hold_trainer(module):
-    """Ranks wait after so many steps while a file is there, unless asked to stop."""
+    """Ranks wait after so many steps, and before each further one, while a file is there, unless asked to stop."""
     train_step = module.Trainer._train_step
 
     def held(self):
-        while self.step == int(HOLD_AT) and Path(HOLD).exists() and not self._stop:
+        while self.step >= int(HOLD_AT) and Path(HOLD).exists() and not self._stop:
             time.sleep(0.05)
         return train_step(self)
 
