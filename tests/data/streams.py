@@ -51,6 +51,8 @@ def bytes_in(folder):
                 total += item.stat().st_size
         return total
     finally:
+        # A process that was forked meanwhile has the descriptor too, and would keep the lock for ever.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
