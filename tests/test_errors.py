@@ -64,6 +64,7 @@ def test_exit_codes_tell_how_it_ended():
         "FetchError": 2,
         "CheckpointError": 2,
         "RunError": 1,
+        "SlurmError": 1,
         "HangError": 1,
         "DeviceMemoryError": 1,
         "LostRankError": 1,

@@ -12,8 +12,8 @@ from piip_scale.data.pack import pack_coco
 from piip_scale.data.shards import ShardSet
 
 NUM_BATCHES, WARM_UP = 600, 200
-# A worker that kept one decoded image of every batch would grow by three times that.
-BOUND_BYTES = 1 << 20
+# A worker that kept one decoded image of every batch would grow by half as much again.
+BOUND_BYTES = 5 << 19
 
 
 @pytest.fixture(scope="module")

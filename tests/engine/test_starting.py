@@ -66,6 +66,6 @@ def test_a_start_is_written_as_numbers_and_as_a_sentence(tmp_path):
     telemetry.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
-        {"step": 1, "kind": "start", "start/imports_seconds": 2.0, "start/first_batch_seconds": 0.5},
+        {"step": 1, "kind": "start", "start/imports_seconds": 2.0, "start/first_batch_seconds": 0.5, "total_steps": 9},
         {"step": 1, "kind": "event", "text": "2.5 s from process to first step: imports 2.0, first batch 0.5"},
     ]

@@ -108,7 +108,8 @@ def test_a_run_leaves_status_metrics_and_checkpoints(uninterrupted):
     assert sorted(records(uninterrupted, "evaluation")) == [4, 8]
     (start,) = records(uninterrupted, "start").values()
     phases = ("imports", "join", "build", "weights", "shard", "resume", "first_batch", "first_step")
-    assert list(start) == ["step", "kind", *(f"start/{phase}_seconds" for phase in phases)]
+    assert list(start) == ["step", "kind", *(f"start/{phase}_seconds" for phase in phases), "total_steps"]
+    assert start["total_steps"] == STEPS
     assert sorted(path.name for path in (uninterrupted / "checkpoints").glob("step_*")) == [
         "step_00000006",
         "step_00000008",

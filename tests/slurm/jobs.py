@@ -91,11 +91,14 @@ class Cluster:
             path = os.environ["PATH"] + ":/usr/sbin:/sbin"
             subprocess.run(["slurmd", "-N", node], env=self.environment | {"PATH": path}, timeout=30, check=True)
         self._restart.clear()
-        for node in self.run("sinfo", "-h", "-N", "-t", "down,drain", "-o", "%n", check=False).split():
-            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
-        wait_for(
-            "all nodes idle", lambda: self.run("sinfo", "-h", "-p", "gpu", "-t", "idle", "-o", "%D").strip() == "3"
-        )
+        for node, state in self._states().items():
+            if state.startswith(("down", "drain")):
+                self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        wait_for("all nodes idle", lambda: set(self._states().values()) == {"idle"})
+
+    def _states(self) -> dict[str, str]:
+        lines = self.run("sinfo", "-h", "-N", "-p", "gpu", "-o", "%N %T").splitlines()
+        return dict(line.split() for line in lines)
 
 
 class Job:
