@@ -128,6 +128,17 @@ def _weights(model: nn.Module, world: World, *, gather: bool) -> dict[str, np.nd
 
 def alone(kind: str) -> Trained:
     """The reference: torch's AdamW over the model's own rules, nothing of the engine but the micro-batches' seeds."""
+    # As a rank does: with two threads, sums round otherwise, and where a gradient is all but zero, AdamW's first step
+    # makes a learning rate's difference of that.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _alone(kind)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _alone(kind: str) -> Trained:
     config = detector_config(kind)
     model = build(config).train()
     start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
