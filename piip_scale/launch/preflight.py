@@ -49,11 +49,14 @@ def check_node(folder: Path, config: Path | None, overrides: Sequence[str], gpus
     bound = threading.Timer(bound_s, os._exit, (1,))
     bound.daemon = True
     bound.start()
-    facts = _look(config, overrides, gpus)
-    save_facts(folder, facts)
-    reduction = reduce_among_nodes(read_world(), gpus > 0, bound_s / 2)
-    if reduction:
-        save_facts(folder, replace(facts, reduction=reduction))
+    try:
+        facts = _look(config, overrides, gpus)
+        save_facts(folder, facts)
+        reduction = reduce_among_nodes(read_world(), gpus > 0, bound_s / 2)
+        if reduction:
+            save_facts(folder, replace(facts, reduction=reduction))
+    finally:
+        bound.cancel()
 
 
 def _look(config: Path | None, overrides: Sequence[str], gpus: int) -> NodeFacts:
