@@ -28,8 +28,8 @@ AUGMENTS = {
 }
 NUM_IMAGES = 192
 BATCH_SIZE = 2
-_ROUNDS = 9
-_IMAGES_PER_ROUND = 32
+_ROUNDS = 15
+_IMAGES_PER_ROUND = 48
 _TEXT = (
     "The same 640 x 480 JPEG files (parts of scikit-learn's two photographs, {kib:.0f} KiB on average, "
     "{objects:.1f} outlined objects each, 25 corners an outline) through both, one thread, seconds of CPU time, which "

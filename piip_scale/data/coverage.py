@@ -1,77 +1,121 @@
-"""Which share of each cell of a grid polygons cover, exactly."""
+"""Which share of each cell of a grid polygons cover, exactly: FreeType's rasteriser of letters draws masks."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import byref, pointer
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from freetype import raw as freetype
+
+from piip_scale.errors import DataError
 
 Array = npt.NDArray[Any]
 
-# Short of 1, so that a piece's place along its edge never counts as the next edge's number.
-_BEFORE_THE_END = 1 - 1e-9
+# FreeType counts in parts of a cell, refuses coordinates from 2**24 of them on, and counts corners in 16 bits.
+_PARTS = 64
+_MAX_PARTS = 2**24 - 1
+_MAX_CORNERS = 2**15 - 1
+_ON_OUTLINE = 1
+_NUM_GRAYS, _GRAY_PIXELS = 256, 2
 
 
-def covered_shares(outlines: list[Array], owners: list[int], num_masks: int, side: int) -> Array:
-    """The covered share of every cell, float32 (num_masks, side, side), 0 to 1.
-
-    Edges are cut at the grid's lines; each piece then covers a part of one cell, and all of the cells below it, once
-    more or once less by its direction. Adding up along the columns gives the winding number, averaged over the cell.
+def draw_covered(points_xy: Array, lengths: Array, owners: Array, masks: Array) -> None:
+    """Writes which share of every cell of their masks polygons cover, 255 for all of it.
 
     Args:
-        outlines: Polygons, float64 (M, 2) each, x and y in cells; parts outside the grid cover nothing.
-        owners: The mask that each belongs to. Where two of one mask overlap, the share is that of both, at most 1.
-        num_masks: Masks.
-        side: Cells along each side of a mask.
+        points_xy: Corners of all polygons in turn, float64 (P, 2), x and y in cells; parts outside the grid cover
+            nothing. Of a mask with more corners than FreeType takes, 32 thousand, every second, third or so is drawn.
+        lengths: Corners of each polygon, int64 (K,); those of none cover nothing.
+        owners: The mask that each belongs to, int64 (K,), ascending. Where two of one mask overlap, a cell's share is
+            that of both, at most all of it.
+        masks: Zeros, uint8 (N, side, side), contiguous.
 
-    Source: accumulated signed areas, as rasterisers of fonts use them.
+    Raises:
+        DataError: A corner is not a finite number, or a mask has more polygons than FreeType takes.
+
+    Source: FreeType's smooth rasteriser, which adds up signed areas as accurate as its coordinates, 1/64 of a cell.
     """
-    lengths = np.array([len(outline) for outline in outlines])
-    starts_xy = np.concatenate(outlines)
-    ends_xy = np.concatenate([np.roll(outline, -1, axis=0) for outline in outlines])
-    edges, places = _pieces(starts_xy, ends_xy, side)
-    begin = starts_xy[edges] + places[:, None] * (ends_xy - starts_xy)[edges]
-    is_last = np.append(edges[1:] != edges[:-1], True)
-    end = np.where(is_last[:, None], ends_xy[edges], np.roll(begin, -1, axis=0))
-    # Pieces do not cross the grid's border: pushed onto it, those beyond the top cover what is below them all the same.
-    begin, end = np.clip(begin, 0, side), np.clip(end, 0, side)
-    # Turned the same way all, or a cell in which two outlines of one mask end would lose what it should gain.
-    width = (end - begin)[:, 0] * np.repeat(_turns(starts_xy, ends_xy, lengths), lengths)[edges]
-    masks = np.repeat(np.array(owners), lengths)[edges]
-    return _accumulated((begin + end) / 2, width, masks, num_masks, side)
+    points_xy, lengths, owners = _few_enough(points_xy, lengths[lengths > 0], owners[lengths > 0])
+    if not np.isfinite(points_xy).all():
+        raise DataError("a polygon has a corner that is no finite number", fix="correct or remove the mask")
+    if not len(lengths):
+        return
+    # FreeType's y points upwards.
+    parts = np.rint(points_xy * (_PARTS, -_PARTS) + (0, masks.shape[-1] * _PARTS))
+    corners = np.clip(parts, -_MAX_PARTS, _MAX_PARTS).astype(ctypes.c_long)
+    _turn_alike(corners, lengths, owners)
+    _draw_all(corners, lengths, owners, masks)
 
 
-def _turns(starts_xy: Array, ends_xy: Array, lengths: Array) -> Array:
-    """1 for each outline that turns one way, -1 for the other."""
-    doubled = starts_xy[:, 0] * ends_xy[:, 1] - starts_xy[:, 1] * ends_xy[:, 0]
-    return np.where(np.add.reduceat(doubled, np.cumsum(lengths) - lengths) < 0, -1.0, 1.0)
+def _draw_all(corners: Array, lengths: Array, owners: Array, masks: Array) -> None:
+    tags = np.full(len(corners), _ON_OUTLINE, np.uint8)
+    first_polygons = np.flatnonzero(np.diff(owners, prepend=-1))
+    num_polygons = np.diff(first_polygons, append=len(owners))
+    stops = np.cumsum(lengths)
+    first_corners = (stops - lengths)[first_polygons]
+    last_corners = (stops - 1 - first_corners.repeat(num_polygons)).astype(ctypes.c_short)
+    counts = num_polygons, np.diff(first_corners, append=len(corners))
+    rows = (
+        (corners, first_corners),
+        (tags, first_corners),
+        (last_corners, first_polygons),
+        (masks, owners[first_polygons]),
+    )
+    addresses = [of.ctypes.data + of.strides[0] * number for of, number in rows]
+    for places in np.stack([*counts, *addresses], axis=1).tolist():
+        _draw(places, masks.shape[-1])
 
 
-def _pieces(starts_xy: Array, ends_xy: Array, side: int) -> tuple[Array, Array]:
-    """Each piece's edge and where along it the piece begins, 0 to 1, in the order of the edges and along them."""
-    num_edges = len(starts_xy)
-    low, high = np.minimum(starts_xy, ends_xy), np.maximum(starts_xy, ends_xy)
-    first = np.clip(np.floor(low) + 1, 0, side + 1).T.ravel()
-    last = np.clip(np.ceil(high) - 1, -1, side).T.ravel()
-    counts = np.maximum(last - first + 1, 0).astype(np.int64)
-    crossed = np.repeat(np.arange(2 * num_edges), counts)
-    lines = np.arange(len(crossed)) - np.repeat(np.cumsum(counts) - counts - first, counts)
-    starts, lengths = starts_xy.T.ravel()[crossed], (ends_xy - starts_xy).T.ravel()[crossed]
-    cuts = crossed % num_edges + np.clip((lines - starts) / lengths, 0, _BEFORE_THE_END)
-    # One sort of plain numbers, edge and place in one, is far faster than an ordering by two keys.
-    places = np.sort(np.concatenate([np.arange(num_edges, dtype=np.float64), cuts]))
-    edges = places.astype(np.int64)
-    return edges, places - edges
+def _few_enough(points_xy: Array, lengths: Array, owners: Array) -> tuple[Array, Array, Array]:
+    """As they are, but for masks of too many corners."""
+    totals = np.bincount(owners, lengths)
+    if totals.max(initial=0) <= _MAX_CORNERS:
+        return points_xy, lengths, owners
+    steps = np.ceil(2 * totals / _MAX_CORNERS).astype(np.int64)[owners]
+    places = np.arange(len(points_xy)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return points_xy[places % np.repeat(steps, lengths) == 0], -(-lengths // steps), owners
 
 
-def _accumulated(middle_xy: Array, width: Array, masks: Array, num_masks: int, side: int) -> Array:
-    column = np.minimum(middle_xy[:, 0].astype(np.int64), side - 1)
-    row = middle_xy[:, 1].astype(np.int64)
-    below = width * (middle_xy[:, 1] - row)
-    # Two rows more than cells: for pieces on the lower border, and for what those of the last row add below it.
-    cell = (masks * (side + 2) + row) * side + column
-    weights = np.concatenate([width - below, below])
-    areas = np.bincount(np.concatenate([cell, cell + side]), weights, num_masks * (side + 2) * side)
-    winding = areas.astype(np.float32).reshape(num_masks, side + 2, side).cumsum(axis=1)[:, :side]
-    return np.asarray(np.minimum(np.abs(winding), 1.0))
+def _turn_alike(corners: Array, lengths: Array, owners: Array) -> None:
+    """Turns the polygons of a mask of several one way: where others overlap, they would take from each other."""
+    of_several = np.bincount(owners)[owners] > 1
+    for stop, length in zip(np.cumsum(lengths)[of_several].tolist(), lengths[of_several].tolist(), strict=True):
+        polygon = corners[stop - length : stop]
+        x, y = polygon.astype(np.float64).T
+        # Twice the area, of all triangles with the last corner.
+        if np.dot(x[:-1] - x[-1], y[1:] - y[-1]) < np.dot(x[1:] - x[-1], y[:-1] - y[-1]):
+            polygon[:] = polygon[::-1].copy()
+
+
+def _draw(places: Sequence[int], side: int) -> None:
+    """Draws one mask; ``places``: how many polygons and corners, and the addresses of what they and the mask are in."""
+    num_polygons, num_corners, corners, tags, last_corners, mask = places
+    outline = freetype.FT_Outline(
+        num_polygons,
+        num_corners,
+        pointer(freetype.FT_Vector.from_address(corners)),
+        pointer(ctypes.c_ubyte.from_address(tags)),
+        pointer(ctypes.c_short.from_address(last_corners)),
+    )
+    bitmap = freetype.FT_Bitmap(side, side, side, pointer(ctypes.c_ubyte.from_address(mask)), _NUM_GRAYS, _GRAY_PIXELS)
+    # More would wrap around in 16 bits, and nothing be drawn.
+    fits = num_corners <= _MAX_CORNERS
+    if not fits or freetype.FT_Outline_Get_Bitmap(_library(), byref(outline), byref(bitmap)):
+        raise DataError(
+            "a mask cannot be drawn",
+            value=f"{num_polygons} polygons, {num_corners} corners",
+            rule=f"FreeType takes {_MAX_CORNERS}",
+            fix="remove the mask, or give it as run lengths",
+        )
+
+
+@functools.cache
+def _library() -> Any:
+    library = freetype.FT_Library()
+    freetype.FT_Init_FreeType(byref(library))
+    return library
