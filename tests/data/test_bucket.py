@@ -1,4 +1,6 @@
-"""A set in a bucket, from an S3 server on this machine: the same stream as from its folder."""
+"""A set in a bucket, from servers of S3 and GCS on this machine: the same stream as from its folder."""
+
+import contextlib
 
 import pytest
 from made_sets import make_coco
@@ -11,9 +13,7 @@ from piip_scale.data.shards import ShardSet
 from piip_scale.errors import FetchError
 
 fsspec = pytest.importorskip("fsspec")
-pytest.importorskip("s3fs", reason="needs the s3 extra")
-boto3 = pytest.importorskip("boto3", reason="S3 is tested against moto's server: install the dev extra")
-moto = pytest.importorskip("moto.server", reason="S3 is tested against moto's server: install the dev extra")
+FOLDER = "coco/train"
 
 
 @pytest.fixture(scope="module")
@@ -23,41 +23,65 @@ def packed(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.fixture(scope="module")
-def bucket(packed):
-    """The set in a bucket of an S3 server on this machine, and what its clients are told."""
-    s3 = moto.ThreadedMotoServer(port=0, verbose=False)
-    s3.start()
-    _, port = s3.get_host_and_port()
+@contextlib.contextmanager
+def s3_bucket(files):
+    """What clients of an S3 server are told whose bucket holds some files."""
+    reason = "S3 is tested against moto's server: install the dev extra"
+    pytest.importorskip("s3fs", reason="needs the s3 extra")
+    boto3, moto = (pytest.importorskip(name, reason=reason) for name in ("boto3", "moto.server"))
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
     options = {"endpoint_url": f"http://127.0.0.1:{port}", "key": "key", "secret": "secret"}
-    client = boto3.client(
-        "s3",
-        endpoint_url=options["endpoint_url"],
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-        region_name="us-east-1",
-    )
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=options["endpoint_url"], **keys)
     client.create_bucket(Bucket="sets")
-    for path in packed.iterdir():
-        client.put_object(Bucket="sets", Key=f"coco/train/{path.name}", Body=path.read_bytes())
+    for path in files:
+        client.put_object(Bucket="sets", Key=f"{FOLDER}/{path.name}", Body=path.read_bytes())
     yield options
-    s3.stop()
+    server.stop()
+
+
+@contextlib.contextmanager
+def gcs_bucket(files):
+    """The same of a GCS server."""
+    pytest.importorskip("gcsfs", reason="needs the gcs extra")
+    reason = "GCS is tested against an emulator: install the dev extra"
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason=reason)
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="sets")
+    server.start()
+    url = f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
+    options = {"endpoint_url": url, "token": "anon"}
+    import requests
+
+    for path in files:
+        query = {"uploadType": "media", "name": f"{FOLDER}/{path.name}"}
+        requests.post(f"{url}/upload/storage/v1/b/sets/o", params=query, data=path.read_bytes()).raise_for_status()
+    yield options
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def protocol(request, packed):
+    """Of a bucket with the set in it, whose client knows where the server is."""
+    make = {"s3": s3_bucket, "gs": gcs_bucket}[request.param]
+    with make(packed.iterdir()) as options, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fsspec.config.conf, request.param, options)
+        yield request.param
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bucket_streams_as_a_folder_does(packed, bucket, tmp_path, monkeypatch, workers):
-    monkeypatch.setitem(fsspec.config.conf, "s3", bucket)
+def test_a_bucket_streams_as_a_folder_does(packed, protocol, tmp_path, monkeypatch, workers):
     monkeypatch.setattr("piip_scale.data.sources._BLOCK_BYTES", 3000)
-    remote = loader("s3://sets/coco/train", cache={"folder": str(tmp_path)}, workers=workers)
+    remote = loader(f"{protocol}://sets/{FOLDER}", cache={"folder": str(tmp_path)}, workers=workers)
     expected = [content(batch) for batch in loader(packed).batches(0)]
     assert [content(batch) for batch in remote.batches(0)] == expected
 
 
-def test_a_bucket_that_is_not_there_is_one_line(bucket, tmp_path, monkeypatch):
-    monkeypatch.setitem(fsspec.config.conf, "s3", bucket)
-    for location in ("s3://sets/coco/val", "s3://absent/coco"):
+def test_a_bucket_that_is_not_there_is_one_line(protocol, tmp_path):
+    for location in (f"{protocol}://sets/coco/val", f"{protocol}://absent/coco"):
         with pytest.raises(
             FetchError, match=f"^manifest.json cannot be fetched from {location}: got 'it is not there'"
         ):
             ShardSet.open(location, cache=CacheConfig(folder=str(tmp_path)))
-    assert not has_manifest("s3://absent/coco", CacheConfig(folder=str(tmp_path)))
+    assert not has_manifest(f"{protocol}://absent/coco", CacheConfig(folder=str(tmp_path)))
