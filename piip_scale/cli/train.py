@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -151,7 +152,8 @@ def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: boo
     from piip_scale.tasks.kinds import build_task
 
     run = RunDirectory(run_dir)
-    return train_worker(config, config_text(config), run, build_task, resume=resume, show_progress=progress)
+    build = partial(build_task, broken_samples=run.broken_samples)
+    return train_worker(config, config_text(config), run, build, resume=resume, show_progress=progress)
 
 
 def _num_gpus() -> int:

@@ -68,8 +68,7 @@ class DataConfig(Strict):
         classes: Category names in label order; must equal the shards' own. Empty takes the shards' categories.
         num_streams: Canonical streams of an epoch's order; every world size that divides it sees the same batches.
         workers: Loader processes per rank; 0 loads in the training process.
-        max_broken_share: The run stops when more than this share of what a rank has seen is broken; it is taken of an
-            epoch at least.
+        max_broken_share: The run stops when more than this share of a set's samples is found broken.
         cache: Where shards that are not in a folder are kept on the node.
     """
 

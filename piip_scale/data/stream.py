@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from typing_extensions import Self
 
 from piip_scale.config.run import DataConfig
 from piip_scale.data.batch import Batch
+from piip_scale.data.broken import BrokenSample, BrokenSamples
 from piip_scale.data.cache import GIB
 from piip_scale.data.order import (
     EpochOrder,
@@ -48,14 +50,6 @@ Flag = Any
 _PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _WATCH_SECONDS = 0.2
 _BATCHES_OF_WORKER = 2
-
-
-@dataclass(frozen=True)
-class BrokenSample:
-    """A sample that could not be used, and why."""
-
-    key: str
-    reason: str
 
 
 BatchT = TypeVar("BatchT", bound=Batch, covariant=True)
@@ -114,6 +108,8 @@ class ShardLoader(Generic[BatchT]):
         world: This rank among all.
         accumulation: Micro-batches of each rank in a step: with the ranks it decides which samples share a batch.
         group_by_aspect: Tall and wide images train in batches of their own.
+        broken_samples: A folder of the run, for all ranks: samples that are broken are told once in the run, and
+            counted together. ``None`` leaves each rank to tell of its own.
 
     Attributes:
         num_seen: Samples asked for so far.
@@ -130,11 +126,14 @@ class ShardLoader(Generic[BatchT]):
         world: World,
         accumulation: int = 1,
         group_by_aspect: bool = False,
+        broken_samples: Path | None = None,
     ) -> None:
         self.shards, self.config, self.maker, self.seed, self.world = shards, config, maker, seed, world
         self.accumulation, self.group_by_aspect = accumulation, group_by_aspect
         self.num_seen = self.num_broken = 0
-        self._named: set[str] = set()
+        limit = config.max_broken_share * len(shards) / (1 if broken_samples else world.num_ranks)
+        folder = broken_samples / shards.short_id if broken_samples else None
+        self._broken = BrokenSamples(shards.location, limit, folder)
         self._told_of_cache = False
 
     @property
@@ -259,18 +258,7 @@ class ShardLoader(Generic[BatchT]):
         self.num_seen += loaded.num_samples
         self.num_broken += len(loaded.broken)
         for sample in loaded.broken:
-            if sample.key not in self._named:
-                self._named.add(sample.key)
-                get_logger(__name__).warning("sample %s is replaced by a neighbour: %s", sample.key, sample.reason)
-        # Over an epoch at least, so that one broken sample among the first few does not stop a run.
-        share = self.num_broken / max(self.num_seen, len(self.shards) / self.world.num_ranks)
-        if share > self.config.max_broken_share:
-            raise DataError(
-                f"too many broken samples in {self.shards.location}: {self.num_broken}, last {sorted(self._named)[-1]}",
-                value=round(share, 4),
-                rule=f"at most a share of {self.config.max_broken_share} of an epoch (data.max_broken_share)",
-                fix="pack the set again, or raise the share",
-            )
+            self._broken.add(sample)
 
 
 class _Batches(Dataset["_Loaded[BatchT] | DataError"], Generic[BatchT]):

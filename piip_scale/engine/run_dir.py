@@ -75,7 +75,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 class RunDirectory:
-    """The files of one run, by name. Writing is for the main rank, errors, stacks and heartbeats aside.
+    """The files of one run, by name. Writing is for the main rank, errors, stacks, heartbeats and broken samples aside.
 
     Ranks start and fail in any order: what was written before this process began is of an earlier launch and does not
     count, so that no rank has to wait until the main rank has cleared it away.
@@ -91,6 +91,7 @@ class RunDirectory:
         self.stacks = self.path / "stacks"
         self.heartbeats = self.path / "heartbeats"
         self.checkpoints = self.path / "checkpoints"
+        self.broken_samples = self.path / "broken_samples"
 
     def check(self, *, resume: bool) -> None:
         """Refuses a directory that holds a run already, or none to resume; writes nothing.

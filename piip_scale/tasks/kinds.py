@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from piip_scale.tasks.base import Predictor, Task
 
 
-def build_task(config: RunConfig, world: World) -> Task:
+def build_task(config: RunConfig, world: World, broken_samples: Path | None = None) -> Task:
     """The task of a run.
+
+    Args:
+        config: The run.
+        world: This rank among all.
+        broken_samples: A folder of the run where its ranks put down which samples are broken, if it has one.
 
     Raises:
         DataError: Validation shards that are absent, damaged, or of other classes than the config's.
@@ -28,15 +33,15 @@ def build_task(config: RunConfig, world: World) -> Task:
     if isinstance(config, DetectionRun):
         from piip_scale.tasks.detection import DetectionTask
 
-        return DetectionTask(config, world)
+        return DetectionTask(config, world, broken_samples)
     if isinstance(config, ClassificationRun):
         from piip_scale.tasks.classification import ClassificationTask
 
-        return ClassificationTask(config, world)
+        return ClassificationTask(config, world, broken_samples)
     if isinstance(config, SegmentationRun):
         from piip_scale.tasks.segmentation import SegmentationTask
 
-        return SegmentationTask(config, world)
+        return SegmentationTask(config, world, broken_samples)
     raise _unknown(config)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
     Args:
         config: The run.
         world: This rank among all.
+        broken_samples: A folder of the run where its ranks put down which samples are broken, if it has one.
 
     Raises:
         DataError: Validation shards that are absent, damaged, of another kind, or of other classes than the config's.
@@ -41,8 +43,8 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
 
     set_kind: ClassVar[SetKind]
 
-    def __init__(self, config: ConfigT, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: ConfigT, world: World, broken_samples: Path | None = None) -> None:
+        self.config, self.world, self._broken_samples = config, world, broken_samples
         self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes, self.set_kind, config.data.cache)
         self._val_loader = self._loader(self.val_shards)
 
@@ -139,4 +141,5 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
             world=self.world,
             accumulation=train.gradient_accumulation,
             group_by_aspect=self._groups_by_aspect,
+            broken_samples=self._broken_samples,
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 
 import pytest
 from commands import command, environment, failed_in_one_line, piip_scale, succeeded
+from damaged import damage
 
 from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.data.shards import ShardSet
 
 NOTES = {
     "images": [{"id": 7, "file_name": "a.jpg", "width": 64, "height": 64}],
@@ -210,3 +213,21 @@ def test_converting_never_replaces_unasked(trained, weights):
     content = weights.read_bytes()
     failed_in_one_line(piip_scale("convert", trained, weights), str(weights), "--overwrite")
     assert weights.read_bytes() == content
+
+
+def test_a_broken_sample_is_told_once_in_a_run(shards, config, tmp_path):
+    shutil.copytree(shards / "train", tmp_path / "train")
+    damage(tmp_path / "train", 3)
+    words = ["train", config, "--procs", 2, "--run-dir", tmp_path / "run", "--set", "data.max_broken_share=0.1"]
+    words += ["--set", f"data.train_shards={tmp_path / 'train'}", "--set", "train.steps=8"]
+    key = ShardSet.open(tmp_path / "train").keys[3]
+    done = succeeded(piip_scale(*words))
+    assert done.stderr.count("is replaced by a neighbour") == done.stderr.count(f"sample {key} is replaced") == 1
+    assert key in next((tmp_path / "run" / "broken_samples").rglob("*.json")).read_text()
+    # Two epochs: it came twice.
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["data/broken_samples"] for line in steps if line["kind"] == "step"][-1] == 2
+    # A run that goes on does not tell of it again, and counts it all the same.
+    stopped = piip_scale(*words, "--resume", "--set", "train.steps=12", "--set", "data.max_broken_share=0.05")
+    failed_in_one_line(stopped, "too many broken samples", key, "got 1", "at most 0.8")
+    assert "is replaced by a neighbour" not in stopped.stderr

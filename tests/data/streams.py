@@ -16,13 +16,15 @@ AUGMENT = AugmentConfig(
 )
 
 
-def loader(location, *, rank=0, num_ranks=1, accumulation=1, **keys):
+def loader(location, *, rank=0, num_ranks=1, accumulation=1, broken_samples=None, **keys):
     keys = {"micro_batch_size": 4, "num_streams": 12, "workers": 0, "augment": AUGMENT} | keys
     config = DetectionData(train_shards=str(location), val_shards=str(location), **keys)
     world = World(rank=rank, num_ranks=num_ranks, ranks_per_node=num_ranks, local_rank=rank)
     shards = ShardSet.open(location, cache=config.cache)
     samples = DetectionSamples(shards, config.augment)
-    return ShardLoader(shards, config, samples, seed=3, world=world, accumulation=accumulation)
+    return ShardLoader(
+        shards, config, samples, seed=3, world=world, accumulation=accumulation, broken_samples=broken_samples
+    )
 
 
 def content(batch):

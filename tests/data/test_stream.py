@@ -1,6 +1,5 @@
 """The stream of batches: the same whoever makes it, exact on resume, and clear about what is wrong."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from streams import content, loader
 from piip_scale.config.detection import AugmentConfig
 from piip_scale.data.batch import MASK_SIZE_PX
 from piip_scale.data.pack import pack_coco
-from piip_scale.data.shards import ShardSet
 from piip_scale.errors import DataError
 
 
@@ -117,19 +115,6 @@ def test_loading_leaves_the_global_generator_alone(packed):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def damage(folder, *numbers):
-    """Overwrites the middle of images inside their shards."""
-    shards = ShardSet.open(folder)
-    for number in numbers:
-        image = shards.read(number).image
-        for path in folder.glob("*.tar"):
-            position = path.read_bytes().find(image)
-            if position >= 0:
-                with open(path, "r+b") as file:
-                    file.seek(position + len(image) // 2)
-                    file.write(b"\0" * 40)
-
-
 def test_micro_batches_are_the_same_to_the_bit_on_every_world(packed):
     """A resumed run may find other ranks; with as many images a step, it goes on with what it would have seen."""
     alone = list(loader(packed, accumulation=4, micro_batch_size=2).batches(1))
@@ -142,32 +127,6 @@ def test_micro_batches_are_the_same_to_the_bit_on_every_world(packed):
         dealt = [batch for batches in zip(*cut, strict=True) for batch in batches]
         assert [content(batch) for batch in dealt] == [content(batch) for batch in alone]
         assert all(torch.equal(a.images_BHWC, b.images_BHWC) for a, b in zip(dealt, alone, strict=True))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_sample_is_replaced_counted_and_named_once(own_packed, workers, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
-    damage(own_packed, 5)
-    stream = loader(own_packed, workers=workers, max_broken_share=0.05, micro_batch_size=5)
-    with caplog.at_level(logging.WARNING, logger="piip_scale"):
-        first, second = (list(stream.batches(epoch)) for epoch in (0, 1))
-    assert (stream.num_seen, stream.num_broken) == (40, 2)
-    assert [record.args[0] for record in caplog.records] == ["000000000105"]
-    keys = [info.key for batch in first for info in batch.infos]
-    assert len(keys) == 20
-    assert keys.count("000000000105") == 0
-    assert keys.count("000000000106") == 2
-    again = list(loader(own_packed, max_broken_share=0.05, micro_batch_size=5).batches(1))
-    assert [content(batch) for batch in again] == [content(batch) for batch in second]
-
-
-def test_too_many_broken_samples_stop_the_run(own_packed):
-    damage(own_packed, 5, 9)
-    with pytest.raises(DataError, match=r"too many broken samples in .*: 2, last 0000000001.*0.1; at most a share"):
-        list(loader(own_packed, max_broken_share=0.09, micro_batch_size=5).batches(0))
-    damage(own_packed, *range(20))
-    with pytest.raises(DataError, match="no whole sample among 16"):
-        list(loader(own_packed, workers=1).batches(0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
