@@ -54,6 +54,7 @@ class TrainingState:
         groups: Names of the trainable parameters, by optimiser group.
         versions: Of the libraries that wrote it.
         config: The resolved config.
+        sets: What the task's ``data_id`` says; empty in checkpoints of older versions.
         format: Of this description.
     """
 
@@ -67,6 +68,7 @@ class TrainingState:
     groups: list[list[str]]
     versions: dict[str, str]
     config: dict[str, Any]
+    sets: str = ""
     format: int = STATE_FORMAT
 
 
@@ -81,14 +83,21 @@ class Checkpointer:
         config: The run.
         world: The ranks.
         steps_per_epoch: Optimiser steps of an epoch.
+        sets: The task's ``data_id``.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, folder: Path, config: RunConfig, world: World, steps_per_epoch: int
+        self,
+        engine: DeepSpeedEngine,
+        folder: Path,
+        config: RunConfig,
+        world: World,
+        steps_per_epoch: int,
+        sets: str = "",
     ) -> None:
         self._engine, self._config, self._world = engine, config, world
         self._store = CheckpointStore(folder, config.train.keep_checkpoints, config.train.milestone_every_steps)
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch, self._sets = steps_per_epoch, sets
         self._shapes, self._groups = _describe(engine)
         self._parts: dict[str, Callable[[], object]] = {}
         self._copies = HostCopies()
@@ -203,6 +212,7 @@ class Checkpointer:
             groups=self._groups,
             versions=versions(),
             config=self._config.model_dump(mode="json"),
+            sets=self._sets,
         )
 
 

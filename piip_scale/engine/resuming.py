@@ -68,6 +68,7 @@ class Checkpoint:
         _check(self.path, self.state, now)
         if dist.get_rank() == 0:
             tell_other_versions(self.path, self.state.versions)
+            tell_other_sets(self.path, self.state.sets, now.sets)
         restore(engine, self.path)
         engine.global_steps = self.state.step
         engine.global_samples = self.state.step * self.state.images_per_step
@@ -142,6 +143,24 @@ def _check(path: Path, saved: TrainingState, now: TrainingState) -> None:
             f"checkpoint {path} has other optimiser groups ({len(saved.groups)} against {len(now.groups)})",
             rule="weight_decay and layer_decay decide which parameters share one",
             fix="set optimizer.layer_decay and optimizer.weight_decay as they were",
+        )
+
+
+def tell_other_sets(path: Path, before: str, here: str) -> None:
+    """Warns where sets were repaired or others put in their place.
+
+    Args:
+        path: The checkpoint.
+        before: The sets that it was trained on, as ``Task.data_id`` says; empty where it does not tell.
+        here: Those of this run.
+    """
+    if before and before != here:
+        get_logger(__name__).warning(
+            "checkpoint %s was trained on other shards (%s; here %s): images may repeat or be left out until the next "
+            "epoch, and metrics may not compare",
+            path,
+            before,
+            here,
         )
 
 

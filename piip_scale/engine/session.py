@@ -112,7 +112,7 @@ class _Training:
         stream = BatchStream(task, config.train, device)
         self._engine = self._build_engine(clock, give_blanks if found else give_weights)
         self._checkpointer = Checkpointer(
-            self._engine, session.run.checkpoints, config, session.world, stream.steps_per_epoch
+            self._engine, session.run.checkpoints, config, session.world, stream.steps_per_epoch, task.data_id()
         )
         first_step = found.resume(self._engine, self._checkpointer.describe(0)) if found else 0
         self._average = build_average(self._engine, config.train, self._checkpointer, found)

@@ -14,6 +14,7 @@ from commands import command, environment, failed_in_one_line, piip_scale, succe
 from damaged import damage
 
 from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.data.pack import pack_coco
 from piip_scale.data.shards import ShardSet
 
 NOTES = {
@@ -231,3 +232,14 @@ def test_a_broken_sample_is_told_once_in_a_run(shards, config, tmp_path):
     stopped = piip_scale(*words, "--resume", "--set", "train.steps=12", "--set", "data.max_broken_share=0.05")
     failed_in_one_line(stopped, "too many broken samples", key, "got 1", "at most 0.8")
     assert "is replaced by a neighbour" not in stopped.stderr
+
+
+def test_going_on_with_other_shards_is_told(shards, scenes, config, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    pack_coco(scenes.train, scenes.images, tmp_path / "repacked", target_samples=5, workers=1)
+    words = ["--resume", "--set", f"data.train_shards={tmp_path / 'repacked'}", "--set", "train.steps=8"]
+    done = succeeded(piip_scale("train", config, "--procs", 2, "--run-dir", tmp_path / "run", *words))
+    ids = [ShardSet.open(folder).short_id for folder in (shards / "train", tmp_path / "repacked")]
+    told = [line for line in done.stderr.splitlines() if "was trained on other shards" in line]
+    assert len(told) == 1
+    assert all(f"train {one}" in told[0] for one in ids)
