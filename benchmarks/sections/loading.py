@@ -7,8 +7,6 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
@@ -17,12 +15,11 @@ import torch
 
 from piip_scale.config.detection import DetectionData
 from piip_scale.data.detection import DetectionSamples
-from piip_scale.data.pack import pack_coco
 from piip_scale.data.shards import ShardSet
 from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World
 from sections.mmdet_loading import JITTER, MULTI_SCALE, mmdet_set
-from sections.photos import write_photos
+from sections.photos import Photos, packed_photos
 from sections.record import table
 from sections.throughput import AUGMENTS, BATCH_SIZE
 
@@ -44,11 +41,8 @@ def section() -> str:
     """The tables of both recipes."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    with TemporaryDirectory() as folder:
-        annotations, images = write_photos(Path(folder), _NUM_IMAGES)
-        pack_coco(annotations, images, Path(folder) / "shards", target_mb=8)
-        shards = ShardSet.open(Path(folder) / "shards")
-        rows = [_row(recipe, shards, annotations, images) for recipe in (MULTI_SCALE, JITTER)]
+    with packed_photos(_NUM_IMAGES) as photos:
+        rows = [_row(recipe, photos) for recipe in (MULTI_SCALE, JITTER)]
     text = _TEXT.format(images=_NUM_IMAGES, rounds=_ROUNDS)
     header = ["", "ours", "mmdet", "ours / CPU s", "mmdet / CPU s", "ratio", "first batch, s", "mmdet's, s"]
     return f"{text}\n\n{table(header, rows)}"
@@ -60,11 +54,11 @@ def our_loader(shards: ShardSet, recipe: str, workers: int = WORKERS) -> ShardLo
     return ShardLoader(shards, data, DetectionSamples(shards, AUGMENTS[recipe]), seed=0, world=_ALONE)
 
 
-def _row(recipe: str, shards: ShardSet, annotations: Path, images: Path) -> list[str]:
+def _row(recipe: str, photos: Photos) -> list[str]:
     from mmengine.dataset import DefaultSampler, pseudo_collate
 
-    ours = our_loader(shards, recipe)
-    dataset = mmdet_set(recipe, annotations, images)
+    ours = our_loader(photos.shards, recipe)
+    dataset = mmdet_set(recipe, photos.annotations, photos.images)
     theirs = torch.utils.data.DataLoader(
         dataset,
         batch_size=BATCH_SIZE,
@@ -101,10 +95,8 @@ def _cpu_seconds() -> float:
 def memory_section() -> str:
     """Private memory of the loader's processes over many batches."""
     cv2.setNumThreads(0)
-    with TemporaryDirectory() as folder:
-        annotations, images = write_photos(Path(folder), _NUM_IMAGES)
-        pack_coco(annotations, images, Path(folder) / "shards", target_mb=8)
-        rows = [_memory_row(recipe, ShardSet.open(Path(folder) / "shards")) for recipe in (MULTI_SCALE, JITTER)]
+    with packed_photos(_NUM_IMAGES) as photos:
+        rows = [_memory_row(recipe, photos.shards) for recipe in (MULTI_SCALE, JITTER)]
     text = (
         "Private memory (USS) of a process that makes batches as a loader's processes do, in MiB, after so many "
         f"images: {_EPOCHS_KEPT} epochs of {_NUM_IMAGES}, two images a batch."

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
@@ -10,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from piip_scale.data.files import json_bytes, write_bytes
+from piip_scale.data.pack import pack_coco
+from piip_scale.data.shards import ShardSet
 
 SIZE_PX = (480, 640)
 OBJECTS_PER_IMAGE = 7.4
@@ -26,7 +32,31 @@ Image = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
 
-def write_photos(folder: Path, num_images: int, *, seed: int = 0) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class Photos:
+    """The set, as mmdet reads it and packed.
+
+    Attributes:
+        annotations: The COCO file.
+        images: The folder of its images.
+        shards: Both, packed.
+    """
+
+    annotations: Path
+    images: Path
+    shards: ShardSet
+
+
+@contextmanager
+def packed_photos(num_images: int) -> Iterator[Photos]:
+    """The set in a folder that goes with the block."""
+    with TemporaryDirectory() as folder:
+        annotations, images = _write_photos(Path(folder), num_images)
+        pack_coco(annotations, images, Path(folder) / "shards", target_mb=8)
+        yield Photos(annotations, images, ShardSet.open(Path(folder) / "shards"))
+
+
+def _write_photos(folder: Path, num_images: int) -> tuple[Path, Path]:
     """Parts of scikit-learn's two photographs as JPEG files, with smooth outlines of random objects.
 
     Returns:
@@ -34,7 +64,7 @@ def write_photos(folder: Path, num_images: int, *, seed: int = 0) -> tuple[Path,
     """
     import simplejpeg
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     photos = _photographs()
     root: dict[str, Any] = {"images": [], "annotations": []}
     root["categories"] = [{"id": number + 1, "name": f"class {number}"} for number in range(NUM_CLASSES)]

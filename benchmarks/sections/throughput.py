@@ -5,8 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
@@ -15,11 +13,10 @@ import torch
 from piip_scale.config.detection import AugmentConfig
 from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.order import random_of
-from piip_scale.data.pack import pack_coco
 from piip_scale.data.shards import ShardSet
 from sections import mmdet_loading
 from sections.mmdet_loading import CROP_PX, JITTER, JITTER_SCALE, MAX_EDGE_PX, MULTI_SCALE, SHORT_EDGES_PX
-from sections.photos import write_photos
+from sections.photos import Photos, packed_photos
 from sections.record import table
 
 AUGMENTS = {
@@ -44,27 +41,24 @@ def section() -> str:
     """The table of both recipes."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    with TemporaryDirectory() as folder:
-        annotations, images = write_photos(Path(folder), NUM_IMAGES)
-        pack_coco(annotations, images, Path(folder) / "shards", target_mb=8)
-        shards = ShardSet.open(Path(folder) / "shards")
-        rows = [row for recipe in AUGMENTS for row in _rows(recipe, shards, annotations, images)]
-        sizes = [path.stat().st_size / 1024 for path in images.iterdir()]
+    with packed_photos(NUM_IMAGES) as photos:
+        rows = [_row(recipe, photos) for recipe in AUGMENTS]
+        sizes = [path.stat().st_size / 1024 for path in photos.images.iterdir()]
         text = _TEXT.format(
             kib=statistics.mean(sizes),
-            objects=shards.manifest.num_annotations / len(shards),
+            objects=photos.shards.manifest.num_annotations / NUM_IMAGES,
             rounds=_ROUNDS,
             images=_IMAGES_PER_ROUND,
         )
     return f"{text}\n\n{table(['', 'ours', 'mmdet 3.3', 'ratio', 'mmdet, poly2mask=False', 'ratio'], rows)}"
 
 
-def _rows(recipe: str, shards: ShardSet, annotations: Path, images: Path) -> list[list[str]]:
-    maker = DetectionSamples(shards, AUGMENTS[recipe])
-    bitmaps = mmdet_loading.mmdet_set(recipe, annotations, images)
-    polygons = mmdet_loading.mmdet_set(recipe, annotations, images, bitmaps=False)
+def _row(recipe: str, photos: Photos) -> list[str]:
+    maker = DetectionSamples(photos.shards, AUGMENTS[recipe])
+    bitmaps = mmdet_loading.mmdet_set(recipe, photos.annotations, photos.images)
+    polygons = mmdet_loading.mmdet_set(recipe, photos.annotations, photos.images, bitmaps=False)
     loaders: list[Callable[[Sequence[int], int], None]] = [
-        lambda numbers, epoch: load(maker, shards, numbers, epoch),
+        lambda numbers, epoch: load(maker, photos.shards, numbers, epoch),
         lambda numbers, epoch: _load_mmdets(bitmaps, numbers),
         lambda numbers, epoch: _load_mmdets(polygons, numbers),
     ]
@@ -75,7 +69,7 @@ def _rows(recipe: str, shards: ShardSet, annotations: Path, images: Path) -> lis
         ratios = sorted(b / a for a, b in zip(ours, other, strict=True))
         cells.append(f"{_IMAGES_PER_ROUND / statistics.median(other):.0f}")
         cells.append(f"**{statistics.median(ratios):.1f}** ({ratios[0]:.1f}-{ratios[-1]:.1f})")
-    return [[recipe, *cells]]
+    return [recipe, *cells]
 
 
 def load(maker: DetectionSamples, shards: ShardSet, numbers: Sequence[int], epoch: int) -> None:

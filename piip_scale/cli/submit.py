@@ -101,6 +101,15 @@ def submit(
         profile=site,
         options=_merged(site, {name: value for name, value in named.items() if value}, sbatch or []),
     )
+    submission = _submitted(order, resume=resume, dry_run=dry_run)
+    if watch and not dry_run:
+        from piip_scale.cli.jobs import watch_runs
+
+        watch_runs([spec.run_dir for spec in submission.specs])
+
+
+def _submitted(order: Order, *, resume: bool, dry_run: bool) -> Submission:
+    """Checks the runs, then prints the script of a dry run, or sends it."""
     submission = plan_submission(order)
     if not dry_run:
         refuse_active([spec.run_dir for spec in submission.specs], submission.files.script, queued_jobs())
@@ -109,12 +118,9 @@ def submit(
         typer.echo(line, err=True)
     if dry_run:
         typer.echo(submission.script, nl=False)
-        return
-    _send(submission, checked)
-    if watch:
-        from piip_scale.cli.jobs import watch_runs
-
-        watch_runs([spec.run_dir for spec in submission.specs])
+    else:
+        _send(submission, checked)
+    return submission
 
 
 def _merged(site: Profile, named: Mapping[str, OptionValue], texts: list[str]) -> dict[str, OptionValue]:
