@@ -31,8 +31,8 @@ def draw_covered(points_xy: Array, lengths: Array, owners: Array, masks: Array) 
         points_xy: Corners of all polygons in turn, float64 (P, 2), x and y in cells; parts outside the grid cover
             nothing. Of a mask with more corners than FreeType takes, 32 thousand, every second, third or so is drawn.
         lengths: Corners of each polygon, int64 (K,); those of none cover nothing.
-        owners: The mask that each belongs to, int64 (K,), ascending. Where two of one mask overlap, a cell's share is
-            that of both, at most all of it.
+        owners: The mask that each belongs to, int64 (K,), those of one mask in turn. Where two of them overlap, a
+            cell's share is that of both, at most all of it.
         masks: Zeros, uint8 (N, side, side), contiguous.
 
     Raises:

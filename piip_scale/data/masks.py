@@ -72,7 +72,7 @@ class Shapes:
             geometry: From the stored image to the new one.
 
         Raises:
-            DataError: The run lengths cannot be decoded.
+            DataError: Run lengths cannot be decoded, or polygons not be drawn.
         """
         masks = np.zeros((len(indices), MASK_SIZE_PX, MASK_SIZE_PX), np.uint8)
         self._draw_polygons(indices, boxes_xyxy_px, geometry, masks)
