@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,19 +53,21 @@ class BrokenSamples:
             )
 
     def __len__(self) -> int:
-        return len(self._met) if self._folder is None else max(len(self._met), sum(1 for _ in self._folder.glob("*")))
+        written = 0 if self._folder is None else sum(1 for _ in self._folder.glob("*.json"))
+        return max(len(self._met), written)
 
     def _is_first_to_write(self, sample: BrokenSample) -> bool:
         if self._folder is None:
             return True
-        try:
+        path = self._folder / f"{sha256_of(sample.key.encode())[:16]}.json"
+        # A disk that is full or read-only must not end the run, nor keep this sample's name from the user.
+        with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             # To create a file that must not exist is what shared file systems let only one of many do.
-            with (self._folder / f"{sha256_of(sample.key.encode())[:16]}.json").open("x") as file:
+            try:
+                file = path.open("x", encoding="utf-8")
+            except FileExistsError:
+                return False
+            with file:
                 json.dump(asdict(sample), file)
-        except FileExistsError:
-            return False
-        # A disk that is full or read-only must not end the run, nor keep this sample's name from the user.
-        except OSError:
-            return True
         return True

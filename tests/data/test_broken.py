@@ -93,9 +93,10 @@ def test_too_many_are_those_of_all_ranks_together(packed, tmp_path, together):
         read(ranks, range(4))
 
 
-def test_a_folder_that_cannot_be_written_hides_nothing(tmp_path, told):
+@pytest.mark.parametrize("folder", ["file", "file/set"])
+def test_a_folder_that_cannot_be_written_hides_nothing(tmp_path, told, folder):
     (tmp_path / "file").write_text("")
-    samples = BrokenSamples("here", 1, tmp_path / "file" / "set")
+    samples = BrokenSamples("here", 1, tmp_path / folder)
     samples.add(BrokenSample("a", "why"))
     samples.add(BrokenSample("a", "why"))
     with pytest.raises(DataError, match="got 2"):
