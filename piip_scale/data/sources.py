@@ -186,8 +186,9 @@ class ObjectSource:
             told = fsspec.config.conf.get("http", {})
             options["client_kwargs"] = {"trust_env": True} | told.get("client_kwargs", {})
             options["headers"] = {"Accept-Encoding": "identity"} | told.get("headers", {})
-        # It would ask what kind of bucket each is, over gRPC, which does not survive a fork, and for up to a minute.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        if self._protocol == "gs":
+            # It would ask what kind a bucket is, over gRPC, which does not survive a fork, and for up to a minute.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
             return fsspec.filesystem(self._protocol, **options)
         except ImportError as error:
