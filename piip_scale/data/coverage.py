@@ -53,6 +53,7 @@ def draw_covered(points_xy: Array, lengths: Array, owners: Array, masks: Array) 
 
 
 def _draw_all(corners: Array, lengths: Array, owners: Array, masks: Array) -> None:
+    # By addresses that are computed at once: to slice arrays and ask for theirs takes longer than to draw a mask.
     tags = np.full(len(corners), _ON_OUTLINE, np.uint8)
     first_polygons = np.flatnonzero(np.diff(owners, prepend=-1))
     num_polygons = np.diff(first_polygons, append=len(owners))

@@ -117,6 +117,24 @@ def read_state(checkpoint: Path) -> TrainingState:
         ) from error
 
 
+def tell_other_sets(path: Path, before: str, here: str) -> None:
+    """Warns where sets were repaired or others put in their place.
+
+    Args:
+        path: The checkpoint.
+        before: The sets that it was trained on, as ``Task.data_id`` says; empty where it does not tell.
+        here: Those of this run.
+    """
+    if before and before != here:
+        get_logger(__name__).warning(
+            "checkpoint %s was trained on other shards (%s; here %s): images may repeat or be left out until the next "
+            "epoch, and metrics may not compare",
+            path,
+            before,
+            here,
+        )
+
+
 def _newest(folder: Path) -> Path | None:
     store = CheckpointStore(folder, keep=1)
     store.clean()
@@ -143,24 +161,6 @@ def _check(path: Path, saved: TrainingState, now: TrainingState) -> None:
             f"checkpoint {path} has other optimiser groups ({len(saved.groups)} against {len(now.groups)})",
             rule="weight_decay and layer_decay decide which parameters share one",
             fix="set optimizer.layer_decay and optimizer.weight_decay as they were",
-        )
-
-
-def tell_other_sets(path: Path, before: str, here: str) -> None:
-    """Warns where sets were repaired or others put in their place.
-
-    Args:
-        path: The checkpoint.
-        before: The sets that it was trained on, as ``Task.data_id`` says; empty where it does not tell.
-        here: Those of this run.
-    """
-    if before and before != here:
-        get_logger(__name__).warning(
-            "checkpoint %s was trained on other shards (%s; here %s): images may repeat or be left out until the next "
-            "epoch, and metrics may not compare",
-            path,
-            before,
-            here,
         )
 
 
