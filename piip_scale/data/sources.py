@@ -39,6 +39,7 @@ _POLL_S = 0.1
 # Statuses of a client's fault that may pass: a timeout, too early, too many requests.
 _PASSING = {408, 425, 429}
 _NO_SUCH_COMMAND = (126, 127)
+_GCSFS_GRPC = "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"
 # What fsspec needs for each kind of location, and the extra of this package that brings it.
 _EXTRAS = {"http": "", "https": "", "s3": "s3", "gs": "gcs"}
 
@@ -186,11 +187,8 @@ class ObjectSource:
             told = fsspec.config.conf.get("http", {})
             options["client_kwargs"] = {"trust_env": True} | told.get("client_kwargs", {})
             options["headers"] = {"Accept-Encoding": "identity"} | told.get("headers", {})
-        if self._protocol == "gs":
-            # It would ask what kind a bucket is, over gRPC, which does not survive a fork, and for up to a minute.
-            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
-            return fsspec.filesystem(self._protocol, **options)
+            return _filesystem_class(self._protocol)(**options)
         except ImportError as error:
             extra = _EXTRAS[self._protocol]
             raise DataError(
@@ -263,6 +261,20 @@ class PipeSource:
 def located(location: str, name: str) -> str:
     """The location of a file of the set at ``location``."""
     return location.replace(NAME, name) if NAME in location else f"{location.rstrip('/')}/{name}"
+
+
+def _filesystem_class(protocol: str) -> Any:
+    """fsspec's; of gcsfs its plain one, unless the user asked for the other.
+
+    The other asks what kind each bucket is, over gRPC, which does not survive a fork, and for up to a minute.
+    """
+    import fsspec
+
+    if protocol == "gs" and _GCSFS_GRPC not in os.environ:
+        from gcsfs.core import GCSFileSystem
+
+        return GCSFileSystem
+    return fsspec.get_filesystem_class(protocol)
 
 
 def _awaited(future: Future[bytes], longest_s: float | None, stop: Stop) -> bytes:
