@@ -1,6 +1,6 @@
 """Packed sets with samples that cannot be used."""
 
-from piip_scale.data.shards import ShardSet
+from piip_scale.data.reading.shards import ShardSet
 
 
 def damage(folder, *numbers):

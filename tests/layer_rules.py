@@ -15,9 +15,11 @@ LAYERS = {
     "models": 2,
     "data": 2,
     "checkpoint": 2,
+    "run": 2,
     "tasks": 3,
     "engine": 3,
     "telemetry": 3,
+    "demo": 3,
     "launch": 4,
     "cli": 4,
 }
@@ -38,8 +40,8 @@ WALLS = {
     "mmcv": ("tasks",),
     "mmengine": ("tasks", "config.loading"),
     "webdataset": ("data",),
-    "fsspec": ("data.sources",),
-    "aiohttp": ("data.sources",),
+    "fsspec": ("data.reading.sources",),
+    "aiohttp": ("data.reading.sources",),
     "tensorboard": ("telemetry",),
     "typer": ("cli",),
     "rich": ("telemetry", "cli"),
@@ -48,9 +50,9 @@ WALLS = {
 HEAVY = {
     "deepspeed": (),
     "mmdet": ("tasks.mmlab",),
-    "mmseg": ("tasks.mmlab_seg",),
+    "mmseg": ("tasks.segmentation.mmlab",),
     "mmcv": ("tasks.mmlab",),
-    "mmengine": ("tasks.mmlab", "tasks.mmlab_seg"),
+    "mmengine": ("tasks.mmlab", "tasks.segmentation.mmlab"),
     "webdataset": (),
     "fsspec": (),
     "aiohttp": (),
@@ -62,7 +64,7 @@ HEAVY = {
     "matplotlib": (),
     "faster_coco_eval": (),
     "torchvision": ("tasks", "ops"),
-    "cv2": ("data", "tasks"),
+    "cv2": ("data", "demo", "tasks"),
 }
 # Names of the environment that a single module reads or writes.
 RANK_VARIABLES = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_ADDR|MASTER_PORT|SLURM_\w+")

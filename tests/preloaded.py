@@ -69,7 +69,7 @@ def run_ranks(num_ranks: int, function, *args, timeout_s: float = 240):
 
 
 def _rank_main(results, rank: int, num_ranks: int, port: int, function, args) -> None:
-    from piip_scale.engine.setup import init_distributed
+    from piip_scale.engine.zero.setup import init_distributed
 
     try:
         torch.set_num_threads(1)

@@ -84,7 +84,12 @@ def faults_of(check, module, source):
         (rules.layer_faults, "piip_scale.ops.a", "from piip_scale import models", "piip_scale.models (layer 2)"),
         (rules.layer_faults, "piip_scale.models.a", "from ..data import batch", "piip_scale.data.batch (layer 2)"),
         (rules.layer_faults, "piip_scale.data.a", "def f():\n    from piip_scale.engine.x import y", "a:2 (layer 2)"),
-        (rules.layer_faults, "piip_scale.engine.a", "from piip_scale.tasks.detection import D", "tasks.detection.D"),
+        (
+            rules.layer_faults,
+            "piip_scale.engine.a",
+            "from piip_scale.tasks.detection.task import D",
+            "tasks.detection.task.D",
+        ),
         (rules.layer_faults, "piip_scale.world", "import importlib\nimportlib.import_module('piip_scale.cli')", "cli"),
         (rules.layer_faults, "piip_scale.new.a", "import piip_scale.errors", "is in no layer"),
         (

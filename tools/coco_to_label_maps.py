@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from piip_scale.data.coco_maps import write_label_maps
+from piip_scale.data.packing.coco_maps import write_label_maps
 
 
 def main(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from piip_scale.data.digits import write_digits
+from piip_scale.demo.digits import write_digits
 
 
 def main(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from piip_scale.data.scenes import write_scenes
+from piip_scale.demo.scenes import write_scenes
 
 
 def main(

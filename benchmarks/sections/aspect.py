@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from piip_scale.config.detection import AugmentConfig
+from piip_scale.data.augment.transforms import training_geometry
 from piip_scale.data.order import EpochOrder, canonical_order, grouped_by_aspect
-from piip_scale.data.transforms import training_geometry
 from sections.mmdet_loading import MAX_EDGE_PX, SHORT_EDGES_PX
 from sections.record import table
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from piip_scale.config.loading import load_config
-from piip_scale.engine.building import fill, place_whole
+from piip_scale.engine.zero.building import fill, load_whole
 from piip_scale.models.counting import num_parameters
 from piip_scale.models.piip import PIIP
 from sections.record import table
@@ -88,7 +88,7 @@ def _in_bf16(name: str) -> list[str]:
     model, building = _build(name)
     model.set_precision(torch.bfloat16)
     watch = _Stopwatch()
-    fill(model, {}, 0, place_whole(torch.device("cpu")))
+    fill(model, {}, 0, load_whole(torch.device("cpu")))
     drawing, peak = str(watch), f"{_peak_gib():.2f}"
     weights = sum(parameter.nbytes for parameter in model.parameters()) / _GIB
     watch = _Stopwatch()

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from piip_scale.engine.setup import build_engine
 from piip_scale.engine.step import train_step
-from piip_scale.engine.zero import measure
+from piip_scale.engine.zero.plan import measure
+from piip_scale.engine.zero.setup import build_engine
 from piip_scale.world import World
 from sections.processes import run_ranks
 from sections.record import table

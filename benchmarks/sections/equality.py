@@ -12,9 +12,9 @@ from torch import nn
 
 from piip_scale.config.detection import DetectionRun
 from piip_scale.data.batch import DetectionBatch
-from piip_scale.engine.setup import build_engine
 from piip_scale.engine.step import seed_step, total_loss, train_step
-from piip_scale.tasks.detectors import DetectionModel
+from piip_scale.engine.zero.setup import build_engine
+from piip_scale.tasks.detection.model import DetectionModel
 from piip_scale.world import World
 from sections.processes import run_ranks
 from sections.record import table

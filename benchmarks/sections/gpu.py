@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from piip_scale.config.loading import load_config
-from piip_scale.engine.setup import build_engine
 from piip_scale.engine.step import train_step
 from piip_scale.engine.utilisation import Utilisation, peak_tflops
+from piip_scale.engine.zero.setup import build_engine
 from piip_scale.tasks.kinds import build_model
 from piip_scale.world import World
 from sections.processes import run_ranks

@@ -14,10 +14,10 @@ import shapely
 import torch
 from pycocotools import mask as coco_mask
 
+from piip_scale.data.augment.geometry import Geometry, Window
+from piip_scale.data.augment.masks import Shapes
 from piip_scale.data.batch import MASK_SIZE_PX
-from piip_scale.data.geometry import Geometry, Window
-from piip_scale.data.masks import Shapes
-from piip_scale.tasks.mini_masks import MiniMasks
+from piip_scale.tasks.detection.mini_masks import MiniMasks
 from piip_scale.tasks.mmlab import BitmapMasks, PolygonMasks
 from sections.record import table
 

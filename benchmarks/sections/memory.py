@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from piip_scale.engine.report import bytes_per_rank
-from piip_scale.engine.setup import build_engine
 from piip_scale.engine.step import train_step
-from piip_scale.engine.zero import Part, measure
+from piip_scale.engine.zero.plan import Part, measure
+from piip_scale.engine.zero.setup import build_engine
 from piip_scale.world import World
 from sections.processes import run_ranks
 from sections.record import table

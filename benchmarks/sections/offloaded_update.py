@@ -13,8 +13,8 @@ import torch.multiprocessing
 from torch import Tensor
 
 from piip_scale.config.run import OptimizerConfig
-from piip_scale.engine.extensions import load_extension
 from piip_scale.engine.optim import build_optimizer
+from piip_scale.engine.zero.extensions import load_extension
 from piip_scale.errors import KernelError
 from sections.record import table
 

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from piip_scale.data.files import json_bytes, write_bytes
-from piip_scale.data.pack import pack_coco
-from piip_scale.data.shards import ShardSet
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.data.reading.files import json_bytes, write_bytes
+from piip_scale.data.reading.shards import ShardSet
 
 SIZE_PX = (480, 640)
 OBJECTS_PER_IMAGE = 7.4

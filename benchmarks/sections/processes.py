@@ -52,7 +52,7 @@ def _wait(context: Any, timeout_s: float) -> None:
 
 
 def _main(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], args: Any) -> None:
-    from piip_scale.engine.setup import init_distributed
+    from piip_scale.engine.zero.setup import init_distributed
 
     # More threads than cores would time the scheduler.
     torch.set_num_threads(1)

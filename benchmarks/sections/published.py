@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from piip_scale.models.published import compare_published
 from sections.golden import REFERENCE
+from sections.published_counts import compare_published
 from sections.record import table
 
 

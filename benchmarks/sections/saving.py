@@ -13,8 +13,8 @@ import torch
 
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.engine.checkpointing import ZERO_FOLDER, Checkpointer
-from piip_scale.engine.setup import build_engine
 from piip_scale.engine.step import train_step
+from piip_scale.engine.zero.setup import build_engine
 from piip_scale.telemetry.memory import GIB
 from piip_scale.world import World
 from sections.processes import run_ranks

@@ -20,12 +20,12 @@ from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.loading import load_config
 from piip_scale.config.model import BranchConfig, PiipConfig, PyramidConfig
-from piip_scale.engine.building import named_weights
-from piip_scale.engine.setup import give_weights
-from piip_scale.engine.zero import measure, plan_sharding
+from piip_scale.engine.zero.building import named_weights
+from piip_scale.engine.zero.plan import measure, plan_sharding
+from piip_scale.engine.zero.setup import give_weights
 from piip_scale.models.official_keys import official_branch_name
 from piip_scale.models.piip import PIIP
-from piip_scale.tasks.detectors import build_detection_model
+from piip_scale.tasks.detection.model import build_detection_model
 from piip_scale.world import World
 from sections.processes import run_ranks
 from sections.record import table

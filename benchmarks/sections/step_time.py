@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from piip_scale.engine.setup import build_engine
 from piip_scale.engine.step import seed_step, total_loss
+from piip_scale.engine.zero.setup import build_engine
 from piip_scale.world import World
 from sections.processes import run_ranks
 from sections.record import table

@@ -19,11 +19,9 @@ import numpy as np
 from piip_scale.config.detection import DetectionData
 from piip_scale.config.run import CacheConfig
 from piip_scale.data.detection import DetectionSamples
-from piip_scale.data.files import json_bytes, sha256_of, write_bytes
-from piip_scale.data.pack import pack_coco
-from piip_scale.data.sample import checksum
-from piip_scale.data.scenes import write_scenes
-from piip_scale.data.shards import (
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.data.reading.files import json_bytes, sha256_of, write_bytes
+from piip_scale.data.reading.shards import (
     FORMAT_VERSION,
     MANIFEST,
     Category,
@@ -34,7 +32,9 @@ from piip_scale.data.shards import (
     index_name,
     shard_name,
 )
+from piip_scale.data.sample import checksum
 from piip_scale.data.stream import ShardLoader
+from piip_scale.demo.scenes import write_scenes
 from piip_scale.world import World
 from sections.faulty_server import COUNTS, Fault, FaultyServer, no_fault
 from sections.record import table

@@ -9,7 +9,7 @@ import torch
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.loading import check_config
 from piip_scale.data.batch import MASK_SIZE_PX, DetectionBatch, ImageInfo, Instances
-from piip_scale.tasks.detectors import DetectionModel, build_detection_model
+from piip_scale.tasks.detection.model import DetectionModel, build_detection_model
 
 SIZE_PX = 128
 NUM_CLASSES = 3

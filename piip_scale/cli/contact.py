@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from piip_scale.data.files import write_bytes
-from piip_scale.data.label_maps import decode_mapped
+from piip_scale.data.packing.label_maps import decode_mapped
+from piip_scale.data.reading.files import write_bytes
 from piip_scale.data.sample import decode_image, decode_labelled, parse_notes
 from piip_scale.tasks.base import Detections
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import PIL.Image
     from rich.table import Table
 
-    from piip_scale.data.shards import ShardSet
+    from piip_scale.data.reading.shards import ShardSet
     from piip_scale.tasks.drawing import DrawingStyle
 
 _COLUMNS = 4
@@ -36,7 +36,7 @@ def summary_table(shards: ShardSet) -> Table:
 
 
 def _map_table(shards: ShardSet) -> Table:
-    from piip_scale.data.summary import summarise_maps
+    from piip_scale.data.packing.summary import summarise_maps
 
     summary = summarise_maps(shards)
     table = _table(shards.location, str(summary.num_images), summary.short_edges_px, summary.long_edges_px)
@@ -50,7 +50,7 @@ def _map_table(shards: ShardSet) -> Table:
 
 
 def _label_table(shards: ShardSet) -> Table:
-    from piip_scale.data.summary import summarise_labels
+    from piip_scale.data.packing.summary import summarise_labels
 
     summary = summarise_labels(shards)
     table = _table(shards.location, str(summary.num_images), summary.short_edges_px, summary.long_edges_px)
@@ -74,7 +74,7 @@ def _table(location: str, images: str, short_px: tuple[int, int, int], long_px: 
 
 
 def _object_table(shards: ShardSet) -> Table:
-    from piip_scale.data.summary import summarise
+    from piip_scale.data.packing.summary import summarise
 
     summary = summarise(shards)
     images = f"{summary.num_images}, {summary.num_empty_images} without objects"

@@ -21,7 +21,7 @@ from piip_scale.config.loading import config_text
 from piip_scale.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
-    from piip_scale.data.shards import Manifest
+    from piip_scale.data.reading.shards import Manifest
 
 NUM_PROCS = 2
 NUM_PICTURES = 4
@@ -115,7 +115,7 @@ def _step(title: str, action: Callable[[], T]) -> T:
 
 
 def _own_scenes(place: Demo) -> CocoPair:
-    from piip_scale.data.scenes import write_scenes
+    from piip_scale.demo.scenes import write_scenes
 
     made = write_scenes(place.folder / "data", **SCENES)
     typer.echo(
@@ -126,7 +126,7 @@ def _own_scenes(place: Demo) -> CocoPair:
 
 def _user_data(data: Path, images: Path | None, place: Demo) -> CocoPair:
     """The user's own split where there is one, else 80/20 by image."""
-    from piip_scale.data.coco import split_coco
+    from piip_scale.data.packing.coco import split_coco
 
     if data.is_dir():
         return CocoPair(data / "instances_train.json", data / "instances_val.json", images or data / "images")
@@ -138,7 +138,7 @@ def _user_data(data: Path, images: Path | None, place: Demo) -> CocoPair:
 
 
 def _pack(pair: CocoPair, place: Demo, *, boxes_only: bool) -> tuple[Manifest, Manifest]:
-    from piip_scale.data.pack import pack_coco
+    from piip_scale.data.packing.pack import pack_coco
 
     manifests = []
     for split, source in (("train", pair.train), ("val", pair.val)):
@@ -158,7 +158,7 @@ def _config_of(data: Path | None, train_set: Manifest) -> Path:
 
 
 def _train(config: Path, place: Demo, overrides: list[str]) -> None:
-    from piip_scale.engine.run_dir import RunDirectory
+    from piip_scale.run.run_dir import RunDirectory
 
     overrides = [f"data.{split}_shards={str(place.shards(split))!r}" for split in ("train", "val")] + overrides
     run = RunDirectory(place.run_dir)
@@ -189,7 +189,7 @@ def _convert(place: Demo) -> None:
 
 def _evaluate(place: Demo) -> dict[str, float]:
     from piip_scale.cli.evaluation import evaluate_weights
-    from piip_scale.data.files import write_bytes
+    from piip_scale.data.reading.files import write_bytes
 
     if not _is_newer(place.metrics, place.weights):
         metrics = evaluate_weights(load_config(place.run_dir / "config.py"), place.weights)
@@ -200,7 +200,7 @@ def _evaluate(place: Demo) -> dict[str, float]:
 
 def _draw(pair: CocoPair, place: Demo) -> None:
     from piip_scale.cli.prediction import predict_and_draw
-    from piip_scale.data.coco import load_coco_json
+    from piip_scale.data.packing.coco import load_coco_json
 
     entries = load_coco_json(pair.val)["images"][:NUM_PICTURES]
     photos = [pair.images / entry["file_name"] for entry in entries]

@@ -79,7 +79,7 @@ def evaluate(
 
     from piip_scale.cli.evaluation import evaluate_weights
     from piip_scale.config import load_config
-    from piip_scale.data.files import write_bytes
+    from piip_scale.data.reading.files import write_bytes
 
     changes = list(overrides or [])
     if shards is not None:

@@ -13,9 +13,9 @@ from piip_scale.cli.progress import progress_bar
 from piip_scale.errors import DataError
 
 if TYPE_CHECKING:
-    from piip_scale.data.packing import PackOptions
+    from piip_scale.data.packing.packing import PackOptions
+    from piip_scale.data.reading.shards import Manifest
     from piip_scale.data.sample import SetKind
-    from piip_scale.data.shards import Manifest
 
 TARGETS: dict[SetKind, str] = {"detection": "objects", "classification": "labels", "segmentation": "label maps"}
 
@@ -107,7 +107,7 @@ def pack(
 
     Example: `piip-scale shards pack --coco ann.json --images DIR --out shards/train`
     """
-    from piip_scale.data.packing import PackOptions
+    from piip_scale.data.packing.packing import PackOptions
 
     sources = {
         "coco": coco,
@@ -168,7 +168,7 @@ def _flag(name: str) -> str:
 
 
 def _classes(names: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    from piip_scale.data.pack_classes import read_class_names
+    from piip_scale.data.packing.pack_classes import read_class_names
 
     if names and file is not None:
         raise DataError("--class and --class-names", rule="they are two ways to name classes", fix="use one of them")
@@ -176,7 +176,7 @@ def _classes(names: list[str] | None, file: Path | None) -> tuple[str, ...]:
 
 
 def _coco(source: Path, out: Path, classes: tuple[str, ...], options: dict[str, Any], how: PackOptions) -> Manifest:
-    from piip_scale.data.pack import pack_coco
+    from piip_scale.data.packing.pack import pack_coco
 
     return pack_coco(
         source,
@@ -195,7 +195,7 @@ def _coco(source: Path, out: Path, classes: tuple[str, ...], options: dict[str, 
 
 
 def _voc(source: Path, out: Path, classes: tuple[str, ...], options: dict[str, Any], how: PackOptions) -> Manifest:
-    from piip_scale.data.pack import pack_voc
+    from piip_scale.data.packing.pack import pack_voc
 
     return pack_voc(
         source,
@@ -210,19 +210,19 @@ def _voc(source: Path, out: Path, classes: tuple[str, ...], options: dict[str, A
 
 
 def _folders(source: Path, out: Path, classes: tuple[str, ...], _: dict[str, Any], how: PackOptions) -> Manifest:
-    from piip_scale.data.pack_classes import pack_folders
+    from piip_scale.data.packing.pack_classes import pack_folders
 
     return pack_folders(source, out, classes=classes, how=how)
 
 
 def _list(source: Path, out: Path, classes: tuple[str, ...], options: dict[str, Any], how: PackOptions) -> Manifest:
-    from piip_scale.data.pack_classes import pack_list
+    from piip_scale.data.packing.pack_classes import pack_list
 
     return pack_list(source, options["images"], out, classes=classes, how=how)
 
 
 def _maps(source: Path, out: Path, classes: tuple[str, ...], options: dict[str, Any], how: PackOptions) -> Manifest:
-    from piip_scale.data.pack_maps import pack_label_maps
+    from piip_scale.data.packing.pack_maps import pack_label_maps
 
     zero = options["reduce_zero_label"]
     return pack_label_maps(options["images"], source, out, classes=classes, reduce_zero_label=zero, how=how)

@@ -104,8 +104,8 @@ class Pace:
 
 
 def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
-    from piip_scale.data.set_files import has_manifest
-    from piip_scale.data.shards import ShardSet
+    from piip_scale.data.reading.set_files import has_manifest
+    from piip_scale.data.reading.shards import ShardSet
 
     data = run.data
     if not has_manifest(data.train_shards, data.cache):

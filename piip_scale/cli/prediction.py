@@ -35,10 +35,10 @@ def predict_and_draw(
     Raises:
         PiipError: A photograph or the weights are absent, damaged, or do not fit.
     """
-    from piip_scale.data.files import write_bytes
+    from piip_scale.data.reading.files import write_bytes
+    from piip_scale.tasks.detection.prediction import read_image
     from piip_scale.tasks.drawing import contact_sheet, png_bytes
     from piip_scale.tasks.kinds import build_predictor, load_model
-    from piip_scale.tasks.prediction import read_image
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     photos = [read_image(path) for path in images]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from piip_scale.data.packing import Progress
+    from piip_scale.data.packing.packing import Progress
 
 
 @contextmanager

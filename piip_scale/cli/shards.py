@@ -31,7 +31,7 @@ def verify(
 
     Example: `piip-scale shards verify shards/train --other shards/val`
     """
-    from piip_scale.data.verify import verify_shards
+    from piip_scale.data.packing.verify import verify_shards
 
     with progress_bar(f"reading {location}") as on_progress:
         report = verify_shards(location, other=other, workers=workers, on_progress=on_progress)
@@ -58,7 +58,7 @@ def show(
     from rich.console import Console
 
     from piip_scale.cli.contact import draw_contact_sheet, summary_table
-    from piip_scale.data.shards import ShardSet
+    from piip_scale.data.reading.shards import ShardSet
 
     shards = ShardSet.open(location)
     Console().print(summary_table(shards))

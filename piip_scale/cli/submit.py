@@ -175,7 +175,7 @@ def _check_runs(order: Order, submission: Submission, *, resume: bool) -> list[_
     world = World(num_ranks=order.num_nodes * order.ranks_per_node, ranks_per_node=order.ranks_per_node)
     checked = []
     for spec in submission.specs:
-        resolved = with_classes(load_config(order.config, spec.told_overrides))
+        resolved = with_classes(load_config(order.config, spec.given_overrides))
         check_start(resolved, spec.run_dir, world, resume=resume)
         line = _memory_line(resolved, order) if order.profile.gpu_memory_gib else ""
         checked.append(_Checked(config_text(resolved), line))

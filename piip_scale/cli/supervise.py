@@ -50,10 +50,10 @@ def supervise(
 
     Example: `piip-scale supervise configs/demo/digits.py --run-dir runs/mine --ranks-per-node 2`
     """
-    from piip_scale.engine.run_dir import RunDirectory
     from piip_scale.launch.spec import save_spec
-    from piip_scale.launch.supervisor import Habits, Supervisor
-    from piip_scale.launch.watching import Wishes
+    from piip_scale.launch.supervisor import Supervisor, SupervisorSettings
+    from piip_scale.launch.watching import StopRequests
+    from piip_scale.run.run_dir import RunDirectory
 
     configure_logging()
     run_dir = run_dir.absolute()
@@ -65,10 +65,10 @@ def supervise(
         spec = spec.model_copy(update=more)
         save_spec(spec)
     executor = _executor(spec)
-    wishes = Wishes(RunDirectory(run_dir), executor.why_ending)
-    wishes.install()
-    habits = Habits(preflight=preflight, preflight_s=preflight_seconds)
-    code = Supervisor(spec, executor, wishes, habits).run()
+    requests = StopRequests(RunDirectory(run_dir), executor.why_ending)
+    requests.install()
+    settings = SupervisorSettings(preflight=preflight, preflight_s=preflight_seconds)
+    code = Supervisor(spec, executor, requests, settings).run()
     # At once: Slurm may be waiting for this process to be gone, and a thread still reads what srun has to say.
     sys.stdout.flush()
     sys.stderr.flush()

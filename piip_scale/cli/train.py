@@ -51,7 +51,7 @@ def train(
     except PiipError as error:
         if read_world().num_ranks == 1:
             raise
-        code = _tell_as_rank(error, folder)
+        code = _report_as_rank(error, folder)
     # At once: after an error, threads of the communication library may never end.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -80,7 +80,7 @@ def run_training(
         return _train_here(resolved, run_dir, resume=resume, progress=progress)
     check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume)
     from piip_scale.engine.local_launch import launch_local
-    from piip_scale.engine.run_dir import RunDirectory
+    from piip_scale.run.run_dir import RunDirectory
 
     command = [sys.executable, "-m", "piip_scale.cli.main", "train", str(config), "--run-dir", str(run_dir)]
     command += ["--resume"] * resume + ["--no-progress"] * (not progress)
@@ -94,7 +94,7 @@ def with_classes(config: RunConfig) -> RunConfig:
     Raises:
         DataError: A set is absent, damaged, packed for another task, or of other classes.
     """
-    from piip_scale.data.shards import ShardSet
+    from piip_scale.data.reading.shards import ShardSet
 
     kind = cast("SetKind", config.task)
     data = config.data
@@ -119,9 +119,9 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool)
 
     from piip_scale.engine.batching import keep_images_per_step, scale_to_ranks
     from piip_scale.engine.resuming import newest_checkpoint
-    from piip_scale.engine.run_dir import RunDirectory
-    from piip_scale.engine.sharding_checks import checked_plan
+    from piip_scale.engine.zero.checks import checked_plan
     from piip_scale.models.pretrained import check_pretrained
+    from piip_scale.run.run_dir import RunDirectory
     from piip_scale.tasks.kinds import build_model, build_task
 
     run = RunDirectory(run_dir)
@@ -136,19 +136,19 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool)
         checked_plan(build_model(scaled, len(scaled.data.classes)), scaled, world)
 
 
-def _tell_as_rank(error: PiipError, run_dir: Path) -> int:
+def _report_as_rank(error: PiipError, run_dir: Path) -> int:
     """One of many ranks could not start: mostly none could, and one of them tells."""
-    from piip_scale.engine.failing import tell_failure
-    from piip_scale.engine.run_dir import RunDirectory
+    from piip_scale.run.failing import report_failure
+    from piip_scale.run.run_dir import RunDirectory
 
     world = read_world()
     configure_logging(world.rank)
-    return tell_failure(RunDirectory(run_dir), world.rank, error)
+    return report_failure(RunDirectory(run_dir), world.rank, error)
 
 
 def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:
-    from piip_scale.engine.run_dir import RunDirectory
     from piip_scale.engine.worker import train_worker
+    from piip_scale.run.run_dir import RunDirectory
     from piip_scale.tasks.kinds import build_task
 
     run = RunDirectory(run_dir)

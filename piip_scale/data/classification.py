@@ -14,8 +14,8 @@ from torch import Tensor
 
 from piip_scale.config.classification import ImageAugmentConfig
 from piip_scale.data.batch import ClassificationBatch, ImageInfo
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.sample import Image, RawSample, decode_labelled
-from piip_scale.data.shards import ShardSet
 
 _LARGEST_SEED = 2**63
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from piip_scale.config.detection import AugmentConfig
+from piip_scale.data.augment.canvas import blank_canvas
+from piip_scale.data.augment.geometry import Geometry
+from piip_scale.data.augment.photometric import drawn_colours, recoloured
+from piip_scale.data.augment.transforms import Target, apply_geometry, evaluation_geometry, training_geometry
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances, Polygons
-from piip_scale.data.canvas import blank_canvas
-from piip_scale.data.geometry import Geometry
-from piip_scale.data.photometric import drawn_colours, recoloured
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.sample import Image, RawSample, decode_sample
-from piip_scale.data.shards import ShardSet
-from piip_scale.data.transforms import Target, apply_geometry, evaluation_geometry, training_geometry
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,13 @@ def canonical_order(
     shard_order = _shuffled(len(sizes), random)
     starts = np.cumsum(sizes) - sizes
     row = np.concatenate([starts[shard] + _shuffled(int(sizes[shard]), random) for shard in shard_order])
-    place_of_shard = np.repeat(np.arange(len(sizes)), sizes[shard_order])
+    position_of_shard = np.repeat(np.arange(len(sizes)), sizes[shard_order])
     order = np.empty(num_samples, np.int64)
     first = 0
     for stream in range(min(num_streams, num_samples)):
         length = -(-(num_samples - stream) // num_streams)
         cut = slice(first, first + length)
-        order[stream::num_streams] = _windowed(row[cut], place_of_shard[cut], window_shards, random)
+        order[stream::num_streams] = _windowed(row[cut], position_of_shard[cut], window_shards, random)
         first += length
     return order
 
@@ -76,8 +76,8 @@ def _shuffled(length: int, random: np.random.Philox) -> Indices:
     return np.argsort(random.random_raw(length), kind="stable")
 
 
-def _windowed(stream: Indices, place_of_shard: Indices, window_shards: int, random: np.random.Philox) -> Indices:
-    window = (place_of_shard - place_of_shard[0]) // window_shards
+def _windowed(stream: Indices, position_of_shard: Indices, window_shards: int, random: np.random.Philox) -> Indices:
+    window = (position_of_shard - position_of_shard[0]) // window_shards
     return stream[np.lexsort((random.random_raw(len(stream)), window))]
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from piip_scale.config.segmentation import SegmentationAugment
+from piip_scale.data.augment.canvas import canvas_of, label_canvas_of
+from piip_scale.data.augment.map_transforms import augmented, resized_px
+from piip_scale.data.augment.map_transforms import resized as resized_image
 from piip_scale.data.batch import ImageInfo, SegmentationBatch
-from piip_scale.data.canvas import canvas_of, label_canvas_of
-from piip_scale.data.label_maps import decode_mapped
-from piip_scale.data.map_transforms import augmented, resized_px
-from piip_scale.data.map_transforms import resized as resized_image
+from piip_scale.data.packing.label_maps import decode_mapped
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.sample import Image, RawSample
-from piip_scale.data.shards import ShardSet
 
 Prepared = tuple[Image, Image, ImageInfo]
 """Image, label map and where they come from."""

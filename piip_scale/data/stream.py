@@ -23,8 +23,6 @@ from typing_extensions import Self
 
 from piip_scale.config.run import DataConfig
 from piip_scale.data.batch import Batch
-from piip_scale.data.broken import BrokenSample, BrokenSamples
-from piip_scale.data.cache import GIB
 from piip_scale.data.order import (
     EpochOrder,
     Indices,
@@ -33,9 +31,11 @@ from piip_scale.data.order import (
     grouped_by_aspect,
     random_of,
 )
-from piip_scale.data.prefetch import Prefetcher, ShardUse, shard_use
+from piip_scale.data.reading.broken import BrokenSample, BrokenSamples
+from piip_scale.data.reading.cache import GIB
+from piip_scale.data.reading.prefetch import Prefetcher, ShardUse, shard_use
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.sample import RawSample
-from piip_scale.data.shards import ShardSet
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.world import World
@@ -134,7 +134,7 @@ class ShardLoader(Generic[BatchT]):
         limit = config.max_broken_share * len(shards) / (1 if broken_samples else world.num_ranks)
         folder = broken_samples / shards.short_id if broken_samples else None
         self._broken = BrokenSamples(shards.location, limit, folder)
-        self._told_of_cache = False
+        self._has_warned_of_cache = False
 
     @property
     def order(self) -> EpochOrder:
@@ -238,9 +238,9 @@ class ShardLoader(Generic[BatchT]):
         sizes = [shard.size_bytes for shard in self.shards.manifest.shards]
         limit_gib, ranks = self.config.cache.limit_gib, self.world.ranks_per_node
         needed_gib = min(use.most_bytes_at_once(sizes) * ranks, sum(sizes)) / GIB
-        if self._told_of_cache or self.world.local_rank or needed_gib <= limit_gib:
+        if self._has_warned_of_cache or self.world.local_rank or needed_gib <= limit_gib:
             return
-        self._told_of_cache = True
+        self._has_warned_of_cache = True
         get_logger(__name__).warning(
             "%s: the %d rank(s) of a node read up to %.3g GiB of shards at a time, and data.cache.limit_gib=%.3g: "
             "shards will be fetched again and again; raise it, bring data.num_streams nearer to the number of ranks, "

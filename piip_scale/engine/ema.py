@@ -12,9 +12,9 @@ import torch
 from piip_scale.checkpoint.zero_reader import AVERAGE, UPDATES, ZeroCheckpoint
 from piip_scale.config.run import TrainConfig
 from piip_scale.engine.checkpointing import Checkpointer
-from piip_scale.engine.partitions import partitions, publish
-from piip_scale.engine.restoring import copy_spans
 from piip_scale.engine.resuming import Checkpoint
+from piip_scale.engine.zero.partitions import partitions, publish
+from piip_scale.engine.zero.restoring import copy_spans
 from piip_scale.logging import get_logger
 
 if TYPE_CHECKING:

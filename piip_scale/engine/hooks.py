@@ -10,11 +10,11 @@ import torch
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.ema import WeightAverage
-from piip_scale.engine.run_dir import RunDirectory
-from piip_scale.engine.starting import StartClock
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation
 from piip_scale.errors import Interrupted
+from piip_scale.run.run_dir import RunDirectory
+from piip_scale.run.starting import StartClock
 from piip_scale.telemetry.memory import peak_memory_bytes
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 from piip_scale.world import World

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.stop import unsaved
 from piip_scale.errors import Interrupted, LostRankError, RunError
 from piip_scale.logging import get_logger
+from piip_scale.run.run_dir import RunDirectory
 from piip_scale.world import World
 
 _POLL_S = 0.05

@@ -12,7 +12,7 @@ from piip_scale.config.run import DataConfig, RunConfig
 from piip_scale.engine.batching import images_per_step, scale_to_ranks
 from piip_scale.engine.rehearsal import Rehearsal, rehearse
 from piip_scale.engine.report import bytes_per_rank
-from piip_scale.engine.zero import Part, Sharding, Sizes, measure, plan_sharding
+from piip_scale.engine.zero.plan import Part, Sharding, Sizes, measure, plan_sharding
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.base import Outline
 
@@ -224,7 +224,7 @@ class _Rehearsed:
         """
         rehearsal, heads = self._found
         gradients = sum(feature.nbytes for feature in rehearsal.features)
-        return max(gradients, rehearsal.peak - rehearsal.kept_in_all - heads)
+        return max(gradients, rehearsal.peak - rehearsal.total_bytes - heads)
 
 
 def _part_memory(part: Part, sharding: Sharding, activations: float) -> PartMemory:

@@ -35,7 +35,7 @@ class Rehearsal:
     features: tuple[Tensor, ...]
 
     @property
-    def kept_in_all(self) -> int:
+    def total_bytes(self) -> int:
         """Of all parts together."""
         return sum(self.kept.values())
 
@@ -56,7 +56,7 @@ def rehearse(
         as_on_gpu: Norms and attention keep what their fused kernels keep on a GPU, not what the meta device's do.
     """
     alive = _Alive(network)
-    with _parts_told(parts, alive), _dropped_gradients(network), _FusedOnGpu(as_on_gpu), alive:
+    with _parts_marked(parts, alive), _dropped_gradients(network), _FusedOnGpu(as_on_gpu), alive:
         features = tuple(run())
         kept = dict(alive.by_part)
         # A gradient of each feature comes from the heads. ``backward`` itself would put the modes aside meanwhile.
@@ -130,7 +130,7 @@ def _fused_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None, e
 
 
 @contextmanager
-def _parts_told(parts: Mapping[str, nn.Module], alive: _Alive) -> Iterator[None]:
+def _parts_marked(parts: Mapping[str, nn.Module], alive: _Alive) -> Iterator[None]:
     """Has ``alive`` know whose module is running; parts run by their modules' calls, not by their own."""
     stack: list[str] = []
     handles = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from piip_scale.engine.zero import Part, Sharding, Sizes
+from piip_scale.engine.zero.plan import Part, Sharding, Sizes
 
 _MIB = 2**20
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -48,7 +48,7 @@ def bytes_per_rank(part: Part, plan: Sharding) -> Bytes:
     """
     share = 1 / plan.num_ranks
     trainable = sum(p.numel for p in part.parameters if p.trainable)
-    slices, whole = _kept_weights(part, plan)
+    slices, whole = _resident_weights(part, plan)
     state = 8 + (4 if plan.stage else 0) + (4 if plan.averaged else 0)
     optimizer = state * trainable * (share if plan.stage >= 1 else 1.0)
     gradients = _GRADIENT_BYTES.get((plan.stage, plan.precision), 4) * trainable * (share if plan.stage >= 2 else 1.0)
@@ -61,7 +61,7 @@ def bytes_per_rank(part: Part, plan: Sharding) -> Bytes:
     )
 
 
-def _kept_weights(part: Part, plan: Sharding) -> tuple[float, float]:
+def _resident_weights(part: Part, plan: Sharding) -> tuple[float, float]:
     """Bytes of the slices and of what stays whole."""
     unit = _BYTES[plan.precision]
     if plan.stage < 3:

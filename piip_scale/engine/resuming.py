@@ -15,8 +15,8 @@ from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import keep_images_per_step
 from piip_scale.engine.checkpointing import STATE_FILE, TrainingState
 from piip_scale.engine.collective import on_main
-from piip_scale.engine.restoring import restore
-from piip_scale.engine.versions import check_format, tell_other_versions
+from piip_scale.engine.versions import check_format, warn_of_other_versions
+from piip_scale.engine.zero.restoring import restore
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
 
@@ -67,8 +67,8 @@ class Checkpoint:
         """
         _check(self.path, self.state, now)
         if dist.get_rank() == 0:
-            tell_other_versions(self.path, self.state.versions)
-            tell_other_sets(self.path, self.state.sets, now.sets)
+            warn_of_other_versions(self.path, self.state.versions)
+            warn_of_other_sets(self.path, self.state.sets, now.sets)
         restore(engine, self.path)
         engine.global_steps = self.state.step
         engine.global_samples = self.state.step * self.state.images_per_step
@@ -117,7 +117,7 @@ def read_state(checkpoint: Path) -> TrainingState:
         ) from error
 
 
-def tell_other_sets(path: Path, before: str, here: str) -> None:
+def warn_of_other_sets(path: Path, before: str, here: str) -> None:
     """Warns where sets were repaired or others put in their place.
 
     Args:

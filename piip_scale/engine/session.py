@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.batching import batch_line, scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import any_rank, require_same
 from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate
-from piip_scale.engine.heartbeat import Heartbeat
 from piip_scale.engine.hooks import Average, Evaluate, Save, Silence, Sink, Tell, TellStart
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
 from piip_scale.engine.resuming import Checkpoint, find_checkpoint
-from piip_scale.engine.run_dir import RunDirectory
-from piip_scale.engine.setup import (
+from piip_scale.engine.stop import StopFlag
+from piip_scale.engine.trainer import Hook, Trainer
+from piip_scale.engine.utilisation import Utilisation, peak_tflops
+from piip_scale.engine.zero.setup import (
     Give,
     build_engine,
     build_model,
@@ -30,13 +32,11 @@ from piip_scale.engine.setup import (
     init_distributed,
     set_group_timeouts,
 )
-from piip_scale.engine.starting import StartClock
-from piip_scale.engine.stop import StopFlag
-from piip_scale.engine.stream import BatchStream
-from piip_scale.engine.trainer import Hook, Trainer
-from piip_scale.engine.utilisation import Utilisation, peak_tflops
 from piip_scale.errors import Interrupted
 from piip_scale.logging import get_logger
+from piip_scale.run.heartbeat import Heartbeat
+from piip_scale.run.run_dir import RunDirectory
+from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task
 from piip_scale.telemetry.telemetry import Telemetry
 from piip_scale.world import World

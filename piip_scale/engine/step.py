@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.data.batch import Batch
-from piip_scale.engine.setup import gather_residents
+from piip_scale.engine.zero.setup import gather_residents
 from piip_scale.errors import ModelError
 from piip_scale.world import World
 

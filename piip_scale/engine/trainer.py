@@ -11,14 +11,14 @@ import torch
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
+from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.collective import any_rank
-from piip_scale.engine.heartbeat import COMPUTING, WAITING, Heartbeat
 from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.schedule import lr_factor
 from piip_scale.engine.step import StepResult, train_step
 from piip_scale.engine.stop import StopFlag
-from piip_scale.engine.stream import BatchStream
 from piip_scale.errors import Interrupted, RunError
+from piip_scale.run.heartbeat import COMPUTING, WAITING, Heartbeat
 from piip_scale.world import World
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ def check_format(path: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def tell_other_versions(path: Path, saved: Mapping[str, str]) -> None:
+def warn_of_other_versions(path: Path, saved: Mapping[str, str]) -> None:
     """Warns where other versions wrote a checkpoint, with both of each: the continuation may differ in last digits.
 
     Args:

@@ -17,11 +17,11 @@ from contextlib import suppress
 from typing import IO
 
 from piip_scale.engine.collective import count_collectives
-from piip_scale.engine.failing import tell_failure
-from piip_scale.engine.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beat, read_beats, write_beat
-from piip_scale.engine.run_dir import RunDirectory, process_start_unix_s
 from piip_scale.errors import HangError
 from piip_scale.logging import get_logger
+from piip_scale.run.failing import report_failure
+from piip_scale.run.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beat, read_beats, write_beat
+from piip_scale.run.run_dir import RunDirectory, process_start_unix_s
 from piip_scale.world import World
 
 _POLLS_PER_LIMIT = 10
@@ -144,7 +144,7 @@ class Watchdog:
         while self._missing_stacks() and time.monotonic() - began_s < _STACKS_WITHIN_S:
             time.sleep(self._poll_s)
         error = hang_error(beats, silent, self._world.num_ranks, limit_s, str(self._run.stacks))
-        os._exit(tell_failure(self._run, self._world.rank, error, self._mark.step))
+        os._exit(report_failure(self._run, self._world.rank, error, self._mark.step))
 
     def _missing_stacks(self) -> list[int]:
         def size(rank: int) -> int:

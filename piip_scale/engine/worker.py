@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.failing import tell_failure
-from piip_scale.engine.heartbeat import Heartbeat
-from piip_scale.engine.reasons import has_lost_contact
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.session import Session, TaskFactory
 from piip_scale.engine.stop import StopFlag, unsaved
 from piip_scale.engine.watchdog import Watchdog
 from piip_scale.errors import Interrupted, PiipError
 from piip_scale.logging import configure_logging, get_logger
+from piip_scale.run.failing import report_failure
+from piip_scale.run.heartbeat import Heartbeat
+from piip_scale.run.reasons import has_lost_contact
+from piip_scale.run.run_dir import RunDirectory
 from piip_scale.world import read_world
 
 _ECHO_WAIT_S = 1.0
@@ -66,11 +66,11 @@ def train_worker(
                 get_logger(__name__).warning(error.line)
             return error.exit_code
         except KeyboardInterrupt as error:
-            return tell_failure(run, world.rank, unsaved().with_traceback(error.__traceback__), heartbeat.last.step)
+            return report_failure(run, world.rank, unsaved().with_traceback(error.__traceback__), heartbeat.last.step)
         except Exception as error:  # noqa: BLE001 - the last place where a rank can still speak
             if _is_echo(error):
                 time.sleep(_ECHO_WAIT_S)
-            return tell_failure(run, world.rank, error, heartbeat.last.step)
+            return report_failure(run, world.rank, error, heartbeat.last.step)
     return 0
 
 

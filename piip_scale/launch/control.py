@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from piip_scale.engine.heartbeat import Beat
 from piip_scale.errors import RunError
 from piip_scale.launch import queue
 from piip_scale.launch.queue import QueuedJob
 from piip_scale.launch.runs import Run, is_alive
 from piip_scale.launch.spec import Request, save_request
 from piip_scale.launch.submitting import forget_request, is_job_of, resend
+from piip_scale.run.heartbeat import Beat
 
 # What every rank takes as "save, then stop"; the supervisor passes it on.
 STOP_SIGNAL = "USR2"

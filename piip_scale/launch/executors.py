@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
-from piip_scale.engine.heartbeat import STACK_SIGNAL, read_beats
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.step_notes import StepNotes, is_note, read_notes
+from piip_scale.run.heartbeat import STACK_SIGNAL, read_beats
 from piip_scale.world import node_name
 
 LostNodes = tuple[tuple[str, str], ...]

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from piip_scale.engine.reasons import COMMUNICATION
 from piip_scale.files import write_text_atomically
+from piip_scale.run.reasons import COMMUNICATION
 
 _GIB = 2**30
 _MIN_FREE_DISK_GIB = 1.0

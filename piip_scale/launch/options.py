@@ -101,11 +101,11 @@ def option_lines(options: Mapping[str, OptionValue]) -> list[str]:
         if value is True:
             lines.append(f"#SBATCH --{name}")
         elif value is not False:
-            lines.append(f"#SBATCH --{name}={option_word(str(value))}")
+            lines.append(f"#SBATCH --{name}={option_value(str(value))}")
     return lines
 
 
-def option_word(text: str) -> str:
+def option_value(text: str) -> str:
     """A value as the batch system reads it back; seen on Slurm 22.05, whose quotes are not the shell's."""
     if _PLAIN.fullmatch(text):
         return text

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from piip_scale.engine.run_dir import FirstError, Status
 from piip_scale.launch.attempts import Attempt
 from piip_scale.launch.decide import INCURABLE
 from piip_scale.launch.step_notes import StepNotes, TaskEnd
+from piip_scale.run.run_dir import FirstError, Status
 
 
 @dataclass(frozen=True)

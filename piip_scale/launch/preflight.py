@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from piip_scale import __version__
-from piip_scale.engine.reasons import reason_of
 from piip_scale.errors import PiipError
 from piip_scale.launch.node_facts import GpuFacts, NodeFacts, Reduction, save_facts
+from piip_scale.run.reasons import reason_of
 from piip_scale.world import World, node_name, read_world
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _look(config: Path | None, overrides: Sequence[str], gpus: int) -> NodeFacts
 
 def _try_data(config: Path, overrides: Sequence[str]) -> PiipError | None:
     from piip_scale.config import load_config
-    from piip_scale.data.shards import ShardSet
+    from piip_scale.data.reading.shards import ShardSet
 
     try:
         run = load_config(config, overrides)

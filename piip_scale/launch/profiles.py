@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from piip_scale.config.base import Strict
 from piip_scale.config.explain import explain
 from piip_scale.errors import ConfigError
+from piip_scale.launch.installed_files import launch_folder
 from piip_scale.launch.options import OptionValue, check_options
-from piip_scale.launch.places import launch_folder
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,7 +10,7 @@ from pathlib import Path
 from piip_scale.errors import RunError
 from piip_scale.launch.options import OptionValue, option_lines
 from piip_scale.launch.profiles import Profile
-from piip_scale.launch.spec import JobSpec, entry_words
+from piip_scale.launch.spec import JobSpec, entry_command
 
 _SECTION = re.compile(r"^# \[(\w+)\]\n(.*?)^# \[/\1\]\n", re.MULTILINE | re.DOTALL)
 _REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}")
@@ -118,7 +118,7 @@ def _gpus(number: int, profile: Profile) -> dict[str, OptionValue]:
 
 def _command_lines(specs: Sequence[JobSpec]) -> list[str]:
     spec = specs[0]
-    shared = [text for text in spec.told_overrides if all(text in each.told_overrides for each in specs)]
+    shared = [text for text in spec.given_overrides if all(text in each.given_overrides for each in specs)]
     told = "".join(f" --set {shlex.quote(text)}" for text in shared)
     lines = [_comment(f"{shlex.quote(str(spec.source_config))}{told}")]
     if spec.code_dir is not None:
@@ -126,7 +126,7 @@ def _command_lines(specs: Sequence[JobSpec]) -> list[str]:
             "# as it was, and with the code as it was, when this was submitted: editing the checkout changes nothing.",
             f"export PYTHONPATH={shlex.quote(str(spec.code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
         ]
-    words = [spec.python, *entry_words(spec.code_dir), "supervise"]
+    words = [spec.python, *entry_command(spec.code_dir), "supervise"]
     return [*lines, f"SUPERVISE=({shlex.join(words)})"]
 
 

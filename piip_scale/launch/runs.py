@@ -10,16 +10,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from piip_scale.engine.heartbeat import Beat, read_beats
-from piip_scale.engine.run_dir import RunDirectory, Status
-from piip_scale.engine.starting import process_age_seconds
 from piip_scale.errors import PiipError, RunError
 from piip_scale.launch.attempts import Attempt, History
 from piip_scale.launch.logs import find_logs
-from piip_scale.launch.metrics import Pace, read_pace
 from piip_scale.launch.queue import QueuedJob
+from piip_scale.launch.run_metrics import Pace, read_pace
 from piip_scale.launch.spec import JobFiles, JobSpec, load_spec
 from piip_scale.launch.submitting import is_job_of, submitted_jobs
+from piip_scale.run.heartbeat import Beat, read_beats
+from piip_scale.run.run_dir import RunDirectory, Status
+from piip_scale.run.starting import process_age_seconds
 
 MAX_DEPTH = 3
 _BEAT_LASTS_S = 60.0

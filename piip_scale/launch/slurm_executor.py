@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from piip_scale.engine.heartbeat import STACK_SIGNAL
 from piip_scale.errors import SlurmError
 from piip_scale.launch.executors import LostNodes, ProcessStep, Step, with_code
+from piip_scale.launch.job_log import log_line
 from piip_scale.launch.queue import submit_script
 from piip_scale.launch.slurm_commands import JobRecord, Slurm
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import note_submitted
-from piip_scale.launch.telling import say
 from piip_scale.logging import get_logger
+from piip_scale.run.heartbeat import STACK_SIGNAL
 from piip_scale.world import Allocation, World, rendezvous_port
 
 
-def srun_words(
+def srun_command(
     spec: JobSpec, nodes: Sequence[str], tasks_per_node: int, cpus_per_task: int | None, *, alone: bool
 ) -> list[str]:
     """The srun of a step, up to the program.
@@ -100,7 +100,7 @@ class SlurmExecutor:
     def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts one step."""
         is_training = words[0] == "train"
-        command = srun_words(
+        command = srun_command(
             self._spec,
             nodes,
             tasks_per_node,
@@ -155,7 +155,7 @@ class SlurmExecutor:
         following = self._slurm.successors(self.job_id, self._spec.name)
         # Each waits for the one before.
         while following:
-            say(f"job {', '.join(map(str, following))}, which was to follow, is taken out of the queue")
+            log_line(f"job {', '.join(map(str, following))}, which was to follow, is taken out of the queue")
             after = [job for each in following for job in self._slurm.successors(each, self._spec.name)]
             self._slurm.cancel(following)
             following = after

@@ -28,7 +28,7 @@ class JobSpec(Strict):
         config: The config that is trained: frozen and resolved where the job was submitted by our command.
         source_config: The config file the user named.
         overrides: ``key.path=value`` on top of ``config``. Empty where it is resolved.
-        told_overrides: What the user gave by ``--set`` and ``--sweep``, for people; ``config`` has it already.
+        given_overrides: What the user gave by ``--set`` and ``--sweep``, for people; ``config`` has it already.
         num_nodes: Nodes that train.
         ranks_per_node: Processes of a node that train.
         gpus_per_node: GPUs asked for on a node; 0 on a cluster without.
@@ -56,7 +56,7 @@ class JobSpec(Strict):
     config: Path
     source_config: Path
     overrides: tuple[str, ...] = ()
-    told_overrides: tuple[str, ...] = ()
+    given_overrides: tuple[str, ...] = ()
     num_nodes: Positive = 1
     ranks_per_node: Positive = 1
     gpus_per_node: NonNegative = 0
@@ -79,7 +79,7 @@ class JobSpec(Strict):
     @property
     def rank_command(self) -> tuple[str, ...]:
         """What a rank or a preflight runs, up to the subcommand."""
-        return (*self.command_prefix, self.rank_python, *entry_words(self.code_dir))
+        return (*self.command_prefix, self.rank_python, *entry_command(self.code_dir))
 
     @property
     def num_ranks(self) -> int:
@@ -109,7 +109,7 @@ class JobSpec(Strict):
         return self
 
 
-def entry_words(code_dir: Path | None) -> tuple[str, ...]:
+def entry_command(code_dir: Path | None) -> tuple[str, ...]:
     """What follows the interpreter for our command.
 
     A file inside the frozen copy, since ``-m`` looks in the current folder before PYTHONPATH: from a checkout, it would

@@ -12,8 +12,8 @@ from pathlib import Path
 from piip_scale.errors import ConfigError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.launch.freeze import Frozen, freeze_code, freeze_config
+from piip_scale.launch.installed_files import launch_folder
 from piip_scale.launch.options import OptionValue, time_limit_s
-from piip_scale.launch.places import launch_folder
 from piip_scale.launch.profiles import Profile
 from piip_scale.launch.queue import QueuedJob, check_submission, submit_script
 from piip_scale.launch.render import log_pattern, render_script
@@ -217,7 +217,7 @@ def _spec(order: Order, point: Point | None) -> JobSpec:
         working_dir=order.working_dir,
         config=Frozen(own.frozen).config,
         source_config=order.config,
-        told_overrides=(*order.overrides, *(point.overrides if point else ())),
+        given_overrides=(*order.overrides, *(point.overrides if point else ())),
         num_nodes=order.num_nodes,
         ranks_per_node=order.ranks_per_node,
         gpus_per_node=gpus,

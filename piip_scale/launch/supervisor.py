@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from piip_scale.checkpoint.store import CheckpointStore, read_step
-from piip_scale.engine.run_dir import RunDirectory, Status
 from piip_scale.errors import HangError, LostRankError, PiipError, RunError, SlurmError
 from piip_scale.files import IO_REASON
 from piip_scale.launch.attempts import Attempt, History, next_number
@@ -18,17 +17,18 @@ from piip_scale.launch.bad_nodes import add_bad_nodes, choose_nodes, read_bad_no
 from piip_scale.launch.checking import Check, check_nodes
 from piip_scale.launch.decide import Decision, Situation, decide
 from piip_scale.launch.executors import Executor, LostNodes
+from piip_scale.launch.job_log import log_line
 from piip_scale.launch.outcome import Evidence, judge
 from piip_scale.launch.spec import JobFiles, JobSpec
 from piip_scale.launch.step_notes import StepNotes
-from piip_scale.launch.telling import say
-from piip_scale.launch.watching import Watch, Wishes
+from piip_scale.launch.watching import StopRequests, Watch
+from piip_scale.run.run_dir import RunDirectory, Status
 
 _MOST_REFUSALS, _REFUSAL_PAUSE_S = 30, 60.0
 
 
 @dataclass(frozen=True)
-class Habits:
+class SupervisorSettings:
     """How a supervisor goes about it.
 
     Attributes:
@@ -48,12 +48,12 @@ class Supervisor:
     Args:
         spec: The job.
         executor: Where it runs.
-        wishes: What is asked of it; its signals are installed.
-        habits: How.
+        requests: What is asked of it; its signals are installed.
+        settings: How.
     """
 
-    def __init__(self, spec: JobSpec, executor: Executor, wishes: Wishes, habits: Habits) -> None:
-        self._spec, self._executor, self._wishes, self._habits = spec, executor, wishes, habits
+    def __init__(self, spec: JobSpec, executor: Executor, requests: StopRequests, settings: SupervisorSettings) -> None:
+        self._spec, self._executor, self._requests, self._settings = spec, executor, requests, settings
         self._run, self._files = RunDirectory(spec.run_dir), JobFiles(spec.run_dir)
         self._history = History(self._files.attempts)
         self._refusals = 0
@@ -67,7 +67,7 @@ class Supervisor:
         """
         status = self._run.status()
         if status and status.state == "done":
-            say(f"the training is done (step {status.step}); nothing is left to do")
+            log_line(f"the training is done (step {status.step}); nothing is left to do")
             return 0
         decision = self._settle_the_past()
         while decision is None or decision.action == "restart":
@@ -121,7 +121,7 @@ class Supervisor:
             self._refusals += 1
             if error.reason != IO_REASON or self._refusals > _MOST_REFUSALS:
                 raise
-            say(error.line)
+            log_line(error.line)
             return Decision("restart", error.line, pause_s=_REFUSAL_PAUSE_S)
 
     def _attempt(self) -> Decision:
@@ -131,9 +131,9 @@ class Supervisor:
         add_bad_nodes(self._files.bad_nodes, check.problems, time.time())
         last = {*read_bad_nodes(self._files.bad_nodes, time.time()), *self._executor.doubtful(check.healthy)}
         nodes = choose_nodes(check.healthy, self._spec.num_nodes, last)
-        self._wishes.look()
-        if self._wishes.cause:
-            ended = replace(attempt, end="stopped", cause=self._wishes.cause, last_step=attempt.first_step)
+        self._requests.look()
+        if self._requests.cause:
+            ended = replace(attempt, end="stopped", cause=self._requests.cause, last_step=attempt.first_step)
         elif len(nodes) < self._spec.num_nodes or check.shared_problem:
             ended = _unfit(attempt, check)
         else:
@@ -159,14 +159,16 @@ class Supervisor:
         lost = dict(self._executor.lost(attempt.nodes))
         there = [node for node in attempt.nodes if node not in lost]
         for line in lost.values():
-            say(f"attempt {attempt.attempt}: {line}")
-        if not self._habits.preflight:
+            log_line(f"attempt {attempt.attempt}: {line}")
+        if not self._settings.preflight:
             return Check(tuple(there), lost)
         folder = self._files.folder / f"preflight-{attempt.attempt}"
-        check = check_nodes(self._spec, self._executor, there, attempt.attempt, folder, self._habits.preflight_s)
+        check = check_nodes(self._spec, self._executor, there, attempt.attempt, folder, self._settings.preflight_s)
         for node, problem in check.problems.items():
-            say(f"attempt {attempt.attempt}: node {node} fails its preflight: {problem}")
-        say(f"attempt {attempt.attempt}: preflight of {_count(len(there))} took {check.seconds:.1f} s: {check.line}")
+            log_line(f"attempt {attempt.attempt}: node {node} fails its preflight: {problem}")
+        log_line(
+            f"attempt {attempt.attempt}: preflight of {_count(len(there))} took {check.seconds:.1f} s: {check.line}"
+        )
         return replace(check, problems=lost | dict(check.problems))
 
     def _train(self, attempt: Attempt) -> Attempt:
@@ -174,12 +176,12 @@ class Supervisor:
         self._history.write(attempt)
         before = self._status_stamp()
         where = f"{_count(len(attempt.nodes))} ({' '.join(attempt.nodes)})"
-        say(f"attempt {attempt.attempt}: training from step {attempt.first_step} on {where}")
+        log_line(f"attempt {attempt.attempt}: training from step {attempt.first_step} on {where}")
         number = 2 * attempt.attempt + 1
         step = self._executor.start(
             self._words(), attempt.nodes, self._spec.ranks_per_node, number, self._run.heartbeats
         )
-        watch = Watch(step, self._run, self._wishes, self._spec.num_ranks, self._habits.poll_s)
+        watch = Watch(step, self._run, self._requests, self._spec.num_ranks, self._settings.poll_s)
         code = watch.wait()
         status = self._run.status() if self._status_stamp() != before else None
         notes = step.notes()
@@ -204,17 +206,17 @@ class Supervisor:
             notes=notes,
             lost_nodes=() if is_well else self._lost(attempt),
             silence=silence,
-            cause=self._wishes.cause or (self._executor.why_ending() if not status or status.state != "done" else ""),
+            cause=self._requests.cause or (self._executor.why_ending() if not status or status.state != "done" else ""),
         )
 
     def _lost(self, attempt: Attempt) -> LostNodes:
         return self._executor.lost(attempt.nodes) or tuple(self._gone.items())
 
     def _conclude(self, ended: Attempt, problems: Mapping[str, str]) -> Decision:
-        self._wishes.look()
-        if ended.cause in ("preemption", "time limit", "requeue", "cancel") and not self._wishes.is_ending:
-            self._wishes.end(ended.cause)
-        self._tell_status(ended)
+        self._requests.look()
+        if ended.cause in ("preemption", "time limit", "requeue", "cancel") and not self._requests.is_ending:
+            self._requests.end(ended.cause)
+        self._report_status(ended)
         ended = self._keep_traces(ended)
         history = self._history.read()
         decision = decide([*history[:-1], ended], self._situation(self._bad_now(ended, problems)))
@@ -236,8 +238,8 @@ class Supervisor:
             bad_nodes=tuple(sorted({*lost, *bad})),
             max_stale_restarts=self._spec.max_stale_restarts,
             has_queue=self._executor.has_queue,
-            is_ending=self._wishes.is_ending,
-            asked=self._wishes.asked,
+            is_ending=self._requests.is_ending,
+            asked=self._requests.asked,
         )
 
     def _note(self, ended: Attempt, decision: Decision) -> None:
@@ -247,9 +249,9 @@ class Supervisor:
         add_bad_nodes(self._files.bad_nodes, reasons, time.time())
         action = decision.action.replace("_", " ")
         without = f", without {', '.join(decision.exclude)}" if decision.exclude else ""
-        say(f"attempt {ended.attempt}: {decision.why} -> {action}{without}")
+        log_line(f"attempt {ended.attempt}: {decision.why} -> {action}{without}")
 
-    def _tell_status(self, ended: Attempt) -> None:
+    def _report_status(self, ended: Attempt) -> None:
         """Ranks that could not speak are spoken for, in the status and in ``errors/``."""
         first = self._run.first_error(since_unix_s=ended.started_unix_s)
         if not ended.failed or (first and first.line == ended.error_line):
@@ -266,7 +268,7 @@ class Supervisor:
     def _leave(self, decision: Decision) -> int:
         if decision.action == "requeue":
             try:
-                say(self._executor.requeue(decision.exclude))
+                log_line(self._executor.requeue(decision.exclude))
             except SlurmError as error:
                 last = self._history.read()[-1]
                 self._history.write(replace(last, decision="give_up", why=f"{last.why}; {error.line}"))
@@ -288,11 +290,11 @@ class Supervisor:
         return replace(ended, error_line=line)
 
     def _pause(self, seconds: float) -> None:
-        say(f"waiting {seconds:.0f} s before the next attempt")
+        log_line(f"waiting {seconds:.0f} s before the next attempt")
         until_s = time.monotonic() + seconds
-        while time.monotonic() < until_s and not self._wishes.cause:
-            time.sleep(self._habits.poll_s)
-            self._wishes.look()
+        while time.monotonic() < until_s and not self._requests.cause:
+            time.sleep(self._settings.poll_s)
+            self._requests.look()
 
     def _newest_step(self) -> int:
         newest = CheckpointStore(self._run.checkpoints, keep=1).latest()

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from piip_scale.engine.heartbeat import Beat, read_beats
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.launch.decide import Asked
 from piip_scale.launch.executors import Step
+from piip_scale.launch.job_log import log_line
 from piip_scale.launch.spec import Request, load_request
-from piip_scale.launch.telling import say
+from piip_scale.run.heartbeat import Beat, read_beats
+from piip_scale.run.run_dir import RunDirectory
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _REQUEST_EVERY_S = 2.0
@@ -24,7 +24,7 @@ _STACKS_WITHIN_S = 5.0
 _END_AGAIN_AFTER_S = 20.0
 
 
-class Wishes:
+class StopRequests:
     """What signals and requests asked of this job so far.
 
     Attributes:
@@ -76,7 +76,7 @@ class Wishes:
             self.end(self._why_ending() or "time limit")
         else:
             self.end(self._why_ending() or "TERM")
-        say(f"{signal.Signals(number).name} came: {self.cause}")
+        log_line(f"{signal.Signals(number).name} came: {self.cause}")
 
     def end(self, cause: str) -> None:
         """The job ends, for a cause that ``why_ending`` told."""
@@ -87,7 +87,7 @@ class Wishes:
 
     def _take_request(self, request: Request) -> None:
         self.asked, self.cause = request.action, "user" if request.action == "stop" else "requeue"
-        say(f"{request.action} was asked for" + f" by {request.user}" * bool(request.user))
+        log_line(f"{request.action} was asked for" + f" by {request.user}" * bool(request.user))
 
 
 class Watch:
@@ -99,14 +99,14 @@ class Watch:
     Args:
         step: The step.
         run: The run, whose heartbeats are read.
-        wishes: What is asked of the job.
+        requests: What is asked of the job.
         num_ranks: Ranks of the step.
         poll_s: How often to look.
     """
 
-    def __init__(self, step: Step, run: RunDirectory, wishes: Wishes, num_ranks: int, poll_s: float) -> None:
+    def __init__(self, step: Step, run: RunDirectory, requests: StopRequests, num_ranks: int, poll_s: float) -> None:
         self.silence = ""
-        self._step, self._run, self._wishes = step, run, wishes
+        self._step, self._run, self._requests = step, run, requests
         self._num_ranks, self._poll_s = num_ranks, poll_s
         self._began_s, self._began_unix_s = time.monotonic(), time.time()
         self._was_asked = False
@@ -118,10 +118,10 @@ class Watch:
         """Until the step has ended; returns its exit code."""
         while (code := self._step.poll()) is None:
             time.sleep(self._poll_s)
-            self._wishes.look()
+            self._requests.look()
             self._end_at_once()
             # A file for each rank, on a disk that all share: not more often than needed.
-            is_wanted = bool(self._wishes.cause) and not self._was_asked
+            is_wanted = bool(self._requests.cause) and not self._was_asked
             if is_wanted or time.monotonic() - self._read_s >= _BEATS_EVERY_S:
                 self._read_s = time.monotonic()
                 beats = list(read_beats(self._run.heartbeats, self._began_unix_s))
@@ -131,14 +131,14 @@ class Watch:
 
     def _end_at_once(self) -> None:
         again = self._ended_s and time.monotonic() - self._ended_s > _END_AGAIN_AFTER_S
-        if again or (self._wishes.is_impatient and not self._ended_s):
+        if again or (self._requests.is_impatient and not self._ended_s):
             self._end()
 
     def _pass_on(self, beats: list[Beat]) -> None:
         # Before a rank's first beat, a signal would kill it.
-        if self._wishes.cause and not self._was_asked and len(beats) == self._num_ranks:
+        if self._requests.cause and not self._was_asked and len(beats) == self._num_ranks:
             self._was_asked = True
-            say("asking the ranks to save and stop")
+            log_line("asking the ranks to save and stop")
             self._step.ask_to_stop()
 
     def _look_for_silence(self, beats: list[Beat]) -> None:

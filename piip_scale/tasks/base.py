@@ -78,7 +78,7 @@ class TrainableModel(Protocol):
         """What the task finds in every image of the batch, in eval mode and without gradients."""
         ...
 
-    def head_leaf(self) -> nn.Module:
+    def heads_module(self) -> nn.Module:
         """Neck and heads as one module, which ZeRO-3 gathers whole because their control flow depends on the data.
 
         Its ``forward`` takes the features as separate tensors and returns a tensor or a tuple of tensors, never a

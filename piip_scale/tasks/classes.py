@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from piip_scale.config.run import RunConfig
-from piip_scale.data.set_files import has_manifest
-from piip_scale.data.shards import ShardSet
+from piip_scale.data.reading.set_files import has_manifest
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def class_names(config: RunConfig) -> tuple[str, ...]:
         ConfigError: The config names none, and no shards are there to tell.
         DataError: The shards are damaged.
     """
-    if classes := told_classes(config):
+    if classes := declared_classes(config):
         return classes
     raise ConfigError(
         "config key data.classes is empty, and the run's shards are not there to tell",
@@ -24,7 +24,7 @@ def class_names(config: RunConfig) -> tuple[str, ...]:
     )
 
 
-def told_classes(config: RunConfig) -> tuple[str, ...]:
+def declared_classes(config: RunConfig) -> tuple[str, ...]:
     """The classes of a run: as the config names them, else those of its shards; empty where neither tells.
 
     Raises:

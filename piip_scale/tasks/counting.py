@@ -10,7 +10,7 @@ from piip_scale.config.model import ClassifierConfig
 from piip_scale.config.run import RunConfig
 from piip_scale.config.segmentation import SegmentationRun
 from piip_scale.models.counting import PartCount, count_network, feature_maps
-from piip_scale.tasks.classes import told_classes
+from piip_scale.tasks.classes import declared_classes
 
 _PUBLIC_SETS = {"classification": ("ImageNet", 1000), "detection": ("COCO", 80), "segmentation": ("ADE20K", 150)}
 """By task: the set that is counted for, and its classes, where a run's own are not known."""
@@ -53,7 +53,7 @@ def likely_classes(config: RunConfig) -> tuple[str, int]:
     Raises:
         DataError: The run's shards are damaged.
     """
-    classes = told_classes(config)
+    classes = declared_classes(config)
     return ("", len(classes)) if classes else _PUBLIC_SETS[config.task]
 
 
@@ -64,10 +64,10 @@ def _parts(config: RunConfig, num_classes: int, height_px: int, width_px: int) -
     network = count_network(config.model, height_px, width_px)
     features = feature_maps(config.model, height_px, width_px)
     if isinstance(config, SegmentationRun):
-        from piip_scale.tasks.segmentor_counting import segmentor_parts  # so does mmseg
+        from piip_scale.tasks.segmentation.counting import segmentor_parts  # so does mmseg
 
         return (*network, *segmentor_parts(config.segmentor, features, num_classes))
     assert isinstance(config, DetectionRun)
-    from piip_scale.tasks.detector_counting import detector_parts  # mmdet takes seconds to import
+    from piip_scale.tasks.detection.counting import detector_parts  # mmdet takes seconds to import
 
     return (*network, *detector_parts(config.detector, features, num_classes))

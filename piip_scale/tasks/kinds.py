@@ -31,15 +31,15 @@ def build_task(config: RunConfig, world: World, broken_samples: Path | None = No
         DataError: Validation shards that are absent, damaged, or of other classes than the config's.
     """
     if isinstance(config, DetectionRun):
-        from piip_scale.tasks.detection import DetectionTask
+        from piip_scale.tasks.detection.task import DetectionTask
 
         return DetectionTask(config, world, broken_samples)
     if isinstance(config, ClassificationRun):
-        from piip_scale.tasks.classification import ClassificationTask
+        from piip_scale.tasks.classification.task import ClassificationTask
 
         return ClassificationTask(config, world, broken_samples)
     if isinstance(config, SegmentationRun):
-        from piip_scale.tasks.segmentation import SegmentationTask
+        from piip_scale.tasks.segmentation.task import SegmentationTask
 
         return SegmentationTask(config, world, broken_samples)
     raise _unknown(config)
@@ -53,15 +53,15 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         KernelError: A kernel that the config names cannot be had.
     """
     if isinstance(config, DetectionRun):
-        from piip_scale.tasks.detectors import build_detection_model
+        from piip_scale.tasks.detection.model import build_detection_model
 
         return build_detection_model(config, num_classes)
     if isinstance(config, ClassificationRun):
-        from piip_scale.tasks.classifiers import build_classification_model
+        from piip_scale.tasks.classification.model import build_classification_model
 
         return build_classification_model(config, num_classes)
     if isinstance(config, SegmentationRun):
-        from piip_scale.tasks.segmentors import build_segmentation_model
+        from piip_scale.tasks.segmentation.model import build_segmentation_model
 
         return build_segmentation_model(config, num_classes)
     raise _unknown(config)
@@ -97,17 +97,17 @@ def build_predictor(config: RunConfig, model: nn.Module, min_score: float | None
         ConfigError: The classes cannot be told.
     """
     if isinstance(config, DetectionRun):
-        from piip_scale.tasks.prediction import DetectionPredictor
+        from piip_scale.tasks.detection.prediction import DetectionPredictor
 
         return DetectionPredictor(
             model, config.data.augment, class_names(config), 0.5 if min_score is None else min_score
         )
     if isinstance(config, ClassificationRun):
-        from piip_scale.tasks.class_prediction import ClassPredictor
+        from piip_scale.tasks.classification.prediction import ClassPredictor
 
         return ClassPredictor(model, config, class_names(config), min_score or 0.0)
     if isinstance(config, SegmentationRun):
-        from piip_scale.tasks.segmentation_prediction import SegmentationPredictor
+        from piip_scale.tasks.segmentation.prediction import SegmentationPredictor
 
         return SegmentationPredictor(model, config.data.augment, class_names(config))
     raise _unknown(config)

@@ -14,8 +14,8 @@ from piip_scale.config.run import RunConfig
 from piip_scale.config.segmentation import SegmentationRun
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.base import Outline
-from piip_scale.tasks.classifiers import build_classification_model
-from piip_scale.tasks.kept import kept_by
+from piip_scale.tasks.classification.model import build_classification_model
+from piip_scale.tasks.saved_activations import saved_for_backward
 
 _FLOAT_BYTES = 4
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,8 +49,8 @@ def outline_run(config: RunConfig, num_classes: int, size_px: tuple[int, int] | 
 
 
 def _of_detector(config: DetectionRun, num_classes: int, images_BCHW: Tensor) -> Outline:
-    from piip_scale.tasks.detector_memory import head_bytes
-    from piip_scale.tasks.detectors import build_detection_model  # mmdet takes seconds to import
+    from piip_scale.tasks.detection.memory import head_bytes
+    from piip_scale.tasks.detection.model import build_detection_model  # mmdet takes seconds to import
 
     model = build_detection_model(config, num_classes).train()
     model.set_precision(_DTYPES[config.train.precision])
@@ -74,7 +74,7 @@ def _of_classifier(config: ClassificationRun, num_classes: int, images_BCHW: Ten
 
 
 def _of_segmentor(config: SegmentationRun, num_classes: int, images_BCHW: Tensor) -> Outline:
-    from piip_scale.tasks.segmentors import build_segmentation_model  # mmseg takes seconds to import
+    from piip_scale.tasks.segmentation.model import build_segmentation_model  # mmseg takes seconds to import
 
     model = build_segmentation_model(config, num_classes).train()
     model.set_precision(_DTYPES[config.train.precision])
@@ -83,7 +83,7 @@ def _of_segmentor(config: SegmentationRun, num_classes: int, images_BCHW: Tensor
         # In eval mode batch norms keep as much and ask no other rank. The loss resizes scores to the labels' size,
         # and keeps them before and after the softmax.
         heads = model.heads.heads.eval()
-        kept = sum(kept_by(head, tuple(features))[1] for head in heads.children())
+        kept = sum(saved_for_backward(head, tuple(features))[1] for head in heads.children())
         scores = len(list(heads.children())) * num_classes * images_BCHW[:, 0].numel()
         return kept + 2 * _FLOAT_BYTES * scores
 

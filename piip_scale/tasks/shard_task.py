@@ -13,8 +13,8 @@ from torch import nn
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.sample import SetKind
-from piip_scale.data.shards import ShardSet
 from piip_scale.data.stream import SampleMaker, ShardLoader
 from piip_scale.tasks.base import Metric, Outline
 from piip_scale.tasks.outline import outline_run

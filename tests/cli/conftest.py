@@ -5,8 +5,8 @@ import subprocess
 import commands
 import pytest
 
-from piip_scale.data.pack import pack_coco
-from piip_scale.data.scenes import write_scenes
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.demo.scenes import write_scenes
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from commands import command, environment, failed_in_one_line, piip_scale, succe
 from damaged import damage
 
 from piip_scale.checkpoint.store import CheckpointStore
-from piip_scale.data.pack import pack_coco
-from piip_scale.data.shards import ShardSet
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.data.reading.shards import ShardSet
 
 NOTES = {
     "images": [{"id": 7, "file_name": "a.jpg", "width": 64, "height": 64}],

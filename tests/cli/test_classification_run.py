@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
-from piip_scale.data.digits import write_digits
+from piip_scale.demo.digits import write_digits
 from piip_scale.errors import DataError
 
 CONFIG = """

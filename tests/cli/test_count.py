@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from piip_scale.cli.main import app
 from piip_scale.config.loading import load_config
 from piip_scale.errors import ConfigError
-from piip_scale.tasks.detectors import build_detection_model
+from piip_scale.tasks.detection.model import build_detection_model
 
 CONFIG = """
 model = dict(

@@ -11,8 +11,8 @@ from commands import piip_scale, succeeded
 from PIL import Image
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
-from piip_scale.data.coco_maps import write_label_maps
-from piip_scale.data.pack_maps import pack_label_maps
+from piip_scale.data.packing.coco_maps import write_label_maps
+from piip_scale.data.packing.pack_maps import pack_label_maps
 
 CONFIG = """
 task = "segmentation"

@@ -60,7 +60,7 @@ def config_of(name):
 
 @cache
 def meta_model_of(name):
-    from piip_scale.tasks.detectors import build_detection_model
+    from piip_scale.tasks.detection.model import build_detection_model
 
     with torch.device("meta"):
         return build_detection_model(config_of(name), num_classes=NUM_CLASSES)
@@ -174,7 +174,7 @@ def test_images_are_the_recipes(name, recipes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_detector_has_the_recipes_neck_and_head(name, recipes):
-    from piip_scale.tasks.detector_config import plan_detector
+    from piip_scale.tasks.detection.heads_config import plan_detector
 
     recipe, model = recipes[released_path(name)], meta_model_of(name)
     plan = plan_detector(config_of(name).detector, model.backbone.feature_specs, NUM_CLASSES).model

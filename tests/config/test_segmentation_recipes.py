@@ -10,7 +10,7 @@ import torch
 from released import ROOT, expanded, given_branches, read
 
 from piip_scale.config import load_config
-from piip_scale.data.pack_classes import read_class_names
+from piip_scale.data.packing.pack_classes import read_class_names
 from piip_scale.models.official_config import read_official_config
 from piip_scale.tasks import mmcv_ext
 
@@ -31,7 +31,7 @@ def config_of(name):
 
 @cache
 def meta_model_of(name):
-    from piip_scale.tasks.segmentors import build_segmentation_model
+    from piip_scale.tasks.segmentation.model import build_segmentation_model
 
     with torch.device("meta"):
         return build_segmentation_model(config_of(name), NUM_CLASSES)

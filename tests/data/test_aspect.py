@@ -6,9 +6,9 @@ from made_sets import write_jpeg
 
 from piip_scale.config.detection import AugmentConfig, DetectionData
 from piip_scale.data.detection import DetectionSamples
-from piip_scale.data.files import json_bytes
-from piip_scale.data.pack import pack_coco
-from piip_scale.data.shards import ShardSet
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.data.reading.files import json_bytes
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World
 

@@ -11,8 +11,8 @@ import pytest
 from made_sets import make_coco
 from sections.faulty_server import FaultyServer
 
-from piip_scale.data.pack import pack_coco
-from piip_scale.data.shards import ShardSet
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.data.reading.shards import ShardSet
 
 NUM_BATCHES, WARM_UP = 600, 200
 # A worker that kept one decoded image of every batch would grow by half as much again.

@@ -15,7 +15,7 @@ from streams import content, loader
 
 from piip_scale.config.detection import AugmentConfig
 from piip_scale.data.batch import MASK_SIZE_PX
-from piip_scale.data.pack import pack_coco
+from piip_scale.data.packing.pack import pack_coco
 from piip_scale.errors import DataError
 
 
@@ -175,7 +175,7 @@ STREAM = """
 import signal, sys, time
 from piip_scale.config.detection import DetectionData
 from piip_scale.data.detection import DetectionSamples
-from piip_scale.data.shards import ShardSet
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World
 config = DetectionData(train_shards="", val_shards="", workers=2, micro_batch_size=2, num_streams=4)

@@ -11,8 +11,8 @@ from made_sets import make_coco
 from sections.faulty_server import FaultyServer
 from streams import content, draws, loader
 
-from piip_scale.data import fetching
-from piip_scale.data.pack import pack_coco
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.data.reading import fetching
 
 NUM_IMAGES, GLOBAL_BATCH, EPOCH = 65, 12, 3
 # Nodes, ranks of a node, loader processes of a rank.

@@ -50,7 +50,7 @@ class PyramidModel(nn.Module):
         (loss,) = self.head(*self.backbone(batch.images_BHWC.permute(0, 3, 1, 2).float() / 255))
         return {"loss": loss}
 
-    def head_leaf(self) -> nn.Module:
+    def heads_module(self) -> nn.Module:
         return self.head
 
     def parts(self) -> dict[str, nn.Module]:

@@ -6,9 +6,9 @@ import torch
 from ranks import tiny_config
 from tiny_task import TinyTask
 
+from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.step import seed_step, total_loss
 from piip_scale.engine.stop import StopFlag
-from piip_scale.engine.stream import BatchStream
 from piip_scale.errors import DataError, ModelError
 from piip_scale.world import World
 

@@ -19,8 +19,8 @@ from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.resuming import find_checkpoint
-from piip_scale.engine.setup import build_engine, build_model
 from piip_scale.engine.step import train_step
+from piip_scale.engine.zero.setup import build_engine, build_model
 from piip_scale.errors import CheckpointError, ConfigError
 from piip_scale.world import World
 

@@ -13,8 +13,8 @@ from tiny_task import TinyModel, TinyTask, make_batch
 
 from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.schedule import lr_factor
-from piip_scale.engine.setup import build_engine, build_model
 from piip_scale.engine.step import train_step
+from piip_scale.engine.zero.setup import build_engine, build_model
 
 STEPS = 5
 GLOBAL_BATCH = 4
@@ -77,7 +77,7 @@ def spoiled(batch):
 
 
 def plan_sizes(engine):
-    from piip_scale.engine.zero import measure
+    from piip_scale.engine.zero.plan import measure
 
     return measure(engine.module, engine.module.parts()).parameters
 

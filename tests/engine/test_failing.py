@@ -14,9 +14,9 @@ import psutil
 import pytest
 from ranks import free_port
 
-from piip_scale.engine.heartbeat import COMPUTING, WAITING, Beat, Heartbeat, write_beat
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.watchdog import Watchdog, hang_error
+from piip_scale.run.heartbeat import COMPUTING, WAITING, Beat, Heartbeat, write_beat
+from piip_scale.run.run_dir import RunDirectory
 from piip_scale.world import World
 
 WORKER = Path(__file__).with_name("tiny_worker.py")

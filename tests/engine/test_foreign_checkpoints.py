@@ -12,8 +12,8 @@ from ranks import tiny_config
 
 from piip_scale import __version__
 from piip_scale.engine.checkpointing import STATE_FILE, TrainingState
-from piip_scale.engine.resuming import Checkpoint, read_state, tell_other_sets
-from piip_scale.engine.versions import STATE_FORMAT, tell_other_versions, versions
+from piip_scale.engine.resuming import Checkpoint, read_state, warn_of_other_sets
+from piip_scale.engine.versions import STATE_FORMAT, versions, warn_of_other_versions
 from piip_scale.errors import CheckpointError
 
 
@@ -38,18 +38,18 @@ def test_a_description_that_this_version_does_not_read_is_named_with_its_writer(
 
 
 def test_other_libraries_are_told_with_both_versions(caplog):
-    tell_other_versions(Path("step_00000008"), versions())
+    warn_of_other_versions(Path("step_00000008"), versions())
     assert caplog.text == ""
-    tell_other_versions(Path("step_00000008"), versions() | {"torch": "1.0"})
+    warn_of_other_versions(Path("step_00000008"), versions() | {"torch": "1.0"})
     assert f"torch 1.0 (here {torch.__version__.split('+')[0]}" in caplog.text
     assert "deepspeed" not in caplog.text
 
 
 def test_other_shards_are_told_with_both(caplog):
     for before in ("train a, val b", ""):
-        tell_other_sets(Path("step_00000008"), before, "train a, val b")
+        warn_of_other_sets(Path("step_00000008"), before, "train a, val b")
     assert caplog.text == ""
-    tell_other_sets(Path("step_00000008"), "train a, val b", "train c, val b")
+    warn_of_other_sets(Path("step_00000008"), "train a, val b", "train c, val b")
     assert "step_00000008 was trained on other shards (train a, val b; here train c, val b)" in caplog.text
 
 

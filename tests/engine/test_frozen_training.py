@@ -13,11 +13,11 @@ from test_equality import weights_of
 from tiny_task import make_batch
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
-from piip_scale.engine.building import fill, place_whole
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.resuming import find_checkpoint
-from piip_scale.engine.setup import build_engine, build_model, give_blanks, give_weights
 from piip_scale.engine.step import train_step
+from piip_scale.engine.zero.building import fill, load_whole
+from piip_scale.engine.zero.setup import build_engine, build_model, give_blanks, give_weights
 from piip_scale.world import World
 
 # Checkpointed blocks below and above the border: the reentrant kind of checkpointing would lose gradients here.
@@ -111,7 +111,7 @@ def test_only_the_rest_moves_and_has_state(results, case):
 @pytest.mark.parametrize("case", ["stem", "whole branch"])
 def test_it_trains_as_torch_alone(results, case):
     model = build_model(PyramidTask(config_of(case), World()), 0)
-    fill(model, {}, 0, place_whole(torch.device("cpu")))
+    fill(model, {}, 0, load_whole(torch.device("cpu")))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rules = {id(p): model.parameter_rules()[name].decays for name, p in model.named_parameters()}
     groups = [{"params": [p], "weight_decay": 0.05 * rules[id(p)]} for p in trainable]

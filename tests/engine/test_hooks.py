@@ -4,11 +4,11 @@ from ranks import tiny_config
 
 from piip_scale.engine import hooks
 from piip_scale.engine.hooks import Silence, Tell
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation, peak_of, peak_tflops
 from piip_scale.models.counting import count_network
+from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry.tensorboard import step_scalars
 from piip_scale.world import World
 

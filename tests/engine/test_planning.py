@@ -10,8 +10,8 @@ from tiny_task import TinyTask
 
 from piip_scale.config.loading import check_config
 from piip_scale.engine.planning import GIB, Planner, change_lines, memory_lines
-from piip_scale.engine.setup import build_engine
 from piip_scale.engine.step import train_step
+from piip_scale.engine.zero.setup import build_engine
 from piip_scale.tasks.outline import largest_canvas_px, outline_run
 
 NETWORK = {

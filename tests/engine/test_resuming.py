@@ -10,15 +10,15 @@ from ranks import FORCED_RELEASE, run_ranks, tiny_config
 from tiny_task import TinyTask, make_batch
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.batching import scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.resuming import find_checkpoint
 from piip_scale.engine.schedule import lr_factor
-from piip_scale.engine.setup import build_engine, build_model
 from piip_scale.engine.step import train_step
-from piip_scale.engine.stream import BatchStream
+from piip_scale.engine.zero.setup import build_engine, build_model
 from piip_scale.telemetry.memory import peak_memory_bytes
 
 STEPS = 6

@@ -16,8 +16,8 @@ from tiny_task import TinyTask, make_batch
 
 from piip_scale.checkpoint.store import MANIFEST, CheckpointStore
 from piip_scale.engine.checkpointing import Checkpointer, part_path
-from piip_scale.engine.setup import build_engine, build_model
 from piip_scale.engine.step import train_step
+from piip_scale.engine.zero.setup import build_engine, build_model
 from piip_scale.errors import CheckpointError
 
 HELD_SECONDS = 1.0

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.checkpoint.zero_reader import AVERAGE, ZeroCheckpoint
-from piip_scale.engine.run_dir import RunDirectory
+from piip_scale.run.run_dir import RunDirectory
 
 WORKER = Path(__file__).with_name("tiny_worker.py")
 STEPS = 8

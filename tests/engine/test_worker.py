@@ -9,9 +9,9 @@ from ranks import tiny_config
 
 from piip_scale.engine import worker
 from piip_scale.engine.local_launch import launch_local
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.stop import StopFlag
 from piip_scale.errors import Interrupted
+from piip_scale.run.run_dir import RunDirectory
 
 
 @pytest.fixture

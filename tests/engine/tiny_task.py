@@ -82,7 +82,7 @@ class TinyModel(nn.Module):
         empty = torch.zeros(1, dtype=torch.int64)
         return [Detections(info.image_id, torch.zeros(1, 4), score, empty) for info in batch.infos]
 
-    def head_leaf(self) -> nn.Module:
+    def heads_module(self) -> nn.Module:
         return self.head
 
     def parts(self) -> dict[str, nn.Module]:

@@ -16,9 +16,9 @@ from tiny_configs import FORCED_RELEASE, tiny_config
 from tiny_task import TinyTask
 
 from piip_scale.engine.local_launch import launch_local
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.engine.worker import train_worker
 from piip_scale.errors import DataError, PiipError
+from piip_scale.run.run_dir import RunDirectory
 
 
 class TroubledTask(TinyTask):

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 from piip_scale.checkpoint.store import CheckpointStore
-from piip_scale.engine.heartbeat import Beat, write_beat
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.errors import SlurmError
 from piip_scale.launch.node_facts import NodeFacts, save_facts
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.step_notes import StepNotes, read_notes
+from piip_scale.run.heartbeat import Beat, write_beat
+from piip_scale.run.run_dir import RunDirectory
 
 GIB = 2**30
 

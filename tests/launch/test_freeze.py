@@ -11,7 +11,7 @@ import pytest
 
 from piip_scale.launch import freeze
 from piip_scale.launch.freeze import Frozen, freeze_code, freeze_config, git_state
-from piip_scale.launch.spec import ENTRY_FILE, entry_words
+from piip_scale.launch.spec import ENTRY_FILE, entry_command
 
 
 def git(folder, *words):
@@ -47,7 +47,7 @@ def run_frozen(frozen, checkout):
     """As the batch script does, from the checkout, with the checkout on the path too."""
     path = f"{frozen.code}{os.pathsep}{checkout}"
     environment = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PATH": os.environ["PATH"]}
-    words = [sys.executable, *entry_words(frozen.code)]
+    words = [sys.executable, *entry_command(frozen.code)]
     done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

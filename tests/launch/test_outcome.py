@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from histories import attempt
 
-from piip_scale.engine.run_dir import FirstError, Status
 from piip_scale.launch.outcome import Evidence, judge
 from piip_scale.launch.step_notes import StepNotes, TaskEnd, read_notes
+from piip_scale.run.run_dir import FirstError, Status
 
 # As srun of Slurm 22.05 wrote them.
 KILLED = """\

@@ -13,7 +13,7 @@ import pytest
 from orders import APPTAINER, HOSTILE, ORDERS, order
 
 from piip_scale.errors import ConfigError, RunError
-from piip_scale.launch.options import option_lines, option_word
+from piip_scale.launch.options import option_lines, option_value
 from piip_scale.launch.profiles import Profile, load_profile, profile_names
 from piip_scale.launch.render import array_text, fill_sections
 from piip_scale.launch.submitting import plan_submission
@@ -113,10 +113,10 @@ def test_the_template_must_have_its_sections():
 
 
 def test_options_are_written_for_slurms_reader():
-    assert option_word("gpu:h100:8") == "gpu:h100:8"
-    assert option_word("n[1-3]") == "n[1-3]"
-    assert option_word("a b") == '"a b"'
-    assert option_word('a"\\') == '"a\\"\\\\"'
+    assert option_value("gpu:h100:8") == "gpu:h100:8"
+    assert option_value("n[1-3]") == "n[1-3]"
+    assert option_value("a b") == '"a b"'
+    assert option_value('a"\\') == '"a\\"\\\\"'
     assert option_lines({"time": 5, "exclusive": True, "contiguous": False}) == [
         "#SBATCH --time=5",
         "#SBATCH --exclusive",

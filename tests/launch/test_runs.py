@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from piip_scale.cli.jobs import duration, table
-from piip_scale.engine.heartbeat import Beat, write_beat
 from piip_scale.errors import RunError
 from piip_scale.launch.attempts import Attempt, History
 from piip_scale.launch.control import requeue_run, stop_run
-from piip_scale.launch.metrics import read_pace
 from piip_scale.launch.queue import QueuedJob, parse_queue
+from piip_scale.launch.run_metrics import read_pace
 from piip_scale.launch.runs import describe, find_runs, is_alive, read_run, refuse_active
 from piip_scale.launch.spec import JobFiles, JobSpec, load_request, load_spec, save_spec
+from piip_scale.run.heartbeat import Beat, write_beat
 
 NOW = time.time()
 

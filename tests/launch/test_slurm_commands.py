@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from piip_scale.errors import SlurmError
 from piip_scale.launch.slurm_commands import Slurm, parse_duration, parse_job, parse_nodes
-from piip_scale.launch.slurm_executor import SlurmExecutor, ending, srun_words
+from piip_scale.launch.slurm_executor import SlurmExecutor, ending, srun_command
 from piip_scale.world import Allocation
 
 # As scontrol of Slurm 22.05 wrote it, shortened.
@@ -72,11 +72,11 @@ def test_why_a_job_ends(change, cause):
 
 def test_a_training_ends_together_and_a_look_at_nodes_does_not(tmp_path):
     job = spec(tmp_path, srun_options=("--container-image=a b",))
-    training = srun_words(job, ["n1", "n3"], 8, 12, alone=False)
+    training = srun_command(job, ["n1", "n3"], 8, 12, alone=False)
     assert training[:4] == ["srun", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8"]
     assert {"--nodelist=n1,n3", "--cpus-per-task=12", "--kill-on-bad-exit=1", "--no-kill=off"} <= set(training)
     assert training[-1] == "--container-image=a b"
-    look = srun_words(job, ["n1"], 1, None, alone=True)
+    look = srun_command(job, ["n1"], 1, None, alone=True)
     assert {"--kill-on-bad-exit=0", "--no-kill"} <= set(look)
     assert not any("cpus" in word for word in look)
 

@@ -12,13 +12,13 @@ import pytest
 from fakes import FakeExecutor, FakeStep, beat, save, spec
 from histories import attempt, crash
 
-from piip_scale.engine.run_dir import RunDirectory
 from piip_scale.errors import DataError, HangError, RunError, SlurmError
 from piip_scale.launch import supervisor, watching
 from piip_scale.launch.attempts import History
 from piip_scale.launch.spec import JobFiles, Request, save_request
-from piip_scale.launch.supervisor import Habits, Supervisor
-from piip_scale.launch.watching import Wishes
+from piip_scale.launch.supervisor import Supervisor, SupervisorSettings
+from piip_scale.launch.watching import StopRequests
+from piip_scale.run.run_dir import RunDirectory
 
 
 class Scene:
@@ -29,11 +29,11 @@ class Scene:
         self.run = RunDirectory(self.spec.run_dir)
         self.executor = FakeExecutor(self.spec.run_dir, *steps, nodes=nodes, has_queue=has_queue)
         self.history = History(JobFiles(self.spec.run_dir).attempts)
-        self.wishes = Wishes(self.run, self.executor.why_ending)
-        self.habits = Habits(preflight=preflight, poll_s=0.001)
+        self.requests = StopRequests(self.run, self.executor.why_ending)
+        self.settings = SupervisorSettings(preflight=preflight, poll_s=0.001)
 
     def supervise(self) -> int:
-        return Supervisor(self.spec, self.executor, self.wishes, self.habits).run()
+        return Supervisor(self.spec, self.executor, self.requests, self.settings).run()
 
     def step(self, *deeds, code=1, notes=()) -> FakeStep:
         """A step that does something and ends."""
@@ -130,14 +130,14 @@ def test_bad_data_is_given_up_at_once(scene):
 
 def test_before_the_time_limit_ranks_stop_and_the_job_requeues(scene):
     step = scene.waiting_step()
-    scene.wishes._receive(signal.SIGUSR2, None)
+    scene.requests._receive(signal.SIGUSR2, None)
     # It comes while the nodes are looked at: nothing is started any more.
     assert scene.supervise() == 0
     assert step.asked == 0
     again = Scene(scene.spec.working_dir)
     step = again.waiting_step()
     polls = iter(range(100))
-    step._on_poll = lambda: _after(polls, 3, lambda: again.wishes._receive(signal.SIGUSR2, None), again.run)
+    step._on_poll = lambda: _after(polls, 3, lambda: again.requests._receive(signal.SIGUSR2, None), again.run)
     assert again.supervise() == 0
     assert (step.asked, again.executor.requeued) == (1, [()])
     last = again.history.read()[-1]
@@ -158,7 +158,7 @@ def test_ranks_that_do_not_listen_yet_are_not_told_yet(scene):
     def poll():
         number = next(polls)
         if number == 0:
-            scene.wishes._receive(signal.SIGUSR2, None)
+            scene.requests._receive(signal.SIGUSR2, None)
         if number < 10:
             beat(scene.run, 0)
             assert step.asked == 0
@@ -187,15 +187,15 @@ def test_a_request_to_an_earlier_job_is_none(tmp_path):
     save_request(tmp_path / "run", Request(action="stop", unix_time_s=1.0))
     scene = Scene(tmp_path)
     scene.step(scene.status("done", 12))
-    scene.wishes.look()
-    assert scene.wishes.asked == ""
+    scene.requests.look()
+    assert scene.requests.asked == ""
 
 
 def test_scancel_is_no_preemption(scene):
     step = scene.waiting_step()
     polls = iter(range(100))
     scene.executor.reason = "cancel"
-    step._on_poll = lambda: _after(polls, 3, lambda: scene.wishes._receive(signal.SIGTERM, None), scene.run)
+    step._on_poll = lambda: _after(polls, 3, lambda: scene.requests._receive(signal.SIGTERM, None), scene.run)
     assert scene.supervise() == 0
     assert scene.executor.requeued == []
     assert "cancelled by scancel; saved" in scene.history.read()[-1].why
@@ -210,7 +210,7 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_stop(scene):
         for rank in range(2):
             beat(scene.run, rank)
         if number in (3, 6):
-            scene.wishes._receive(signal.SIGINT, None)
+            scene.requests._receive(signal.SIGINT, None)
 
     step = FakeStep(poll, lambda: None)
     scene.executor.steps.append(step)

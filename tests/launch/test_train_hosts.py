@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from piip_scale.data.pack import pack_coco
-from piip_scale.data.scenes import write_scenes
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.demo.scenes import write_scenes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "train_hosts.sh"

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from sections.published_counts import compare_published, published_table
 from torch.utils.flop_counter import FlopCounterMode
 
 from piip_scale.config.model import ClassifierConfig, PiipConfig
 from piip_scale.models.classifier import PiipClassifier
 from piip_scale.models.counting import count_network, feature_maps
 from piip_scale.models.piip import PIIP
-from piip_scale.models.published import compare_published, published_table
 
 LARGE = {"resolution_px": 64, "embed_dim": 64, "depth": 4, "num_heads": 4, "pretrain_resolution_px": 64}
 SMALL = LARGE | {"resolution_px": 128, "embed_dim": 32, "depth": 2}

@@ -4,19 +4,14 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
-# What a run under the fault tests shares with the tests of the command: the config and how to call it.
-sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-
 import commands
+import pytest
 from jobs import Cluster, Job
 
-from piip_scale.data.pack import pack_coco
-from piip_scale.data.scenes import write_scenes
+from piip_scale.data.packing.pack import pack_coco
+from piip_scale.demo.scenes import write_scenes
 
 ROOT = Path(__file__).parents[2]
 NODES = 3

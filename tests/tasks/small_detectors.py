@@ -6,7 +6,7 @@ from piip_scale.config.detection import DetectorConfig
 from piip_scale.config.loading import check_config
 from piip_scale.data.batch import MASK_SIZE_PX, DetectionBatch, ImageInfo, Instances
 from piip_scale.models.branch import FeatureSpec
-from piip_scale.tasks.detector_config import plan_detector
+from piip_scale.tasks.detection.heads_config import plan_detector
 
 SMALL_RCNN = {
     "neck.out_channels": 32,

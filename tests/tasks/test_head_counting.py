@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from piip_scale.config.loading import check_config
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.counting import count_run
-from piip_scale.tasks.detectors import build_detection_model
+from piip_scale.tasks.detection.model import build_detection_model
 from piip_scale.tasks.kinds import build_model
 from piip_scale.tasks.layer_macs import layer_macs
 

@@ -1,0 +1,1 @@
+"""Geometry, masks and colour of training samples."""

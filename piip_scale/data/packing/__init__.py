@@ -1,0 +1,1 @@
+"""From the files of a source (COCO, VOC, label maps, folders, lists) to shards, and their verification."""

@@ -1,0 +1,71 @@
+"""COCO sets with masks as label maps: what segmentation trains on where a set was made for detection."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pycocotools.mask as coco_mask
+
+from piip_scale.data.packing.coco import CocoImage, read_coco
+from piip_scale.data.reading.files import write_bytes
+from piip_scale.data.sample import Image
+from piip_scale.errors import DataError
+
+BACKGROUND = "background"
+"""Class 0: pixels of no object."""
+
+
+def write_label_maps(
+    annotations: str | Path, images: str | Path, out: str | Path, *, classes: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Paints the objects of every image into a label map, smaller ones over larger ones.
+
+    Args:
+        annotations: The COCO JSON.
+        images: The folder its ``file_name`` entries are relative to.
+        out: Folder for ``images/`` (links) and ``label_maps/`` (PNG), which ``shards pack`` takes.
+        classes: Category names in the label order wanted; empty takes the file's, by id.
+
+    Returns:
+        The classes in label order: ``background``, then the categories.
+
+    Raises:
+        DataError: Something in the input is wrong, it has no masks, or ``out`` cannot be written.
+    """
+    images, out = Path(images), Path(out)
+    found = read_coco(Path(annotations), images, classes=classes, clip_boxes=True, boxes_only=False)
+    if not found.has_masks:
+        raise DataError(f"{annotations} holds boxes without masks", rule="label maps are painted from masks")
+    label_of = {category["id"]: label for label, category in enumerate(found.categories, start=1)}
+    for image in found.images:
+        file = io.BytesIO()
+        PIL.Image.fromarray(_painted(image, label_of)).save(file, "PNG")
+        path = (out / "label_maps" / image.file_name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, file.getvalue())
+        _link(images / image.file_name, out / "images" / image.file_name)
+    return (BACKGROUND, *(category["name"] for category in found.categories))
+
+
+def _painted(image: CocoImage, label_of: dict[int, int]) -> Image:
+    labels = np.zeros((image.height_px, image.width_px), np.uint8)
+    for note in sorted(image.annotations, key=lambda note: -note["area"]):
+        labels[_mask(note["segmentation"], labels.shape)] = label_of[note["category_id"]]
+    return labels
+
+
+def _mask(segmentation: Any, size_px: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    if not isinstance(segmentation, dict):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size_px))
+    return np.asarray(coco_mask.decode(segmentation), bool)
+
+
+def _link(source: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.exists():
+        place.symlink_to(source.resolve())

@@ -1,0 +1,121 @@
+"""What is to be packed, decided before anything is read: samples, and which of them share a shard."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from piip_scale.data.packing.label_maps import MapRule
+from piip_scale.data.reading.files import json_bytes
+from piip_scale.data.reading.shards import FORMAT_VERSION, shard_name
+
+
+@dataclass(frozen=True, slots=True)
+class LabelMap:
+    """A label map to be packed beside its image.
+
+    Attributes:
+        path: The file; it is stored as it is.
+        file_bytes: Its size.
+        rule: What its pixels may be.
+    """
+
+    path: Path
+    file_bytes: int
+    rule: MapRule
+
+
+@dataclass(frozen=True, slots=True)
+class PackItem:
+    """A sample to be packed; light, because it goes to another process.
+
+    Attributes:
+        image_id: Names the sample.
+        path: The image file; it is stored as it is.
+        size_px: Height and width that the image is held to; ``None`` where nothing states them: packing learns
+            them, and a pass over all files only to plan is spared.
+        file_bytes: Size of the image file.
+        num_annotations: In the notes.
+        notes: JSON: what ``parse_notes`` reads.
+        check_notes: A function of a module, called with notes and the image's name: raises a ``DataError`` for what
+            takes too long to check while planning.
+        label_map: Of a segmentation set.
+    """
+
+    image_id: int
+    path: Path
+    size_px: tuple[int, int] | None
+    file_bytes: int
+    num_annotations: int
+    notes: bytes
+    check_notes: Callable[[bytes, str], None] | None = None
+    label_map: LabelMap | None = None
+
+    @property
+    def key(self) -> str:
+        """Key of the sample in its shard."""
+        return f"{self.image_id:012d}"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard to be packed.
+
+    Attributes:
+        path: Where.
+        items: Its samples, in their order.
+        jpeg_quality: What images are compressed with again; ``None`` stores the files as they are.
+        sha256: Of all that.
+    """
+
+    path: Path
+    items: tuple[PackItem, ...]
+    jpeg_quality: int | None
+    sha256: str
+
+
+def plan_shards(
+    samples: Iterable[PackItem],
+    out: Path,
+    *,
+    target_bytes: float,
+    target_samples: int | None,
+    jpeg_quality: int | None = None,
+) -> Iterator[ShardPlan]:
+    """Cuts samples into shards, by the sizes of their files as they are; at least one shard.
+
+    Args:
+        samples: In the order of the set.
+        out: Folder of the shards.
+        target_bytes: Most bytes of a shard of more than one sample.
+        target_samples: Most samples of a shard.
+        jpeg_quality: As in ``ShardPlan``.
+    """
+    items: list[PackItem] = []
+    num_bytes = 0
+    number = 0
+    for item in samples:
+        # Each tar member has a header block and up to a block of padding.
+        size = item.file_bytes + len(item.notes) + 4 * tarfile.BLOCKSIZE
+        if item.label_map is not None:
+            size += item.label_map.file_bytes + 2 * tarfile.BLOCKSIZE
+        if items and (num_bytes + size > target_bytes or len(items) == target_samples):
+            yield _shard_plan(out / shard_name(number), items, jpeg_quality)
+            items, num_bytes, number = [], 0, number + 1
+        items.append(item)
+        num_bytes += size
+    yield _shard_plan(out / shard_name(number), items, jpeg_quality)
+
+
+def _shard_plan(path: Path, items: Sequence[PackItem], jpeg_quality: int | None) -> ShardPlan:
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {path.name}".encode())
+    if jpeg_quality is not None:
+        digest.update(f" JPEG {jpeg_quality}".encode())
+    for item in items:
+        digest.update(json_bytes([item.key, item.file_bytes]) + item.notes)
+        if (label_map := item.label_map) is not None:
+            digest.update(json_bytes([label_map.path.name, label_map.file_bytes, asdict(label_map.rule)]))
+    return ShardPlan(path, tuple(items), jpeg_quality, digest.hexdigest())

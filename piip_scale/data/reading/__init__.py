@@ -1,0 +1,1 @@
+"""Shards read where they lie: sets, sources, node cache, prefetch, broken samples."""

@@ -1,0 +1,331 @@
+"""A packed set: tar shards that webdataset reads, an index beside each, and one manifest that makes them a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+
+from piip_scale.config.base import Strict
+from piip_scale.config.run import CacheConfig
+from piip_scale.data.packing.label_maps import MapRule
+from piip_scale.data.reading.files import json_bytes, read_whole, sha256_of
+from piip_scale.data.reading.set_files import MANIFEST as MANIFEST
+from piip_scale.data.reading.set_files import SHARD_GLOB as SHARD_GLOB
+from piip_scale.data.reading.set_files import LocalFiles, SetFiles, open_files
+from piip_scale.data.reading.sources import NEVER, Stop, is_remote, located
+from piip_scale.data.sample import RawSample, SetKind, checksum, parse_notes
+from piip_scale.errors import DataError
+
+FORMAT_VERSION = 1
+
+_PLACE_COLUMNS = (
+    "image_offsets",
+    "image_bytes",
+    "notes_offsets",
+    "notes_bytes",
+    "crc32s",
+    "map_offsets",
+    "map_bytes",
+)
+_Model = TypeVar("_Model", bound=Strict)
+
+
+class Category(Strict):
+    """A class, at the place of its label."""
+
+    id: int
+    name: str
+
+
+class ShardInfo(Strict):
+    """What the manifest says of a shard."""
+
+    name: str
+    num_samples: int
+    size_bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        """File name of the index beside the shard."""
+        return index_name(self.name)
+
+
+class Manifest(Strict):
+    """A whole set; written last, so that a set without it is unfinished.
+
+    Attributes:
+        kind: What its samples are labelled with.
+        reduce_zero_label: In the label maps of a segmentation set 0 is ignored and the classes count from 1.
+        categories: In label order; ids are the COCO file's, or the labels themselves.
+        has_masks: Every annotation has a segmentation.
+        input_sha256: Of the annotations, the images' names and sizes, and the options.
+        made_with: The options and versions it was packed with.
+    """
+
+    format_version: int
+    kind: SetKind = "detection"
+    reduce_zero_label: bool = False
+    categories: tuple[Category, ...]
+    has_masks: bool
+    num_samples: int
+    num_annotations: int
+    shards: tuple[ShardInfo, ...]
+    input_sha256: str
+    made_with: dict[str, Any]
+
+
+class ShardIndex(Strict):
+    """Where each sample of a shard lies, as columns of equal length.
+
+    Attributes:
+        plan_sha256: Of what was to be packed; a restart keeps a shard whose plan is the same.
+        map_offsets: Of label maps, like ``map_bytes``; empty where there are none.
+    """
+
+    shard_bytes: int
+    shard_sha256: str
+    plan_sha256: str
+    num_annotations: int
+    keys: tuple[str, ...]
+    image_ids: tuple[int, ...]
+    heights_px: tuple[int, ...]
+    widths_px: tuple[int, ...]
+    image_offsets: tuple[int, ...]
+    image_bytes: tuple[int, ...]
+    notes_offsets: tuple[int, ...]
+    notes_bytes: tuple[int, ...]
+    crc32s: tuple[int, ...]
+    map_offsets: tuple[int, ...] = ()
+    map_bytes: tuple[int, ...] = ()
+
+
+def shard_name(number: int) -> str:
+    """File name of a set's shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def index_name(name: str) -> str:
+    """File name of the index beside a shard."""
+    return f"{name.removesuffix('.tar')}.index.json"
+
+
+def read_json_model(path: Path, kind: type[_Model]) -> tuple[_Model, bytes]:
+    """A manifest or an index in a folder, and its bytes.
+
+    Raises:
+        DataError: The file is absent or not what it should be.
+    """
+    content = read_whole(path)
+    return _parsed(content, kind, str(path)), content
+
+
+def _parsed(content: bytes, kind: type[_Model], name: str) -> _Model:
+    try:
+        return kind.model_validate_json(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(
+            f"{name} is damaged",
+            value=f"{where}: {first['msg']}",
+            fix="check what is there (curl needs -f)" if is_remote(name) else "pack the set again with --overwrite",
+        ) from None
+
+
+class ShardSet:
+    """A packed set, open for reading samples by number.
+
+    Attributes:
+        location: Where it lies, as the user wrote it.
+        files: Its files, and where they are read.
+        manifest: What it holds.
+        classes: Category names in label order.
+        label_of_category: Label by COCO category id.
+        num_samples_of_shard: In the manifest's order; sample numbers run through the shards in that order.
+        keys: Key of every sample, str (N,).
+        image_ids: COCO image id of every sample, int64 (N,).
+        sizes_px: Height and width of every image, int32 (N, 2).
+    """
+
+    def __init__(self, files: SetFiles, manifest: Manifest, indexes: Sequence[ShardIndex]) -> None:
+        self.files, self.location, self.manifest = files, files.location, manifest
+        self.classes = tuple(category.name for category in manifest.categories)
+        self.label_of_category = {category.id: label for label, category in enumerate(manifest.categories)}
+        self.num_samples_of_shard = tuple(shard.num_samples for shard in manifest.shards)
+        self.keys = np.array([key for index in indexes for key in index.keys])
+        self.image_ids = _column([index.image_ids for index in indexes])
+        self.sizes_px = np.stack(
+            [_column([getattr(index, name) for index in indexes]) for name in ("heights_px", "widths_px")], axis=1
+        ).astype(np.int32)
+        places = [[getattr(index, name) or (0,) * len(index.keys) for index in indexes] for name in _PLACE_COLUMNS]
+        shards = np.repeat(np.arange(len(indexes)), self.num_samples_of_shard)
+        self._places = np.stack([shards, *map(_column, places)], axis=1)
+
+    @classmethod
+    def open(
+        cls,
+        location: str | Path,
+        classes: Sequence[str] = (),
+        kind: SetKind | None = None,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 - frozen
+    ) -> ShardSet:
+        """Opens a set and checks that it is whole: manifest, indexes and, in a folder, sizes, not every byte.
+
+        Args:
+            location: The folder it was packed to, or where it was put: see ``sources``.
+            classes: The class names expected, in label order; empty takes the set's own.
+            kind: The kind expected; ``None`` takes any.
+            cache: Where shards that are not in a folder are kept on this node.
+
+        Raises:
+            DataError: It is absent, unfinished, damaged (naming the shard), of another kind or of other classes.
+        """
+        files = open_files(location, cache)
+        manifest = _parsed(files.manifest(), Manifest, located(files.location, MANIFEST))
+        if manifest.format_version != FORMAT_VERSION:
+            raise DataError(
+                f"format version of the set at {location}",
+                value=manifest.format_version,
+                rule=f"this version reads {FORMAT_VERSION}",
+                fix="pack the set again with --overwrite",
+            )
+        if kind not in (None, manifest.kind):
+            raise DataError(
+                f"the shards in {location} are packed for {manifest.kind}",
+                rule=f"this needs a set for {kind}",
+                fix=f"choose another set, or pack one for {kind}: see `piip-scale shards pack --help`",
+            )
+        names = [category.name for category in manifest.categories]
+        if classes and list(classes) != names:
+            raise DataError(
+                f"classes of the shards in {location}",
+                value=names,
+                rule=f"the config's classes are {list(classes)}",
+                fix="make them equal, in the same order",
+            )
+        return cls(files, manifest, _read_indexes(files, manifest.shards))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def map_rule(self) -> MapRule:
+        """What the pixels of a segmentation set's label maps mean."""
+        return MapRule(len(self.classes), self.manifest.reduce_zero_label)
+
+    @property
+    def short_id(self) -> str:
+        """Tells the set from others by what its shards hold, wherever it lies: the start of a checksum."""
+        held = [(shard.sha256, shard.index_sha256) for shard in self.manifest.shards]
+        return sha256_of(json_bytes(held))[:12]
+
+    def numbers_of_shard(self, shard: int) -> range:
+        """The numbers of a shard's samples."""
+        first = sum(self.num_samples_of_shard[:shard])
+        return range(first, first + self.num_samples_of_shard[shard])
+
+    def shard_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The shards that samples are in, by number, int64 as ``numbers``."""
+        shards: npt.NDArray[np.int64] = self._places[numbers, 0]
+        return shards
+
+    def fetch(self, shard: int, stop: Stop = NEVER) -> None:
+        """Has a shard ready for reading, by its number; nothing to do for a set in a folder.
+
+        Raises:
+            DataError: It does not come.
+            StoppedError: ``stop`` was set.
+        """
+        self.files.fetch(self.manifest.shards[shard], stop)
+
+    def read(self, number: int) -> RawSample:
+        """The bytes of a sample.
+
+        Raises:
+            DataError: Its shard is gone or cut off, which no other sample can make up for.
+        """
+        raw = self._raw(number)
+        if not self.files.is_remote or checksum(raw.image, raw.notes, raw.label_map) == raw.crc32:
+            return raw
+        # Perhaps only this node's copy of the shard is damaged, and the sample is whole where it comes from.
+        return self._raw(number) if self.files.mend(self._shard(number)) else raw
+
+    def _raw(self, number: int) -> RawSample:
+        _, image_at, image_bytes, notes_at, notes_bytes, crc32, map_at, map_bytes = map(int, self._places[number])
+        ranges = ((image_at, image_bytes), (notes_at, notes_bytes), (map_at, map_bytes))
+        image, notes, label_map = self.files.read(self._shard(number), ranges)
+        return RawSample(str(self.keys[number]), image, notes, crc32, label_map)
+
+    def label_map(self, number: int) -> bytes:
+        """The file of a sample's label map alone; empty where the set has none.
+
+        Raises:
+            DataError: Its shard is gone or cut off.
+        """
+        offset, num_bytes = map(int, self._places[number, 6:8])
+        return self.files.read(self._shard(number), [(offset, num_bytes)])[0]
+
+    def notes(self, number: int) -> dict[str, Any]:
+        """A sample's annotations alone, as ``parse_notes`` gives them: the image is not read.
+
+        Raises:
+            DataError: Its shard is gone, or the annotations are damaged.
+        """
+        offset, num_bytes, crc32 = map(int, self._places[number, 3:6])
+        notes = self.files.read(self._shard(number), [(offset, num_bytes)])[0]
+        return parse_notes(RawSample(str(self.keys[number]), b"", notes, crc32), self.manifest.kind)
+
+    def _shard(self, number: int) -> ShardInfo:
+        return self.manifest.shards[int(self._places[number, 0])]
+
+    def coco_ground_truth(self) -> dict[str, Any]:
+        """The set as a COCO dict (``images``, ``annotations``, ``categories``), as packed.
+
+        Raises:
+            DataError: A shard is gone, or annotations are damaged.
+        """
+        root: dict[str, Any] = {"info": {}, "images": [], "annotations": []}
+        root["categories"] = [category.model_dump() for category in self.manifest.categories]
+        for number in range(len(self)):
+            notes = self.notes(number)
+            image = {"id": notes["image_id"], **{key: notes[key] for key in ("file_name", "height", "width")}}
+            root["images"].append(image)
+            root["annotations"] += [{**note, "image_id": notes["image_id"]} for note in notes["annotations"]]
+        return root
+
+
+def _column(of_shards: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.array(values, np.int64) for values in of_shards])
+
+
+def read_index(folder: Path, shard: ShardInfo) -> ShardIndex:
+    """The index of a shard in a folder, after checking that both are the manifest's.
+
+    Raises:
+        DataError: The shard or its index is absent, or not the one that was packed.
+    """
+    return _read_indexes(LocalFiles(str(folder)), [shard])[0]
+
+
+def _read_indexes(files: SetFiles, shards: Sequence[ShardInfo]) -> list[ShardIndex]:
+    contents = files.indexes(shards)
+    return [_checked_index(*each, files.location) for each in zip(contents, shards, strict=True)]
+
+
+def _checked_index(content: bytes, shard: ShardInfo, location: str) -> ShardIndex:
+    name = located(location, shard.index_name)
+    index = _parsed(content, ShardIndex, name)
+    if sha256_of(content) != shard.index_sha256 or len(index.keys) != shard.num_samples:
+        raise DataError(
+            f"index {name} is not the one that was packed",
+            rule="its checksum must be the manifest's",
+            fix="copy it again, or pack the set again",
+        )
+    return index

@@ -1,0 +1,1 @@
+"""Small sets made from nothing: digits on photographs, digits in folders."""

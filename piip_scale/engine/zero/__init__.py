@@ -1,0 +1,1 @@
+"""Everything that touches DeepSpeed: its config, building, partitions, restoring, offload."""

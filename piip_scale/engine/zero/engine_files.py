@@ -1,0 +1,88 @@
+"""What DeepSpeed would write into a checkpoint, caught before it reaches the disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from piip_scale.checkpoint.zero_reader import SWAPPED
+from piip_scale.engine.zero.disk_offload import swapped_files
+from piip_scale.engine.zero.partitions import frozen_parts
+from piip_scale.errors import CheckpointError
+from piip_scale.files import disk_errors
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def engine_files(
+    engine: DeepSpeedEngine, folder: Path, tag: str, client_state: Mapping[str, Any], keep: Callable[[object], Any]
+) -> dict[str, Any]:
+    """This rank's files of a DeepSpeed checkpoint. Collective; writes none of them but offloaded state on disks.
+
+    Args:
+        engine: The engine.
+        folder: Where the checkpoint is to be.
+        tag: The folder in it for DeepSpeed's files.
+        client_state: Merged into DeepSpeed's own state.
+        keep: What to keep of a file's content: DeepSpeed's tensors change with the next step.
+
+    Returns:
+        Contents for ``torch.save`` by path inside ``folder``.
+
+    Raises:
+        CheckpointError: The disk refuses what DeepSpeed copies from another: optimiser state that lives on a disk.
+    """
+    catch = _Catch(engine, keep)
+    with disk_errors(CheckpointError, f"write checkpoint {folder}"), _instead_of_writing(engine, catch):
+        engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
+    return {str(path.relative_to(folder)): content for path, content in catch.files.items()}
+
+
+class _Catch:
+    """Stands in for DeepSpeed's checkpoint engine, with the methods that deepspeed 0.19.8 calls while it saves."""
+
+    def __init__(self, engine: DeepSpeedEngine, keep: Callable[[object], Any]) -> None:
+        self.files: dict[Path, Any] = {}
+        self._engine, self._keep = engine, keep
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        self.files[Path(path)] = self._keep(state_dict | self._off_disk(state_dict))
+
+    def _off_disk(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What deepspeed 0.19.8 leaves out of a file where the tensors are on a disk."""
+        if self._engine.zero_nvme_offload_optimizer() and "optimizer_state_dict" in state_dict:
+            return {SWAPPED: swapped_files(self._engine)}
+        if state_dict.get("frozen_param_fragments") and self._engine.zero_optimization_stage() == 3:
+            return {"frozen_param_fragments": {s.name: data.clone() for s, data in frozen_parts(self._engine)}}
+        return {}
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Folders are made by who writes into them."""
+
+    def create(self, info: object) -> None:
+        """Nothing is begun here."""
+
+    def commit(self, info: object) -> None:
+        """Nothing is done here."""
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _instead_of_writing(engine: DeepSpeedEngine, catch: _Catch) -> Iterator[None]:
+    writer = engine.checkpoint_engine
+    engine.checkpoint_engine = catch
+    # deepspeed 0.19.8 puts two scripts into each checkpoint, from this thread; `convert` does what they do.
+    engine._copy_recovery_script = lambda path: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = writer
+        del engine._copy_recovery_script

@@ -1,0 +1,304 @@
+"""What DeepSpeed is told, decided from the model's sizes and the config: nothing here touches DeepSpeed.
+
+Parameter-inverted sharding: the largest branch holds most of the parameters and runs at the lowest resolution, so
+its matrices are gathered on use and released; everything smaller stays whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from piip_scale.config.run import RunConfig, ZeroConfig
+from piip_scale.errors import ConfigError, ModelError
+
+_REST = "rest"
+
+# Messages of 100 MB in bf16 keep any link busy; a bucket beyond that only holds memory.
+BUCKET_ELEMENTS = 50_000_000
+# One optimiser step works on so many elements at a time, and needs 4 bytes of gradient for each beside its own state.
+_SUB_GROUP_ELEMENTS = 200_000_000
+
+# Keys of the raw dict that a field of ours decides, with the field to set instead.
+_OWNED = {
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.stage3_param_persistence_threshold": "zero.persistence_threshold",
+    "zero_optimization.param_persistence_threshold": "zero.persistence_threshold",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "bfloat16.enabled": "train.precision",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "train_batch_size": "data.micro_batch_size",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_size",
+    "gradient_clipping": "optimizer.clip_grad_norm",
+    "zero_optimization.stage3_module_granularity_threshold": "heads_module() of the model",
+    "zero_optimization.module_granularity_threshold": "heads_module() of the model",
+    "zero_optimization.leaf_module": "heads_module() of the model",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "zero.offload_optimizer",
+    "zero_optimization.cpu_offload": "zero.offload_optimizer",
+    "zero_optimization.offload_param.device": "zero.offload_parameters",
+    "zero_optimization.offload_param.nvme_path": "zero.offload_parameters",
+    "zero_optimization.cpu_offload_param": "zero.offload_parameters",
+    "zero_optimization.zero_hpz_partition_size": "zero.node_partition",
+    "torch_autocast": "train.precision",
+    "data_types.param_dtype": "train.precision",
+    "managed_gradient_accumulation": "train.gradient_accumulation",
+    "zero_force_ds_cpu_optimizer": "optimizer",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter's name and size.
+
+    Attributes:
+        name: Its name in ``named_parameters()``.
+        numel: Elements.
+        is_matrix: Of two axes or more: what costs memory, against biases, norms and scales.
+        trainable: Whether it has a gradient and optimiser state.
+    """
+
+    name: str
+    numel: int
+    is_matrix: bool
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model, a branch or the heads: what the start report counts.
+
+    Attributes:
+        name: The model's name for it.
+        parameters: Its parameters; one that two parts share counts in the first.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements in all."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model by part, the largest branch first: all that sharding depends on."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Every parameter, part by part."""
+        return tuple(parameter for part in self.parts for parameter in part.parameters)
+
+    @property
+    def numel(self) -> int:
+        """Elements in all."""
+        return sum(part.numel for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The decision, and what led to it.
+
+    Attributes:
+        deepspeed: DeepSpeed's config dict.
+        threshold: Parameters of at most so many elements stay whole on every rank (stage 3).
+        reason: One line on the threshold.
+        precision: ``fp32`` or ``bf16``.
+        num_ranks: Ranks that share the sharded state.
+        zero: What the config says of it.
+        averaged: Whether each rank keeps a running average of its trained weights.
+    """
+
+    deepspeed: dict[str, Any]
+    threshold: int
+    reason: str
+    precision: str
+    num_ranks: int
+    zero: ZeroConfig
+    averaged: bool = False
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return self.zero.stage
+
+    def shards(self, parameter: Parameter) -> bool:
+        """Whether the parameter is kept in slices and gathered for use."""
+        return self.stage == 3 and parameter.numel > self.threshold
+
+
+def measure(model: nn.Module, parts: Mapping[str, nn.Module]) -> Sizes:
+    """Reads the sizes of a model off its parts; what no part holds is a part ``rest``.
+
+    Args:
+        model: The model, partitioned already or not.
+        parts: ``TrainableModel.parts()``.
+
+    Raises:
+        ModelError: The model has no parameters, or ``parts`` is empty or names foreign modules.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen: set[int] = set()
+    found = [Part(name, tuple(_parameters(module, names, seen))) for name, module in parts.items()]
+    rest = Part(_REST, tuple(_parameters(model, names, seen)))
+    if not found or not names:
+        raise ModelError("the model names no parts or has no parameters", rule="parts() names at least one branch")
+    return Sizes((*found, rest) if rest.parameters else tuple(found))
+
+
+def _parameters(module: nn.Module, names: Mapping[int, str], seen: set[int]) -> Iterator[Parameter]:
+    for parameter in module.parameters():
+        if id(parameter) not in names:
+            raise ModelError("parts() names a module outside the model", rule="every part is a submodule of the model")
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # zero.Init leaves an empty tensor behind
+            yield Parameter(names[id(parameter)], shape.numel(), len(shape) > 1, parameter.requires_grad)
+
+
+def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int) -> Sharding:
+    """Decides DeepSpeed's config from ours.
+
+    Args:
+        config: The run.
+        sizes: The model's, from ``measure``.
+        num_ranks: Data-parallel ranks.
+
+    Raises:
+        ConfigError: A raw key in ``zero.deepspeed`` contradicts one of ours, or stage and precision do not go together.
+    """
+    if config.zero.stage == 0 and config.train.precision == "bf16":
+        raise ConfigError(
+            "zero.stage=0 with train.precision='bf16'",
+            rule="without ZeRO there are no fp32 master weights and gradients beside bf16 ones",
+            fix="set zero.stage=1, or train.precision='fp32'",
+        )
+    threshold, reason = _threshold(config, sizes)
+    decided = _decided(config, sizes, threshold, num_ranks)
+    _check_owned(config.zero.deepspeed, decided)
+    merged = _merged(decided, config.zero.deepspeed)
+    averaged = config.train.ema_decay is not None
+    return Sharding(merged, threshold, reason, config.train.precision, num_ranks, config.zero, averaged)
+
+
+def _threshold(config: RunConfig, sizes: Sizes) -> tuple[int, str]:
+    if isinstance(config.zero.persistence_threshold, int):
+        # DeepSpeed keeps parameters of AT MOST the threshold; ours says "fewer elements stay whole".
+        return max(config.zero.persistence_threshold - 1, 0), "as the config says"
+    largest, others = sizes.parts[0], sizes.parts[1:]
+    repeated = _repeated_matrices(largest)
+    if not repeated:
+        return sizes.numel, f"{largest.name} has no matrices to shard"
+    smallest = min(repeated)
+    shared = sum(p.numel for part in others for p in part.parameters if p.numel >= smallest)
+    below = max((p.numel for p in sizes.parameters if p.numel < smallest), default=0)
+    also = f", as have {shared:,} elements of other parts" if shared else ""
+    reason = f"matrices of {largest.name} have {smallest:,} or more{also}; the next smaller parameter has {below:,}"
+    # Half way, in factors, so that neither neighbour is near: the threshold of H6B lies between 6.6 M and 10.2 M.
+    return round((below * smallest) ** 0.5), reason
+
+
+def _repeated_matrices(part: Part) -> list[int]:
+    """Sizes of the part's matrices without its embeddings, which come once: those of a size that repeats."""
+    counts: dict[int, int] = {}
+    for parameter in part.parameters:
+        if parameter.is_matrix:
+            counts[parameter.numel] = counts.get(parameter.numel, 0) + 1
+    repeated = [numel for numel, count in counts.items() if count > 1]
+    return repeated or list(counts)
+
+
+def _decided(config: RunConfig, sizes: Sizes, threshold: int, num_ranks: int) -> dict[str, Any]:
+    decided: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
+        "gradient_accumulation_steps": config.train.gradient_accumulation,
+        "gradient_clipping": config.optimizer.clip_grad_norm,
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            **_zero_keys(config.zero.stage, sizes, threshold),
+            **_offload_keys(config.zero, sizes, num_ranks),
+        },
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.train.precision == "bf16":
+        decided |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return decided
+
+
+def _zero_keys(stage: int, sizes: Sizes, threshold: int) -> dict[str, Any]:
+    largest = max(parameter.numel for parameter in sizes.parameters)
+    bucket = min(sizes.numel, max(largest, BUCKET_ELEMENTS))
+    bucket += bucket % 2  # stages 1 and 2 insist on an even one
+    if stage == 0:
+        return {}
+    if stage < 3:
+        return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    return {
+        "reduce_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": threshold,
+        "sub_group_size": _SUB_GROUP_ELEMENTS,
+    }
+
+
+def _offload_keys(zero: ZeroConfig, sizes: Sizes, num_ranks: int) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    if zero.offload_optimizer != "none":
+        keys["offload_optimizer"] = _place(zero.offload_optimizer)
+    if zero.offload_parameters != "none":
+        keys["offload_param"] = _place(zero.offload_parameters)
+    if "nvme_path" in keys.get("offload_param", {}):
+        # A buffer takes one parameter's slice. DeepSpeed would keep a rank's first billion elements in host memory.
+        largest = max(parameter.numel for parameter in sizes.parameters)
+        keys["offload_param"] |= {"buffer_size": -(-largest // num_ranks), "max_in_cpu": 0}
+    if zero.node_partition > 1:
+        keys["zero_hpz_partition_size"] = zero.node_partition
+    return keys
+
+
+def _place(place: str) -> dict[str, Any]:
+    return {"device": "cpu"} if place == "cpu" else {"device": "nvme", "nvme_path": place}
+
+
+def _check_owned(raw: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
+    ours = dict(_leaves(decided))
+    for key, value in _leaves(raw):
+        owner = next((field for name, field in _OWNED.items() if key == name or key.startswith(f"{name}.")), None)
+        if owner is None or (key in ours and ours[key] == value):
+            continue
+        raise ConfigError(
+            f"zero.deepspeed.{key}",
+            value=value,
+            rule=f"{owner} decides it" + (f" and makes it {ours[key]!r}" if key in ours else ""),
+            fix=f"leave it out, and change {owner} instead",
+        )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,252 @@
+"""A run is a directory: resolved config, environment, status, errors, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from piip_scale.errors import HangError, PiipError, RunError
+from piip_scale.files import disk_errors, write_text_atomically
+from piip_scale.logging import get_logger
+from piip_scale.run.reasons import reason_of
+from piip_scale.run.starting import process_age_seconds
+from piip_scale.world import node_name
+
+State = Literal["running", "stopped", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is, and whether it is still going.
+
+    Attributes:
+        state: ``running``, ``stopped`` (asked to, saved), ``failed`` or ``done``.
+        step: Optimiser steps behind it.
+        note: One line about the state; the error of a failed run.
+        reason: Why it failed, in the words of ``reason_of``: ``hang``, ``lost rank``, ``exception`` ...
+    """
+
+    state: State
+    step: int
+    note: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FirstError:
+    """The error that ended a run, as the rank that met it first left it.
+
+    Attributes:
+        rank: That rank.
+        line: The error in one line.
+        exit_code: What the process should exit with.
+        unix_time_s: When.
+        reason: Its kind, in the words of ``reason_of``.
+        step: Optimiser steps behind that rank.
+        node: Name of its machine.
+        late_rank: The rank that it waited for in vain, where that is what happened.
+    """
+
+    rank: int
+    line: str
+    exit_code: int
+    unix_time_s: float
+    reason: str = PiipError.reason
+    step: int = 0
+    node: str = ""
+    late_rank: int | None = None
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes a file of a run that is there whole or not at all.
+
+    Raises:
+        RunError: The disk is full or the place cannot be written.
+    """
+    with disk_errors(RunError, f"write {path}"):
+        write_text_atomically(path, text)
+
+
+class RunDirectory:
+    """The files of one run, by name. Writing is for the main rank, errors, stacks, heartbeats and broken samples aside.
+
+    Ranks start and fail in any order: what was written before this process began is of an earlier launch and does not
+    count, so that no rank has to wait until the main rank has cleared it away.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.py"
+        self.resumed_config = self.path / "resumed_config.py"
+        self.environment = self.path / "environment.json"
+        self.status_file = self.path / "status.json"
+        self.errors = self.path / "errors"
+        self.stacks = self.path / "stacks"
+        self.heartbeats = self.path / "heartbeats"
+        self.checkpoints = self.path / "checkpoints"
+        self.broken_samples = self.path / "broken_samples"
+
+    def check(self, *, resume: bool) -> None:
+        """Refuses a directory that holds a run already, or none to resume; writes nothing.
+
+        Raises:
+            RunError: The directory is not fit for it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError("run directory", value=str(self.path), rule="it must be a directory, and is a file")
+        status = self.status()
+        if status and not resume:
+            raise RunError(
+                f"run directory {self.path} holds a run ({status.state} at step {status.step})",
+                fix="add --resume to continue it, or choose another --run-dir",
+            )
+        if resume and not status:
+            raise RunError(f"run directory {self.path} holds no run to resume", fix="leave out --resume")
+
+    def open(self, config_text: str, *, resume: bool) -> None:
+        """Creates or reopens the directory and records the environment and the command. Main rank only.
+
+        Args:
+            config_text: The resolved config. A resumed run keeps the one it started with, unless that is gone; where
+                this one differs, it is written beside it, and a warning says so.
+            resume: Continue the run that is there.
+
+        Raises:
+            RunError: The directory holds a run and ``resume`` is off, holds none and it is on, or cannot be written.
+        """
+        self.check(resume=resume)
+        self.clear_traces(before_unix_s=process_start_unix_s())
+        self._keep_config(config_text, resume=resume)
+        # Here, since it imports torch: who only reads a run's files, as commands about jobs do, need not wait for it.
+        from piip_scale.run.environment import describe_environment
+
+        write_text_atomic(self.environment, json.dumps(describe_environment(), indent=2) + "\n")
+
+    def _keep_config(self, text: str, *, resume: bool) -> None:
+        with disk_errors(RunError, f"write {self.resumed_config}"):
+            self.resumed_config.unlink(missing_ok=True)
+        if not (resume and self.config.exists()):
+            write_text_atomic(self.config, text)
+        elif self.config.read_text(encoding="utf-8") != text:
+            write_text_atomic(self.resumed_config, text)
+            get_logger(__name__).warning(
+                "resuming with another config than %s: it is kept in %s", self.config, self.resumed_config.name
+            )
+
+    def clear_traces(self, before_unix_s: float = math.inf) -> None:
+        """Forgets errors, stacks and heartbeats of earlier processes.
+
+        Args:
+            before_unix_s: Younger ones stay: other ranks of this launch may have failed already.
+
+        Raises:
+            RunError: The disk refuses.
+        """
+        with disk_errors(RunError, f"create run directory {self.path}"):
+            for folder in (self.errors, self.stacks, self.heartbeats):
+                folder.mkdir(parents=True, exist_ok=True)
+                for trace in folder.iterdir():
+                    if trace.stat().st_mtime < before_unix_s:
+                        trace.unlink()
+
+    def status(self) -> Status | None:
+        """What the run last said of itself; ``None`` where no run started.
+
+        Raises:
+            RunError: The status file is not one.
+        """
+        try:
+            return Status(**json.loads(self.status_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{self.status_file} cannot be read: {error}", fix="choose another --run-dir") from error
+
+    def write_status(self, state: State, step: int, note: str = "", reason: str = "") -> None:
+        """Replaces the status. Main rank only, or the rank that failed first."""
+        write_text_atomic(self.status_file, json.dumps(asdict(Status(state, step, note, reason))) + "\n")
+
+    def write_failure(self, error: BaseException) -> None:
+        """Puts an error into the status, at the step the run last told of.
+
+        Raises:
+            RunError: The disk refuses, or the status there is none.
+        """
+        before = self.status()
+        self.write_status("failed", before.step if before else 0, error_line(error), reason_of(error))
+
+    def record_error(self, rank: int, error: BaseException, step: int = 0, node: str = "") -> bool:
+        """Writes a rank's traceback, and claims to be the first that failed.
+
+        Any rank may call it; it never raises, since it runs while another error is on its way.
+
+        Args:
+            rank: Whose error.
+            error: The error.
+            step: Optimiser steps behind the rank.
+            node: Where the rank ran; this machine where empty.
+
+        Returns:
+            True where no rank failed before, so that exactly one of them tells the user.
+        """
+        line = error_line(error)
+        code = error.exit_code if isinstance(error, PiipError) else 1
+        late = error.late_ranks[0] if isinstance(error, HangError) and error.late_ranks else None
+        first = FirstError(rank, line, code, time.time(), reason_of(error), step, node or node_name(), late)
+        with suppress(OSError):
+            self.errors.mkdir(parents=True, exist_ok=True)
+            # Not over a traceback of the rank's own, where its launcher speaks for it.
+            with (self.errors / f"rank_{rank}.txt").open("x", encoding="utf-8") as file:
+                details = error.details if isinstance(error, PiipError) else ""
+                file.write("".join(traceback.format_exception(error)) + details + "\n")
+        try:
+            self._claim(first)
+        except FileExistsError:
+            return False
+        except OSError:
+            # A full or read-only disk must not swallow the error: better told twice than never.
+            return True
+        return True
+
+    def _claim(self, first: FirstError) -> None:
+        place = self.errors / "first.json"
+        with suppress(FileNotFoundError):
+            if place.stat().st_mtime < process_start_unix_s():
+                place.unlink()
+        with place.open("x", encoding="utf-8") as file:
+            json.dump(asdict(first), file)
+
+    def forget_first_error(self) -> None:
+        """Lets somebody who knows more tell which error came first; the tracebacks stay."""
+        with suppress(OSError):
+            (self.errors / "first.json").unlink()
+
+    def first_error(self, since_unix_s: float | None = None) -> FirstError | None:
+        """The error that ended a launch; ``None`` where no rank got to write one.
+
+        Args:
+            since_unix_s: When the launch began; this process's start where ``None``.
+        """
+        try:
+            first = FirstError(**json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        return first if first.unix_time_s >= (since_unix_s or process_start_unix_s()) else None
+
+
+def error_line(error: BaseException) -> str:
+    """Any error in one line: ours as it is, another with its type."""
+    return error.line if isinstance(error, PiipError) else " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@cache
+def process_start_unix_s() -> float:
+    """When this process began; where the system does not tell, when it first asked."""
+    return time.time() - process_age_seconds()

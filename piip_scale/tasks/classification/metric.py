@@ -1,0 +1,70 @@
+"""Top-1 and top-5 accuracy, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from piip_scale.data.batch import ClassificationBatch
+from piip_scale.data.reading.files import json_bytes, write_bytes
+from piip_scale.tasks.classification.model import NUM_BEST, Classification
+from piip_scale.tasks.gathering import gathered, is_main_rank
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An image's class, and the best guesses with their probabilities."""
+
+    label: int
+    guesses: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+class AccuracyMetric:
+    """Counts how often the right class is the first, or among the first five: a ``Metric``.
+
+    Args:
+        classes: Names in label order.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._classes = classes
+        self._answers: dict[int, _Answer] = {}
+
+    def update(self, batch: ClassificationBatch, predictions: Sequence[Classification]) -> None:
+        """Adds one batch's predictions; an image seen before, as at a padded end, counts once."""
+        for found, label in zip(predictions, batch.labels.tolist(), strict=True):
+            answer = _Answer(label, tuple(found.labels.tolist()), tuple(found.probabilities.tolist()))
+            self._answers.setdefault(found.image_id, answer)
+
+    def compute(self) -> dict[str, float]:
+        """Shares of the images, 0-1. Collective: every rank calls it; the result is the same on all.
+
+        Returns:
+            ``top1_accuracy``, and ``top5_accuracy`` where there are more than five classes.
+        """
+        answers = self._merged().values()
+        ranks = [1, NUM_BEST] if len(self._classes) > NUM_BEST else [1]
+        return {f"top{k}_accuracy": sum(a.label in a.guesses[:k] for a in answers) / len(answers) for k in ranks}
+
+    def write_results(self, path: Path) -> None:
+        """Writes every image's class and best guesses, whole or not at all. Collective; rank 0 writes.
+
+        Raises:
+            DataError: The disk is full, or the folder cannot be written.
+        """
+        merged = self._merged()
+        if is_main_rank():
+            entries = [{"image_id": number, **self._entry(merged[number])} for number in sorted(merged)]
+            write_bytes(path, json_bytes(entries))
+
+    def _entry(self, answer: _Answer) -> dict[str, object]:
+        guesses = [self._classes[label] for label in answer.guesses]
+        return {"class": self._classes[answer.label], "guesses": guesses, "probabilities": answer.probabilities}
+
+    def _merged(self) -> dict[int, _Answer]:
+        merged: dict[int, _Answer] = {}
+        for part in gathered(self._answers):
+            merged |= part
+        return merged

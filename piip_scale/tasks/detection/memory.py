@@ -1,0 +1,78 @@
+"""What mmdet's necks and heads keep for their backward pass: run on the meta device, or estimated where data decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from piip_scale.tasks.detection.model import DetectionHeads
+from piip_scale.tasks.saved_activations import saved_for_backward
+
+_FLOAT_BYTES = 4
+# Denoising queries of a DINO beside the matched ones, at mmdet's own dn_cfg.
+_DENOISING_QUERIES = 200
+
+
+def head_bytes(heads: DetectionHeads, features: Sequence[Tensor]) -> int:
+    """Bytes that one micro-batch's losses keep alive in neck and heads, in float32, weights that are cast included.
+
+    Convolutions and fully connected layers are run on the meta device: an R-CNN's RoI heads on as many proposals as
+    its samplers draw, all of them and a full share of positive ones. A DINO's encoder and decoder are counted by
+    layer. Targets, anchors and the losses themselves are left out.
+
+    Args:
+        heads: On the meta device, in training mode.
+        features: What the network offers for a micro-batch, on the meta device.
+    """
+    taken = tuple(features[index].float() for index in heads.feature_indices)
+    levels, kept = saved_for_backward(heads.detector.neck, taken)
+    rule = _rcnn_bytes if hasattr(heads.detector, "roi_head") else _dino_bytes
+    return kept + sum(rule(heads.detector, levels))
+
+
+def _rcnn_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[int]:
+    roi, batch = detector.roi_head, levels[0].shape[0]
+    yield sum(level.nbytes for level in levels)
+    yield saved_for_backward(detector.rpn_head, tuple(levels))[1]
+    stages = roi.train_cfg if isinstance(roi.train_cfg, list | tuple) else [roi.train_cfg]
+    for index, settings in enumerate(stages):
+        rois = batch * settings.sampler.num
+        yield _roi_bytes(_stage(roi.bbox_head, index), _stage(roi.bbox_roi_extractor, index), rois)
+        if roi.with_mask:
+            positive = int(rois * settings.sampler.pos_fraction)
+            yield _roi_bytes(_stage(roi.mask_head, index), _stage(roi.mask_roi_extractor, index), positive)
+
+
+def _stage(module: nn.Module, index: int) -> Any:
+    return module[index] if isinstance(module, nn.ModuleList) else module
+
+
+def _roi_bytes(head: nn.Module, extractor: Any, num_rois: int) -> int:
+    size = extractor.roi_layers[0].output_size
+    pooled = torch.empty(num_rois, extractor.out_channels, *size, device="meta", requires_grad=True)
+    return pooled.nbytes + saved_for_backward(head, pooled)[1]
+
+
+def _dino_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[int]:
+    batch, tokens = levels[0].shape[0], sum(level.shape[-2:].numel() for level in levels)
+    queries = detector.num_queries + _DENOISING_QUERIES
+    yield sum(level.nbytes for level in levels)
+    yield batch * tokens * _FLOAT_BYTES * sum(map(_layer_floats, detector.encoder.layers))
+    among = sum(layer.self_attn.attn.num_heads * queries**2 for layer in detector.decoder.layers)
+    values = sum(tokens * layer.cross_attn.embed_dims for layer in detector.decoder.layers)
+    layers = queries * sum(map(_layer_floats, detector.decoder.layers))
+    yield batch * _FLOAT_BYTES * (layers + among + values)
+    yield _FLOAT_BYTES * sum(parameter.numel() for parameter in detector.parameters())
+
+
+def _layer_floats(layer: Any) -> int:
+    """Numbers a token leaves behind in a transformer layer with deformable attention."""
+    attention = layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
+    samples = attention.num_heads * attention.num_levels * attention.num_points
+    hidden = layer.ffn.layers[0][0].out_features
+    # Inputs of the projections, values, what was found, and two or three norms' inputs; offsets and locations are
+    # pairs, weights are kept before and after the softmax; the hidden layer's is its activation's output.
+    return int((8 + 2 * hasattr(layer, "cross_attn")) * attention.embed_dims + 6 * samples + hidden)

@@ -1,0 +1,90 @@
+"""Image files outside shards: reading them, and detecting in them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch import nn
+
+from piip_scale.config.detection import AugmentConfig
+from piip_scale.data.augment.canvas import canvas_of
+from piip_scale.data.augment.transforms import evaluation_geometry
+from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
+from piip_scale.data.sample import Image, decode_image
+from piip_scale.errors import DataError
+from piip_scale.tasks.base import Detections
+from piip_scale.tasks.drawing import DrawingStyle, draw_detections
+
+if TYPE_CHECKING:
+    from piip_scale.tasks.detection.model import DetectionModel
+
+
+def read_image(path: Path) -> Image:
+    """An image file's pixels, RGB uint8 (H, W, 3); a photograph that its EXIF data say to turn is turned upright.
+
+    Raises:
+        DataError: The file is absent, truncated, or not an image.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read", value=error.strerror, fix="check the path") from None
+    pixels = decode_image(content, str(path))
+    photo = PIL.Image.open(io.BytesIO(content))
+    if photo.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1:
+        return pixels
+    return np.array(PIL.ImageOps.exif_transpose(photo).convert("RGB"))
+
+
+class DetectionPredictor:
+    """A detector on single images, in their own pixels: a ``Predictor``.
+
+    Args:
+        model: In eval mode, on any device.
+        augment: Of its run; images are resized as for evaluation.
+        classes: Names in label order.
+        min_score: Detections below it are not drawn.
+    """
+
+    def __init__(self, model: nn.Module, augment: AugmentConfig, classes: Sequence[str], min_score: float) -> None:
+        self._model, self._augment = cast("DetectionModel", model), augment
+        self._classes, self._style = classes, DrawingStyle(min_score=min_score)
+
+    def predict(self, pixels: Image, number: int = 1) -> Detections:
+        """What the detector finds in an image, RGB uint8 (H, W, 3)."""
+        height, width = pixels.shape[:2]
+        geometry = evaluation_geometry((height, width), self._augment)
+        images = canvas_of([geometry.image(pixels)], self._augment.pad_multiple_px)
+        info = ImageInfo(f"image {number}", number, (height, width), geometry.size_px, geometry.scale_xy)
+        nothing = Instances(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))
+        batch = DetectionBatch(images, (info,), (nothing,))
+        return self._model.predict(batch.to(next(self._model.parameters()).device))[0]
+
+    def draw(self, pixels: Image, found: Detections) -> PIL.Image.Image:
+        """The image with boxes, masks, names and scores."""
+        return draw_detections(pixels, found, self._classes, self._style)
+
+    def entry(self, found: Detections) -> dict[str, Any]:
+        """All detections; boxes are left, top, right, bottom in the image's pixels."""
+        return {"objects": [self._object(found, index) for index in range(len(found.labels))]}
+
+    def summary(self, found: Detections) -> str:
+        """How many objects are drawn."""
+        count = int((found.scores >= self._style.min_score).sum())
+        return f"{count} objects of score {self._style.min_score} or more"
+
+    def _object(self, found: Detections, index: int) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "class": self._classes[int(found.labels[index])],
+            "score": round(found.scores[index].item(), 4),
+            "box_xyxy_px": [round(edge, 2) for edge in found.boxes_xyxy_px[index].tolist()],
+        }
+        return entry if found.masks_rle is None else entry | {"mask_rle": found.masks_rle[index]}

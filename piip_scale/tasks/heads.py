@@ -1,0 +1,97 @@
+"""What leaves of foreign heads have in common: float32 inside, and how the engine sees them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from piip_scale.models.piip import PIIP
+from piip_scale.models.rules import ParameterRule
+from piip_scale.tasks.mmlab import MMLogger
+
+
+def call_in_float32(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """Calls a module with its weights cast to float32, whatever ZeRO keeps them in; the cast has a gradient.
+
+    Buffers that the call changes, such as running statistics, are kept.
+    """
+    weights = {name: parameter.float() for name, parameter in module.named_parameters()}
+    buffers = {name: _single(buffer) for name, buffer in module.named_buffers()}
+    result = torch.func.functional_call(module, weights | buffers, inputs, options)
+    for name, buffer in module.named_buffers():
+        if buffer is not buffers[name]:
+            buffer.copy_(buffers[name])
+    return result
+
+
+class NetworkWithHeads(nn.Module):
+    """A PIIP network and one leaf of foreign heads, as the engine sees them: what a ``TrainableModel`` tells of itself.
+
+    Args:
+        backbone: The network.
+        heads: The leaf.
+    """
+
+    def __init__(self, backbone: PIIP, heads: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.heads = backbone, heads
+
+    def heads_module(self) -> nn.Module:
+        """The heads, and what lies between them and the network."""
+        return self.heads
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Branches, largest first, then what joins them, and the heads."""
+        return network_parts(self.backbone) | {"heads": self.heads}
+
+    def parameter_rules(self) -> dict[str, ParameterRule]:
+        """The network's own rules; the heads come last, and their biases and 1-D weights do not decay."""
+        rules = {f"backbone.{name}": rule for name, rule in self.backbone.parameter_rules().items()}
+        return rules | head_rules("heads", self.heads, self.num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Depth of the deepest branch."""
+        return self.backbone.num_layers
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Dtype of the network; heads and losses stay float32."""
+        self.backbone.set_precision(dtype)
+
+
+def network_parts(network: PIIP) -> dict[str, nn.Module]:
+    """Branches, largest first, then what joins them."""
+    branches = {f"branch {index}": branch for index, branch in enumerate(network.branches)}
+    return branches | {name: child for name, child in network.named_children() if name != "branches"}
+
+
+def head_rules(prefix: str, heads: nn.Module, num_layers: int) -> dict[str, ParameterRule]:
+    """Heads come after the last of the network's layers; their biases and 1-D weights do not decay."""
+    rules = {}
+    for name, parameter in heads.named_parameters():
+        # ZeRO-3 keeps a sharded parameter's real shape in ds_shape.
+        num_axes = len(getattr(parameter, "ds_shape", parameter.shape))
+        decays = num_axes != 1 and not name.endswith("bias")
+        rules[f"{prefix}.{name}"] = ParameterRule(float(num_layers + 1), decays, fresh=True)
+    return rules
+
+
+@contextmanager
+def quiet_mmengine() -> Iterator[None]:
+    """Mmengine logs three lines for every parameter it initialises."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _single(buffer: Tensor) -> Tensor:
+    return buffer.float() if buffer.is_floating_point() else buffer

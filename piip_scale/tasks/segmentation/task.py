@@ -1,0 +1,30 @@
+"""Semantic segmentation: a ``Task`` over packed shards."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from piip_scale.config.segmentation import SegmentationRun
+from piip_scale.data.batch import SegmentationBatch
+from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.segmentation import SegmentationSamples
+from piip_scale.tasks.segmentation.metric import SegmentationMetric
+from piip_scale.tasks.shard_task import ShardTask
+
+
+class SegmentationTask(ShardTask[SegmentationRun, SegmentationBatch]):
+    """Training and evaluating a segmentor."""
+
+    set_kind = "segmentation"
+
+    def build_metric(self) -> SegmentationMetric:
+        """A fresh metric over the validation set."""
+        return SegmentationMetric(self.classes)
+
+    def _new_model(self, network_device: str | None = None) -> nn.Module:
+        from piip_scale.tasks.segmentation.model import build_segmentation_model  # mmseg takes seconds to import
+
+        return build_segmentation_model(self.config, len(self.classes), network_device)
+
+    def _maker(self, shards: ShardSet) -> SegmentationSamples:
+        return SegmentationSamples(shards, self.config.data.augment)
