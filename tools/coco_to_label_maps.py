@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes label maps from a COCO file with masks, for `piip-scale shards pack --label-maps`."""
+"""Writes label maps from a COCO file with masks, for `piip-scale shards pack label-maps`."""
 
 from pathlib import Path
 from typing import Annotated

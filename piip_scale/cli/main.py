@@ -22,7 +22,7 @@ app = typer.Typer(
     help=(
         "Train, convert, evaluate and use Parameter-Inverted Image Pyramid detectors.\n\n"
         "The way from a COCO file to a picture:\n\n"
-        "1. `piip-scale shards pack --coco ann.json --images DIR --out shards/train`\n\n"
+        "1. `piip-scale shards pack coco ann.json --images DIR --out shards/train`\n\n"
         "2. `piip-scale train CONFIG --run-dir runs/mine --set data.train_shards=shards/train`\n\n"
         "3. `piip-scale convert runs/mine/checkpoints mine.safetensors`\n\n"
         "4. `piip-scale evaluate CONFIG mine.safetensors`\n\n"

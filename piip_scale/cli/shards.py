@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from piip_scale.cli.pack import TARGETS, pack
+from piip_scale.cli.pack import TARGETS
+from piip_scale.cli.pack import app as pack_app
 from piip_scale.cli.progress import progress_bar
 
 app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream, check them, look at them.")
 Location = Annotated[
     str, typer.Argument(help="Packed shards: a folder, http(s)://, s3://, gs://, or pipe:COMMAND with {name} in it.")
 ]
-app.command()(pack)
+app.add_typer(pack_app, name="pack")
 
 
 @app.command()

@@ -36,7 +36,7 @@ def data(tmp_path, scenes):
 
 def pack(data, *more):
     return piip_scale(
-        "shards", "pack", "--coco", data / "notes.json", "--images", data / "images", "--out", data / "out", *more
+        "shards", "pack", "coco", data / "notes.json", "--images", data / "images", "--out", data / "out", *more
     )
 
 
@@ -100,7 +100,7 @@ def test_an_undamaged_set_is_packed(data):
 
 def test_a_full_disk_stops_packing(scenes, small_disk):
     disk = small_disk(32 * 1024)
-    done = piip_scale("shards", "pack", "--coco", scenes.train, "--images", scenes.images, "--out", disk / "out")
+    done = piip_scale("shards", "pack", "coco", scenes.train, "--images", scenes.images, "--out", disk / "out")
     failed_in_one_line(done, "No space left", "free some space")
     assert not (disk / "out" / "manifest.json").exists()
     assert not list((disk / "out").glob("shard-*.tar"))

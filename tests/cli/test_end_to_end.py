@@ -150,7 +150,7 @@ def test_prediction_is_drawn_and_listed(trained, weights, scenes, tmp_path):
 
 
 def test_packing_by_command_equals_packing_by_call(scenes, shards, tmp_path):
-    done = succeeded(piip_scale("shards", "pack", "--coco", scenes.val, "--images", scenes.images, "--out", tmp_path))
+    done = succeeded(piip_scale("shards", "pack", "coco", scenes.val, "--images", scenes.images, "--out", tmp_path))
     assert "6 images" in done.stdout
     for made, packed in zip(sorted(tmp_path.glob("shard*")), sorted((shards / "val").glob("shard*")), strict=True):
         assert made.read_bytes() == packed.read_bytes()
@@ -160,7 +160,7 @@ def test_packing_takes_an_order_of_classes_and_a_size(scenes, tmp_path):
     order = [str(digit) for digit in reversed(range(10))]
     words = [word for name in order for word in ("--class", name)]
     done = piip_scale(
-        *("shards", "pack", "--coco", scenes.val, "--images", scenes.images, "--out", tmp_path),
+        *("shards", "pack", "coco", scenes.val, "--images", scenes.images, "--out", tmp_path),
         *("--target-samples", 4, *words),
     )
     assert "6 images" in succeeded(done).stdout
@@ -169,7 +169,9 @@ def test_packing_takes_an_order_of_classes_and_a_size(scenes, tmp_path):
     assert [shard["num_samples"] for shard in manifest["shards"]] == [4, 2]
 
 
-@pytest.mark.parametrize("words", [(), ("train",), ("shards", "pack"), ("convert",), ("evaluate",), ("predict",)])
+@pytest.mark.parametrize(
+    "words", [(), ("train",), ("shards", "pack"), ("shards", "pack", "voc"), ("convert",), ("evaluate",), ("predict",)]
+)
 def test_help_teaches_by_example(words):
     done = succeeded(piip_scale(*words, "--help"))
     assert "piip-scale" in done.stdout.split("Options")[0]

@@ -28,7 +28,7 @@ def write_label_maps(
     Args:
         annotations: The COCO JSON.
         images: The folder its ``file_name`` entries are relative to.
-        out: Folder for ``images/`` (links) and ``label_maps/`` (PNG), which ``shards pack`` takes.
+        out: Folder for ``images/`` (links) and ``label_maps/`` (PNG), which ``shards pack label-maps`` takes.
         classes: Category names in the label order wanted; empty takes the file's, by id.
 
     Returns:

@@ -144,7 +144,7 @@ def test_a_changed_map_is_found(folders, tmp_path):
 def test_commands_pack_verify_and_draw(folders, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
     out = str(tmp_path / "out")
-    pack = ["shards", "pack", "--images", folders[0], "--label-maps", folders[1], "--out", out]
+    pack = ["shards", "pack", "label-maps", folders[1], "--images", folders[0], "--out", out]
     pack += ["--class-names", tmp_path / "names.txt", "--workers", "1"]
     for command, said in (
         (pack, "6 images, 6 label maps"),
