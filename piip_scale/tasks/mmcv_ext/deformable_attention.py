@@ -1,7 +1,7 @@
 """Multi-scale deformable attention in mmcv's calling convention, a level at a time.
 
-Source: Zhu et al., Deformable DETR, 2021. Unlike mmcv's own PyTorch path it never holds the samples of more than one
-level, and keeps none for the backward pass, which computes them anew.
+Source: Zhu et al., Deformable DETR, 2021. The kernel is the one of PIIP's interactions: Triton's on a GPU, which holds
+no samples; the reference elsewhere, which holds those of one level, and computes them anew for the backward pass.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from piip_scale.ops.deform_attention import deform_attention
 
 
 def ms_deform_attn_forward(
@@ -70,11 +71,7 @@ def ms_deform_attn_backward(
 
 
 def _level(value_BSMD: Tensor, size: tuple[int, int], locations_BQMP2: Tensor, weights_BQMP: Tensor) -> Tensor:
-    maps = value_BSMD.permute(0, 2, 3, 1).unflatten(3, size).flatten(0, 1)
-    grid = (2 * locations_BQMP2 - 1).transpose(1, 2).flatten(0, 1)
-    samples = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    samples_BMDQP = samples.unflatten(0, (value_BSMD.shape[0], value_BSMD.shape[2]))
-    return torch.einsum("bmdqp,bqmp->bqmd", samples_BMDQP, weights_BQMP)
+    return deform_attention(value_BSMD.unflatten(1, size), locations_BQMP2, weights_BQMP)
 
 
 def _levels(shapes: Tensor) -> Iterator[tuple[int, slice, tuple[int, int]]]:
