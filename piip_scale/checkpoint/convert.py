@@ -15,7 +15,8 @@ import torch
 
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.checkpoint.store import CheckpointStore, read_step, resolve_checkpoint
-from piip_scale.checkpoint.zero_reader import Weight, ZeroCheckpoint
+from piip_scale.checkpoint.stored import Weight
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors, sync_file
 

@@ -8,28 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from piip_scale.checkpoint.slices import Slice, rank_slice
 from piip_scale.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A run of consecutive elements of one flat tensor of one rank."""
-
-    rank: int
-    group: int
-    start: int
-    length: int
-
-
-def pieces_of_cut_groups(
+def slices_of_cut_groups(
     shapes: Sequence[Mapping[str, Shape]],
     part_lengths: Sequence[Sequence[int]],
     paddings: Sequence[Sequence[int]] | None = None,
-) -> dict[str, list[Piece]]:
+) -> dict[str, list[Slice]]:
     """ZeRO stages 1 and 2.
 
     Args:
@@ -38,28 +28,28 @@ def pieces_of_cut_groups(
         paddings: Elements of padding behind each parameter of each group; ``None`` for none.
 
     Returns:
-        The pieces of each parameter, in order.
+        The slices of each parameter, in order.
 
     Raises:
         CheckpointError: Shapes and lengths do not add up.
     """
-    pieces: dict[str, list[Piece]] = {}
+    slices: dict[str, list[Slice]] = {}
     for group, named in enumerate(shapes):
         lengths = [of_rank[group] for of_rank in part_lengths]
         gaps = [0] * len(named) if paddings is None else paddings[group]
         start = 0
         for (name, shape), gap in zip(named.items(), gaps, strict=True):
-            pieces[name] = _cut(group, lengths, start, math.prod(shape))
-            if sum(piece.length for piece in pieces[name]) != math.prod(shape):
+            slices[name] = _cut(name, group, lengths, start, math.prod(shape))
+            if sum(part.length for part in slices[name]) != math.prod(shape):
                 raise _misfit(f"parameter {name} of shape {tuple(shape)} ends behind parameter group {group}")
             start += math.prod(shape) + gap
         _check_used(f"parameter group {group}", used=start, held=sum(lengths), align=2 * len(lengths))
-    return pieces
+    return slices
 
 
-def pieces_of_cut_parameters(
+def slices_of_cut_parameters(
     shapes: Sequence[Mapping[str, Shape]], part_lengths: Sequence[int], num_ranks: int
-) -> dict[str, list[Piece]]:
+) -> dict[str, list[Slice]]:
     """ZeRO stage 3: of every parameter each rank holds ceil(elements / ranks), the last ones padded.
 
     Args:
@@ -70,7 +60,7 @@ def pieces_of_cut_parameters(
     Raises:
         CheckpointError: Shapes and lengths do not add up.
     """
-    pieces: dict[str, list[Piece]] = {}
+    slices: dict[str, list[Slice]] = {}
     group, start = 0, 0
     for name, shape in ((name, shape) for named in shapes for name, shape in named.items()):
         part = math.ceil(math.prod(shape) / num_ranks)
@@ -78,28 +68,28 @@ def pieces_of_cut_parameters(
             group, start = group + 1, 0
         if group == len(part_lengths) or start + part > part_lengths[group]:
             raise _misfit(f"parameter {name} of shape {tuple(shape)} does not fit into flat tensor {group}")
-        pieces[name] = pieces_of_part(math.prod(shape), part, num_ranks, group, start)
+        slices[name] = slices_of_parts(name, math.prod(shape), part, num_ranks, group, start)
         start += part
     if group < len(part_lengths) - 1 or (part_lengths and start != part_lengths[-1]):
         raise _misfit(f"{start} of {part_lengths[group]} elements of flat tensor {group} belong to a parameter")
-    return pieces
+    return slices
 
 
-def pieces_of_part(length: int, part: int, num_ranks: int, group: int = 0, start: int = 0) -> list[Piece]:
-    """A parameter of ``length`` elements, cut into parts of ``part``, each at ``start`` of its rank's flat tensor."""
-    takes = (min(part, max(length - rank * part, 0)) for rank in range(num_ranks))
-    return [Piece(rank, group, start, take) for rank, take in enumerate(takes) if take]
+def slices_of_parts(name: str, numel: int, part: int, num_ranks: int, group: int = 0, start: int = 0) -> list[Slice]:
+    """A parameter cut into parts of ``part`` elements, each at ``start`` of its rank's flat tensor; empty ones not."""
+    cut = (rank_slice(name, numel, part, rank, group=group, start=start) for rank in range(num_ranks))
+    return [held for held in cut if held.length]
 
 
-def _cut(group: int, lengths: Sequence[int], start: int, length: int) -> list[Piece]:
-    """The pieces of elements ``start`` to ``start + length`` of all ranks' parts end to end."""
-    pieces, begin = [], 0
+def _cut(name: str, group: int, lengths: Sequence[int], start: int, numel: int) -> list[Slice]:
+    """The slices of a parameter that begins at ``start`` of all ranks' parts end to end."""
+    slices, begin = [], 0
     for rank, held in enumerate(lengths):
-        low, high = max(start, begin), min(start + length, begin + held)
-        if low < high:
-            pieces.append(Piece(rank, group, low - begin, high - low))
+        # The rank's whole part, in the parameter's own coordinates; what lies outside of these is not the parameter's.
+        part = Slice(name, begin - start, 0, held, rank, group).within(0, numel)
+        slices += [part] if part else []
         begin += held
-    return pieces
+    return slices
 
 
 def _check_used(what: str, used: int, held: int, align: int) -> None:

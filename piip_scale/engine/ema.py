@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from piip_scale.checkpoint.zero_reader import AVERAGE, UPDATES, ZeroCheckpoint
+from piip_scale.checkpoint.averages import AVERAGE, UPDATES
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.config.run import TrainConfig
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.resuming import Checkpoint
 from piip_scale.engine.zero.partitions import partitions, publish
-from piip_scale.engine.zero.restoring import copy_spans
+from piip_scale.engine.zero.restoring import copy_slices
 from piip_scale.logging import get_logger
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class WeightAverage:
             return
         saved = ZeroCheckpoint(checkpoint, averaged=True)
         for partition, average in zip(self._partitions, self._averages, strict=True):
-            copy_spans(saved, partition, average)
+            copy_slices(saved, partition, average)
         self._updates = saved.num_updates
 
     def _decay_now(self) -> float:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zero_files import write_checkpoint
 
-from piip_scale.checkpoint.layout import pieces_of_cut_groups, pieces_of_cut_parameters
+from piip_scale.checkpoint.layout import slices_of_cut_groups, slices_of_cut_parameters
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.errors import CheckpointError
 
@@ -41,32 +41,32 @@ def test_any_split_reads_back(tmp_path_factory, stage, num_ranks, shapes, frozen
 
 
 @given(st.integers(1, 7), st.lists(st.integers(1, 40), min_size=1, max_size=6))
-def test_pieces_cover_each_parameter_once(num_ranks, sizes):
+def test_slices_cover_each_parameter_once(num_ranks, sizes):
     shapes = [{str(index): (size,) for index, size in enumerate(sizes)}]
     aligned = 2 * math.ceil(sum(sizes) / (2 * num_ranks))
-    cut_group = pieces_of_cut_groups(shapes, [[aligned]] * num_ranks)
-    cut_each = pieces_of_cut_parameters(shapes, [sum(math.ceil(size / num_ranks) for size in sizes)], num_ranks)
-    for pieces in (cut_group, cut_each):
-        assert [sum(piece.length for piece in pieces[str(i)]) for i in range(len(sizes))] == sizes
-        taken = [(p.rank, p.start + offset) for run in pieces.values() for p in run for offset in range(p.length)]
+    cut_group = slices_of_cut_groups(shapes, [[aligned]] * num_ranks)
+    cut_each = slices_of_cut_parameters(shapes, [sum(math.ceil(size / num_ranks) for size in sizes)], num_ranks)
+    for slices in (cut_group, cut_each):
+        assert [sum(part.length for part in slices[str(i)]) for i in range(len(sizes))] == sizes
+        taken = [(p.rank, p.start + offset) for run in slices.values() for p in run for offset in range(p.length)]
         assert len(taken) == len(set(taken))
 
 
 def test_padding_between_parameters_is_skipped():
-    pieces = pieces_of_cut_groups([{"a": (3,), "b": (2,)}], [[4], [4]], paddings=[[1, 2]])
-    assert [(p.rank, p.start, p.length) for p in pieces["a"]] == [(0, 0, 3)]
-    assert [(p.rank, p.start, p.length) for p in pieces["b"]] == [(1, 0, 2)]
+    slices = slices_of_cut_groups([{"a": (3,), "b": (2,)}], [[4], [4]], paddings=[[1, 2]])
+    assert [(p.rank, p.start, p.length) for p in slices["a"]] == [(0, 0, 3)]
+    assert [(p.rank, p.start, p.length) for p in slices["b"]] == [(1, 0, 2)]
 
 
 def test_a_group_too_short_for_its_shapes_is_refused():
     with pytest.raises(CheckpointError, match=r"parameter b of shape \(9,\) ends behind parameter group 0"):
-        pieces_of_cut_groups([{"a": (3,), "b": (9,)}], [[4], [4]])
+        slices_of_cut_groups([{"a": (3,), "b": (9,)}], [[4], [4]])
     with pytest.raises(CheckpointError, match="holds 80 elements and its shapes take 3"):
-        pieces_of_cut_groups([{"a": (3,)}], [[40], [40]])
+        slices_of_cut_groups([{"a": (3,)}], [[40], [40]])
 
 
 def test_flat_tensors_that_no_parameter_fills_are_refused():
     with pytest.raises(CheckpointError, match="3 of 4 elements of flat tensor 0"):
-        pieces_of_cut_parameters([{"a": (5,)}], [4], num_ranks=2)
+        slices_of_cut_parameters([{"a": (5,)}], [4], num_ranks=2)
     with pytest.raises(CheckpointError, match="does not fit"):
-        pieces_of_cut_parameters([{"a": (5,)}], [2], num_ranks=2)
+        slices_of_cut_parameters([{"a": (5,)}], [2], num_ranks=2)

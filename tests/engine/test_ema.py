@@ -13,8 +13,9 @@ from timm.utils import ModelEmaV3
 from tiny_task import TinyModel, TinyTask, make_batch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from piip_scale.checkpoint.averages import AVERAGE
 from piip_scale.checkpoint.convert import convert
-from piip_scale.checkpoint.zero_reader import AVERAGE, ZeroCheckpoint
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate

@@ -16,8 +16,9 @@ import torch
 from save_killer import MOMENTS_OF_ALL, MOMENTS_OF_MAIN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from piip_scale.checkpoint.averages import AVERAGE
 from piip_scale.checkpoint.store import CheckpointStore
-from piip_scale.checkpoint.zero_reader import AVERAGE, ZeroCheckpoint
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.run.run_dir import RunDirectory
 
 WORKER = Path(__file__).with_name("tiny_worker.py")

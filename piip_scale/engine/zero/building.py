@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piip_scale.checkpoint.slices import Slice, rank_slice
 from piip_scale.errors import ModelError
 from piip_scale.models.pretrained import pretrained_weights
 from piip_scale.models.trunk import Trunk
@@ -39,21 +40,21 @@ class Cutter:
     def cut(self, value: Tensor, like: nn.Parameter) -> nn.Parameter:
         """This rank's part of a value as a parameter with the shape and dtype of another, in ZeRO-3's form."""
         whole = torch.empty(like.shape, dtype=like.dtype, device=self._init.local_device)
-        for first, last in self._kept(whole.numel()):
-            whole.view(-1)[first:last] = value.reshape(-1)[first:last]
+        for part in self._own_slices(whole.numel()):
+            part.of(whole.view(-1)).copy_(part.of(value.reshape(-1)))
         parameter: Any = nn.Parameter(whole, requires_grad=like.requires_grad)
         self._init._convert_to_deepspeed_param(parameter)
         parameter.partition()
         return parameter  # type: ignore[no-any-return]
 
-    def _kept(self, numel: int) -> list[tuple[int, int]]:
-        """Bounds of the elements this rank keeps: its share, and that of its node's second copy under hpZ."""
+    def _own_slices(self, numel: int) -> list[Slice]:
+        """Of a whole parameter what this rank keeps: its share, and that of its node's second copy under hpZ."""
         zero = self._init
         aligned = -(-numel // zero.dp_world_size) * zero.dp_world_size
         shares = [(zero.rank, aligned // zero.dp_world_size)]
         if zero.zero_param_process_group is not None:
             shares.append((zero.rank_in_group, aligned // zero.num_ranks_in_param_group))
-        return [(rank * share, min((rank + 1) * share, numel)) for rank, share in shares]
+        return [rank_slice("", numel, part, rank, start=min(rank * part, numel)) for rank, part in shares]
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:

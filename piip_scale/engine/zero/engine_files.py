@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from piip_scale.checkpoint.zero_reader import SWAPPED
+from piip_scale.checkpoint.swapped import SWAPPED
 from piip_scale.engine.zero.disk_offload import swapped_files
 from piip_scale.engine.zero.partitions import frozen_parts
 from piip_scale.errors import CheckpointError
@@ -56,7 +56,7 @@ class _Catch:
         if self._engine.zero_nvme_offload_optimizer() and "optimizer_state_dict" in state_dict:
             return {SWAPPED: swapped_files(self._engine)}
         if state_dict.get("frozen_param_fragments") and self._engine.zero_optimization_stage() == 3:
-            return {"frozen_param_fragments": {s.name: data.clone() for s, data in frozen_parts(self._engine)}}
+            return {"frozen_param_fragments": {part.name: data.clone() for part, data in frozen_parts(self._engine)}}
         return {}
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:

@@ -13,27 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from piip_scale.checkpoint.slices import Slice, rank_slice, whole
 from piip_scale.engine.zero.disk_offload import is_on_disk
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive elements of one parameter inside a flat tensor; what lies between spans is padding.
-
-    Attributes:
-        name: The parameter's, as in ``named_parameters()``.
-        source: First element in the flattened parameter.
-        start: First element in the flat tensor.
-        length: Elements.
-    """
-
-    name: str
-    source: int
-    start: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -42,13 +26,13 @@ class Partition:
 
     Attributes:
         master: The weights that the optimiser updates, float32 1-D, live; without ZeRO a parameter, of any shape.
-        spans: Which elements of which parameters they are.
+        slices: Which elements of which parameters they are; what lies between them is padding.
         settings: The optimiser group it belongs to, live.
         state: The optimiser's state of it, live; empty before the first step.
     """
 
     master: Tensor
-    spans: tuple[Span, ...]
+    slices: tuple[Slice, ...]
     settings: dict[str, Any]
     state: dict[str, Any]
 
@@ -57,8 +41,8 @@ def partitions(engine: DeepSpeedEngine) -> list[Partition]:
     """This rank's master weights, in the order in which checkpoints hold them. Not collective."""
     inner = _inner_optimizer(engine)
     return [
-        Partition(master, tuple(spans), inner.param_groups[group], inner.state[master])
-        for master, group, spans in _flat_tensors(engine)
+        Partition(master, tuple(slices), inner.param_groups[group], inner.state[master])
+        for master, group, slices in _flat_tensors(engine)
     ]
 
 
@@ -78,18 +62,18 @@ def partitions_in_memory(engine: DeepSpeedEngine) -> Iterator[Partition]:
         engine.optimizer._optimizer_states_and_gradient_swap_out(index)
 
 
-def _flat_tensors(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, int, Iterable[Span]]]:
-    """Each tensor with its optimiser group and spans."""
+def _flat_tensors(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, int, Iterable[Slice]]]:
+    """Each tensor with its optimiser group and slices."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
         for index, group in enumerate(_inner_optimizer(engine).param_groups):
             for parameter in group["params"]:
-                yield parameter, index, [Span(engine.param_names[parameter], 0, 0, parameter.numel())]
+                yield parameter, index, [whole(engine.param_names[parameter], parameter.numel())]
         return
     if engine.zero_optimization_stage() == 3:
         for index, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-            spans = _cut_parameters(engine, optimizer.fp16_groups[index])
-            yield master, optimizer.sub_group_to_group_id[index], spans
+            slices = _cut_parameters(engine, optimizer.fp16_groups[index])
+            yield master, optimizer.sub_group_to_group_id[index], slices
         return
     if hasattr(optimizer, "bf16_groups"):  # stage 1 with fp32 gradients has an optimiser of its own
         masters, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
@@ -99,7 +83,7 @@ def _flat_tensors(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, int, Iterab
         yield master, index, _cut_group(engine, group)
 
 
-def frozen_parts(engine: DeepSpeedEngine) -> Iterator[tuple[Span, Tensor]]:
+def frozen_parts(engine: DeepSpeedEngine) -> Iterator[tuple[Slice, Tensor]]:
     """This rank's share of the parameters that are not trained, live: all of each below stage 3. Not collective.
 
     One that lives on a disk is in memory until the next is due.
@@ -108,21 +92,18 @@ def frozen_parts(engine: DeepSpeedEngine) -> Iterator[tuple[Span, Tensor]]:
         if parameter.requires_grad:
             continue
         if hasattr(parameter, "ds_tensor"):
-            part = parameter.partition_numel()
-            source = part * engine.optimizer._get_param_partition_rank(parameter)
-            span = Span(name, source, 0, max(min(part, parameter.ds_numel - source), 0))
-            yield from _in_memory(span, parameter)
+            yield from _in_memory(_own_slice(engine, name, parameter), parameter)
         else:
-            yield Span(name, 0, 0, parameter.numel()), parameter.data.view(-1)
+            yield whole(name, parameter.numel()), parameter.data.view(-1)
 
 
-def _in_memory(span: Span, parameter: Any) -> Iterator[tuple[Span, Tensor]]:
+def _in_memory(part: Slice, parameter: Any) -> Iterator[tuple[Slice, Tensor]]:
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
     away = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
     if away:
         parameter.nvme_swapper.swap_in([parameter], async_op=False)
-    yield span, parameter.ds_tensor.data
+    yield part, parameter.ds_tensor.data
     if away:
         parameter.nvme_swapper.swap_out_and_release([parameter])
 
@@ -146,22 +127,25 @@ def _inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _cut_parameters(engine: DeepSpeedEngine, group: Sequence[Any]) -> Iterator[Span]:
+def _cut_parameters(engine: DeepSpeedEngine, group: Sequence[Any]) -> Iterator[Slice]:
     """Stage 3: each parameter is cut by itself, and the parts lie end to end."""
     start = 0
     for parameter in group:
-        part = parameter.partition_numel()
-        source = part * engine.optimizer._get_param_partition_rank(parameter)
-        length = min(part, parameter.ds_numel - source)
-        if length > 0:
-            yield Span(engine.param_names[parameter], source, start, length)
-        start += part
+        held = _own_slice(engine, engine.param_names[parameter], parameter, start)
+        if held.length:
+            yield held
+        start += parameter.partition_numel()
 
 
-def _cut_group(engine: DeepSpeedEngine, group: Sequence[Any]) -> Iterator[Span]:
+def _own_slice(engine: DeepSpeedEngine, name: str, parameter: Any, start: int = 0) -> Slice:
+    rank = engine.optimizer._get_param_partition_rank(parameter)
+    return rank_slice(name, parameter.ds_numel, parameter.partition_numel(), rank, start=start)
+
+
+def _cut_group(engine: DeepSpeedEngine, group: Sequence[Any]) -> Iterator[Slice]:
     """Stages 1 and 2: the parameters lie end to end and the whole is cut; DeepSpeed tells where each one's part is."""
     for parameter in group:
         mapping = parameter._hp_mapping
         if mapping is not None:
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            yield Span(engine.param_names[parameter], here.start, there.start, there.numel)
+            yield Slice(engine.param_names[parameter], here.start, there.start, there.numel)

@@ -36,17 +36,17 @@ def restore(engine: DeepSpeedEngine, checkpoint: Path) -> None:
     saved = ZeroCheckpoint(checkpoint)
     with torch.no_grad():
         for partition in partitions_in_memory(engine):
-            copy_spans(saved, partition, partition.master)
+            copy_slices(saved, partition, partition.master)
             _restore_state(saved, partition)
-        for span, data in frozen_parts(engine):
-            saved.copy_slice(span.name, span.source, data[: span.length])
+        for part, data in frozen_parts(engine):
+            saved.copy_slice(part.name, part.first, part.of(data))
         for name, weight in saved.weights.items():
             if weight.is_buffer:
                 engine.module.get_buffer(name).copy_(saved[name])
     publish(engine)
 
 
-def copy_spans(saved: ZeroCheckpoint, partition: Partition, out: torch.Tensor, state: str | None = None) -> None:
+def copy_slices(saved: ZeroCheckpoint, partition: Partition, out: torch.Tensor, state: str | None = None) -> None:
     """Fills a tensor that is cut as a partition's master weights are; its padding stays as it is.
 
     Args:
@@ -56,17 +56,17 @@ def copy_spans(saved: ZeroCheckpoint, partition: Partition, out: torch.Tensor, s
         state: As of ``ZeroCheckpoint.copy_slice``.
     """
     flat = out.view(-1)
-    for span in partition.spans:
-        saved.copy_slice(span.name, span.source, flat[span.start : span.start + span.length], state)
+    for part in partition.slices:
+        saved.copy_slice(part.name, part.first, part.of(flat), state)
 
 
 def _restore_state(saved: ZeroCheckpoint, partition: Partition) -> None:
-    names = [span.name for span in partition.spans]
+    names = [part.name for part in partition.slices]
     moments = saved.moments(names[0]) if names else []
     for moment in moments:
         # Zero where nothing is, as in a state that grew from zero gradients.
         values = torch.zeros_like(partition.master, requires_grad=False)
-        copy_spans(saved, partition, values, moment)
+        copy_slices(saved, partition, values, moment)
         partition.state[moment] = values
     if moments:
         partition.state["step"] = _counter(saved, names, partition)

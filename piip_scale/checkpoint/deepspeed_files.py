@@ -1,0 +1,175 @@
+"""DeepSpeed's own files: which there are, and which slices of which weights each of them holds.
+
+Source: files written by DeepSpeed 0.19.8 (stages 0 to 3, fp32 and bf16). ``mp_rank_00_model_states.pt`` (or one
+``zero_pp_rank_R_...`` per rank in stage 3) names parameters and holds buffers and frozen parameters;
+``*zero_pp_rank_R_mp_rank_00_optim_states.pt`` hold the fp32 master weights and the optimiser's state of them, cut as
+``layout`` says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from piip_scale.checkpoint import layout
+from piip_scale.checkpoint.slices import Slice
+from piip_scale.checkpoint.stored import StoredFile, StoredSlice, Weight, whole_weight
+from piip_scale.errors import CheckpointError
+
+_MODEL_FILES = "*model_states.pt"
+_OPTIMIZER_FILES = "*optim_states.pt"
+_RANK = re.compile(r"rank_(\d+)[_.]")
+
+
+@dataclass(frozen=True)
+class DeepSpeedFiles:
+    """The files of one checkpoint.
+
+    Attributes:
+        folder: Holds them: DeepSpeed's tag.
+        models: Of model states, in the order of ranks; one below stage 3.
+        optimizers: Of optimiser states, in the order of ranks; none in stage 0.
+        stage: ZeRO stage that wrote them.
+        num_ranks: Ranks that wrote them.
+    """
+
+    folder: Path
+    models: tuple[StoredFile, ...]
+    optimizers: tuple[StoredFile, ...]
+    stage: int
+    num_ranks: int
+
+    @classmethod
+    def open(cls, folder: Path) -> DeepSpeedFiles:
+        """Finds the files, directly in a folder or in one folder (the tag) inside it.
+
+        Raises:
+            CheckpointError: Files are missing or cannot be read safely.
+        """
+        folder = _find(folder)
+        models, optimizers = _open(folder, _MODEL_FILES), _open(folder, _OPTIMIZER_FILES)
+        # With bf16 and fp32 gradients stage 1 is an optimiser of its own, which writes the same but not the stage.
+        stage = int(optimizers[0].get("optimizer_state_dict").get("zero_stage", 1)) if optimizers else 0
+        files = cls(folder, models, optimizers, stage, int(models[0].get("dp_world_size")))
+        files._check_ranks()
+        return files
+
+    def weights(self) -> dict[str, Weight]:
+        """Every weight, in the order of the model's state dict.
+
+        Raises:
+            CheckpointError: The files do not fit together, or hold no values of a weight.
+        """
+        model = self.models[0]
+        module: dict[str, Tensor] = model.get("module")
+        buffers = set(model.get("buffer_names"))
+        found = self._masters() if self.stage else _trained_whole(model)
+        found |= self._frozen() if self.stage == 3 else {}
+        found |= {n: whole_weight(model, n, "module", n, is_buffer=True) for n in module if n in buffers}
+        for name in [name for name in module if name not in found]:
+            found[name] = self._untrained(name, module, found)
+        return {name: found[name] for name in module}
+
+    def _untrained(self, name: str, module: dict[str, Tensor], found: dict[str, Weight]) -> Weight:
+        twin = next((other for other in found if module[name].is_set_to(module[other])), None)
+        if twin is not None:
+            # A parameter under a second name: its master is under the first. DeepSpeed's own list of these misses
+            # modules that are registered twice, but the pickle keeps that both are one storage, empty in stage 3.
+            return found[twin]
+        if self.stage < 3:
+            return whole_weight(self.models[0], name, "module", name)
+        raise CheckpointError(
+            f"{self.models[0].path} names {name} and no file holds it",
+            rule="every parameter is trained, frozen, or another name of one that is",
+            fix="save without exclude_frozen_parameters",
+        )
+
+    def _masters(self) -> dict[str, Weight]:
+        """The trained parameters."""
+        key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+        root = ("optimizer_state_dict", key)
+        inner = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
+        states = ("optimizer_state_dict", inner, "state")
+        shapes: list[dict[str, tuple[int, ...]]] = self.models[0].get("param_shapes")
+        slices = self._slices(shapes, root)
+        return {
+            name: Weight(tuple(shape), torch.float32, False, self._stored(slices[name], root, states))
+            for named in shapes
+            for name, shape in named.items()
+        }
+
+    def _slices(self, shapes: list[dict[str, tuple[int, ...]]], root: tuple[str, str]) -> dict[str, list[Slice]]:
+        optimizers = self.optimizers
+        if self.stage == 3:
+            parts = [flat.numel() for flat in optimizers[0].get(*root)]
+            return layout.slices_of_cut_parameters(shapes, parts, len(optimizers))
+        of_ranks = [[flat.numel() for flat in file.get(*root)] for file in optimizers]
+        paddings = optimizers[0].get("optimizer_state_dict").get("param_alignment_paddings")
+        return layout.slices_of_cut_groups(shapes, of_ranks, paddings)
+
+    def _stored(self, slices: list[Slice], root: tuple[str, ...], states: tuple[str, ...]) -> tuple[StoredSlice, ...]:
+        return tuple(
+            StoredSlice(part, self.optimizers[part.rank], (*root, part.group), (*states, part.group)) for part in slices
+        )
+
+    def _frozen(self) -> dict[str, Weight]:
+        """Stage 3's frozen parameters: each rank holds a flat part of the same length."""
+        weights = {}
+        for name, shape in self.models[0].get("frozen_param_shapes").items():
+            keys = ("frozen_param_fragments", name)
+            held: Tensor = self.models[0].get(*keys)
+            slices = layout.slices_of_parts(name, shape.numel(), held.numel(), len(self.models))
+            parts = tuple(StoredSlice(part, self.models[part.rank], keys) for part in slices)
+            weights[name] = Weight(tuple(shape), held.dtype, False, parts)
+        return weights
+
+    def _check_ranks(self) -> None:
+        if self.models[0].get("mp_world_size") != 1:
+            raise CheckpointError(
+                f"{self.folder} was saved with tensor parallelism", rule="only data parallel ranks are read"
+            )
+        wanted = {"model": self.num_ranks if self.stage == 3 else 1, "optimizer": self.num_ranks if self.stage else 0}
+        for kind, files in (("model", self.models), ("optimizer", self.optimizers)):
+            if len(files) != wanted[kind]:
+                raise CheckpointError(
+                    f"{self.folder} has {len(files)} files of {kind} states",
+                    rule=f"ZeRO stage {self.stage} on {self.num_ranks} ranks writes {wanted[kind]}",
+                    fix="copy the missing files here, or take another checkpoint",
+                )
+
+
+def _find(folder: Path) -> Path:
+    inside = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    holders = [candidate for candidate in (folder, *inside) if any(candidate.glob(_MODEL_FILES))]
+    if len(holders) != 1:
+        raise CheckpointError(
+            f"{folder} holds {len(holders) or 'no'} DeepSpeed checkpoints",
+            rule=f"its {_MODEL_FILES} lie in it or in one folder inside it",
+            fix="give the folder that DeepSpeed wrote",
+        )
+    return holders[0]
+
+
+def _open(folder: Path, pattern: str) -> tuple[StoredFile, ...]:
+    """The files of all ranks, in the order of ranks."""
+
+    def rank(path: Path) -> int:
+        match = _RANK.search(path.name)
+        return int(match[1]) if match else 0
+
+    paths = sorted(folder.glob(pattern), key=rank)
+    return tuple(StoredFile(path, len(paths)) for path in paths)
+
+
+def _trained_whole(model: StoredFile) -> dict[str, Weight]:
+    """Without ZeRO: the parameters of torch's own optimiser, where its groups name them, as ours do."""
+    groups = (model.get("optimizer") or {}).get("param_groups", [])
+    names = [name for group in groups for name in group.get("parameter_names", [])]
+    return {
+        name: whole_weight(model, name, "module", name).with_states("optimizer", "state", group=index)
+        for index, name in enumerate(names)
+    }
