@@ -66,6 +66,8 @@ class ConfigError(PiipError):
 class WorldError(PiipError):
     """The environment's ranks and nodes do not add up."""
 
+    reason = "bad world"
+
 
 class KernelError(PiipError):
     """A kernel or library that the config asks for is not there."""
@@ -133,6 +135,7 @@ class LostRankError(RunError):
 class Interrupted(RunError):
     """The run was asked to stop (Ctrl-C or TERM), saved, and did."""
 
+    reason = "interrupted"
     exit_code = 130
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from piip_scale.engine.stop import unsaved
 from piip_scale.errors import Interrupted, LostRankError, RunError
 from piip_scale.logging import get_logger
+from piip_scale.run.ending import Ending, ending_of
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.world import World
 
@@ -66,7 +67,8 @@ def launch_local(
 def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
     # Before anything else: ranks that were killed here have not failed by themselves.
     if ranks.killed_by_user:
-        raise _noted(unsaved(), run)
+        error = unsaved()
+        raise _noted(error, run, ending_of(error))
     if ranks.first_failure is None:
         return 0
     rank, code = ranks.first_failure
@@ -74,14 +76,14 @@ def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
         return Interrupted.exit_code
     untold = ranks.untold or _silent_failure(rank, code)
     if ranks.untold or run.record_error(rank, untold):
-        raise _noted(untold, run)
+        raise _noted(untold, run, run.first_error() or ending_of(untold, rank))
     first = run.first_error()
     return first.exit_code if first else code
 
 
-def _noted(error: RunError, run: RunDirectory) -> RunError:
+def _noted(error: RunError, run: RunDirectory, ending: Ending) -> RunError:
     if run.status():
-        run.write_failure(error)
+        run.write_failure(ending)
     return error
 
 

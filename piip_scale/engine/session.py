@@ -34,6 +34,7 @@ from piip_scale.engine.zero.setup import (
 )
 from piip_scale.errors import Interrupted
 from piip_scale.logging import get_logger
+from piip_scale.run.ending import ending_of
 from piip_scale.run.heartbeat import Heartbeat
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.run.starting import StartClock
@@ -145,7 +146,7 @@ class _Training:
             self._trainer.run()
         except Interrupted as error:
             if is_main:
-                run.write_status("stopped", self._trainer.step, error.line)
+                run.write_status("stopped", self._trainer.step, ending_of(error, step=self._trainer.step))
             raise
         except Exception:
             self._checkpointer.close()

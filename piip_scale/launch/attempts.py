@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from piip_scale.errors import RunError
 from piip_scale.files import IO_REASON, disk_errors
 from piip_scale.logging import get_logger
+from piip_scale.run.ending import Ending, parse_ending
 
 End = Literal["done", "stopped", "crashed", "hang", "lost_node", "preflight", "cut"]
 Action = Literal["finish", "requeue", "restart", "give_up"]
@@ -33,12 +34,7 @@ class Attempt:
         end: How: ``done``; ``stopped``, asked to and saved; ``crashed``; ``hang``; ``lost_node``; ``preflight``, too
             few healthy nodes; ``cut``, its supervisor ended with it.
         last_step: Step of the newest valid checkpoint at the end.
-        error_kind: What the failure was, in the words of ``reason_of``.
-        error_line: The failure in one line.
-        error_step: Optimiser steps behind the rank that failed first.
-        rank: That rank; ``None`` where it is not known.
-        node: Its node.
-        cause: Why it was asked to stop: ``time limit``, ``preemption``, ``user``, ``requeue``.
+        ending: What its ranks, or whoever ended them, left about it; empty while it runs.
         decision: What follows: ``finish``, ``requeue``, ``restart`` (in the same allocation) or ``give_up``.
         why: The decision's reason, in one line.
     """
@@ -52,12 +48,7 @@ class Attempt:
     ended_unix_s: float | None = None
     end: End | None = None
     last_step: int = 0
-    error_kind: str = ""
-    error_line: str = ""
-    error_step: int = 0
-    rank: int | None = None
-    node: str = ""
-    cause: str = ""
+    ending: Ending = field(default_factory=Ending)
     decision: Action | None = None
     why: str = ""
 
@@ -107,8 +98,7 @@ class History:
         Raises:
             RunError: The place cannot be written, now or later.
         """
-        told = {key: value for key, value in asdict(attempt).items() if value not in (None, "")}
-        self._waiting.append(json.dumps(told))
+        self._waiting.append(json.dumps(_without_empty(asdict(attempt))))
         try:
             with disk_errors(RunError, f"write {self.path}"):
                 _append(self.path, self._waiting)
@@ -133,13 +123,24 @@ def _append(path: Path, lines: Sequence[str]) -> None:
 
 def parse_attempts(lines: Iterable[str]) -> tuple[Attempt, ...]:
     """Attempts from lines: the last of a number tells all; those that cannot be read are passed over."""
-    known, found = {field.name for field in fields(Attempt)}, {}
+    found = {}
     for line in lines:
         with suppress(ValueError, TypeError, AttributeError, KeyError):
-            values: dict[str, Any] = {key: value for key, value in json.loads(line).items() if key in known}
-            attempt = Attempt(**values | {"nodes": tuple(values["nodes"])})
+            attempt = _parse_attempt(json.loads(line))
             found[int(attempt.attempt)] = attempt
     return tuple(found[number] for number in sorted(found))
+
+
+def _parse_attempt(values: Mapping[str, Any]) -> Attempt:
+    known = {field.name for field in fields(Attempt)} & values.keys()
+    own = {key: values[key] for key in known}
+    return Attempt(**own | {"nodes": tuple(own["nodes"]), "ending": parse_ending(own.get("ending", {}))})
+
+
+def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is as good as absent, so that a person can read the file."""
+    plain = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in plain.items() if value not in (None, "", {})}
 
 
 def next_number(history: Sequence[Attempt]) -> int:

@@ -14,7 +14,7 @@ Asked = Literal["", "stop", "requeue", "cancel"]
 
 # Kinds of failures, in the words of ``reason_of``: what a restart cannot change, what it mostly cures, and the rest,
 # which is tried once more and is a bug when it comes again at the same step.
-INCURABLE = frozenset({"bad config", "bad data", "bad model"})
+INCURABLE = frozenset({"bad config", "bad data", "bad model", "bad world"})
 CURABLE = frozenset({"lost rank", "hang", "communication", "input or output", "device failure", "launch"})
 _SICK_AT_ONCE = frozenset({"device failure"})
 _SICK_WHEN_AGAIN = frozenset({"lost rank", "hang", "launch"})
@@ -94,7 +94,7 @@ def num_stale(recent: Sequence[Attempt]) -> int:
     for attempt in reversed(recent):
         if attempt.has_progressed:
             break
-        count += attempt.cause not in _INNOCENT_CAUSES
+        count += attempt.ending.cause not in _INNOCENT_CAUSES
     return count
 
 
@@ -103,30 +103,30 @@ def sick_nodes(recent: Sequence[Attempt]) -> tuple[str, ...]:
     counts: Counter[str] = Counter()
     for attempt in recent:
         # Not where ranks ended because the job had to.
-        if attempt.node and attempt.failed and not attempt.cause:
-            at_once = attempt.end == "lost_node" or attempt.error_kind in _SICK_AT_ONCE
-            counts[attempt.node] += 2 if at_once else attempt.error_kind in _SICK_WHEN_AGAIN
+        if attempt.ending.node and attempt.failed and not attempt.ending.cause:
+            at_once = attempt.end == "lost_node" or attempt.ending.reason in _SICK_AT_ONCE
+            counts[attempt.ending.node] += 2 if at_once else attempt.ending.reason in _SICK_WHEN_AGAIN
     return tuple(sorted(node for node, count in counts.items() if count > 1))
 
 
 def is_same_failure(one: Attempt, other: Attempt) -> bool:
     """Whether two attempts failed at the same step with the same exception, numbers in its text aside."""
-    first, second = (re.sub(r"0x[0-9a-fA-F]+|\d+", "#", attempt.error_line) for attempt in (one, other))
-    return one.failed and other.failed and one.error_step == other.error_step and first == second
+    first, second = (re.sub(r"0x[0-9a-fA-F]+|\d+", "#", attempt.ending.line) for attempt in (one, other))
+    return one.failed and other.failed and one.ending.step == other.ending.step and first == second
 
 
 def _hopeless(recent: Sequence[Attempt], max_stale: int) -> str:
     """Why no restart would help; empty where one may."""
     last = recent[-1]
-    if last.failed and last.error_kind in INCURABLE:
-        return f"{last.error_kind}, which a restart cannot cure: {last.error_line}"
+    if last.failed and last.ending.reason in INCURABLE:
+        return f"{last.ending.reason}, which a restart cannot cure: {last.ending.line}"
     # A failure without a kind is of what surrounds the training: nodes, the supervisor.
-    is_unknown = last.end == "crashed" and last.error_kind not in CURABLE
+    is_unknown = last.end == "crashed" and last.ending.reason not in CURABLE
     if is_unknown and any(is_same_failure(last, earlier) for earlier in recent[:-1]):
-        return f"the same failure twice after step {last.error_step}, so no accident: {last.error_line}"
+        return f"the same failure twice after step {last.ending.step}, so no accident: {last.ending.line}"
     stale = num_stale(recent)
     if stale > max_stale:
-        what = last.error_line or last.why or f"it was {last.end}"
+        what = (last.ending.line if last.failed else "") or last.why or f"it was {last.end}"
         return f"{stale} attempts in a row brought no newer checkpoint than step {last.last_step}; the last: {what}"
     return ""
 
@@ -150,20 +150,20 @@ def _go_on(last: Attempt, recent: Sequence[Attempt], situation: Situation) -> De
 def _pause_s(recent: Sequence[Attempt]) -> float:
     """None at first; a disk or a network that is down needs some minutes."""
     stale = num_stale(recent)
-    slow = recent[-1].error_kind in ("input or output", "communication", "launch")
+    slow = recent[-1].ending.reason in ("input or output", "communication", "launch")
     return min(30.0 * 2.0**stale, _MAX_PAUSE_S) if slow and stale > 1 else 0.0
 
 
 def _as_asked(last: Attempt, asked: Asked) -> str:
     who = "cancelled by scancel" if asked == "cancel" else "ended as asked"
     how = "saved" if last.end == "stopped" else f"the last checkpoint is that of step {last.last_step}"
-    return f"{who}; {how}" + (f"; on the way: {last.error_line}" if last.error_line else "")
+    return f"{who}; {how}" + (f"; on the way: {last.ending.line}" if last.failed and last.ending.line else "")
 
 
 def _reason(last: Attempt) -> str:
     if last.end == "stopped":
-        cause = last.cause or "a signal"
+        cause = last.ending.cause or "a signal"
         return f"stopped by {cause}, saved at step {last.last_step}"
     went_on = f"goes on from step {last.last_step}" if last.last_step else "starts again from the beginning"
-    kind = (last.error_kind or last.end or "").replace("_", " ")
-    return f"{kind}: {last.error_line or 'it ended without a word'}; {went_on}"
+    kind = (last.ending.reason or last.end or "").replace("_", " ")
+    return f"{kind}: {last.ending.line or 'it ended without a word'}; {went_on}"

@@ -202,7 +202,7 @@ def event_of(run: Run, state: str) -> str:
     if run.problem:
         return run.problem
     last = run.attempts[-1] if run.attempts else None
-    told = (last.why or last.error_line) if last else ""
+    told = (last.why or last.ending.line) if last else ""
     if state == "queued" and run.job is not None:
         return f"waits ({run.job.reason})" + (f" after: {told}" if told else "")
     if state == "lost":
@@ -211,8 +211,8 @@ def event_of(run: Run, state: str) -> str:
         if run.is_stepping and run.pace.event:
             return run.pace.event
         return f"starting, attempt {last.attempt}" if last else "starting"
-    if run.status is not None and run.status.note and state in ("failed", "stopped"):
-        return run.status.note
+    if run.status is not None and run.status.line and state in ("failed", "stopped"):
+        return run.status.line
     if run.status is None and not told:
         return "ended before it began to train: see jobs logs" if run.log else "was submitted, has not started"
     return told or run.pace.event

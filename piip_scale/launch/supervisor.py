@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from piip_scale.checkpoint.store import CheckpointStore, read_step
-from piip_scale.errors import HangError, LostRankError, PiipError, RunError, SlurmError
+from piip_scale.errors import RunError, SlurmError
 from piip_scale.files import IO_REASON
 from piip_scale.launch.attempts import Attempt, History, next_number
 from piip_scale.launch.bad_nodes import add_bad_nodes, choose_nodes, read_bad_nodes
@@ -22,6 +22,7 @@ from piip_scale.launch.outcome import Evidence, judge
 from piip_scale.launch.spec import JobFiles, JobSpec
 from piip_scale.launch.step_notes import StepNotes
 from piip_scale.launch.watching import StopRequests, Watch
+from piip_scale.run.ending import Ending
 from piip_scale.run.run_dir import RunDirectory, Status
 
 _MOST_REFUSALS, _REFUSAL_PAUSE_S = 30, 60.0
@@ -111,7 +112,7 @@ class Supervisor:
         if ended.end in ("stopped", "lost_node"):
             return ended
         line = "its supervisor was ended together with it: the job was requeued or killed, or its first node was lost"
-        return replace(ended, end="cut", error_kind="", error_line=line)
+        return replace(ended, end="cut", ending=replace(ended.ending, reason="", line=line))
 
     def _attempt_with_patience(self) -> Decision:
         """An attempt, or a pause where the disk of the run's directory has no room for one."""
@@ -133,7 +134,8 @@ class Supervisor:
         nodes = choose_nodes(check.healthy, self._spec.num_nodes, last)
         self._requests.look()
         if self._requests.cause:
-            ended = replace(attempt, end="stopped", cause=self._requests.cause, last_step=attempt.first_step)
+            ending = Ending(cause=self._requests.cause, step=attempt.first_step)
+            ended = replace(attempt, end="stopped", ending=ending, last_step=attempt.first_step)
         elif len(nodes) < self._spec.num_nodes or check.shared_problem:
             ended = _unfit(attempt, check)
         else:
@@ -214,8 +216,8 @@ class Supervisor:
 
     def _conclude(self, ended: Attempt, problems: Mapping[str, str]) -> Decision:
         self._requests.look()
-        if ended.cause in ("preemption", "time limit", "requeue", "cancel") and not self._requests.is_ending:
-            self._requests.end(ended.cause)
+        if ended.ending.cause in ("preemption", "time limit", "requeue", "cancel") and not self._requests.is_ending:
+            self._requests.end(ended.ending.cause)
         self._report_status(ended)
         ended = self._keep_traces(ended)
         history = self._history.read()
@@ -225,8 +227,8 @@ class Supervisor:
 
     def _bad_now(self, ended: Attempt, problems: Mapping[str, str]) -> tuple[str, ...]:
         bad = dict(problems)
-        if ended.end == "lost_node" and ended.node:
-            bad[ended.node] = ended.error_line
+        if ended.end == "lost_node" and ended.ending.node:
+            bad[ended.ending.node] = ended.ending.line
         return tuple(bad)
 
     def _situation(self, bad: tuple[str, ...]) -> Situation:
@@ -245,7 +247,7 @@ class Supervisor:
     def _note(self, ended: Attempt, decision: Decision) -> None:
         """One line for the log, the same for the history, the nodes for the next."""
         self._history.write(replace(ended, decision=decision.action, why=decision.why))
-        reasons = {node: ended.error_line or ended.end or "" for node in decision.exclude if node == ended.node}
+        reasons = {node: ended.ending.line or ended.end or "" for node in decision.exclude if node == ended.ending.node}
         add_bad_nodes(self._files.bad_nodes, reasons, time.time())
         action = decision.action.replace("_", " ")
         without = f", without {', '.join(decision.exclude)}" if decision.exclude else ""
@@ -254,16 +256,8 @@ class Supervisor:
     def _report_status(self, ended: Attempt) -> None:
         """Ranks that could not speak are spoken for, in the status and in ``errors/``."""
         first = self._run.first_error(since_unix_s=ended.started_unix_s)
-        if not ended.failed or (first and first.line == ended.error_line):
-            return
-        kind = HangError if ended.end == "hang" else LostRankError
-        error: PiipError = kind(ended.error_line)
-        error.reason = ended.error_kind or ended.end or error.reason
-        # In the place of a rank that only met the end of another.
-        self._run.forget_first_error()
-        self._run.record_error(ended.rank or 0, error, ended.error_step, ended.node)
-        if self._run.status():
-            self._run.write_failure(error)
+        if ended.failed and (first is None or first.line != ended.ending.line):
+            self._run.replace_ending(ended.ending)
 
     def _leave(self, decision: Decision) -> int:
         if decision.action == "requeue":
@@ -286,8 +280,8 @@ class Supervisor:
             for source in (self._run.errors, self._run.stacks):
                 if source.is_dir() and any(source.iterdir()):
                     shutil.copytree(source, kept / source.name, dirs_exist_ok=True)
-        line = ended.error_line.replace(str(self._run.stacks), str(kept / "stacks"))
-        return replace(ended, error_line=line)
+        line = ended.ending.line.replace(str(self._run.stacks), str(kept / "stacks"))
+        return replace(ended, ending=replace(ended.ending, line=line))
 
     def _pause(self, seconds: float) -> None:
         log_line(f"waiting {seconds:.0f} s before the next attempt")
@@ -310,12 +304,13 @@ class Supervisor:
 def _unfit(attempt: Attempt, check: Check) -> Attempt:
     """An attempt that its nodes, or its config, did not allow to begin."""
     ended = replace(attempt, end="preflight", last_step=attempt.first_step)
+    blank = Ending(step=attempt.first_step)
     if check.shared_problem:
-        kind, line = check.shared_problem
-        return replace(ended, error_kind=kind, error_line=line)
+        reason, line = check.shared_problem
+        return replace(ended, ending=blank.failed(reason, line))
     line = "; ".join(f"{node}: {problem}" for node, problem in check.problems.items()) or "too few nodes"
     node = next(iter(check.problems), "")
-    return replace(ended, error_kind="preflight", error_line=line, node=node)
+    return replace(ended, ending=blank.failed("preflight", line, node=node))
 
 
 def _count(num_nodes: int) -> str:

@@ -10,14 +10,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from piip_scale.errors import HangError, PiipError, RunError
+from piip_scale.errors import PiipError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.logging import get_logger
-from piip_scale.run.reasons import reason_of
+from piip_scale.run.ending import Ending, ending_of, parse_ending
 from piip_scale.run.starting import process_age_seconds
-from piip_scale.world import node_name
 
 State = Literal["running", "stopped", "failed", "done"]
 
@@ -29,39 +28,17 @@ class Status:
     Attributes:
         state: ``running``, ``stopped`` (asked to, saved), ``failed`` or ``done``.
         step: Optimiser steps behind it.
-        note: One line about the state; the error of a failed run.
-        reason: Why it failed, in the words of ``reason_of``: ``hang``, ``lost rank``, ``exception`` ...
+        ending: How it ended; ``None`` while it runs, and of a run that is done.
     """
 
     state: State
     step: int
-    note: str = ""
-    reason: str = ""
+    ending: Ending | None = None
 
-
-@dataclass(frozen=True)
-class FirstError:
-    """The error that ended a run, as the rank that met it first left it.
-
-    Attributes:
-        rank: That rank.
-        line: The error in one line.
-        exit_code: What the process should exit with.
-        unix_time_s: When.
-        reason: Its kind, in the words of ``reason_of``.
-        step: Optimiser steps behind that rank.
-        node: Name of its machine.
-        late_rank: The rank that it waited for in vain, where that is what happened.
-    """
-
-    rank: int
-    line: str
-    exit_code: int
-    unix_time_s: float
-    reason: str = PiipError.reason
-    step: int = 0
-    node: str = ""
-    late_rank: int | None = None
+    @property
+    def line(self) -> str:
+        """The ending's line; empty without one."""
+        return self.ending.line if self.ending else ""
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -160,29 +137,32 @@ class RunDirectory:
         """What the run last said of itself; ``None`` where no run started.
 
         Raises:
-            RunError: The status file is not one.
+            RunError: The status file is not one, or cannot be read.
         """
         try:
-            return Status(**json.loads(self.status_file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
+            with disk_errors(RunError, f"read {self.status_file}"):
+                return _parse_status(json.loads(self.status_file.read_text(encoding="utf-8")))
+        except RunError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                return None
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"{self.status_file} cannot be read: {error}", fix="choose another --run-dir") from error
 
-    def write_status(self, state: State, step: int, note: str = "", reason: str = "") -> None:
+    def write_status(self, state: State, step: int, ending: Ending | None = None) -> None:
         """Replaces the status. Main rank only, or the rank that failed first."""
-        write_text_atomic(self.status_file, json.dumps(asdict(Status(state, step, note, reason))) + "\n")
+        write_text_atomic(self.status_file, json.dumps(asdict(Status(state, step, ending))) + "\n")
 
-    def write_failure(self, error: BaseException) -> None:
-        """Puts an error into the status, at the step the run last told of.
+    def write_failure(self, ending: Ending) -> None:
+        """Puts how a run failed into the status, at the step the run last told of.
 
         Raises:
             RunError: The disk refuses, or the status there is none.
         """
         before = self.status()
-        self.write_status("failed", before.step if before else 0, error_line(error), reason_of(error))
+        self.write_status("failed", before.step if before else 0, ending)
 
-    def record_error(self, rank: int, error: BaseException, step: int = 0, node: str = "") -> bool:
+    def record_error(self, rank: int, error: BaseException, step: int = 0, node: str = "") -> Ending | None:
         """Writes a rank's traceback, and claims to be the first that failed.
 
         Any rank may call it; it never raises, since it runs while another error is on its way.
@@ -194,12 +174,9 @@ class RunDirectory:
             node: Where the rank ran; this machine where empty.
 
         Returns:
-            True where no rank failed before, so that exactly one of them tells the user.
+            How the run ended where no rank failed before, so that exactly one of them tells the user; else ``None``.
         """
-        line = error_line(error)
-        code = error.exit_code if isinstance(error, PiipError) else 1
-        late = error.late_ranks[0] if isinstance(error, HangError) and error.late_ranks else None
-        first = FirstError(rank, line, code, time.time(), reason_of(error), step, node or node_name(), late)
+        ending = ending_of(error, rank, step, node)
         with suppress(OSError):
             self.errors.mkdir(parents=True, exist_ok=True)
             # Not over a traceback of the rank's own, where its launcher speaks for it.
@@ -207,43 +184,50 @@ class RunDirectory:
                 details = error.details if isinstance(error, PiipError) else ""
                 file.write("".join(traceback.format_exception(error)) + details + "\n")
         try:
-            self._claim(first)
+            self._claim(ending)
         except FileExistsError:
-            return False
+            return None
         except OSError:
             # A full or read-only disk must not swallow the error: better told twice than never.
-            return True
-        return True
+            return ending
+        return ending
 
-    def _claim(self, first: FirstError) -> None:
+    def _claim(self, ending: Ending) -> None:
         place = self.errors / "first.json"
         with suppress(FileNotFoundError):
             if place.stat().st_mtime < process_start_unix_s():
                 place.unlink()
         with place.open("x", encoding="utf-8") as file:
-            json.dump(asdict(first), file)
+            json.dump(asdict(ending), file)
 
-    def forget_first_error(self) -> None:
-        """Lets somebody who knows more tell which error came first; the tracebacks stay."""
-        with suppress(OSError):
-            (self.errors / "first.json").unlink()
+    def replace_ending(self, ending: Ending) -> None:
+        """Has the run's files tell how it ended, where somebody knows more than its ranks; their tracebacks stay.
 
-    def first_error(self, since_unix_s: float | None = None) -> FirstError | None:
+        Raises:
+            RunError: The disk refuses.
+        """
+        write_text_atomic(self.errors / "first.json", json.dumps(asdict(ending)))
+        if self.status():
+            self.write_failure(ending)
+
+    def first_error(self, since_unix_s: float | None = None) -> Ending | None:
         """The error that ended a launch; ``None`` where no rank got to write one.
 
         Args:
             since_unix_s: When the launch began; this process's start where ``None``.
         """
         try:
-            first = FirstError(**json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            first = parse_ending(json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
+            return first if first.unix_time_s >= (since_unix_s or process_start_unix_s()) else None
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
-        return first if first.unix_time_s >= (since_unix_s or process_start_unix_s()) else None
 
 
-def error_line(error: BaseException) -> str:
-    """Any error in one line: ours as it is, another with its type."""
-    return error.line if isinstance(error, PiipError) else " ".join(f"{type(error).__name__}: {error}".split())
+def _parse_status(values: dict[str, Any]) -> Status:
+    ending = values.get("ending")
+    if values["state"] not in get_args(State) or not isinstance(values["step"], int):
+        raise ValueError(f"state {values['state']!r} at step {values['step']!r}")
+    return Status(values["state"], values["step"], None if ending is None else parse_ending(ending))
 
 
 @cache

@@ -61,7 +61,7 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(kind, tmp_path):
     assert ("in train_worker" if kind == "stop" else "in cause") in stacks[1]
     status = run.status()
     # The signal that asks for a stack may wake what slept, which then goes on until it is ended.
-    assert (status.state, status.reason) == ("failed", "hang")
+    assert (status.state, status.ending.reason) == ("failed", "hang")
     assert status.step >= 5
 
 
@@ -113,7 +113,7 @@ def test_a_full_device_is_one_line_with_the_plan_and_a_knob(tmp_path):
     assert "the device of rank 1 ran out of memory; of its" in told[0]
     assert "this run was planned to need" in told[0]
     run = RunDirectory(tmp_path / "run")
-    assert run.status().reason == "out of device memory"
+    assert run.status().ending.reason == "out of device memory"
     details = (run.errors / "rank_1.txt").read_text()
     assert "Tried to allocate 20.00 MiB" in details
     assert "GiB on each of 2 GPUs, micro-batches of 2" in details

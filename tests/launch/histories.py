@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 from hypothesis import strategies as st
 
 from piip_scale.launch.attempts import Attempt
 from piip_scale.launch.decide import CURABLE, INCURABLE, Situation
+from piip_scale.run.ending import Ending
 
 NODES = ("n1", "n2", "n3")
 ENDS = ("done", "stopped", "crashed", "hang", "lost_node", "preflight", "cut")
 KINDS = ("", "exception", "error", "out of device memory", *sorted(CURABLE), *sorted(INCURABLE))
 
 
+_OF_ENDING = {field.name for field in fields(Ending)}
+
+
 def attempt(number=0, end="crashed", *, first=0, last=None, **more) -> Attempt:
+    """An attempt; what belongs to its ending goes there."""
     values = {"attempt": number, "job_id": 7, "restart_count": 0, "nodes": NODES[:2], "started_unix_s": 100.0 + number}
-    return Attempt(**values | {"end": end, "first_step": first, "last_step": first if last is None else last} | more)
+    values |= {"end": end, "first_step": first, "last_step": first if last is None else last}
+    ending = Ending(**{name: more.pop(name) for name in _OF_ENDING & more.keys()})
+    return Attempt(**values | {"ending": ending} | more)
+
+
+def altered(one: Attempt, **changes) -> Attempt:
+    """An attempt with another ending."""
+    ending = {name: changes.pop(name) for name in _OF_ENDING & changes.keys()}
+    return replace(one, ending=replace(one.ending, **ending), **changes)
 
 
 def situation(**more) -> Situation:
@@ -22,7 +37,7 @@ def situation(**more) -> Situation:
 
 
 def crash(number=0, kind="lost rank", **more) -> Attempt:
-    return attempt(number, "crashed", error_kind=kind, **{"error_line": f"{kind} it was"} | more)
+    return attempt(number, "crashed", reason=kind, **{"line": f"{kind} it was"} | more)
 
 
 @st.composite
@@ -37,9 +52,9 @@ def histories(draw, ends=ENDS):
                 draw(st.sampled_from(ends)),
                 first=step,
                 last=last,
-                error_kind=draw(st.sampled_from(KINDS)),
-                error_line=draw(st.sampled_from(("a", "b 1", "b 2"))),
-                error_step=draw(st.integers(0, 2)),
+                reason=draw(st.sampled_from(KINDS)),
+                line=draw(st.sampled_from(("a", "b 1", "b 2"))),
+                step=draw(st.integers(0, 2)),
                 node=draw(st.sampled_from(("", *NODES))),
                 cause=draw(st.sampled_from(("", "time limit", "preemption", "requeue"))),
                 decision=draw(st.sampled_from(("requeue", "restart", "requeue", "give_up"))),

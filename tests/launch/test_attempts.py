@@ -10,13 +10,15 @@ import time
 
 import pytest
 from histories import attempt, histories
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piip_scale.errors import RunError
 from piip_scale.launch.attempts import History, next_number, parse_attempts
 
 
+# Disks of a busy machine take their time.
+@settings(deadline=None)
 @given(histories(), st.data())
 def test_whatever_a_kill_leaves_of_the_file_is_a_history(tmp_path_factory, found, data):
     history = History(tmp_path_factory.mktemp("job") / "attempts.jsonl")
@@ -33,6 +35,7 @@ def test_whatever_a_kill_leaves_of_the_file_is_a_history(tmp_path_factory, found
     assert History(history.path).read() == (*left, new)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_content_of_the_file_is_an_error(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("job") / "attempts.jsonl"

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from histories import NODES, attempt, crash, histories, situation, situations
+from histories import NODES, altered, attempt, crash, histories, situation, situations
 from hypothesis import given
 
 from piip_scale.launch.decide import CURABLE, INCURABLE, decide, num_stale, sick_nodes, since_verdict
@@ -77,7 +77,7 @@ def restarts(history, now=None):
 @pytest.mark.parametrize("kind", sorted(CURABLE))
 def test_what_a_restart_cures_gets_as_many_as_the_cap_allows(kind):
     # Another node each time, so that none is called sick.
-    failures = [crash(number, kind, error_step=5, node=f"m{number}") for number in range(5)]
+    failures = [crash(number, kind, step=5, node=f"m{number}") for number in range(5)]
     assert [restarts(failures[:count]) for count in range(1, 6)] == [True, True, True, False, False]
     last = decide(failures[:4], situation())
     assert last.action == "give_up"
@@ -91,10 +91,10 @@ def test_restarts_that_get_further_are_not_counted():
 
 
 def test_an_unknown_exception_is_tried_once_more_and_the_same_again_is_a_bug():
-    first = crash(0, "exception", error_line="KeyError: 'boxes' at 0x7f00", error_step=120)
-    again = replace(first, attempt=1, error_line="KeyError: 'boxes' at 0x7e11")
-    elsewhere = replace(first, attempt=1, error_step=300)
-    other = replace(first, attempt=1, error_line="ValueError: no")
+    first = crash(0, "exception", line="KeyError: 'boxes' at 0x7f00", step=120)
+    again = altered(first, attempt=1, line="KeyError: 'boxes' at 0x7e11")
+    elsewhere = altered(first, attempt=1, step=300)
+    other = altered(first, attempt=1, line="ValueError: no")
     assert restarts([first])
     for second in (elsewhere, other):
         assert restarts([first, second])
@@ -126,7 +126,7 @@ def test_a_limit_too_short_to_get_anywhere_ends_but_being_preempted_does_not():
 
 
 def test_a_lost_node_is_left_out_and_a_spare_saves_the_queue():
-    lost = attempt(0, "lost_node", last=30, node="n2", error_kind="lost node", error_line="node n2 was lost")
+    lost = attempt(0, "lost_node", last=30, node="n2", reason="lost node", line="node n2 was lost")
     here = decide([lost], situation(usable_nodes=("n1", "n3"), bad_nodes=("n2",)))
     assert (here.action, here.exclude) == ("restart", ("n2",))
     # Slurm may think well of it again.
@@ -139,10 +139,10 @@ def test_a_lost_node_is_left_out_and_a_spare_saves_the_queue():
 
 
 def test_a_node_where_ranks_hang_or_vanish_twice_is_sick_and_hardware_errors_suffice():
-    hangs = [attempt(number, "hang", error_kind="hang", node="n2") for number in range(2)]
+    hangs = [attempt(number, "hang", reason="hang", node="n2") for number in range(2)]
     assert sick_nodes(hangs[:1]) == ()
     assert sick_nodes(hangs) == ("n2",)
-    assert sick_nodes([replace(one, cause="preemption") for one in hangs]) == ()
+    assert sick_nodes([altered(one, cause="preemption") for one in hangs]) == ()
     assert sick_nodes([crash(0, "device failure", node="n1")]) == ("n1",)
     assert sick_nodes([crash(number, "exception", node="n1") for number in range(9)]) == ()
     assert decide(hangs, situation()).exclude == ("n2",)
@@ -158,12 +158,12 @@ def test_disks_and_networks_get_time_to_recover():
     pauses = [decide(failures[:count], situation()).pause_s for count in (1, 2, 3)]
     assert pauses[0] == 0
     assert 0 < pauses[1] < pauses[2] <= 300
-    assert decide([replace(one, error_kind="lost rank") for one in failures], situation()).pause_s == 0
+    assert decide([altered(one, reason="lost rank") for one in failures], situation()).pause_s == 0
 
 
 def test_nodes_that_fail_their_preflight_send_the_job_elsewhere():
-    unfit = attempt(0, "preflight", node="n2", error_kind="preflight", error_line="n2: no GPUs")
+    unfit = attempt(0, "preflight", node="n2", reason="preflight", line="n2: no GPUs")
     decision = decide([unfit], situation(usable_nodes=("n1",), bad_nodes=("n2",)))
     assert (decision.action, decision.exclude) == ("requeue", ("n2",))
-    config = replace(unfit, error_kind="bad config", error_line="config key a", node="")
+    config = altered(unfit, reason="bad config", line="config key a", node="")
     assert decide([config], situation()).action == "give_up"

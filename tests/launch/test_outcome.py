@@ -5,7 +5,8 @@ from histories import attempt
 
 from piip_scale.launch.outcome import Evidence, judge
 from piip_scale.launch.step_notes import StepNotes, TaskEnd, read_notes
-from piip_scale.run.run_dir import FirstError, Status
+from piip_scale.run.ending import Ending
+from piip_scale.run.run_dir import Status
 
 # As srun of Slurm 22.05 wrote them.
 KILLED = """\
@@ -45,7 +46,7 @@ def judged(**evidence):
 
 def first(reason, **more):
     values = {"rank": 0, "line": "so it was", "exit_code": 1, "unix_time_s": 150.0, "reason": reason, "step": 11}
-    return FirstError(**values | {"node": "n1"} | more)
+    return Ending(**values | {"node": "n1"} | more)
 
 
 KILLED_NOTES = read_notes(KILLED.splitlines())
@@ -56,10 +57,10 @@ def test_the_runs_own_word_counts_more_than_any_exit_code():
     done = judged(exit_code=143, status=Status("done", 8), notes=KILLED_NOTES)
     assert (done.end, done.last_step, done.ended_unix_s) == ("done", 8, 200.0)
     stopped = judged(exit_code=143, status=Status("stopped", 8), cause="time limit")
-    assert (stopped.end, stopped.cause) == ("stopped", "time limit")
+    assert (stopped.end, stopped.ending.cause) == ("stopped", "time limit")
     silent = judged(exit_code=0, status=Status("running", 8))
-    assert (silent.end, silent.error_kind) == ("crashed", "lost rank")
-    assert "exit code 0" in silent.error_line
+    assert (silent.end, silent.ending.reason) == ("crashed", "lost rank")
+    assert "exit code 0" in silent.ending.line
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,6 @@ def test_the_runs_own_word_counts_more_than_any_exit_code():
 )
 def test_the_cause_is_told_from_its_echoes(evidence, end, kind, rank, node):
     found = judged(**evidence)
-    assert (found.end, found.error_kind, found.rank, found.node) == (end, kind, rank, node)
-    assert found.error_line
+    assert (found.end, found.ending.reason, found.ending.rank, found.ending.node) == (end, kind, rank, node)
+    assert found.ending.line
     assert found.failed

@@ -20,6 +20,7 @@ from piip_scale.launch.queue import QueuedJob, parse_queue
 from piip_scale.launch.run_metrics import read_pace
 from piip_scale.launch.runs import describe, find_runs, is_alive, read_run, refuse_active
 from piip_scale.launch.spec import JobFiles, JobSpec, load_request, load_spec, save_spec
+from piip_scale.run.ending import Ending
 from piip_scale.run.heartbeat import Beat, write_beat
 
 NOW = time.time()
@@ -42,7 +43,8 @@ def make_spec(folder, **changes):
 
 def write_status(folder, state, step, note=""):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "status.json").write_text(json.dumps({"state": state, "step": step, "note": note, "reason": ""}))
+    content = {"state": state, "step": step, "ending": {"line": note}}
+    (folder / "status.json").write_text(json.dumps(content))
 
 
 def write_metrics(folder, lines):
@@ -125,7 +127,7 @@ def test_restarts_are_attempts_after_the_first(run_dir):
     history = History(JobFiles(run_dir).attempts)
     for number in range(3):
         history.write(attempt(number))
-        history.write(attempt(number, end="crashed", error_line="rank 1 was killed", why="requeued: progress"))
+        history.write(attempt(number, end="crashed", ending=Ending(line="rank 1 was killed"), why="requeued: progress"))
     found = row(run_dir)
     assert (found.restarts, found.job) == (2, "12")
 

@@ -66,8 +66,12 @@ class Scene:
     def saved(self, step):
         return lambda: save(self.run, step)
 
+    def _fail(self, error, rank, node) -> None:
+        ending = self.run.record_error(rank, error, 5, node)
+        self.run.write_failure(ending)
+
     def error(self, error, rank=0, node="n1"):
-        return lambda: self.run.record_error(rank, error, 5, node) and self.run.write_failure(error)
+        return lambda: self._fail(error, rank, node)
 
 
 @pytest.fixture
@@ -99,8 +103,13 @@ def test_a_crash_is_told_everywhere_and_the_run_resumes(scene, spoken):
     assert "--resume" not in first_words
     assert "--resume" in second_words
     first, second = scene.history.read()
-    assert (first.error_kind, first.rank, first.node, first.decision) == ("lost rank", 1, "n2", "restart")
-    assert (first.first_step, first.last_step, first.error_step) == (0, 4, 5)
+    assert (first.ending.reason, first.ending.rank, first.ending.node, first.decision) == (
+        "lost rank",
+        1,
+        "n2",
+        "restart",
+    )
+    assert (first.first_step, first.last_step, first.ending.step) == (0, 4, 5)
     assert (second.end, second.first_step, second.decision) == ("done", 4, "finish")
     kept = scene.spec.run_dir / "job" / "attempt-0" / "errors"
     assert json.loads((kept / "first.json").read_text())["reason"] == "lost rank"
@@ -118,7 +127,7 @@ def test_a_bug_is_given_up_with_its_line_in_the_status(scene):
         scene.step(scene.status("running"), scene.error(KeyError("boxes")))
     assert scene.supervise() == 1
     assert [one.decision for one in scene.history.read()] == ["restart", "give_up"]
-    assert scene.run.status().note == "KeyError: 'boxes'"
+    assert scene.run.status().line == "KeyError: 'boxes'"
     assert scene.executor.chain_ended
 
 
@@ -141,7 +150,7 @@ def test_before_the_time_limit_ranks_stop_and_the_job_requeues(scene):
     assert again.supervise() == 0
     assert (step.asked, again.executor.requeued) == (1, [()])
     last = again.history.read()[-1]
-    assert (last.end, last.cause, last.last_step, last.decision) == ("stopped", "time limit", 7, "requeue")
+    assert (last.end, last.ending.cause, last.last_step, last.decision) == ("stopped", "time limit", 7, "requeue")
 
 
 def _after(polls, count, deed, run):
@@ -268,7 +277,7 @@ def test_a_node_that_fails_its_preflight_is_replaced_or_left_out(tmp_path):
     assert none.supervise() == 0
     assert (none.executor.started, none.executor.requeued) == ([], [("n1",)])
     last = none.history.read()[-1]
-    assert (last.end, last.node) == ("preflight", "n1")
+    assert (last.end, last.ending.node) == ("preflight", "n1")
     assert "0.0 GiB of memory are available" in last.why
 
 
@@ -311,7 +320,7 @@ def test_an_attempt_whose_supervisor_died_with_it_is_closed(scene):
     scene.step(scene.status("done", 12))
     assert scene.supervise() == 0
     first, second = scene.history.read()
-    assert (first.end, first.node, first.decision) == ("lost_node", "n9", "requeue")
+    assert (first.end, first.ending.node, first.decision) == ("lost_node", "n9", "requeue")
     assert second.attempt == 1
 
 
@@ -341,7 +350,7 @@ def test_ranks_without_any_sign_are_ended_from_outside(scene, monkeypatch):
     assert scene.supervise() == 0
     first, _ = scene.history.read()
     assert (first.end, first.decision) == ("hang", "restart")
-    assert "no rank gave any sign" in first.error_line
+    assert "no rank gave any sign" in first.ending.line
     assert (step.stacks, step.ended) == (1, 1)
 
 
@@ -354,8 +363,8 @@ def test_a_hang_names_the_node_of_the_rank_that_was_waited_for_and_where_stacks_
     scene.step(scene.status("done", 12))
     assert scene.supervise() == 0
     first, _ = scene.history.read()
-    assert (first.end, first.rank, first.node) == ("hang", 1, "n2")
-    kept = first.error_line.partition("see ")[2]
+    assert (first.end, first.ending.rank, first.ending.node) == ("hang", 1, "n2")
+    kept = first.ending.line.partition("see ")[2]
     assert (Path(kept) / "rank_1.txt").read_text() == "in train_step"
 
 

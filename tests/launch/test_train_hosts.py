@@ -175,6 +175,5 @@ def test_two_hosts_train_stop_together_and_go_on(ssh, tmp_path, monkeypatch):
     assert json.loads((run_dir / "status.json").read_text()) == {
         "state": "done",
         "step": last,
-        "note": "",
-        "reason": "",
+        "ending": None,
     }

@@ -134,3 +134,34 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
         write_text_atomic(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_the_ending_that_a_rank_left_is_the_one_in_the_status(tmp_path):
+    run = opened(tmp_path)
+    ending = run.record_error(3, DataError("broken", value="a.tar"), step=5, node="n3")
+    run.write_failure(ending)
+    assert run.first_error() == run.status().ending == ending
+    # Somebody who knows more speaks for all files at once; the traceback stays.
+    better = ending.failed("lost rank", "rank 1 was killed", rank=1)
+    run.replace_ending(better)
+    assert run.first_error() == run.status().ending == better
+    assert "DataError" in (run.errors / "rank_3.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", '{"state": "running"}', '{"state": "odd", "step": 1}', '{"state": "done", "step": "x"}'],
+)
+def test_a_status_that_is_none_is_one_line(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(RunError, match="cannot be read") as caught:
+        RunDirectory(tmp_path).status()
+    assert "\n" not in caught.value.line
+
+
+def test_a_status_of_other_versions_still_tells_state_and_step(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "stopped", "step": 7, "note": "x", "reason": ""}')
+    status = RunDirectory(tmp_path).status()
+    assert (status.state, status.step, status.line) == ("stopped", 7, "")
+    (tmp_path / "status.json").write_text('{"state": "failed", "step": 7, "ending": {"line": "so", "of_later": 1}}')
+    assert RunDirectory(tmp_path).status().line == "so"

@@ -36,8 +36,8 @@ def test_a_killed_rank_ends_the_step_and_the_run_goes_on_in_the_same_allocation(
     first = job.ended(0)
     job.go_on()
     _, second = job.finished()
-    assert (first.end, first.error_kind, first.rank, first.node) == ("crashed", "lost rank", 1, "n2")
-    assert (first.decision, first.last_step, first.error_step) == ("restart", SAVED_AT, HELD_AT)
+    assert (first.end, first.ending.reason, first.ending.rank, first.ending.node) == ("crashed", "lost rank", 1, "n2")
+    assert (first.decision, first.last_step, first.ending.step) == ("restart", SAVED_AT, HELD_AT)
     assert (second.end, second.first_step, second.restart_count) == ("done", SAVED_AT, 0)
     assert "rank 1 on n2" in (job.run_dir / "job" / "attempt-0" / "errors" / "first.json").read_text()
     job.check_whole(whole)
@@ -51,8 +51,8 @@ def test_a_hanging_rank_leaves_all_stacks_and_the_run_goes_on(job, whole):
     job.harmed()
     first = job.ended(0)
     job.finished()
-    assert (first.end, first.rank, first.node, first.decision) == ("hang", 1, "n2", "restart")
-    assert "rank 1 did not arrive" in first.error_line
+    assert (first.end, first.ending.rank, first.ending.node, first.decision) == ("hang", 1, "n2", "restart")
+    assert "rank 1 did not arrive" in first.ending.line
     stacks = job.run_dir / "job" / "attempt-0" / "stacks"
     assert "_train_step" in (stacks / "rank_0.txt").read_text()
     assert (stacks / "rank_1.txt").read_text()
@@ -67,7 +67,7 @@ def test_a_lost_node_is_replaced_by_a_spare_without_the_queue(job, whole):
     first = job.ended(0)
     job.go_on()
     _, second = job.finished()
-    assert (first.end, first.node, first.decision) == ("lost_node", "n2", "restart")
+    assert (first.end, first.ending.node, first.decision) == ("lost_node", "n2", "restart")
     assert (second.nodes, second.job_id, second.restart_count) == (("n1", "n3"), first.job_id, 0)
     assert "n2" in (job.run_dir / "job" / "bad_nodes.json").read_text()
     job.check_whole(whole)
@@ -112,5 +112,5 @@ def test_a_full_disk_costs_one_save_and_nothing_that_was_there(job, whole, small
     filler.unlink()
     attempts = job.finished()
     first = attempts[0]
-    assert (first.error_kind, first.decision, first.last_step) == ("input or output", "restart", SAVED_AT)
+    assert (first.ending.reason, first.decision, first.last_step) == ("input or output", "restart", SAVED_AT)
     job.check_whole(whole)

@@ -18,7 +18,8 @@ def test_before_the_time_limit_the_run_saves_and_the_job_comes_back(job, whole):
     job.cluster.run("scontrol", "update", f"jobid={job.job_id}", "timelimit=30")
     job.go_on()
     _, second = job.finished()
-    assert (first.end, first.cause, first.last_step, first.decision) == ("stopped", "time limit", STOPPED_AT, "requeue")
+    assert (first.end, first.last_step, first.decision) == ("stopped", STOPPED_AT, "requeue")
+    assert first.ending.cause == "time limit"
     assert (second.job_id, second.restart_count, second.first_step) == (first.job_id, 1, STOPPED_AT)
     job.check_whole(whole)
 
@@ -32,7 +33,8 @@ def test_a_preempted_run_saves_within_its_grace_and_comes_back(job, whole):
     job.until_released()
     job.go_on()
     _, second = job.finished()
-    assert (first.end, first.cause, first.last_step, first.decision) == ("stopped", "preemption", STOPPED_AT, "requeue")
+    assert (first.end, first.last_step, first.decision) == ("stopped", STOPPED_AT, "requeue")
+    assert first.ending.cause == "preemption"
     assert (second.end, second.first_step) == ("done", STOPPED_AT)
     job.check_whole(whole)
 
@@ -58,14 +60,14 @@ def test_where_jobs_cannot_requeue_a_successor_goes_on_and_a_stop_is_for_good(jo
     before = {beat["pid"] for beat in job.beats()}
     job.command("jobs", "requeue", job.run_dir)
     first = job.ended(0)
-    assert (first.end, first.cause, first.decision) == ("stopped", "requeue", "requeue")
+    assert (first.end, first.ending.cause, first.decision) == ("stopped", "requeue", "requeue")
     # Held before their first step, they have told of no step yet.
     wait_for(job.log, lambda: len([beat for beat in job.beats() if beat["pid"] not in before]) == 2)
     wait_for(job.log, lambda: f"resumed after step {STOPPED_AT}" in (job.run_dir / "metrics.jsonl").read_text())
     job.command("jobs", "stop", job.run_dir)
     first, second = job.finished()
     assert second.job_id == job.newest_job() != first.job_id
-    assert (second.end, second.cause, second.decision) == ("stopped", "user", "finish")
+    assert (second.end, second.ending.cause, second.decision) == ("stopped", "user", "finish")
     job.go_on()
     job.submit("--resume")
     wait_for(job.log, lambda: len(job.attempts()) > 2)
@@ -80,7 +82,7 @@ def test_a_bad_config_is_told_once_and_never_tried_again(job, teller):
     job.config = bad
     job.start(look=teller == "nodes")
     (attempt,) = job.finished()
-    assert (attempt.decision, attempt.error_kind) == ("give_up", "bad config")
+    assert (attempt.decision, attempt.ending.reason) == ("give_up", "bad config")
     assert attempt.end == ("preflight" if teller == "nodes" else "crashed")
     assert "num_heads=5 must divide embed_dim=64" in attempt.why
     assert job.cluster.state(job.job_id) == "FAILED"

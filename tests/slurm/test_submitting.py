@@ -126,7 +126,7 @@ def test_leaving_a_watched_job_leaves_it_running(job):
     assert listed(job)[job.run_dir.name]["state"] == "running"
     job.command("jobs", "stop", job.run_dir)
     job.go_on()
-    assert job.finished()[-1].cause == "user"
+    assert job.finished()[-1].ending.cause == "user"
 
 
 def test_the_script_works_by_hand(free):
