@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from piip_scale.data.images import MAX_PIXELS, UPRIGHT
+from piip_scale.data.images import Image as Image
+from piip_scale.data.images import decode_image as decode_image
 from piip_scale.errors import DataError
 
 MIN_BOX_PX = 1.0
 """Boxes of fewer pixels in the stored image are no training targets (mmdet's ``CocoDataset`` leaves them out too)."""
 
-Image = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
 SetKind = Literal["detection", "classification", "segmentation"]
@@ -41,6 +41,9 @@ class RawSample:
             for classification ``label``.
         crc32: Of ``image``, ``notes`` and ``label_map`` in this order, when they were packed.
         label_map: The file of a segmentation set's label map, as it was packed; empty in other sets.
+        orientation: EXIF's number of how the image's stored pixels are turned, as packing decided.
+        map_orientation: Likewise of the label map.
+        size_px: Height and width of the image in the index; a file of more pixels is not decoded.
     """
 
     key: str
@@ -48,11 +51,14 @@ class RawSample:
     notes: bytes
     crc32: int
     label_map: bytes = b""
+    orientation: int = UPRIGHT
+    map_orientation: int = UPRIGHT
+    size_px: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded sample, in pixels of the stored image.
+    """A decoded sample, in pixels of its image.
 
     Attributes:
         pixels: RGB, uint8 (H, W, 3).
@@ -99,7 +105,7 @@ def decode_sample(raw: RawSample, label_of_category: Mapping[int, int], *, has_m
     """
     check_bytes(raw)
     notes = parse_notes(raw)
-    pixels = decode_image(raw.image, raw.key)
+    pixels = decode_pixels(raw)
     check_size(pixels, notes["height"], notes["width"], raw.key)
     kept = [note for note in notes["annotations"] if min(note["bbox"][2:]) >= MIN_BOX_PX]
     try:
@@ -133,7 +139,7 @@ def decode_labelled(raw: RawSample, num_classes: int) -> LabelledImage:
         raise DataError(
             f"label of sample {raw.key}", value=label, rule=f"the manifest names classes 0-{num_classes - 1}"
         )
-    return LabelledImage(raw.key, notes["image_id"], decode_image(raw.image, raw.key), label)
+    return LabelledImage(raw.key, notes["image_id"], decode_pixels(raw), label)
 
 
 def check_bytes(raw: RawSample) -> None:
@@ -166,48 +172,14 @@ def parse_notes(raw: RawSample, kind: SetKind = "detection") -> dict[str, Any]:
     return notes
 
 
-def decode_image(content: bytes, name: str) -> Image:
-    """Decodes a JPEG, or any other format that Pillow reads, to RGB, uint8 (H, W, 3).
-
-    EXIF rotation is not applied: COCO's boxes are in stored pixels.
+def decode_pixels(raw: RawSample) -> Image:
+    """A sample's image as it was packed: RGB, uint8 (H, W, 3), turned where packing decided so.
 
     Raises:
-        DataError: The image is truncated, damaged, or not an image.
+        DataError: The image is damaged, or larger than its index says.
     """
-    try:
-        if content[:2] == b"\xff\xd8":
-            return _decode_jpeg(content)
-        return _decode_other(content)
-    # Pillow's decoders raise any of these for damaged files; simplejpeg raises ValueError.
-    except (ValueError, OSError, SyntaxError, EOFError, IndexError, struct.error) as error:
-        raise DataError(
-            f"image {name} cannot be decoded",
-            value=str(error).strip(),
-            rule="it must be a whole image of 8 bits a channel",
-            fix="replace the file, or remove its entry",
-        ) from error
-
-
-def _decode_jpeg(content: bytes) -> Image:
-    import simplejpeg
-
-    return np.asarray(simplejpeg.decode_jpeg(content, "RGB"))
-
-
-def _decode_other(content: bytes) -> Image:
-    import PIL.Image
-
-    try:
-        image = PIL.Image.open(io.BytesIO(content))
-    # Pillow's own texts name an object of Python's, and a bomb is an error of no kind that others are.
-    except PIL.UnidentifiedImageError:
-        raise ValueError(f"{len(content)} bytes in no format that Pillow reads") from None
-    except PIL.Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-    with image:
-        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
-            raise ValueError(f"its pixels are of mode {image.mode}, not 8-bit")
-        return np.asarray(image.convert("RGB"))
+    max_pixels = MAX_PIXELS if raw.size_px is None else raw.size_px[0] * raw.size_px[1]
+    return decode_image(raw.image, raw.key, orientation=raw.orientation, max_pixels=max_pixels)
 
 
 def check_size(pixels: Image, height_px: int, width_px: int, name: str) -> None:
@@ -220,7 +192,7 @@ def check_size(pixels: Image, height_px: int, width_px: int, name: str) -> None:
         raise DataError(
             f"image {name} is {pixels.shape[1]} x {pixels.shape[0]} px",
             rule=f"its annotations say {width_px} x {height_px}",
-            fix="correct the entry (an EXIF rotation is not applied: sizes are of the stored pixels)",
+            fix="correct the entry (--exif says whether an orientation in the file is applied)",
         )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import struct
 from dataclasses import dataclass
 
 import numpy as np
-import PIL.Image
 
-from piip_scale.data.sample import Image, RawSample, check_bytes, check_size, decode_image, parse_notes
+from piip_scale.data.images import UPRIGHT, Image, decode_map
+from piip_scale.data.sample import RawSample, check_bytes, check_size, decode_pixels, parse_notes
 from piip_scale.errors import DataError
 
 IGNORED = 255
@@ -54,52 +52,28 @@ def decode_mapped(raw: RawSample, rule: MapRule) -> MappedImage:
     """
     check_bytes(raw)
     notes = parse_notes(raw, "segmentation")
-    pixels = decode_image(raw.image, raw.key)
-    labels = decode_label_map(raw.label_map, rule, raw.key)
+    pixels = decode_pixels(raw)
+    labels = decode_label_map(raw.label_map, rule, raw.key, raw.map_orientation)
     check_size(pixels, labels.shape[0], labels.shape[1], raw.key)
     return MappedImage(raw.key, notes["image_id"], pixels, labels)
 
 
-def decode_label_map(content: bytes, rule: MapRule, name: str) -> Image:
+def decode_label_map(content: bytes, rule: MapRule, name: str, orientation: int = UPRIGHT) -> Image:
     """The classes of all pixels, uint8 (H, W), ``IGNORED`` where there is none.
 
     Raises:
-        DataError: The file is no whole 8-bit image of one channel, or holds a number that is no class.
+        DataError: The file is no whole image of one channel, or holds a number that is no class.
     """
-    labels = stored_map(content, name)
-    if rule.reduce_zero_label:
-        # 255 is ignored as it is; taken down like a class it would become 254.
-        labels = np.where(labels == IGNORED, IGNORED, labels - np.uint8(1)).astype(np.uint8)
-    wrong = (labels >= rule.num_classes) & (labels != IGNORED)
+    stored = decode_map(content, name, orientation=orientation)
+    first = 1 if rule.reduce_zero_label else 0
+    wrong = (stored != IGNORED) & ((stored < 0) | (stored >= rule.num_classes + first))
     if wrong.any():
-        first = 1 if rule.reduce_zero_label else 0
         raise DataError(
             f"label map of {name}",
-            value=int(labels[wrong][0]) + first,
+            value=int(stored[wrong][0]),
             rule=f"{rule.num_classes} classes are {first}-{rule.num_classes - 1 + first}, and {IGNORED} is ignored",
             fix="name all classes, or see whether 0 is a class (--reduce-zero-label)",
         )
-    return labels
-
-
-def stored_map(content: bytes, name: str) -> Image:
-    """The numbers of a label map as they are in its file, uint8 (H, W).
-
-    Raises:
-        DataError: The file is no whole 8-bit image of one channel.
-    """
-    try:
-        with PIL.Image.open(io.BytesIO(content)) as image:
-            if image.mode not in ("L", "P"):
-                raise ValueError(f"its pixels are of mode {image.mode}")
-            return np.array(image, np.uint8)
-    except PIL.UnidentifiedImageError:
-        value = f"{len(content)} bytes in no format that Pillow reads"
-    # Pillow's decoders raise any of these for damaged files.
-    except (ValueError, OSError, SyntaxError, EOFError, IndexError, struct.error) as error:
-        value = str(error).strip()
-    raise DataError(
-        f"label map of {name} cannot be decoded",
-        value=value,
-        rule="it must be a whole image of one channel of 8 bits, or with a palette",
-    )
+    labels = stored.astype(np.uint8)
+    # 255 is ignored as it is; taken down like a class it would become 254. 0 wraps around to it.
+    return np.where(labels == IGNORED, labels, labels - np.uint8(first)) if first else labels

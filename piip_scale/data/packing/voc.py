@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
+from piip_scale.data.images import Image, decode_map, image_facts, read_file
 from piip_scale.data.packing.coco import CocoImage, CocoSet
-from piip_scale.data.packing.label_maps import IGNORED, stored_map
-from piip_scale.data.sample import Image
+from piip_scale.data.packing.label_maps import IGNORED
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 
@@ -144,11 +143,7 @@ def _size(root: ElementTree.Element) -> tuple[int, int] | None:
 
 
 def _size_of_file(image: Path) -> tuple[int, int]:
-    try:
-        with PIL.Image.open(image) as opened:
-            return opened.height, opened.width
-    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"image {image} cannot be decoded", value=str(error), fix="replace the file") from None
+    return image_facts(read_file(image), str(image)).upright_size_px
 
 
 def _object(node: ElementTree.Element, what: str) -> _Object:
@@ -233,7 +228,7 @@ def _instances(folder: Path, entry: _Entry) -> Image:
             rule="every image of the set needs one",
             fix="list the images that have one with --voc-list (ImageSets/Segmentation/train.txt)",
         ) from None
-    instances = stored_map(content, str(path))
+    instances = decode_map(content, str(path))
     if instances.shape != entry.size_px:
         height, width = entry.size_px
         raise DataError(f"instance map {path} is {instances.shape[::-1]} px", rule=f"its image is {width} x {height}")

@@ -12,6 +12,7 @@ import pydantic
 
 from piip_scale.config.base import Strict
 from piip_scale.config.run import CacheConfig
+from piip_scale.data.images import UPRIGHT
 from piip_scale.data.packing.label_maps import MapRule
 from piip_scale.data.reading.files import json_bytes, read_whole, sha256_of
 from piip_scale.data.reading.set_files import MANIFEST as MANIFEST
@@ -31,7 +32,13 @@ _PLACE_COLUMNS = (
     "crc32s",
     "map_offsets",
     "map_bytes",
+    "orientations",
+    "map_orientations",
+    "heights_px",
+    "widths_px",
 )
+# What a column stands for that an index leaves out.
+_ABSENT = {"orientations": UPRIGHT, "map_orientations": UPRIGHT}
 _Model = TypeVar("_Model", bound=Strict)
 
 
@@ -86,7 +93,10 @@ class ShardIndex(Strict):
 
     Attributes:
         plan_sha256: Of what was to be packed; a restart keeps a shard whose plan is the same.
+        heights_px: Of the images as they are decoded, turned where ``orientations`` say so; like ``widths_px``.
         map_offsets: Of label maps, like ``map_bytes``; empty where there are none.
+        orientations: EXIF's number of how each image is turned once it is decoded; empty where none is.
+        map_orientations: Likewise of label maps.
     """
 
     shard_bytes: int
@@ -104,6 +114,8 @@ class ShardIndex(Strict):
     crc32s: tuple[int, ...]
     map_offsets: tuple[int, ...] = ()
     map_bytes: tuple[int, ...] = ()
+    orientations: tuple[int, ...] = ()
+    map_orientations: tuple[int, ...] = ()
 
 
 def shard_name(number: int) -> str:
@@ -164,7 +176,10 @@ class ShardSet:
         self.sizes_px = np.stack(
             [_column([getattr(index, name) for index in indexes]) for name in ("heights_px", "widths_px")], axis=1
         ).astype(np.int32)
-        places = [[getattr(index, name) or (0,) * len(index.keys) for index in indexes] for name in _PLACE_COLUMNS]
+        places = [
+            [getattr(index, name) or (_ABSENT.get(name, 0),) * len(index.keys) for index in indexes]
+            for name in _PLACE_COLUMNS
+        ]
         shards = np.repeat(np.arange(len(indexes)), self.num_samples_of_shard)
         self._places = np.stack([shards, *map(_column, places)], axis=1)
 
@@ -258,10 +273,15 @@ class ShardSet:
         return self._raw(number) if self.files.mend(self._shard(number)) else raw
 
     def _raw(self, number: int) -> RawSample:
-        _, image_at, image_bytes, notes_at, notes_bytes, crc32, map_at, map_bytes = map(int, self._places[number])
+        _, image_at, image_bytes, notes_at, notes_bytes, crc32, map_at, map_bytes, *shape = map(
+            int, self._places[number]
+        )
         ranges = ((image_at, image_bytes), (notes_at, notes_bytes), (map_at, map_bytes))
         image, notes, label_map = self.files.read(self._shard(number), ranges)
-        return RawSample(str(self.keys[number]), image, notes, crc32, label_map)
+        orientation, map_orientation, height_px, width_px = shape
+        return RawSample(
+            str(self.keys[number]), image, notes, crc32, label_map, orientation, map_orientation, (height_px, width_px)
+        )
 
     def label_map(self, number: int) -> bytes:
         """The file of a sample's label map alone; empty where the set has none.

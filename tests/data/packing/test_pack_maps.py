@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_by_name(folders, tmp_path):
     for array, told in (
         (np.zeros((40, 56), np.uint8), "photo_2.png.* is 56 x 40 px"),
         (np.zeros((42, 56, 3), np.uint8), "mode RGB"),
-        (np.zeros((42, 56), np.uint16), "mode I;16"),
+        (np.full((42, 56), 300, np.uint16), "got 300"),
     ):
         PIL.Image.fromarray(array).save(path)
         refused(told)

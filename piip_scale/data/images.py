@@ -1,0 +1,393 @@
+"""The one reader of image files: to RGB pixels, or to the numbers of a label map.
+
+Every file that a user or a set brings is read here, so that limits, errors and orientation are the same when packing,
+training, evaluating and predicting. What a file's EXIF data say of its orientation is applied only where the caller
+asks for it: packing decides once for each image, the index of a shard keeps the decision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from piip_scale.errors import DataError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+MAX_PIXELS = 500_000_000
+"""An image of more pixels is refused unless a limit above is asked for: at this one it takes 1.5 GB decoded."""
+
+# Pillow runs Ghostscript for EPS, and its readers of rare formats are the least tried: a set brings neither here.
+_FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM SGI TGA TIFF WEBP"
+
+UPRIGHT = 1
+"""EXIF's number for a file whose pixels are stored as they are to be seen."""
+
+Image = npt.NDArray[np.uint8]
+Exif = Literal["auto", "apply", "stored"]
+"""What becomes of an orientation in a file: turned, as stored, or by the size that annotations state."""
+
+_PHOTO_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+_MAP_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L"})
+# Lossy: the numbers of a map would come back as others.
+_LOSSY = frozenset({"JPEG", "MPO"})
+_JPEG_MARK, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PIXELS_SURVIVE = "extraneous bytes before marker"
+_INVERSE = {6: 8, 8: 6}
+_SIDES_SWAPPED = frozenset({5, 6, 7, 8})
+# Pillow's limit is a global of its module, and one for all formats.
+_PILLOWS_LIMIT = threading.Lock()
+
+
+class ImageError(DataError):
+    """An image file that cannot be read: absent, damaged, of no known format, or too large."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the header of an image file says.
+
+    Attributes:
+        format: Pillow's name of it.
+        mode: Pillow's name of its pixels' kind.
+        stored_size_px: Height and width of the pixels as they are stored.
+        orientation: EXIF's number, 1 to 8; 1 where there is none.
+        flaw: What was wrong with the header and could be overlooked; empty where nothing was.
+    """
+
+    format: str
+    mode: str
+    stored_size_px: tuple[int, int]
+    orientation: int
+    flaw: str = ""
+
+    @property
+    def upright_size_px(self) -> tuple[int, int]:
+        """Height and width once the orientation is applied."""
+        return oriented_size(self.stored_size_px, self.orientation)
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How an image is to be turned.
+
+    Attributes:
+        number: EXIF's number of what is applied; 1 leaves the pixels as they are stored.
+        is_guess: Neither the user nor a size decided it, and the file has an orientation.
+        is_left: The file has an orientation that is not applied.
+    """
+
+    number: int
+    is_guess: bool = False
+    is_left: bool = False
+
+
+def read_file(path: Path, what: str = "image") -> bytes:
+    """The content of an image file.
+
+    Raises:
+        ImageError: It is absent or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise ImageError(f"{what} {path} cannot be read", value=reason, fix="check the path") from None
+
+
+def image_facts(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
+    """Size, orientation and kind of an image, without decoding it.
+
+    EXIF data that cannot be read count as none, and are a ``flaw``.
+
+    Raises:
+        ImageError: It is no image that can be read, or has more than ``max_pixels``.
+    """
+    with _image_errors("image", name, content), _opened(content, name, max_pixels) as (image, notices):
+        orientation, flaw = _orientation_of(image)
+        size_px = _stored_size(image, orientation)
+        return ImageFacts(image.format or "", image.mode, size_px, orientation, flaw or _first_line(notices))
+
+
+def decode_image(
+    content: bytes,
+    name: str,
+    *,
+    orientation: int = UPRIGHT,
+    max_pixels: int = MAX_PIXELS,
+    flaws: list[str] | None = None,
+) -> Image:
+    """Decodes an image of any usual format to RGB, uint8 (H, W, 3); of an animated one the first frame.
+
+    Args:
+        content: The file.
+        name: What errors call it.
+        orientation: EXIF's number of how to turn the stored pixels; what the file says itself is not looked at.
+        max_pixels: Refuse an image of more, before it is decoded.
+        flaws: Is given what was wrong with the file, where its pixels could be read all the same.
+
+    Raises:
+        ImageError: It is truncated, damaged, too large, not of 8 bits, or not an image.
+    """
+    flaws = [] if flaws is None else flaws
+    with _image_errors("image", name, content, rule="it must be a whole image of 8 bits a channel"):
+        if content[:2] == _JPEG_MARK:
+            return turned(_decode_jpeg(content, name, max_pixels, flaws), orientation)
+        return _decode_other(content, name, orientation, max_pixels, flaws)
+
+
+def decode_map(
+    content: bytes, name: str, *, orientation: int = UPRIGHT, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[Any]:
+    """The numbers of a label map as its file holds them: of few bits not scaled, of a palette the indices.
+
+    Args:
+        content: The file.
+        name: What errors call it.
+        orientation: As in ``decode_image``.
+        max_pixels: As in ``decode_image``.
+
+    Returns:
+        uint8 (H, W); uint16 or int32 where the file has more than 8 bits.
+
+    Raises:
+        ImageError: It is damaged, too large, of several channels, or compressed with losses.
+    """
+    rule = "it must be a whole image of one channel of whole numbers, or with a palette; PNG is"
+    with (
+        _image_errors("label map of", name, content, rule=rule),
+        _opened(content, name, max_pixels) as (image, _),
+    ):
+        if image.format in _LOSSY:
+            raise ValueError(f"it is compressed as {image.format}, which changes its numbers")
+        if image.mode not in _MAP_MODES:
+            raise ValueError(f"its pixels are of mode {image.mode}")
+        own = _loaded_orientation(image)
+        packing = _bit_packing(image)
+        return _reoriented(_unscaled(np.asarray(image), packing), own, orientation)
+
+
+def resolve_orientation(facts: ImageFacts, exif: Exif, size_px: tuple[int, int] | None = None) -> Orientation:
+    """How an image is to be turned.
+
+    Left to itself it follows the size that the annotations state, where only one of both fits. Where that decides
+    nothing the orientation is applied: it is what annotation tools and viewers show, and what OpenCV's readers, and
+    with them mmdet's and detectron2's, give.
+
+    Args:
+        facts: Of the file.
+        exif: What the user asks for.
+        size_px: Height and width in the annotations; ``None`` where they state none.
+    """
+    own = facts.orientation
+    if own == UPRIGHT:
+        return Orientation(UPRIGHT)
+    if exif != "auto":
+        return Orientation(own) if exif == "apply" else Orientation(UPRIGHT, is_left=True)
+    fits_stored, fits_upright = size_px == facts.stored_size_px, size_px == facts.upright_size_px
+    if fits_stored and not fits_upright:
+        return Orientation(UPRIGHT, is_left=True)
+    return Orientation(own, is_guess=not fits_upright or fits_stored)
+
+
+def turned(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """Stored pixels (H, W, ...) as EXIF's orientation, 1 to 8, says they are to be seen; contiguous."""
+    if orientation in _SIDES_SWAPPED:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def oriented_size(size_px: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Height and width of an image of a stored size, once an orientation is applied."""
+    return (size_px[1], size_px[0]) if orientation in _SIDES_SWAPPED else size_px
+
+
+def _decode_jpeg(content: bytes, name: str, max_pixels: int, flaws: list[str]) -> Image:
+    import simplejpeg
+
+    height, width, _, _ = simplejpeg.decode_jpeg_header(content, strict=False)
+    _check_pixels(height, width, name, max_pixels)
+    try:
+        return np.asarray(simplejpeg.decode_jpeg(content, "RGB"))
+    except ValueError as error:
+        return _decode_flawed_jpeg(content, str(error), flaws)
+
+
+def _decode_flawed_jpeg(content: bytes, reason: str, flaws: list[str]) -> Image:
+    """Decodes a JPEG whose pixels are all there in spite of what the decoder complains of; raises for others."""
+    import simplejpeg
+
+    if content.rfind(_JPEG_END, -16) < 0:
+        # With an end mark a file that lacks nothing else decodes; one that is cut off is told apart by what follows.
+        content, reason = content + _JPEG_END, "it has no end mark"
+        with contextlib.suppress(ValueError):
+            pixels = np.asarray(simplejpeg.decode_jpeg(content, "RGB"))
+            flaws.append(reason)
+            return pixels
+        reason = "it is truncated"
+    elif _PIXELS_SURVIVE in reason:
+        flaws.append(_one_line(reason))
+        return np.asarray(simplejpeg.decode_jpeg(content, "RGB", strict=False))
+    raise ValueError(reason)
+
+
+def _decode_other(content: bytes, name: str, orientation: int, max_pixels: int, flaws: list[str]) -> Image:
+    with _opened(content, name, max_pixels) as (image, notices):
+        if image.mode not in _PHOTO_MODES:
+            raise ValueError(f"its pixels are of mode {image.mode}, not 8-bit")
+        own = _loaded_orientation(image)
+        # Pillow warns of palettes with alpha that become RGB at once; the colours are the same.
+        opaque = image.convert("RGBA") if isinstance(image.info.get("transparency"), bytes) else image
+        pixels = _reoriented(np.asarray(opaque.convert("RGB")), own, orientation)
+        flaws.extend(filter(None, [_first_line(notices)]))
+        return pixels
+
+
+@contextlib.contextmanager
+def _opened(
+    content: bytes, name: str, max_pixels: int
+) -> Iterator[tuple[PIL.Image.Image, list[warnings.WarningMessage]]]:
+    """An image of which only the header was read, and what Pillow warns of until it is closed."""
+    import PIL.Image
+
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always")
+        with _PILLOWS_LIMIT:
+            pillows, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = PIL.Image.open(io.BytesIO(content), formats=_formats())
+            finally:
+                PIL.Image.MAX_IMAGE_PIXELS = pillows
+        with image:
+            _check_pixels(image.height, image.width, name, max_pixels)
+            yield image, notices
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of ``_FORMATS`` that this Pillow was built with."""
+    import PIL.Image
+
+    # It knows only the commonest until it is asked to.
+    PIL.Image.init()
+    return [name for name in _FORMATS.split() if name in PIL.Image.OPEN]
+
+
+@contextlib.contextmanager
+def _image_errors(what: str, name: str, content: bytes, *, rule: str = "") -> Iterator[None]:
+    import PIL
+
+    try:
+        yield
+    except DataError:
+        raise
+    except PIL.UnidentifiedImageError:
+        reason = f"{len(content)} bytes in no format that is read here"
+    except MemoryError:
+        reason = "it needs more memory than there is"
+    # Readers of damaged files raise errors of a dozen kinds, and of none that they have in common.
+    except Exception as error:  # noqa: BLE001
+        reason = _one_line(str(error)) or type(error).__name__
+    else:
+        return
+    raise ImageError(
+        f"{what} {name} cannot be decoded", value=reason, rule=rule, fix="replace the file, or remove its entry"
+    ) from None
+
+
+def _check_pixels(height: int, width: int, name: str, max_pixels: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"it is {width} x {height} px")
+    if height * width > max_pixels:
+        raise ImageError(
+            f"image {name} is {width} x {height} px",
+            rule=f"at most {max_pixels} pixels are read, since small files can be made to fill any memory",
+            fix=f"if it is what you want, raise --max-pixels (data.max_pixels) to {height * width}",
+        )
+
+
+def _orientation_of(image: PIL.Image.Image) -> tuple[int, str]:
+    """EXIF's number, and what was wrong with it."""
+    import PIL.ExifTags
+
+    try:
+        number = image.getexif().get(PIL.ExifTags.Base.Orientation, UPRIGHT)
+    # As with pixels: Pillow's reader of damaged EXIF data raises errors of any kind.
+    except Exception as error:  # noqa: BLE001
+        return UPRIGHT, f"its EXIF data cannot be read ({_one_line(str(error))})"
+    if isinstance(number, int) and UPRIGHT <= number <= 8:
+        return number, ""
+    # 0 stands for "unknown" in many files.
+    return UPRIGHT, "" if number == 0 else f"its EXIF data name an orientation {number!r}"
+
+
+def _loaded_orientation(image: PIL.Image.Image) -> int:
+    """How Pillow turns an image's pixels by itself when it loads them: it does so for TIFF alone."""
+    return _orientation_of(image)[0] if image.format == "TIFF" else UPRIGHT
+
+
+def _stored_size(image: PIL.Image.Image, orientation: int) -> tuple[int, int]:
+    size_px = image.height, image.width
+    return oriented_size(size_px, orientation) if image.format == "TIFF" else size_px
+
+
+def _reoriented(pixels: npt.NDArray[Any], own: int, orientation: int) -> npt.NDArray[Any]:
+    """Pixels that are turned by ``own`` already, turned by ``orientation`` instead."""
+    if own == orientation:
+        return pixels
+    return turned(turned(pixels, _INVERSE.get(own, own)), orientation)
+
+
+def _bit_packing(image: PIL.Image.Image) -> tuple[str, int]:
+    """Pillow's name for how pixels are packed, and the largest number that the header allows (0: as by the name).
+
+    Only known before they are loaded.
+    """
+    tiles: list[Any] = getattr(image, "tile", [])
+    if not tiles:
+        return image.mode, 0
+    codec, args = tiles[0].codec_name, tiles[0].args
+    if not isinstance(args, tuple):
+        return str(args), 0
+    return str(args[0]), int(args[1]) if codec in ("ppm", "ppm_plain") else 0
+
+
+def _unscaled(values: npt.NDArray[Any], packing: tuple[str, int]) -> npt.NDArray[Any]:
+    """Undoes what Pillow does to numbers of few bits, which are shades of grey to it: spreads and inverts them."""
+    name, largest = packing
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+        return 1 - values if name.endswith("I") else values
+    if largest:
+        spread = 255 if values.dtype == np.uint8 else 65535
+        return np.rint(values.astype(np.float64) * largest / spread).astype(values.dtype)
+    match = re.fullmatch(r"L(?:;([24]?)(I?)R?)?", name)
+    if match is None:
+        return values
+    values = 255 - values if match[2] else values
+    return values // {"2": 85, "4": 17}.get(match[1] or "", 1)
+
+
+def _first_line(notices: list[warnings.WarningMessage]) -> str:
+    return _one_line(str(notices[0].message)) if notices else ""
+
+
+def _one_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
