@@ -34,7 +34,7 @@ WITHIN_LAYER = {
 }
 # Third-party packages that only some modules may import at all.
 WALLS = {
-    "deepspeed": ("engine", "checkpoint"),
+    "deepspeed": ("engine.zero",),
     "mmdet": ("tasks",),
     "mmseg": ("tasks",),
     "mmcv": ("tasks",),
@@ -71,6 +71,13 @@ RANK_VARIABLES = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_
 RANK_READER = "world"
 SLURM_PART = "launch"
 SLURM_COMMANDS = re.compile(r"#SBATCH|\b(sbatch|srun|scontrol|squeue|scancel)\s+-")
+
+# DeepSpeed's own attributes of parameters, optimisers and engines: touched in one room.
+DEEPSPEED_INSIDES = re.compile(
+    r"ds_\w+|_hp_mapping|parameter_offload|micro_steps|param_names|persistent_parameters|nvme_swapper"
+    r"|fp16_\w*groups\w*|fp32_\w*groups\w*|bit16_groups|checkpoint_event_\w+|partition_numel|update_lp_params"
+)
+DEEPSPEED_ROOM = "engine.zero"
 
 MAX_FILE_LINES = 400
 MAX_TOOL_LINES = 60
@@ -153,6 +160,15 @@ def wall_faults(tree, module):
         for package, places in HEAVY.items():
             if imported.at_import_time and _inside(imported.name, [package]) and not _inside(own, places):
                 yield f"{module}:{imported.line} imports {package} at import time"
+
+
+def inside_faults(tree, module):
+    """What DeepSpeed keeps for itself, touched outside the one room for it."""
+    if _inside(module.removeprefix("piip_scale."), [DEEPSPEED_ROOM]):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and DEEPSPEED_INSIDES.fullmatch(node.attr):
+            yield f"{module}:{node.lineno} touches DeepSpeed's {node.attr}, which belongs to {DEEPSPEED_ROOM}"
 
 
 def rank_faults(tree, module):

@@ -37,7 +37,7 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize(
     "check",
-    [rules.layer_faults, rules.wall_faults, rules.rank_faults, rules.exception_faults],
+    [rules.layer_faults, rules.wall_faults, rules.inside_faults, rules.rank_faults, rules.exception_faults],
     ids=lambda c: c.__name__,
 )
 def test_the_package_keeps_the_rules(check):
@@ -96,9 +96,11 @@ def faults_of(check, module, source):
             rules.wall_faults,
             "piip_scale.tasks.a",
             "def f():\n    import deepspeed.ops",
-            "belongs to engine, checkpoint",
+            "belongs to engine.zero",
         ),
-        (rules.wall_faults, "piip_scale.engine.a", "import deepspeed", "deepspeed at import time"),
+        (rules.wall_faults, "piip_scale.engine.zero.deepspeed_api", "import deepspeed", "deepspeed at import time"),
+        (rules.wall_faults, "piip_scale.engine.a", "if TYPE_CHECKING:\n    from deepspeed import E", "belongs to"),
+        (rules.inside_faults, "piip_scale.engine.a", "x = p.ds_tensor", "touches DeepSpeed's ds_tensor"),
         (rules.wall_faults, "piip_scale.models.a", "def f():\n    from mmdet.models import x", "belongs to tasks"),
         (rules.wall_faults, "piip_scale.config.model", "def f():\n    import mmengine", "tasks, config.loading"),
         (rules.wall_faults, "piip_scale.telemetry.a", "from torch.utils.tensorboard import S", "at import time"),
@@ -127,8 +129,8 @@ def test_the_checks_find_what_they_are_for(check, module, source, fault):
         (rules.layer_faults, "piip_scale.engine.a", "from piip_scale import __version__, telemetry"),
         (rules.layer_faults, "piip_scale.cli.a", "import piip_scale.engine.trainer, piip_scale.errors"),
         (rules.layer_faults, "piip_scale.models.a", "from .vit import Vit\nimport torch.data.models"),
-        (rules.wall_faults, "piip_scale.engine.a", "def f():\n    import deepspeed"),
-        (rules.wall_faults, "piip_scale.engine.a", "if TYPE_CHECKING:\n    from deepspeed import Engine"),
+        (rules.wall_faults, "piip_scale.engine.zero.deepspeed_api", "def f():\n    import deepspeed"),
+        (rules.inside_faults, "piip_scale.engine.zero.a", "x = p.ds_tensor"),
         (rules.wall_faults, "piip_scale.models.a", "import mmdetection_of_others"),
         (rules.rank_faults, "piip_scale.world", "x = env['RANK']"),
         (rules.rank_faults, "piip_scale.cli.a", '"""RANK"""\nx = "rank of the srun step"'),

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from piip_scale.engine.report import bytes_per_rank
 from piip_scale.engine.step import train_step
+from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.plan import Part, measure
 from piip_scale.engine.zero.setup import build_engine
 from piip_scale.world import World
 from sections.processes import run_ranks
 from sections.record import table
 from sections.subject import build, detector_config, made_up_batch
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 KINDS = ("weights", "gradients", "optimizer")
 _MIB = 2**20
@@ -91,7 +89,7 @@ def rank_bytes(world: World, _device: torch.device, zero: dict[str, Any], precis
     }
 
 
-def by_kind(engine: DeepSpeedEngine) -> dict[str, int]:
+def by_kind(engine: Engine) -> dict[str, int]:
     """Bytes of all storages by what they are for; a storage of two kinds counts in the first."""
     adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
     kinds = {
@@ -108,13 +106,13 @@ def by_kind(engine: DeepSpeedEngine) -> dict[str, int]:
     return {kind: _new_bytes(tensors, seen) for kind, tensors in kinds.items()}
 
 
-def _masters(engine: DeepSpeedEngine) -> list[Tensor]:
+def _masters(engine: Engine) -> list[Tensor]:
     # As stage 3, stages 1 and 2, and stage 1 in bf16 call them.
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
     return [tensor for name in names for tensor in getattr(engine.optimizer, name, ())]
 
 
-def _gradients(engine: DeepSpeedEngine) -> Iterator[Tensor]:
+def _gradients(engine: Engine) -> Iterator[Tensor]:
     yield from _tensors([[p.grad, getattr(p, "grad_accum", None)] for p in engine.module.parameters()])
     for name in _GRADIENTS:
         yield from _tensors(getattr(engine.optimizer, name, None))

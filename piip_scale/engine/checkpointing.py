@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,22 +17,18 @@ from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import images_per_step
 from piip_scale.engine.collective import on_main
 from piip_scale.engine.host_copy import HostCopies
-from piip_scale.engine.save_job import Progress, SaveFiles, SaveJob
+from piip_scale.engine.save_job import LAST_SECONDS, Progress, SaveFiles, SaveJob
 from piip_scale.engine.versions import STATE_FORMAT, versions
+from piip_scale.engine.zero.deepspeed_api import Engine, real_shape
 from piip_scale.engine.zero.engine_files import engine_files
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
 from piip_scale.telemetry.records import SaveRecord
 from piip_scale.world import World
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
 STATE_FILE = "training.json"
 ZERO_FOLDER = "zero"
 _CLIENT_KEY = "piip_scale"
-# What an error leaves of a run may take so long to end; srun and launch_local kill it soon after.
-_LAST_SECONDS = 5.0
 _LOOK_SECONDS = 0.05
 
 
@@ -88,7 +84,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        engine: DeepSpeedEngine,
+        engine: Engine,
         folder: Path,
         config: RunConfig,
         world: World,
@@ -159,7 +155,7 @@ class Checkpointer:
         job, self._job = self._job, None
         if job is None:
             return
-        if not job.wait(_LAST_SECONDS):
+        if not job.wait(LAST_SECONDS):
             job.cancel()
             get_logger(__name__).warning("the checkpoint of step %d was still being written: it is lost", job.step)
         elif job.error:
@@ -189,7 +185,7 @@ class Checkpointer:
         errors: list[CheckpointError | None] = [None] * self._world.num_ranks
         dist.all_gather_object(errors, job.error)
         job.cancel()
-        job.wait(_LAST_SECONDS)
+        job.wait(LAST_SECONDS)
         dist.barrier()
         if self._world.is_main:
             # The run ends here; what the disk took of this save is room for the next.
@@ -229,7 +225,7 @@ def _unchanged(value: object) -> Any:
     return value
 
 
-def _describe(engine: DeepSpeedEngine) -> tuple[dict[str, list[int]], list[list[str]]]:
+def _describe(engine: Engine) -> tuple[dict[str, list[int]], list[list[str]]]:
     parameters = dict(engine.module.named_parameters())
-    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    shapes = {name: list(real_shape(p)) for name, p in parameters.items()}
     return shapes, [list(group["parameter_names"]) for group in engine.optimizer.param_groups]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,19 +14,17 @@ from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.config.run import TrainConfig
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.resuming import Checkpoint
+from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.partitions import partitions, publish
 from piip_scale.engine.zero.restoring import copy_slices
 from piip_scale.logging import get_logger
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 # What exchanging weights and averages needs beside them.
 _EXCHANGED_ELEMENTS = 4_000_000
 
 
 def build_average(
-    engine: DeepSpeedEngine, train: TrainConfig, checkpointer: Checkpointer, found: Checkpoint | None
+    engine: Engine, train: TrainConfig, checkpointer: Checkpointer, found: Checkpoint | None
 ) -> WeightAverage | None:
     """The average that a run asks for, ``None`` for none; checkpoints hold it from now on. Not collective.
 
@@ -62,7 +60,7 @@ class WeightAverage:
         warmup: The decay of update n, counted from 0, is at most ``1 - (1 + n) ** (-2 / 3)``.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, decay: float, *, warmup: bool = False) -> None:
+    def __init__(self, engine: Engine, decay: float, *, warmup: bool = False) -> None:
         self._engine, self._decay, self._warmup = engine, decay, warmup
         self._partitions = partitions(engine)
         self._masters = [partition.master.detach() for partition in self._partitions]

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
+from piip_scale.engine.zero.deepspeed_api import Engine, begin_pass
 from piip_scale.tasks.base import Task
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
-
-def evaluate(
-    engine: DeepSpeedEngine, task: Task, device: torch.device, goes_on: Callable[[], bool]
-) -> dict[str, float] | None:
+def evaluate(engine: Engine, task: Task, device: torch.device, goes_on: Callable[[], bool]) -> dict[str, float] | None:
     """The task's metrics of the current weights over its validation set. Collective; the same on every rank.
 
     Every rank must get equally many batches (``Task.val_batches`` sees to it): under ZeRO-3 each batch gathers
@@ -41,16 +36,7 @@ def evaluate(
                 engine.train()
                 return None
             moved = batch.to(device)
-            _begin_forward(engine)
+            begin_pass(engine)
             metric.update(moved, engine.module.predict(moved))
     engine.train()
     return metric.compute()
-
-
-def _begin_forward(engine: DeepSpeedEngine) -> None:
-    """Tells ZeRO-3 that a pass begins: it learns that from the root's ``forward``, and ``predict`` is none.
-
-    Without it (deepspeed 0.19.8) all batches count as one pass, whose recorded order of modules grows without end.
-    """
-    if engine.zero_optimization_stage() == 3:
-        engine.optimizer.parameter_offload.get_param_coordinator().reset_step()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from piip_scale.config.run import OptimizerConfig
+from piip_scale.engine.zero.deepspeed_api import real_shape
 from piip_scale.errors import ModelError
 from piip_scale.tasks.base import ParameterRule
 
@@ -81,8 +82,7 @@ def group_lines(groups: list[dict[str, Any]]) -> list[str]:
 
 
 def _numel(parameter: torch.Tensor) -> int:
-    # A parameter that zero.Init has partitioned is empty; its true size is in ds_numel.
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return real_shape(parameter).numel()
 
 
 def _check_rules(without_rule: set[str], without_parameter: set[str]) -> None:

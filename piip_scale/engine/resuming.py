@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,12 +16,10 @@ from piip_scale.engine.batching import keep_images_per_step
 from piip_scale.engine.checkpointing import STATE_FILE, TrainingState
 from piip_scale.engine.collective import on_main
 from piip_scale.engine.versions import check_format, warn_of_other_versions
+from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.restoring import restore
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 _NAMES_SHOWN = 3
 
@@ -55,7 +53,7 @@ class Checkpoint:
             )
         return kept
 
-    def resume(self, engine: DeepSpeedEngine, now: TrainingState) -> int:
+    def resume(self, engine: Engine, now: TrainingState) -> int:
         """Puts it into an engine on whichever ranks and ZeRO stage; returns its step. Collective.
 
         Args:

@@ -18,6 +18,9 @@ from piip_scale.world import World
 
 # Rank 0 looks so often for the others' marks: a folder's listing costs a shared disk little.
 _LOOK_SECONDS = 0.05
+LAST_SECONDS = 5.0
+"""What an error leaves of a run's save may take so long to end; srun and launch_local kill the ranks soon after."""
+_THREAD = "save step"
 
 
 class Progress(enum.IntEnum):
@@ -66,7 +69,7 @@ class SaveJob:
         self._store, self._world, self._files = store, world, files
         self._cancelled = threading.Event()
         # A daemon: after an error, a process need not wait for gigabytes.
-        self._thread = threading.Thread(target=self._run, name=f"save step {step}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{_THREAD} {step}", daemon=True)
         self._thread.start()
 
     @property
@@ -115,6 +118,11 @@ class SaveJob:
             if self._cancelled.wait(_LOOK_SECONDS):
                 raise _abandoned()
         self.num_bytes = num_bytes(self._store.commit(self.step))
+
+
+def is_saving() -> bool:
+    """Whether this process writes its share of a checkpoint at the moment."""
+    return any(thread.name.startswith(_THREAD) for thread in threading.enumerate())
 
 
 class _Output:

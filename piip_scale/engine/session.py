@@ -6,11 +6,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 
-from piip_scale.config.run import RunConfig
+from piip_scale.config.run import RunConfig, TrainConfig
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.batching import batch_line, scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
@@ -23,6 +22,7 @@ from piip_scale.engine.resuming import Checkpoint, find_checkpoint
 from piip_scale.engine.stop import StopFlag
 from piip_scale.engine.trainer import Hook, Trainer
 from piip_scale.engine.utilisation import Utilisation, peak_tflops
+from piip_scale.engine.zero.deepspeed_api import Engine, set_group_timeouts
 from piip_scale.engine.zero.setup import (
     Give,
     build_engine,
@@ -30,7 +30,6 @@ from piip_scale.engine.zero.setup import (
     give_blanks,
     give_weights,
     init_distributed,
-    set_group_timeouts,
 )
 from piip_scale.errors import Interrupted
 from piip_scale.logging import get_logger
@@ -41,9 +40,6 @@ from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task
 from piip_scale.telemetry.telemetry import Telemetry
 from piip_scale.world import World
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 # The communication library's own limit knows neither ranks nor stacks, so it comes later than the watchdog's.
 _GROUP_MARGIN = timedelta(minutes=10)
@@ -80,7 +76,7 @@ class Session:
         """
         clock = StartClock()
         clock.end_phase("imports")
-        device = init_distributed(self.world)
+        device = init_distributed(self.world, group_timeout(self.config.train))
         clock.end_phase("join")
         found = find_checkpoint(self.run.checkpoints)
         config = found.keep_batches(self.config, self.world.num_ranks) if found else self.config
@@ -95,6 +91,14 @@ class Session:
             if not is_out_of_memory(error):
                 raise
             raise device_memory_error(task, config, self.world, device) from error
+
+
+def group_timeout(train: TrainConfig) -> timedelta:
+    """How long the communication library lets a collective wait: longer than the longest limit the run promises.
+
+    So the watchdog ends a run that hangs, from the first message among ranks on.
+    """
+    return timedelta(minutes=train.slow_hang_minutes) + _GROUP_MARGIN
 
 
 class _Training:
@@ -156,12 +160,12 @@ class _Training:
         if is_main:
             run.write_status("done", self._trainer.step)
 
-    def _build_engine(self, clock: StartClock, give: Give) -> DeepSpeedEngine:
+    def _build_engine(self, clock: StartClock, give: Give) -> Engine:
         train = self._config.train
         model = build_model(self._task, train.seed)
         clock.end_phase("build")
         engine, _ = build_engine(model, self._config, self._session.world, clock, give)
-        set_group_timeouts(timedelta(minutes=train.slow_hang_minutes) + _GROUP_MARGIN)
+        set_group_timeouts(group_timeout(train))
         return engine
 
     def _hooks(self, total_steps: int, first_step: int, clock: StartClock) -> list[Hook]:

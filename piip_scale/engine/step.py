@@ -6,19 +6,16 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from piip_scale.data.batch import Batch
+from piip_scale.engine.zero.deepspeed_api import Engine, skip_step
 from piip_scale.engine.zero.setup import gather_residents
 from piip_scale.errors import ModelError
 from piip_scale.world import World
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def seed_step(seed: int, *position: int) -> None:
     random.seed(int(words[1]))
 
 
-def train_step(engine: DeepSpeedEngine, batches: Iterable[Batch], step: int, seed: int, world: World) -> StepResult:
+def train_step(engine: Engine, batches: Iterable[Batch], step: int, seed: int, world: World) -> StepResult:
     """Runs the step's micro-batches forward and backward, then the optimiser. Collective.
 
     A step with a loss or a gradient that is not finite changes nothing, on any rank. Random numbers belong to a
@@ -108,7 +105,7 @@ def _poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
-def _step(engine: DeepSpeedEngine) -> float:
+def _step(engine: Engine) -> float:
     """Counts a micro-batch, on the last of them updates the weights; returns the norm of the gradient.
 
     ZeRO looks at the gradients itself and leaves the weights alone where one is not finite. Without ZeRO nobody does:
@@ -124,6 +121,5 @@ def _step(engine: DeepSpeedEngine) -> float:
     if math.isfinite(norm):
         engine.step()
         return norm
-    engine.zero_grad()
-    engine.micro_steps += 1
+    skip_step(engine)
     return math.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -17,12 +17,10 @@ from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.schedule import lr_factor
 from piip_scale.engine.step import StepResult, train_step
 from piip_scale.engine.stop import StopFlag
+from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.errors import Interrupted, RunError
 from piip_scale.run.heartbeat import COMPUTING, WAITING, Heartbeat
 from piip_scale.world import World
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Trainer:
 
     def __init__(
         self,
-        engine: DeepSpeedEngine,
+        engine: Engine,
         stream: BatchStream,
         config: RunConfig,
         world: World,

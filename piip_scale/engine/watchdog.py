@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import IO
 
 from piip_scale.engine.collective import count_collectives
+from piip_scale.engine.save_job import LAST_SECONDS, is_saving
 from piip_scale.errors import HangError
 from piip_scale.logging import get_logger
 from piip_scale.run.failing import report_failure
@@ -28,6 +29,8 @@ _POLLS_PER_LIMIT = 10
 _POLL_RANGE_S = (0.1, 2.0)
 # A rank whose training can still end by itself knows best how, and a stack is written within a moment.
 _LEAVE_AFTER_S = 3.0
+# The rank that failed gives its own share of a save so long, and that is of no use without the shares of the others.
+_LEAVE_SAVING_AFTER_S = LAST_SECONDS + _LEAVE_AFTER_S
 _STACKS_WITHIN_S = 5.0
 _POLLS_COUNTED = 5
 _RANKS_NAMED = 4
@@ -120,7 +123,8 @@ class Watchdog:
         if first is None or first.rank == self._world.rank:
             return
         self._failed_since_s = self._failed_since_s or time.monotonic()
-        if time.monotonic() - self._failed_since_s > _LEAVE_AFTER_S:
+        patience_s = _LEAVE_SAVING_AFTER_S if is_saving() else _LEAVE_AFTER_S
+        if time.monotonic() - self._failed_since_s > patience_s:
             os._exit(first.exit_code)
 
     def _write_stack(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.checkpoint.slices import Slice, rank_slice
+from piip_scale.engine.zero.deepspeed_api import zero_init
 from piip_scale.errors import ModelError
 from piip_scale.models.pretrained import pretrained_weights
 from piip_scale.models.trunk import Trunk
@@ -32,10 +33,7 @@ class Cutter:
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        from deepspeed import zero
-
-        # Of an empty module: reads the config and installs its linear layer, and has nothing to convert.
-        self._init = zero.Init(module=nn.Module(), config_dict_or_path=config)
+        self._init = zero_init(config)
 
     def cut(self, value: Tensor, like: nn.Parameter) -> nn.Parameter:
         """This rank's part of a value as a parameter with the shape and dtype of another, in ZeRO-3's form."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.zero.deepspeed_api import private
 from piip_scale.engine.zero.extensions import missing_tools
 from piip_scale.engine.zero.plan import Sharding, Sizes, measure, plan_sharding
 from piip_scale.errors import ConfigError, KernelError
@@ -66,10 +67,8 @@ def _check_node_partition(size: int, world: World) -> None:
 def _check_disk(name: str, folder: Path) -> None:
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ConfigError(f"zero.{name}", value=str(folder), rule="it is a folder that exists and can be written")
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     missing = missing_tools()
-    if not AsyncIOBuilder().is_compatible():
+    if not private("deepspeed.ops.op_builder:AsyncIOBuilder")().is_compatible():
         missing.insert(0, "libaio")
     if missing:
         raise KernelError(

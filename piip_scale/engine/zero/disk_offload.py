@@ -8,17 +8,15 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
 from piip_scale.config.run import ZeroConfig
+from piip_scale.engine.zero.deepspeed_api import Engine, private
 from piip_scale.engine.zero.extensions import load_extension
 from piip_scale.errors import ConfigError
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 # Of this process, until it ends.
 _held: dict[Path, TextIO] = {}
@@ -35,11 +33,9 @@ def prepare_disks(zero: ZeroConfig) -> None:
     disks = {f"zero.{name}={place!r}": Path(place) for name, place in fields.items() if place not in ("none", "cpu")}
     if not disks:
         return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     for field, folder in disks.items():
         _hold(folder, field)
-        load_extension(AsyncIOBuilder(), field)
+        load_extension(private("deepspeed.ops.op_builder:AsyncIOBuilder")(), field)
     _repair()
 
 
@@ -63,13 +59,12 @@ def _hold(folder: Path, field: str) -> None:
 
 def _repair() -> None:
     """Puts DeepSpeed's swapper of parameters right, once in a process."""
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
-    from deepspeed.runtime.zero import partition_parameters
-
-    partition_parameters.InsertPostInitMethodToModuleSubClasses._set_dtype = _set_dtype
-    begin = AsyncPartitionedParameterSwapper.__init__
+    init = private("deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses")
+    init._set_dtype = _set_dtype
+    swapper = private("deepspeed.runtime.swap_tensor.partitioned_param_swapper:AsyncPartitionedParameterSwapper")
+    begin = swapper.__init__
     if begin.__module__ != __name__:
-        AsyncPartitionedParameterSwapper.__init__ = _begin_without_residents(begin)
+        swapper.__init__ = _begin_without_residents(begin)
 
 
 def _set_dtype(init: Any, ds_config: Any, dtype: torch.dtype | None) -> None:
@@ -89,7 +84,7 @@ def _begin_without_residents(begin: Callable[..., None]) -> Callable[..., None]:
     return begin_without_residents
 
 
-def read_once(engine: DeepSpeedEngine) -> None:
+def read_once(engine: Engine) -> None:
     """Has no parameter read from a disk twice at once.
 
     DeepSpeed looks ahead for parameters to read, and where the forward pass turns into the backward pass meets the
@@ -101,7 +96,7 @@ def read_once(engine: DeepSpeedEngine) -> None:
         swapper.swap_in = lambda params, *args, **kwargs: swap_in(list(dict.fromkeys(params)), *args, **kwargs)
 
 
-def swapped_files(engine: DeepSpeedEngine) -> list[tuple[int, str] | None]:
+def swapped_files(engine: Engine) -> list[tuple[int, str] | None]:
     """For each sub-group of an engine whose optimiser is on a disk, elements and where a checkpoint has its files.
 
     ``None`` for sub-groups that are in memory. The place is a path inside DeepSpeed's folder of the checkpoint, up to
@@ -116,7 +111,7 @@ def swapped_files(engine: DeepSpeedEngine) -> list[tuple[int, str] | None]:
     ]
 
 
-def is_on_disk(engine: DeepSpeedEngine, sub_group: int) -> bool:
+def is_on_disk(engine: Engine, sub_group: int) -> bool:
     """Whether a sub-group's master weights and optimiser state are on a disk between steps."""
     optimizer = engine.optimizer
     return engine.zero_optimization_stage() == 3 and bool(optimizer._swappable_optimizer_subgroup(sub_group))

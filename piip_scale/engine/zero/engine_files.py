@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from piip_scale.checkpoint.swapped import SWAPPED
+from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.disk_offload import swapped_files
 from piip_scale.engine.zero.partitions import frozen_parts
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
 
 def engine_files(
-    engine: DeepSpeedEngine, folder: Path, tag: str, client_state: Mapping[str, Any], keep: Callable[[object], Any]
+    engine: Engine, folder: Path, tag: str, client_state: Mapping[str, Any], keep: Callable[[object], Any]
 ) -> dict[str, Any]:
     """This rank's files of a DeepSpeed checkpoint. Collective; writes none of them but offloaded state on disks.
 
@@ -44,7 +42,7 @@ def engine_files(
 class _Catch:
     """Stands in for DeepSpeed's checkpoint engine, with the methods that deepspeed 0.19.8 calls while it saves."""
 
-    def __init__(self, engine: DeepSpeedEngine, keep: Callable[[object], Any]) -> None:
+    def __init__(self, engine: Engine, keep: Callable[[object], Any]) -> None:
         self.files: dict[Path, Any] = {}
         self._engine, self._keep = engine, keep
 
@@ -76,7 +74,7 @@ class _Catch:
 
 
 @contextlib.contextmanager
-def _instead_of_writing(engine: DeepSpeedEngine, catch: _Catch) -> Iterator[None]:
+def _instead_of_writing(engine: Engine, catch: _Catch) -> Iterator[None]:
     writer = engine.checkpoint_engine
     engine.checkpoint_engine = catch
     # deepspeed 0.19.8 puts two scripts into each checkpoint, from this thread; `convert` does what they do.

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from piip_scale.checkpoint.slices import Slice, rank_slice, whole
+from piip_scale.engine.zero.deepspeed_api import Engine, private
 from piip_scale.engine.zero.disk_offload import is_on_disk
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Partition:
     state: dict[str, Any]
 
 
-def partitions(engine: DeepSpeedEngine) -> list[Partition]:
+def partitions(engine: Engine) -> list[Partition]:
     """This rank's master weights, in the order in which checkpoints hold them. Not collective."""
     inner = _inner_optimizer(engine)
     return [
@@ -46,7 +44,7 @@ def partitions(engine: DeepSpeedEngine) -> list[Partition]:
     ]
 
 
-def partitions_in_memory(engine: DeepSpeedEngine) -> Iterator[Partition]:
+def partitions_in_memory(engine: Engine) -> Iterator[Partition]:
     """``partitions``, each while its tensors are in memory; those that live on a disk go back when the next is due.
 
     Not collective. Changes to the master weights of those on a disk reach the weights that the model computes with
@@ -62,7 +60,7 @@ def partitions_in_memory(engine: DeepSpeedEngine) -> Iterator[Partition]:
         engine.optimizer._optimizer_states_and_gradient_swap_out(index)
 
 
-def _flat_tensors(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, int, Iterable[Slice]]]:
+def _flat_tensors(engine: Engine) -> Iterator[tuple[Tensor, int, Iterable[Slice]]]:
     """Each tensor with its optimiser group and slices."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
@@ -83,7 +81,7 @@ def _flat_tensors(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, int, Iterab
         yield master, index, _cut_group(engine, group)
 
 
-def frozen_parts(engine: DeepSpeedEngine) -> Iterator[tuple[Slice, Tensor]]:
+def frozen_parts(engine: Engine) -> Iterator[tuple[Slice, Tensor]]:
     """This rank's share of the parameters that are not trained, live: all of each below stage 3. Not collective.
 
     One that lives on a disk is in memory until the next is due.
@@ -98,9 +96,8 @@ def frozen_parts(engine: DeepSpeedEngine) -> Iterator[tuple[Slice, Tensor]]:
 
 
 def _in_memory(part: Slice, parameter: Any) -> Iterator[tuple[Slice, Tensor]]:
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-
-    away = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
+    status = private("deepspeed.runtime.swap_tensor.partitioned_param_swapper:PartitionedParamStatus")
+    away = parameter.ds_tensor.status == status.NOT_AVAILABLE
     if away:
         parameter.nvme_swapper.swap_in([parameter], async_op=False)
     yield part, parameter.ds_tensor.data
@@ -108,7 +105,7 @@ def _in_memory(part: Slice, parameter: Any) -> Iterator[tuple[Slice, Tensor]]:
         parameter.nvme_swapper.swap_out_and_release([parameter])
 
 
-def publish(engine: DeepSpeedEngine) -> None:
+def publish(engine: Engine) -> None:
     """Has the weights that the model computes with follow the masters (and frozen parts) on all ranks. Collective."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
@@ -121,13 +118,13 @@ def publish(engine: DeepSpeedEngine) -> None:
         optimizer.update_lp_params()
 
 
-def _inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+def _inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """Torch's own inside DeepSpeed's."""
     optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return optimizer
 
 
-def _cut_parameters(engine: DeepSpeedEngine, group: Sequence[Any]) -> Iterator[Slice]:
+def _cut_parameters(engine: Engine, group: Sequence[Any]) -> Iterator[Slice]:
     """Stage 3: each parameter is cut by itself, and the parts lie end to end."""
     start = 0
     for parameter in group:
@@ -137,12 +134,12 @@ def _cut_parameters(engine: DeepSpeedEngine, group: Sequence[Any]) -> Iterator[S
         start += parameter.partition_numel()
 
 
-def _own_slice(engine: DeepSpeedEngine, name: str, parameter: Any, start: int = 0) -> Slice:
+def _own_slice(engine: Engine, name: str, parameter: Any, start: int = 0) -> Slice:
     rank = engine.optimizer._get_param_partition_rank(parameter)
     return rank_slice(name, parameter.ds_numel, parameter.partition_numel(), rank, start=start)
 
 
-def _cut_group(engine: DeepSpeedEngine, group: Sequence[Any]) -> Iterator[Slice]:
+def _cut_group(engine: Engine, group: Sequence[Any]) -> Iterator[Slice]:
     """Stages 1 and 2: the parameters lie end to end and the whole is cut; DeepSpeed tells where each one's part is."""
     for parameter in group:
         mapping = parameter._hp_mapping

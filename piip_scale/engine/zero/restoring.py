@@ -9,19 +9,16 @@ of the first, all sub-groups count steps in one tensor, and parameters that are 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.partitions import Partition, frozen_parts, partitions_in_memory, publish
 from piip_scale.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
-
-def restore(engine: DeepSpeedEngine, checkpoint: Path) -> None:
+def restore(engine: Engine, checkpoint: Path) -> None:
     """Puts weights, optimiser state and buffers of a checkpoint into an engine. Collective.
 
     Settings of the optimiser's groups stay as the engine was built with. Memory: what the engine holds anyway.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from piip_scale.engine.zero.building import (
     settle,
 )
 from piip_scale.engine.zero.checks import checked_plan
+from piip_scale.engine.zero.deepspeed_api import Engine, load, private
 from piip_scale.engine.zero.disk_offload import prepare_disks, read_once
 from piip_scale.engine.zero.plan import BUCKET_ELEMENTS, Sharding, Sizes
 from piip_scale.errors import ModelError, WorldError
@@ -36,9 +36,6 @@ from piip_scale.logging import get_logger
 from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task, TrainableModel
 from piip_scale.world import World
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 # Gives a model of the plan's sizes its first values.
 Give = Callable[[nn.Module, RunConfig, Sizes, Sharding, torch.device], None]
@@ -66,19 +63,30 @@ def choose_device(world: World) -> torch.device:
     return device
 
 
-def init_distributed(world: World) -> torch.device:
+def init_distributed(world: World, timeout: timedelta | None = None) -> torch.device:
     """Joins the ranks, also where there is only one, and returns this rank's device. Collective.
 
     Works without compiler and ninja: DeepSpeed's one extension for CPUs is left out.
+
+    Args:
+        world: The ranks.
+        timeout: Longest that a collective may wait for the others; ``None`` leaves it to torch, which gives NCCL 10
+            minutes and gloo 30. Groups that are made later have torch's until ``set_group_timeouts``.
+
+    Raises:
+        KernelError: DeepSpeed or torch is of another version than can train.
+        WorldError: The node has GPUs, but fewer than ranks.
     """
     device = choose_device(world)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # DeepSpeed reads these at import and in initialize(), torch only through the arguments below.
     os.environ |= world.as_environment() | {"DS_ACCELERATOR": device.type}
+    if timeout is not None:
+        _quiet_nccl_monitor(timeout)
     bound = device if device.type == "cuda" else None
     if world.num_ranks == 1:
         alone = dist.HashStore()  # type: ignore[attr-defined]  # no port that somebody else may have taken
-        dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=bound)
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, device_id=bound, timeout=timeout)
     else:
         dist.init_process_group(
             backend,
@@ -86,15 +94,18 @@ def init_distributed(world: World) -> torch.device:
             rank=world.rank,
             world_size=world.num_ranks,
             device_id=bound,
+            timeout=timeout,
         )
-    _import_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    load().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device
 
 
-def set_group_timeouts(timeout: timedelta) -> None:
-    """Lets collectives of every group wait so long; DeepSpeed makes groups of its own, with torch's limits."""
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d.set_timeout(timeout, group)
+def _quiet_nccl_monitor(timeout: timedelta) -> None:
+    """Has NCCL's own monitor, which ends a process after 8 minutes without a sign, wait as long as collectives may.
+
+    Who has set it by hand keeps it.
+    """
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(timeout.total_seconds())))
 
 
 def build_model(task: Task, seed: int) -> nn.Module:
@@ -107,7 +118,7 @@ def build_model(task: Task, seed: int) -> nn.Module:
 
 def build_engine(
     model: nn.Module, config: RunConfig, world: World, clock: StartClock | None = None, give: Give | None = None
-) -> tuple[DeepSpeedEngine, Sharding]:
+) -> tuple[Engine, Sharding]:
     """Gives the model its first weights, marks the leaf, groups the parameters and hands all to DeepSpeed. Collective.
 
     Prints the start report on the main rank.
@@ -188,7 +199,7 @@ def _give(
         settle(model, device, _DTYPES[config.train.precision])
 
 
-def _gather_residents_together(engine: DeepSpeedEngine) -> None:
+def _gather_residents_together(engine: Engine) -> None:
     """Has ZeRO-3 gather its resident parameters in a few messages after each update, not one by one.
 
     deepspeed 0.19.8 calls ``all_gather`` of the first one with the list of all, which sends a message for each.
@@ -198,7 +209,7 @@ def _gather_residents_together(engine: DeepSpeedEngine) -> None:
         residents[0].all_gather = functools.partial(_gather_coalesced, residents[0])
 
 
-def _unhook_residents(engine: DeepSpeedEngine, leaf: nn.Module) -> None:
+def _unhook_residents(engine: Engine, leaf: nn.Module) -> None:
     """Takes ZeRO-3's hooks off modules that hold nothing sharded: there is nothing to fetch or release for them.
 
     The hooks cost some 0.5 ms a module and step. Gradients are reduced by hooks on parameters, which stay, as do the
@@ -212,7 +223,7 @@ def _unhook_residents(engine: DeepSpeedEngine, leaf: nn.Module) -> None:
     _unhook((*offload.forward_hooks, *offload.backward_hooks), without)
 
 
-def _unhook_outputs(engine: DeepSpeedEngine) -> None:
+def _unhook_outputs(engine: Engine) -> None:
     """Takes ZeRO-3's hooks of the backward pass off the whole model, which has no parameters of its own to fetch.
 
     deepspeed 0.19.8 counts a call for each tensor that a module returns; here they are the losses, and a rank that has
@@ -232,7 +243,7 @@ def _unhook(handles: Iterable[Any], dicts: set[int]) -> None:
             handle.remove()
 
 
-def gather_residents(engine: DeepSpeedEngine) -> None:
+def gather_residents(engine: Engine) -> None:
     """Makes ZeRO-3's resident parameters whole where they are not. Collective.
 
     deepspeed 0.19.8 does so after an update, but neither at the start nor after a step that was not applied.
@@ -243,10 +254,9 @@ def gather_residents(engine: DeepSpeedEngine) -> None:
 
 
 def _gather_coalesced(first: nn.Parameter, param_list: Sequence[nn.Parameter] | None = None, **_: object) -> None:
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
+    status = private("deepspeed.runtime.zero.partition_parameters:ZeroParamStatus")
     wanted: Sequence[Any] = [first] if param_list is None else param_list
-    missing = [param for param in wanted if param.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    missing = [param for param in wanted if param.ds_status == status.NOT_AVAILABLE]
     for param in missing:
         # all_gather_coalesced would prefer hpZ's second copy, which at this point is that from before the update.
         param.ds_secondary_tensor = None
@@ -261,11 +271,9 @@ def _gather_coalesced(first: nn.Parameter, param_list: Sequence[nn.Parameter] | 
 
 def _mark_leaf(model: nn.Module, leaf: nn.Module) -> None:
     """ZeRO-3 compares the modules called across ranks; inside a leaf it does not look."""
-    from deepspeed.utils import set_z3_leaf_module
-
     if all(module is not leaf for module in model.modules()):
         raise ModelError("heads_module() is not a part of the model", rule="it must be a submodule")
-    set_z3_leaf_module(leaf, True)
+    private("deepspeed.utils:set_z3_leaf_module")(leaf, True)
     leaf.register_forward_hook(_check_leaf_output)
 
 
@@ -280,19 +288,6 @@ def _check_leaf_output(leaf: nn.Module, _inputs: object, output: object) -> None
         )
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
-    engine, *_ = _import_deepspeed().initialize(
-        model=model, optimizer=optimizer, config=config, dist_init_required=False
-    )
-    return cast("DeepSpeedEngine", engine)
-
-
-def _import_deepspeed() -> Any:
-    """DeepSpeed with its banners off and without the extension it would compile on a CPU."""
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
-
-    # deepspeed 0.19.8: build_shm_op() compiles this op on first use and dies without ninja or a compiler.
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return deepspeed
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Engine:
+    engine, *_ = load().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return cast("Engine", engine)
