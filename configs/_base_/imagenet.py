@@ -2,6 +2,7 @@
 # There, rates follow epochs and all parts share one floor; here they follow steps, and a part's floor is its own third.
 # There is no moving average of the weights: the released run keeps one and never evaluates it.
 task = "classification"
+model = dict(interaction=dict(num_stages=12, drop_path_rate=0.4))
 classifier = dict(separate=True, label_smoothing=0.1)
 data = dict(
     train_shards="shards/imagenet/train",

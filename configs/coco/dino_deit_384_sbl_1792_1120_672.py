@@ -1,30 +1,26 @@
 # PIIP-SBL (DeiT III at 384 px), 1792/1120/672 px: DINO, 36 epochs, 32 images a step.
-_base_ = ["../_base_/dino.py", "../_base_/coco_multi_scale.py", "../_base_/training_3x.py"]
+_base_ = ["../_base_/dino.py", "../_base_/coco_multi_scale.py", "../_base_/training_3x.py", "../_base_/models/sbl.py"]
 model = dict(
-    branches=[
-        dict(
+    branches=dict(
+        large=dict(
             preset="deit3_384_large",
             pretrained="pretrained/deit_3_large_384_21k.pth",
             resolution_px=672,
             window_size_tokens=(24, 24, 0) * 8,
-            drop_path_rate=0.4,
         ),
-        dict(
+        base=dict(
             preset="deit3_384_base",
             pretrained="pretrained/deit_3_base_384_21k.pth",
             resolution_px=1120,
             window_size_tokens=(24, 24, 0) * 4,
-            drop_path_rate=0.15,
         ),
-        dict(
+        small=dict(
             preset="deit3_384_small",
             pretrained="pretrained/deit_3_small_384_21k.pth",
             resolution_px=1792,
             window_size_tokens=(24, 24, 0) * 4,
-            drop_path_rate=0.05,
         ),
-    ],
-    interaction=dict(num_stages=12, drop_path_rate=0.4),
+    ),
     pyramid=dict(scales=(2.0, 1.0, 0.5)),
 )
 data = dict(

@@ -1,5 +1,5 @@
 # ViT-L alone (DeiT III), 1024 px: Mask R-CNN, 12 epochs, 16 images a step.
-_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/training_1x.py"]
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_1024.py", "../_base_/training_1x.py"]
 model = dict(
     branches=[
         dict(
@@ -12,5 +12,4 @@ model = dict(
     ],
     pyramid=dict(norm="layernorm"),
 )
-data = dict(augment=dict(short_edge_px=(614,), max_edge_px=1024, pad_multiple_px=64))
 optimizer = dict(layer_decay=0.95)

@@ -1,37 +1,11 @@
 # PIIP-TSBL (DeiT III), 1344/896/672/448 px: Mask R-CNN, 12 epochs, 16 images a step.
-# The released code builds the fourth branch as another ViT-S where the published table says ViT-T.
-_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/training_1x.py"]
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_windows.py", "../_base_/training_1x.py", "../_base_/models/tsbl.py"]
 model = dict(
-    branches=[
-        dict(
-            preset="deit3_large",
-            pretrained="pretrained/deit_3_large_224_21k.pth",
-            resolution_px=448,
-            window_size_tokens=(28,) * 24,
-            drop_path_rate=0.4,
-        ),
-        dict(
-            preset="deit3_base",
-            pretrained="pretrained/deit_3_base_224_21k.pth",
-            resolution_px=672,
-            window_size_tokens=(28,) * 12,
-            drop_path_rate=0.15,
-        ),
-        dict(
-            preset="deit3_small",
-            pretrained="pretrained/deit_3_small_224_21k.pth",
-            resolution_px=896,
-            window_size_tokens=(28,) * 12,
-            drop_path_rate=0.05,
-        ),
-        dict(
-            preset="deit3_small",
-            pretrained="pretrained/deit_3_small_224_21k.pth",
-            resolution_px=1344,
-            window_size_tokens=(28,) * 12,
-            drop_path_rate=0.05,
-        ),
-    ],
-    interaction=dict(num_stages=12, drop_path_rate=0.4),
+    branches=dict(
+        large=dict(resolution_px=448),
+        base=dict(resolution_px=672),
+        small=dict(resolution_px=896),
+        second_small=dict(resolution_px=1344),
+    ),
 )
-data = dict(augment=dict(short_edge_px=(806,), max_edge_px=1344, pad_multiple_px=224))
+data = dict(augment=dict(short_edge_px=(806,), max_edge_px=1344))

@@ -1,29 +1,18 @@
 # PIIP-SBL (DeiT III, Uni-Perceiver), 1568/1120/672 px: Mask R-CNN, 12 epochs, 16 images a step.
-_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/training_1x.py"]
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_windows.py", "../_base_/training_1x.py", "../_base_/models/sbl.py"]
 model = dict(
-    branches=[
-        dict(
+    branches=dict(
+        large=dict(
             preset="uni_perceiver_large",
             pretrained="pretrained/uni-perceiver-large-L24-H1024-224size-pretrained_converted.pth",
             resolution_px=672,
-            window_size_tokens=(28,) * 24,
-            drop_path_rate=0.4,
         ),
-        dict(
+        base=dict(
             preset="uni_perceiver_base",
             pretrained="pretrained/uni-perceiver-base-L12-H768-224size-torch-pretrained_converted.pth",
             resolution_px=1120,
-            window_size_tokens=(28,) * 12,
-            drop_path_rate=0.15,
         ),
-        dict(
-            preset="deit3_small",
-            pretrained="pretrained/deit_3_small_224_21k.pth",
-            resolution_px=1568,
-            window_size_tokens=(28,) * 12,
-            drop_path_rate=0.05,
-        ),
-    ],
-    interaction=dict(num_stages=12, drop_path_rate=0.4),
+        small=dict(resolution_px=1568),
+    ),
 )
-data = dict(augment=dict(short_edge_px=(941,), max_edge_px=1568, pad_multiple_px=224))
+data = dict(augment=dict(short_edge_px=(941,), max_edge_px=1568))

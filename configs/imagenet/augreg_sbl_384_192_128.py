@@ -1,43 +1,9 @@
 # PIIP-SBL (AugReg), 384/192/128 px: ImageNet-1k, 20 epochs, 1024 images a step.
-_base_ = ["../_base_/imagenet.py"]
+_base_ = ["../_base_/models/imagenet_augreg_sbl.py"]
 model = dict(
-    branches=[
-        dict(
-            pretrained="pretrained/L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_224.pth",
-            resolution_px=128,
-            embed_dim=1024,
-            depth=24,
-            num_heads=16,
-            pretrain_resolution_px=128,
-            position_class_slot=True,
-            class_token=True,
-            drop_path_rate=0.4,
-            checkpoint_blocks=True,
-        ),
-        dict(
-            pretrained="pretrained/B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_224.pth",
-            resolution_px=192,
-            embed_dim=768,
-            depth=12,
-            num_heads=12,
-            pretrain_resolution_px=192,
-            position_class_slot=True,
-            class_token=True,
-            drop_path_rate=0.2,
-            checkpoint_blocks=True,
-        ),
-        dict(
-            pretrained="pretrained/S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_224.pth",
-            resolution_px=384,
-            embed_dim=384,
-            depth=12,
-            num_heads=6,
-            pretrain_resolution_px=384,
-            position_class_slot=True,
-            class_token=True,
-            drop_path_rate=0.05,
-            checkpoint_blocks=True,
-        ),
-    ],
-    interaction=dict(num_stages=12, drop_path_rate=0.4),
+    branches=dict(
+        large=dict(resolution_px=128, pretrain_resolution_px=128),
+        base=dict(resolution_px=192, pretrain_resolution_px=192),
+        small=dict(resolution_px=384, pretrain_resolution_px=384),
+    ),
 )

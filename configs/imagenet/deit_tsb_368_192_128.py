@@ -39,5 +39,4 @@ model = dict(
             checkpoint_blocks=True,
         ),
     ],
-    interaction=dict(num_stages=12, drop_path_rate=0.4),
 )

@@ -10,6 +10,6 @@ detector = dict(
 data = dict(
     train_shards="shards/nuclei/train",
     val_shards="shards/nuclei/val",
-    augment=dict(short_edge_px=(256,), max_edge_px=384, jitter_scale=(0.8, 1.5), crop_px=(256, 256)),
+    augment=dict(short_edge_px=(256,), jitter_scale=(0.8, 1.5), crop_px=(256, 256)),
     micro_batch_size=2,
 )

@@ -1,7 +1,8 @@
 """From a config file to a checked ``RunConfig``, and back to a file.
 
 Config files are Python files as mmdet's users know them, read by mmengine's own ``Config``: ``_base_`` names files
-to inherit from, nested dicts merge, ``_delete_=True`` replaces.
+to inherit from, nested dicts merge, ``_delete_=True`` replaces. Lists do not merge: a base that leaves some keys of its
+branches to others writes ``model.branches`` as a dict of named branches, in the order of the list that it becomes.
 """
 
 from __future__ import annotations
@@ -70,7 +71,13 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # the file is code and may raise anything
         raise ConfigError(f"config file {path} fails to load: {type(error).__name__}: {error}") from error
     values = loaded.to_dict()
+    _list_branches(values.get("model"))
     return {key: value for key, value in values.items() if key not in ("default_scope",)}
+
+
+def _list_branches(model: Any) -> None:
+    if isinstance(model, dict) and isinstance(model.get("branches"), dict):
+        model["branches"] = list(model["branches"].values())
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:

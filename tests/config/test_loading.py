@@ -49,6 +49,20 @@ def test_base_files_merge_and_delete_replaces(base, tmp_path):
     assert config.detector.overrides == {"neck": {"out_channels": 64, "num_outs": 4}}
 
 
+def test_named_branches_merge_by_name_and_become_a_list_in_the_bases_order(tmp_path):
+    large, small = "embed_dim=96, depth=4, num_heads=4", "embed_dim=64, depth=4, num_heads=4"
+    branches = f"dict(large=dict({large}), small=dict({small}))"
+    (tmp_path / "base.py").write_text(BASE + f"model['branches'] = {branches}\n")
+    (tmp_path / "child.py").write_text(
+        "_base_ = ['base.py']\n"
+        "model = dict(branches=dict(last=dict(resolution_px=256, depth=8, num_heads=2, embed_dim=32),"
+        "small=dict(_delete_=True, preset='deit_small', depth=8, resolution_px=128), large=dict(resolution_px=64)))\n"
+    )
+    config = load_config(tmp_path / "child.py", ["model.branches.0.depth=8"])
+    found = [(b.resolution_px, b.embed_dim, b.depth) for b in config.model.branches]
+    assert found == [(64, 96, 8), (128, 384, 8), (256, 32, 8)]
+
+
 def test_overrides_reach_lists_and_keep_types(base):
     config = load_config(
         base, ["model.branches.1.embed_dim=32", "data.train_shards=/a b/c", "optimizer.betas=(0.9,0.95)"]
