@@ -14,10 +14,11 @@ import typer
 from piip_scale.cli.options import ConfigPath, Overrides
 from piip_scale.errors import ConfigError
 from piip_scale.launch.logs import log_of
-from piip_scale.launch.options import OptionValue, check_options, options_of_environment, parse_options
+from piip_scale.launch.options import OptionValue, check_options, merge_options, options_of_environment, parse_options
 from piip_scale.launch.profiles import Profile, load_profile
 from piip_scale.launch.queue import queued_jobs
 from piip_scale.launch.runs import refuse_active
+from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import Order, Submission, plan_submission, send
 from piip_scale.launch.sweeps import Point, choose_points, sweep_points
 
@@ -84,23 +85,23 @@ def submit(
     named |= {"exclude": exclude, "nodelist": nodelist, "reservation": reservation, "dependency": dependency}
     named |= {"cpus-per-task": cpus_per_task, "mem": mem}
     points, limit = _points(sweep or [], array)
-    order = Order(
-        config=config.absolute(),
-        run_dir=Path(os.path.abspath(run_dir or Path("runs") / config.stem)),
+    folder = Path(os.path.abspath(run_dir or Path("runs") / config.stem))
+    job = JobSpec(
+        name=_job_name(job_name) or folder.name,
+        run_dir=folder,
         working_dir=Path.cwd(),
+        config=config.absolute(),
+        source_config=config.absolute(),
+        given_overrides=tuple(overrides or ()),
         num_nodes=nodes,
         ranks_per_node=gpus_per_node,
-        overrides=tuple(overrides or ()),
-        points=tuple(points),
-        array_limit=limit,
-        name=_job_name(job_name),
         spares=spares,
         chain=chain,
         max_stale_restarts=max_stale_restarts,
-        profile_name=profile,
-        profile=site,
-        options=_merged(site, {name: value for name, value in named.items() if value}, sbatch or []),
+        profile=profile,
     )
+    options = _merged(site, {name: value for name, value in named.items() if value}, sbatch or [])
+    order = Order(job, site, options, tuple(points), limit)
     submission = _submitted(order, resume=resume, dry_run=dry_run)
     if watch and not dry_run:
         from piip_scale.cli.jobs import watch_runs
@@ -125,13 +126,8 @@ def _submitted(order: Order, *, resume: bool, dry_run: bool) -> Submission:
 
 def _merged(site: Profile, named: Mapping[str, OptionValue], texts: list[str]) -> dict[str, OptionValue]:
     """The command line's options before the profile's, and those before the environment's."""
-    told = check_options(named, "command line") | parse_options(texts, "--sbatch")
-    merged = options_of_environment(os.environ) | site.sbatch | told
-    # An option in two spellings of the same thing would be refused, or worse, only one of them taken.
-    for ours, other in (("cpus-per-task", "cpus-per-gpu"), ("mem", "mem-per-cpu"), ("mem", "mem-per-gpu")):
-        if other in told and ours not in told:
-            merged.pop(ours, None)
-    return merged
+    given = check_options(named, "command line") | parse_options(texts, "--sbatch")
+    return merge_options(options_of_environment(os.environ), site.sbatch, given)
 
 
 def _points(sweep: list[str], array: str) -> tuple[list[Point], str]:
@@ -172,10 +168,10 @@ def _check_runs(order: Order, submission: Submission, *, resume: bool) -> list[_
     from piip_scale.config.loading import config_text
     from piip_scale.world import World
 
-    world = World(num_ranks=order.num_nodes * order.ranks_per_node, ranks_per_node=order.ranks_per_node)
+    world = World(num_ranks=order.job.num_ranks, ranks_per_node=order.job.ranks_per_node)
     checked = []
     for spec in submission.specs:
-        resolved = with_classes(load_config(order.config, spec.given_overrides))
+        resolved = with_classes(load_config(order.job.source_config, spec.given_overrides))
         check_start(resolved, spec.run_dir, world, resume=resume)
         line = _memory_line(resolved, order) if order.profile.gpu_memory_gib else ""
         checked.append(_Checked(config_text(resolved), line))
@@ -191,7 +187,7 @@ def _memory_line(config: RunConfig, order: Order) -> str:
 
     assert order.profile.gpu_memory_gib is not None
     planner = Planner(partial(outline_run, num_classes=len(config.data.classes)), order.profile.gpu_memory_gib * _GIB)
-    plan = planner.plan(config, order.num_nodes * order.ranks_per_node)
+    plan = planner.plan(config, order.job.num_ranks)
     told = f"planned memory: {plan.total / _GIB:.1f} of {order.profile.gpu_memory_gib:g} GiB a GPU"
     return told if plan.fits else f"warning: {told}; piip-scale plan tells what helps"
 

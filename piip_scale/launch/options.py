@@ -13,14 +13,32 @@ OptionValue = str | int | bool
 """True stands for a flag; False for one that is left out although a profile has it."""
 
 ALLOWED = (
-    *("account", "acctg-freq", "bb", "bbf", "begin", "clusters", "comment", "constraint", "contiguous", "core-spec"),
-    *("cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task", "deadline", "delay-boot", "dependency"),
-    *("distribution", "exclude", "exclusive", "extra-node-info", "gpu-bind", "gpu-freq", "gres-flags", "hint", "hold"),
-    *("kill-on-invalid-dep", "licenses", "mail-type", "mail-user", "mcs-label", "mem", "mem-bind", "mem-per-cpu"),
-    *("mem-per-gpu", "network", "nice", "nodefile", "nodelist", "oversubscribe", "partition", "power", "prefer"),
-    *("priority", "profile", "qos", "reboot", "reservation", "sockets-per-node", "spread-job", "switches"),
-    *("thread-spec", "threads-per-core", "time", "time-min", "tmp", "use-min-nodes", "wait-all-nodes", "wckey"),
+    *("account", "acctg-freq", "batch", "bb", "bbf", "begin", "burst-buffer", "cluster-constraint", "clusters"),
+    *("comment", "constraint", "container", "container-id", "contiguous", "core-spec", "cores-per-socket", "cpu-freq"),
+    *("cpus-per-gpu", "cpus-per-task", "deadline", "delay-boot", "dependency", "distribution", "exclude", "exclusive"),
+    *("export-file", "extra", "extra-node-info", "gid", "gpu-bind", "gpu-freq", "gpus", "gpus-per-socket"),
+    *("gres-flags", "hint", "hold", "ignore-pbs", "input", "kill-on-invalid-dep", "licenses", "mail-type"),
+    *("mail-user", "mcs-label", "mem", "mem-bind", "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice"),
+    *("nodefile", "nodelist", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket", "oom-kill-step"),
+    *("overcommit", "oversubscribe", "partition", "power", "prefer", "priority", "profile", "propagate", "qos"),
+    *("reboot", "reservation", "resv-ports", "segment", "sockets-per-node", "spread-job", "spread-segments", "stepmgr"),
+    *("switches", "thread-spec", "threads-per-core", "time", "time-min", "tmp", "tres-bind", "tres-per-job"),
+    *("tres-per-node", "tres-per-socket", "tres-per-task", "uid", "use-min-nodes", "wait-all-nodes", "wckey"),
+    # Of plugins that sites add to Slurm: pyxis, and uenv.
+    *("container-image", "container-mounts", "container-name", "container-workdir", "environment", "uenv", "view"),
 )
+# What is asked of the first job alone: one that goes on later must not be held, or wait, once more.
+FIRST_ONLY = ("hold", "begin", "dependency")
+# Several spellings of one thing, of which the batch system takes one.
+_ALTERNATIVES = (
+    ("cpus-per-task", "cpus-per-gpu"),
+    ("mem", "mem-per-cpu", "mem-per-gpu"),
+    ("exclusive", "oversubscribe"),
+    ("nodelist", "nodefile"),
+)
+# A site's plugins add names that no list has; Slurm itself refuses those it does not know. What looks like one of ours
+# misspelt is refused here, with what was meant.
+_OPTION_NAME, _MISSPELT = re.compile(r"[a-z][a-z0-9]+(?:-[a-z0-9]+)+|[a-z][a-z0-9]{2,}"), 0.75
 # What follows from the run, and so would contradict it.
 _OURS = {
     "array": "--sweep",
@@ -28,7 +46,6 @@ _OURS = {
     "error": "the run's directory",
     "export": "--profile, its [environment]",
     "get-user-env": "--profile, its setup",
-    "gpus": "--gpus-per-node",
     "gpus-per-node": "--gpus-per-node",
     "gpus-per-task": "--gpus-per-node",
     "gres": "--gpus-per-node, and gpu_request and gpu_type of a profile",
@@ -74,7 +91,7 @@ def check_options(options: Mapping[str, object], source: str) -> dict[str, Optio
     for name, value in options.items():
         if name in _OURS:
             raise ConfigError(f"{source}: option {name}", rule=f"it follows from {_OURS[name]}", fix="leave it out")
-        if name not in ALLOWED:
+        if name not in ALLOWED and not _may_be_a_plugins(name):
             raise _unknown(name, source)
         if not isinstance(value, str | int) or (isinstance(value, str) and not _is_line(value)):
             raise ConfigError(
@@ -136,6 +153,31 @@ def options_of_environment(environment: Mapping[str, str]) -> dict[str, OptionVa
 def submitting_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables to submit with: none that would change what the script says, none of a job around this process."""
     return {name: value for name, value in outside_of_job(environment).items() if not name.startswith("SBATCH_")}
+
+
+def merge_options(*sources: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
+    """The options of several sources, the last of which comes first; a later spelling of a thing replaces all others.
+
+    Args:
+        sources: Checked options: of the environment, of the profile, of the command line.
+    """
+    merged: dict[str, OptionValue] = {}
+    for source in sources:
+        for group in _ALTERNATIVES:
+            if any(source.get(name, False) is not False for name in group):
+                merged = {name: value for name, value in merged.items() if name not in group}
+        merged |= source
+    return merged
+
+
+def first_only_words(options: Mapping[str, OptionValue]) -> list[str]:
+    """Words of a command line that ask of one job what those after it must not inherit."""
+    asked = {name: options[name] for name in FIRST_ONLY if options.get(name, False) is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in asked.items()]
+
+
+def _may_be_a_plugins(name: str) -> bool:
+    return bool(_OPTION_NAME.fullmatch(name)) and not difflib.get_close_matches(name, ALLOWED, n=1, cutoff=_MISSPELT)
 
 
 def _unknown(name: str, source: str) -> ConfigError:

@@ -57,12 +57,13 @@ class Container(Strict):
             *self.options,
         )
 
-    def command_prefix(self, folders: tuple[Path, ...], working_dir: Path, *, gpus: bool) -> tuple[str, ...]:
+    def command_prefix(self, folders: tuple[Path, ...], working_dir: Path) -> tuple[str, ...]:
         """What stands before the interpreter to run it in the container."""
         if self.kind == "pyxis":
             return ()
         binds = ",".join(f"{outside}:{inside}" for outside, inside in self._mounts(folders))
-        nvidia = ("--nv",) if gpus else ()
+        # Also where none are asked for, since whole nodes come with theirs; on nodes without, --nv is a line of log.
+        nvidia = () if "--rocm" in self.options else ("--nv",)
         return (self.kind, "exec", *nvidia, "--bind", binds, "--pwd", str(working_dir), *self.options, self.image)
 
     def _mounts(self, folders: tuple[Path, ...]) -> list[tuple[str, str]]:
@@ -76,8 +77,8 @@ class Profile(Strict):
 
     Attributes:
         description: One line for whoever chooses among profiles.
-        gpu_request: How a job asks for GPUs: ``gpus-per-node``, ``gres`` (``gpu:TYPE:N``), or ``none`` on a cluster
-            that has none, or gives whole nodes.
+        gpu_request: How a job asks for GPUs: ``gpus-per-node``, ``gres`` (``gpu:TYPE:N``), or ``none`` where nodes
+            have none, or are given whole: then each rank uses one of those it finds.
         gpu_type: Their type in that request; empty for any.
         gpu_memory_gib: Memory of one, to say before submitting whether the run fits.
         cpus_per_rank: Cores for a rank and its loader workers, unless ``cpus-per-task`` is given.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -47,6 +47,9 @@ class JobSpec(Strict):
         code_dir: Folder put first on PYTHONPATH, a frozen copy of the package; ``None`` where it is as installed.
         srun_options: What the profile adds to each ``srun``, a container's image for example.
         command_prefix: What the profile puts before the interpreter on each rank (``apptainer exec ...``).
+        site_variables: Names of the variables that the profile sets in the job.
+        local_cache: Folder of each node in which this user's processes have a private one for what they compile; empty
+            where the libraries choose.
     """
 
     version: Literal[1] = 1
@@ -75,6 +78,8 @@ class JobSpec(Strict):
     code_dir: Path | None = None
     srun_options: tuple[str, ...] = ()
     command_prefix: tuple[str, ...] = ()
+    site_variables: tuple[str, ...] = ()
+    local_cache: str = ""
 
     @property
     def rank_command(self) -> tuple[str, ...]:
@@ -90,6 +95,14 @@ class JobSpec(Strict):
     def nodes_to_ask(self) -> int:
         """Nodes of the allocation, spares included."""
         return self.num_nodes + self.spares
+
+    def with_facts(self, **facts: Any) -> JobSpec:
+        """The same job with further facts, checked as at its construction.
+
+        Raises:
+            ValidationError: A fact that cannot be one.
+        """
+        return JobSpec.model_validate(dict(self) | facts)
 
     @model_validator(mode="after")
     def _paths_are_absolute(self) -> JobSpec:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from piip_scale.errors import ConfigError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
@@ -26,38 +27,19 @@ class Order:
     """What a user asks to be submitted.
 
     Attributes:
-        config: The config file.
-        run_dir: The run's directory, or that of a sweep, whose runs are folders in it.
-        working_dir: Where the job starts.
-        num_nodes: Nodes that train.
-        ranks_per_node: GPUs, and so ranks, of a node.
-        overrides: ``--set``.
+        job: The job as it was asked for; its site's facts are filled in from ``profile``. Of a sweep, whose runs are
+            folders in it, the run's directory is that of all.
+        profile: The site.
+        options: Options of the job from the command line, the profile and the environment, merged.
         points: Runs of a sweep; empty for a single run.
         array_limit: ``%N``: so many of them at once.
-        name: The job's name.
-        spares: Nodes beyond ``num_nodes``.
-        chain: Further jobs, each after the one before.
-        max_stale_restarts: As in ``JobSpec``.
-        profile_name: The site's profile; empty for none.
-        profile: Its content.
-        options: Options of the job from the command line, the profile and the environment, merged.
     """
 
-    config: Path
-    run_dir: Path
-    working_dir: Path
-    num_nodes: int
-    ranks_per_node: int
-    overrides: tuple[str, ...] = ()
-    points: tuple[Point, ...] = ()
-    array_limit: str = ""
-    name: str = ""
-    spares: int = 0
-    chain: int = 0
-    max_stale_restarts: int = 3
-    profile_name: str = ""
+    job: JobSpec
     profile: Profile = field(default_factory=Profile)
     options: Mapping[str, OptionValue] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
+    array_limit: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,14 +69,15 @@ def plan_submission(order: Order) -> Submission:
         ConfigError: A name that cannot stand in a batch script, or a time limit too short to save in.
         RunError: The batch script is not installed.
     """
-    in_container = order.profile.container is not None
-    check_path("--run-dir", order.run_dir, in_container=in_container)
-    check_path("the folder to submit from", order.working_dir, in_container=in_container)
+    job, in_container = order.job, order.profile.container is not None
+    check_path("--run-dir", job.run_dir, in_container=in_container)
+    check_path("the folder to submit from", job.working_dir, in_container=in_container)
     _check_time(str(order.options.get("time", "")), order.profile.signal_lead_s)
-    specs = tuple(_spec(order, point) for point in order.points or (None,))
+    shared = job.with_facts(**_site_facts(job, order.profile), time_limit=str(order.options.get("time", "")))
+    specs = tuple(_run_spec(shared, point) for point in order.points or (None,))
     template = (launch_folder() / "train.sbatch").read_text(encoding="utf-8")
     script = render_script(template, specs, order.profile, order.options, order.array_limit)
-    return Submission(order.run_dir, specs, script)
+    return Submission(job.run_dir, specs, script)
 
 
 def check_path(what: str, path: Path, *, in_container: bool = False) -> None:
@@ -203,37 +186,32 @@ def is_job_of(job: QueuedJob, spec: JobSpec) -> bool:
     return spec.script is not None and job.command == str(spec.script) and job.array_task == spec.array_task
 
 
-def _spec(order: Order, point: Point | None) -> JobSpec:
-    run_dir = order.run_dir / point.name if point else order.run_dir
-    files, own = JobFiles(order.run_dir), JobFiles(run_dir)
-    profile, container = order.profile, order.profile.container
-    python = profile.python or sys.executable
-    gpus = 0 if profile.gpu_request == "none" else order.ranks_per_node
-    folders = (order.run_dir, order.working_dir)
-    prefix = container.command_prefix(folders, order.working_dir, gpus=gpus > 0) if container else ()
-    return JobSpec(
-        name=order.name or order.run_dir.name,
+def _site_facts(job: JobSpec, profile: Profile) -> dict[str, Any]:
+    """What the site makes of a job, by the names of ``JobSpec``."""
+    container, python = profile.container, profile.python or sys.executable
+    folders = (job.run_dir, job.working_dir)
+    return {
+        "gpus_per_node": 0 if profile.gpu_request == "none" else job.ranks_per_node,
+        "signal_lead_s": profile.signal_lead_s,
+        "requeue": profile.requeue and not job.chain,
+        "python": python,
+        "rank_python": container.python if container else python,
+        "srun_options": (*profile.srun, *(container.srun_options(folders, job.working_dir) if container else ())),
+        "command_prefix": container.command_prefix(folders, job.working_dir) if container else (),
+        "site_variables": tuple(profile.environment),
+    }
+
+
+def _run_spec(job: JobSpec, point: Point | None) -> JobSpec:
+    """The job of one run, with the files that are its own."""
+    run_dir = job.run_dir / point.name if point else job.run_dir
+    files = JobFiles(job.run_dir)
+    return job.with_facts(
         run_dir=run_dir,
-        working_dir=order.working_dir,
-        config=Frozen(own.frozen).config,
-        source_config=order.config,
-        given_overrides=(*order.overrides, *(point.overrides if point else ())),
-        num_nodes=order.num_nodes,
-        ranks_per_node=order.ranks_per_node,
-        gpus_per_node=gpus,
-        spares=order.spares,
-        time_limit=str(order.options.get("time", "")),
-        signal_lead_s=profile.signal_lead_s,
-        max_stale_restarts=order.max_stale_restarts,
-        requeue=profile.requeue and not order.chain,
-        chain=order.chain,
+        config=Frozen(JobFiles(run_dir).frozen).config,
+        given_overrides=(*job.given_overrides, *(point.overrides if point else ())),
         array_task=point.index if point else None,
-        profile=order.profile_name,
         script=files.script,
         log=log_pattern(files.folder, array=point is not None),
-        python=python,
-        rank_python=container.python if container else python,
         code_dir=Frozen(files.frozen).code,
-        srun_options=(*profile.srun, *(container.srun_options(folders, order.working_dir) if container else ())),
-        command_prefix=prefix,
     )

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from orders import APPTAINER, HOSTILE, ORDERS, order
+from orders import APPTAINER, HOSTILE, ORDERS, order, shipped_as
 
 from piip_scale.errors import ConfigError, RunError
 from piip_scale.launch.options import option_lines, option_value
@@ -150,5 +150,5 @@ def test_containers_wrap_the_ranks_and_not_the_batch_process():
 def test_every_profile_that_ships_makes_a_script(name):
     profile = load_profile(name)
     assert profile.description
-    spec = plan_submission(order(profile=profile, profile_name=name)).specs[0]
+    spec = plan_submission(shipped_as(name, order(profile=profile))).specs[0]
     assert spec.gpus_per_node == (0 if profile.gpu_request == "none" else 8)
