@@ -25,7 +25,7 @@ MAX_DEPTH = 3
 _BEAT_LASTS_S = 60.0
 _CLOCK_S = 1.0
 # Names of what a run keeps in itself: not searched for further runs.
-_OF_A_RUN = {"checkpoints", "tensorboard", "errors", "stacks", "heartbeats", "job"}
+_OF_A_RUN = {"checkpoints", "tensorboard", "errors", "stacks", "heartbeats", "job", "earlier"}
 
 
 @dataclass(frozen=True)

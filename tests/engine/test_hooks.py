@@ -3,7 +3,7 @@ import torch
 from ranks import tiny_config
 
 from piip_scale.engine import hooks
-from piip_scale.engine.hooks import Silence, Tell
+from piip_scale.engine.hooks import LogSteps, Silence
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation, peak_of, peak_tflops
@@ -24,7 +24,7 @@ class Heard(Silence):
 
 def tell_of(heard, folder, peak_tflops=None):
     utilisation = Utilisation(tiny_config().model, peak_tflops)
-    return Tell(
+    return LogSteps(
         heard,
         RunDirectory(folder),
         World(),
