@@ -9,6 +9,7 @@ LAYERS = {
     "errors": 0,
     "files": 0,
     "logging": 0,
+    "registry": 0,
     "config": 0,
     "world": 1,
     "ops": 1,
@@ -27,7 +28,8 @@ LAYERS = {
 WITHIN_LAYER = {
     "logging": ("errors",),
     "files": ("errors",),
-    "config": ("errors", "logging"),
+    "config": ("errors", "logging", "registry"),
+    "registry": ("errors",),
     "ops": ("world",),
     "engine": ("tasks.base", "telemetry"),
     "cli": ("launch",),

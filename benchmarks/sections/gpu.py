@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from piip_scale.config.loading import load_config
 from piip_scale.engine.step import train_step
 from piip_scale.engine.utilisation import Utilisation, peak_tflops
 from piip_scale.engine.zero.setup import build_engine
+from piip_scale.tasks.counting import network_flops
 from piip_scale.tasks.kinds import build_model
 from piip_scale.world import World
 from sections.processes import run_ranks
@@ -61,7 +63,7 @@ def throughput(world: World, device: torch.device, images: int) -> dict[str, Any
         sizes += result.sizes_px
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    utilisation = Utilisation(config.model, peak_tflops(device, "bf16"))
+    utilisation = Utilisation(partial(network_flops, config, _NUM_CLASSES), peak_tflops(device, "bf16"))
     tflops = utilisation.tflops(sizes, seconds)
     return {
         "images_per_second": len(sizes) / seconds,

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from piip_scale.models.counting import AS_COMPUTED, PUBLISHED, PUBLISHED_UNPADDED, Convention, count_network
+from piip_scale.models.counting import count_network
+from piip_scale.models.network_work import AS_COMPUTED, PUBLISHED, PUBLISHED_UNPADDED, Convention
 from piip_scale.models.official_config import OfficialModel, read_official_config
 
 _TINY = {"embed_dim": 192, "num_heads": 3}

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from piip_scale.cli.progress import progress_bar
+from piip_scale.data.set_kinds import SET_KINDS
 from piip_scale.errors import DataError
 
 if TYPE_CHECKING:
     from piip_scale.data.packing.packing import PackOptions
     from piip_scale.data.reading.shards import Manifest
-    from piip_scale.data.sample import SetKind
-
-TARGETS: dict[SetKind, str] = {"detection": "objects", "classification": "labels", "segmentation": "label maps"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -210,8 +208,7 @@ def describe(manifest: Manifest, most_classes: int = 8) -> str:
     """One line: images, objects or labels, shards, classes."""
     names = [category.name for category in manifest.categories]
     shown = ", ".join(names[:most_classes]) + (", ..." if len(names) > most_classes else "")
-    boxes = "boxes with masks" if manifest.has_masks else "boxes"
-    targets = boxes if manifest.kind == "detection" else TARGETS[manifest.kind]
+    targets = SET_KINDS[manifest.kind].packed_targets + (" with masks" if manifest.has_masks else "")
     return (
         f"{manifest.num_samples} images, {manifest.num_annotations} {targets}, {len(manifest.shards)} shard(s), "
         f"{len(names)} class(es): {shown}"

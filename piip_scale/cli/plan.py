@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _TERA = 1e12
-_PASSES = 3
 _HOUR_S = 3600
 
 
@@ -34,7 +33,14 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     gpu_memory_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU.")] = 80.0,
     size: Annotated[str, typer.Option(metavar="HxW", help="Images in px; default: the largest in training.")] = "",
-    mfu: Annotated[float | None, typer.Option(min=0.01, max=1, help="Tell the time at this share of the peak.")] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Print the time at this MFU, as training logs it.",
+        ),
+    ] = None,
     peak_tflops: Annotated[float, typer.Option(min=1, help="Peak of a GPU in the run's precision, for --mfu.")] = 989.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers.")] = False,
     overrides: Overrides = None,
@@ -70,32 +76,35 @@ class Pace:
     Attributes:
         images_per_step: On all GPUs.
         steps_per_epoch: ``None`` where the training shards are not there to tell.
-        flops_per_image: Of a training step, two for a multiply-add: forward and twice as much backward, as model
-            FLOPs are counted, without what checkpointing computes again.
+        flops_per_image: Model FLOPs of the network in a training step, as training logs them and its MFU: as far as
+            it is trained, without neck and heads and what checkpointing computes again.
+        head_flops_per_image: Those of neck and heads, in float32.
         seconds_per_step: At the speed asked for.
     """
 
     images_per_step: int
     steps_per_epoch: int | None
     flops_per_image: int
+    head_flops_per_image: int
     seconds_per_step: float | None
 
     @classmethod
     def of(cls, run: RunConfig, plan: MemoryPlan, size_px: tuple[int, int] | None, flops: float | None) -> Pace:
         """The pace of a run whose every GPU does so many FLOP/s; images of ``size_px``, or as large as training's."""
-        from piip_scale.tasks.counting import count_run
+        from piip_scale.tasks.counting import head_flops, likely_classes, network_flops
         from piip_scale.tasks.outline import training_size_px
 
-        height, width = size_px or training_size_px(run)
-        macs = sum(part.total_macs for part in count_run(run, height, width).parts)
-        flops_per_image = 2 * _PASSES * macs
-        seconds = None if flops is None else flops_per_image * plan.images_per_step / (plan.num_ranks * flops)
-        return cls(plan.images_per_step, _steps_per_epoch(run, plan), flops_per_image, seconds)
+        classes, size = likely_classes(run)[1], size_px or training_size_px(run)
+        network, heads = network_flops(run, classes, *size), head_flops(run, classes, *size)
+        seconds = None if flops is None else network * plan.images_per_step / (plan.num_ranks * flops)
+        return cls(plan.images_per_step, _steps_per_epoch(run, plan), network, heads, seconds)
 
     def lines(self) -> list[str]:
         """For the user."""
         steps = "" if self.steps_per_epoch is None else f", {self.steps_per_epoch:,} steps an epoch"
-        lines = [f"{self.images_per_step} images a step{steps}; {self.flops_per_image / _TERA:.2f} TFLOP an image"]
+        flops = f"{self.flops_per_image / _TERA:.2f} TFLOP an image"
+        heads = f"{self.head_flops_per_image / _TERA:.2f} more in neck and heads, which MFU leaves out"
+        lines = [f"{self.images_per_step} images a step{steps}; {flops}, {heads}"]
         if (seconds := self.seconds_per_step) is not None:
             hours = None if self.steps_per_epoch is None else self.steps_per_epoch * seconds / _HOUR_S
             epoch = "" if hours is None else f", {hours:.2f} h an epoch"

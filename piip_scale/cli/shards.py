@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from piip_scale.cli.pack import TARGETS
 from piip_scale.cli.pack import app as pack_app
 from piip_scale.cli.progress import progress_bar
+from piip_scale.data.set_kinds import SET_KINDS
 
 app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream, check them, look at them.")
 Location = Annotated[
@@ -41,7 +41,7 @@ def verify(
     for here, there in report.shared_images:
         typer.echo(f"{here} is the same image as {there} in {other}")
     faults = len(report.problems) + len(report.shared_images)
-    targets = f"{report.num_targets} {TARGETS[report.kind]}"
+    targets = f"{report.num_targets} {SET_KINDS[report.kind].targets}"
     typer.echo(f"{location}: {report.num_samples} images, {targets}, {faults} problems")
     raise typer.Exit(int(faults > 0))
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -16,10 +16,8 @@ from piip_scale.config import RunConfig, load_config
 from piip_scale.config.loading import config_text
 from piip_scale.errors import PiipError
 from piip_scale.logging import configure_logging
+from piip_scale.registry import row_of
 from piip_scale.world import World, read_world
-
-if TYPE_CHECKING:
-    from piip_scale.data.sample import SetKind
 
 
 def register(app: typer.Typer) -> None:
@@ -35,9 +33,6 @@ def train(
         typer.Option("--procs", "--gpus", min=1, help="Processes on this machine; default: one per GPU, or one."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start over at step 1; a run that is there is set aside in RUN/earlier.")
-    ] = False,
     progress: Annotated[bool, typer.Option(help="Draw a progress line.")] = True,
     overrides: Overrides = None,
 ) -> None:
@@ -50,9 +45,7 @@ def train(
     """
     folder = run_dir or Path("runs") / config.stem
     try:
-        code = run_training(
-            config, overrides or [], folder, procs=procs, resume=resume, restart=restart, progress=progress
-        )
+        code = run_training(config, overrides or [], folder, procs=procs, resume=resume, progress=progress)
     except PiipError as error:
         if read_world().num_ranks == 1:
             raise
@@ -64,14 +57,7 @@ def train(
 
 
 def run_training(
-    config: Path,
-    overrides: Sequence[str],
-    run_dir: Path,
-    *,
-    procs: int | None,
-    resume: bool,
-    restart: bool = False,
-    progress: bool = True,
+    config: Path, overrides: Sequence[str], run_dir: Path, *, procs: int | None, resume: bool, progress: bool
 ) -> int:
     """Trains in processes of its own, or as the rank this process already is; returns the exit code.
 
@@ -81,34 +67,23 @@ def run_training(
         run_dir: The run's directory.
         procs: Processes to start; one per GPU, or one, where ``None``.
         resume: Continue the run in it.
-        restart: Set aside the run in it and start over; goes before ``resume``.
         progress: Draw a progress line.
 
     Raises:
         PiipError: Config, shards, directory or world do not allow a start, or a rank ended without a word.
     """
     resolved = with_classes(load_config(config, overrides))
-    resume = resume and not restart
-    if restart and read_world().is_main:
-        _refuse_active(run_dir)
     num_procs = procs or _num_gpus() or 1
     if num_procs == 1 or read_world().launcher != "single":
-        return _train_here(resolved, run_dir, resume=resume, restart=restart, progress=progress)
-    check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume, restart=restart)
+        return _train_here(resolved, run_dir, resume=resume, progress=progress)
+    check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume)
     from piip_scale.engine.local_launch import launch_local
     from piip_scale.run.run_dir import RunDirectory
 
     command = [sys.executable, "-m", "piip_scale.cli.main", "train", str(config), "--run-dir", str(run_dir)]
-    command += ["--resume"] * resume + ["--restart"] * restart + ["--no-progress"] * (not progress)
+    command += ["--resume"] * resume + ["--no-progress"] * (not progress)
     command += [f"--set={override}" for override in overrides]
     return launch_local(num_procs, command, RunDirectory(run_dir))
-
-
-def _refuse_active(run_dir: Path) -> None:
-    from piip_scale.launch.runs import refuse_active
-
-    # No queue is asked: the job that runs this command may itself be the run's.
-    refuse_active([run_dir], run_dir, [])
 
 
 def with_classes(config: RunConfig) -> RunConfig:
@@ -119,14 +94,14 @@ def with_classes(config: RunConfig) -> RunConfig:
     """
     from piip_scale.data.reading.shards import ShardSet
 
-    kind = cast("SetKind", config.task)
+    kind = row_of(config.task).set_kind
     data = config.data
     classes = ShardSet.open(data.train_shards, data.classes, kind, data.cache).classes
     ShardSet.open(data.val_shards, classes, kind, data.cache)
     return config.model_copy(update={"data": data.model_copy(update={"classes": classes})})
 
 
-def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool, restart: bool = False) -> None:
+def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool) -> None:
     """Says once, before any process starts, what every rank would.
 
     Args:
@@ -134,7 +109,6 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
         run_dir: Its directory.
         world: The ranks that will train.
         resume: They will continue the run there.
-        restart: They will set aside a run there.
 
     Raises:
         PiipError: Directory, shards, model or sharding do not allow a start on these ranks.
@@ -142,17 +116,15 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
     import torch
 
     from piip_scale.engine.batching import keep_images_per_step, scale_to_ranks
-    from piip_scale.engine.resuming import newest_checkpoint, refuse_lost_checkpoints
+    from piip_scale.engine.resuming import newest_checkpoint
     from piip_scale.engine.zero.checks import checked_plan
     from piip_scale.models.pretrained import check_pretrained
     from piip_scale.run.run_dir import RunDirectory
     from piip_scale.tasks.kinds import build_model, build_task
 
     run = RunDirectory(run_dir)
-    run.check(resume=resume, restart=restart)
-    newest = None if restart else newest_checkpoint(run.checkpoints)
-    if resume and not newest:
-        refuse_lost_checkpoints(run)
+    run.check(resume=resume)
+    newest = newest_checkpoint(run.checkpoints)
     if newest:
         config = keep_images_per_step(config, newest.state.images_per_step, world.num_ranks)
     scaled = scale_to_ranks(config, world.num_ranks)
@@ -172,14 +144,14 @@ def _report_as_rank(error: PiipError, run_dir: Path) -> int:
     return report_failure(RunDirectory(run_dir), world.rank, error)
 
 
-def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, restart: bool, progress: bool) -> int:
+def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:
     from piip_scale.engine.worker import train_worker
     from piip_scale.run.run_dir import RunDirectory
     from piip_scale.tasks.kinds import build_task
 
     run = RunDirectory(run_dir)
     build = partial(build_task, broken_samples=run.broken_samples)
-    return train_worker(config, config_text(config), run, build, resume=resume, restart=restart, show_progress=progress)
+    return train_worker(config, config_text(config), run, build, resume=resume, show_progress=progress)
 
 
 def _num_gpus() -> int:

@@ -16,9 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from piip_scale.config.explain import explain
-from piip_scale.config.kinds import run_kind
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import ConfigError
+from piip_scale.registry import config_class
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -45,11 +45,11 @@ def check_config(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: Naming the first offending key, its value, the rule and the nearest valid keys.
     """
-    kind = run_kind(values)
+    run_class: type[RunConfig] = config_class(values)
     try:
-        return kind.model_validate(_tuples(values))
+        return run_class.model_validate(_tuples(values))
     except ValidationError as error:
-        raise explain(error, kind) from None
+        raise explain(error, run_class) from None
 
 
 def config_text(config: RunConfig) -> str:

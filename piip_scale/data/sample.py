@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,21 +14,14 @@ import numpy.typing as npt
 from piip_scale.data.images import MAX_PIXELS, UPRIGHT
 from piip_scale.data.images import Image as Image
 from piip_scale.data.images import decode_image as decode_image
+from piip_scale.data.set_kinds import SET_KINDS
 from piip_scale.errors import DataError
+from piip_scale.registry import SetKind as SetKind
 
 MIN_BOX_PX = 1.0
 """Boxes of fewer pixels in the stored image are no training targets (mmdet's ``CocoDataset`` leaves them out too)."""
 
 Array = npt.NDArray[Any]
-
-SetKind = Literal["detection", "classification", "segmentation"]
-"""What a packed set's samples are labelled with, by the task that trains on it."""
-
-_IN_NOTES: dict[SetKind, frozenset[str]] = {
-    "detection": frozenset({"image_id", "file_name", "height", "width", "annotations"}),
-    "classification": frozenset({"image_id", "file_name", "label"}),
-    "segmentation": frozenset({"image_id", "file_name"}),
-}
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,7 @@ def parse_notes(raw: RawSample, kind: SetKind = "detection") -> dict[str, Any]:
         notes: dict[str, Any] = json.loads(raw.notes)
     except ValueError as error:
         raise DataError(f"annotations of sample {raw.key} cannot be read", value=str(error)) from None
-    missing = _IN_NOTES[kind] - set(notes)
+    missing = SET_KINDS[kind].notes - set(notes)
     if missing:
         raise DataError(f"annotations of sample {raw.key} lack {sorted(missing)}", fix="pack the set again")
     return notes

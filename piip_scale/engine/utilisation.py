@@ -1,15 +1,12 @@
-"""How much of a device's arithmetic a training uses, by our own count of the network's multiply-adds."""
+"""How much of a device's arithmetic a training uses, by the task's own count of its network's multiply-adds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
-
-from piip_scale.config.model import PiipConfig
-from piip_scale.models.counting import count_network
 
 # Dense bf16, from the vendor's data sheets; of two names that fit, the first.
 _PEAK_TFLOPS = {
@@ -23,9 +20,7 @@ _PEAK_TFLOPS = {
     "A800": 312.0,
     "L40S": 362.0,
 }
-_FLOPS_PER_MAC = 2
-# Forward once, backward twice: for the inputs and for the weights. What is computed anew does not count.
-_PASSES = 3
+_KNOWN_SIZES = 512
 
 
 @dataclass(frozen=True)
@@ -33,26 +28,36 @@ class Utilisation:
     """Turns the sizes of a step's images into arithmetic.
 
     Attributes:
-        network: What is counted; neck and heads are left out.
+        flops_of_image: The task's ``network_flops``: model FLOPs of a training step by an image's height and width.
         peak_tflops: Of the device in the precision of the run, ``None`` where it is not known.
     """
 
-    network: PiipConfig
+    flops_of_image: Callable[[int, int], int]
     peak_tflops: float | None
 
+    @cached_property
+    def _flops(self) -> Callable[[int, int], int]:
+        # Training of several scales meets hundreds of sizes, again and again.
+        return lru_cache(maxsize=_KNOWN_SIZES)(self.flops_of_image)
+
     def tflops(self, sizes_px: Iterable[tuple[int, int]], seconds: float) -> float:
-        """Model TFLOP/s: two for each multiply-add, forward once and backward twice, as if nothing were frozen.
+        """Model TFLOP/s of the network, as far as it is trained; see ``models.work`` for the rule.
 
         Args:
             sizes_px: Height and width of the network's input, for each image.
             seconds: What they took.
         """
-        macs = sum(_network_macs(self.network, *size) for size in sizes_px)
-        return _FLOPS_PER_MAC * _PASSES * macs / seconds / 1e12
+        return sum(self._flops(*size) for size in sizes_px) / seconds / 1e12
 
     def mfu(self, tflops: float) -> float | None:
         """Share of the peak; ``None`` where that is not known."""
         return None if self.peak_tflops is None else tflops / self.peak_tflops
+
+    @property
+    def line(self) -> str:
+        """What the numbers of a run stand for, for its log."""
+        peak = "of a peak that is not known here" if self.peak_tflops is None else f"of {self.peak_tflops:g} TFLOP/s"
+        return f"model TFLOP/s and MFU ({peak}): the network as far as it is trained, without neck and heads"
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
@@ -65,8 +70,3 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
 def peak_of(device_name: str) -> float | None:
     """Dense bf16 TFLOP/s of a GPU by the name that CUDA gives it."""
     return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
-
-
-@lru_cache(maxsize=512)
-def _network_macs(network: PiipConfig, height_px: int, width_px: int) -> int:
-    return sum(part.total_macs for part in count_network(network, height_px, width_px))

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from piip_scale import __version__
 from piip_scale.errors import PiipError
@@ -24,7 +24,6 @@ from piip_scale.world import World, node_name, read_world
 if TYPE_CHECKING:
     import torch
 
-    from piip_scale.data.sample import SetKind
 
 _CPU_BYTES, _GPU_BYTES = 8 << 20, 256 << 20
 _ROUNDS = 3
@@ -79,11 +78,12 @@ def _look(config: Path | None, overrides: Sequence[str], gpus: int) -> NodeFacts
 def _try_data(config: Path, overrides: Sequence[str]) -> PiipError | None:
     from piip_scale.config import load_config
     from piip_scale.data.reading.shards import ShardSet
+    from piip_scale.registry import row_of
 
     try:
         run = load_config(config, overrides)
         for shards in (run.data.train_shards, run.data.val_shards):
-            ShardSet.open(shards, run.data.classes, cast("SetKind", run.task))
+            ShardSet.open(shards, run.data.classes, row_of(run.task).set_kind)
     except PiipError as error:
         return error
     return None

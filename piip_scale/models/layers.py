@@ -103,7 +103,7 @@ class DropPath(nn.Module):
             return x + residual(x)
         batch = x.shape[0]
         if self.mode == "skip":
-            num_kept = max(1, round(batch * (1 - self.rate)))
+            num_kept = round(batch * computed_share(self.rate, self.mode, batch))
             kept = torch.randperm(batch, device=x.device)[:num_kept]
             return x.index_add(0, kept, residual(x[kept]), alpha=batch / num_kept)
         kept = x.new_empty((batch,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
@@ -112,6 +112,13 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
         return f"rate={self.rate:g}, mode={self.mode}"
+
+
+def computed_share(rate: float, mode: str, batch_size: int) -> float:
+    """The share of a training's micro-batch whose residual is computed."""
+    if mode != "skip":
+        return 1.0
+    return max(1, round(batch_size * (1 - rate))) / batch_size
 
 
 def build_norm(kind: str, dim: int, eps: float = NORM_EPS) -> nn.Module:

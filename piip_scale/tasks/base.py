@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
     from piip_scale.data.sample import Image
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By the config key ``train.precision``."""
+
 __all__ = [
+    "DTYPES",
     "Detections",
     "Metric",
     "Outline",
@@ -192,6 +196,10 @@ class Task(Protocol):
 
     def outline(self, config: RunConfig) -> Outline:
         """What planning needs to know of a run that differs from this task's in its network or batch only."""
+        ...
+
+    def network_flops(self, height_px: int, width_px: int) -> int:
+        """Model FLOPs of one image of this size in a training step, heads left out: what MFU is measured by."""
         ...
 
 

@@ -1,19 +1,51 @@
-"""What a run's whole model weighs and costs, part by part."""
+"""What a run's whole model weighs and costs, part by part, by the registry's rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from piip_scale.config.classification import ClassificationRun
-from piip_scale.config.detection import DetectionRun
-from piip_scale.config.model import ClassifierConfig
 from piip_scale.config.run import RunConfig
-from piip_scale.config.segmentation import SegmentationRun
-from piip_scale.models.counting import PartCount, count_network, feature_maps
+from piip_scale.models.counting import PartCount, count_network
+from piip_scale.registry import row_of
 from piip_scale.tasks.classes import declared_classes
 
-_PUBLIC_SETS = {"classification": ("ImageNet", 1000), "detection": ("COCO", 80), "segmentation": ("ADE20K", 150)}
-"""By task: the set that is counted for, and its classes, where a run's own are not known."""
+
+class Counting(Protocol):
+    """A task's count of one image: its row's ``counting`` makes it of a config and the number of classes.
+
+    Either counts an evaluation, or a training step of the config's micro-batch with its backward pass.
+    """
+
+    def network(self, height_px: int, width_px: int, *, training: bool) -> tuple[PartCount, ...]:
+        """What runs in the precision of the run: branches, interactions and, where the task has them, pyramids."""
+        ...
+
+    def heads(self, height_px: int, width_px: int, *, training: bool) -> tuple[PartCount, ...]:
+        """What follows, in float32: necks and heads.
+
+        Raises:
+            ConfigError: Heads that cannot be built, or that no rule counts.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PyramidCounting:
+    """The network of tasks whose heads take a feature pyramid.
+
+    Attributes:
+        config: The run.
+        num_classes: Classes without background.
+    """
+
+    config: RunConfig
+    num_classes: int
+
+    def network(self, height_px: int, width_px: int, *, training: bool) -> tuple[PartCount, ...]:
+        """See ``Counting.network``."""
+        batch = self.config.data.micro_batch_size if training else None
+        return count_network(self.config.model, height_px, width_px, training_batch=batch)
 
 
 @dataclass(frozen=True)
@@ -31,43 +63,60 @@ class RunCount:
     assumed_set: str
 
 
-def count_run(config: RunConfig, height_px: int, width_px: int) -> RunCount:
-    """Counts everything a run's model computes for one image at evaluation. Builds no weights.
+def counting_of(config: RunConfig, num_classes: int) -> Counting:
+    """The count of a run's task."""
+    counting: Counting = row_of(config.task).load("counting")(config, num_classes)
+    return counting
+
+
+def count_run(config: RunConfig, height_px: int, width_px: int, *, training: bool = False) -> RunCount:
+    """Counts everything a run's model computes for one image. Builds no weights.
 
     Args:
         config: The run.
         height_px: Height of the network's input, at the last branch's resolution.
         width_px: Width likewise.
+        training: Count a training step and its backward pass, not an evaluation.
 
     Raises:
         ConfigError: Heads that cannot be built, or that no rule counts.
         DataError: The run's shards are damaged.
     """
     name, num_classes = likely_classes(config)
-    return RunCount(_parts(config, num_classes, height_px, width_px), num_classes, name)
+    counting = counting_of(config, num_classes)
+    network = counting.network(height_px, width_px, training=training)
+    heads = counting.heads(height_px, width_px, training=training)
+    return RunCount((*network, *heads), num_classes, name)
+
+
+def network_flops(config: RunConfig, num_classes: int, height_px: int, width_px: int) -> int:
+    """Model FLOPs of one image in a training step, without neck and heads: what MFU is measured by, and planned with.
+
+    Backward passes count as far as something is trained, see ``models.work``. Neck and heads are out because they
+    compute in float32, to which the peak of the run's precision does not apply, and because what they compute depends
+    on what an image shows.
+    """
+    network = counting_of(config, num_classes).network(height_px, width_px, training=True)
+    return sum(part.training_flops for part in network)
+
+
+def head_flops(config: RunConfig, num_classes: int, height_px: int, width_px: int) -> int:
+    """The same of neck and heads, where an image has as many objects as the heads' samplers take.
+
+    Raises:
+        ConfigError: Heads that cannot be built, or that no rule counts.
+    """
+    heads = counting_of(config, num_classes).heads(height_px, width_px, training=True)
+    return sum(part.training_flops for part in heads)
 
 
 def likely_classes(config: RunConfig) -> tuple[str, int]:
-    """How many classes a run has, and the public set whose number it is where neither config nor shards tell.
+    """How many classes a run has, and the public set whose number it is where neither config nor shards name any.
 
     Raises:
         DataError: The run's shards are damaged.
     """
-    classes = declared_classes(config)
-    return ("", len(classes)) if classes else _PUBLIC_SETS[config.task]
-
-
-def _parts(config: RunConfig, num_classes: int, height_px: int, width_px: int) -> tuple[PartCount, ...]:
-    if isinstance(config, ClassificationRun):
-        head = ClassifierConfig(num_classes=num_classes, separate=config.classifier.separate)
-        return count_network(config.model, height_px, width_px, head)
-    network = count_network(config.model, height_px, width_px)
-    features = feature_maps(config.model, height_px, width_px)
-    if isinstance(config, SegmentationRun):
-        from piip_scale.tasks.segmentation.counting import segmentor_parts  # so does mmseg
-
-        return (*network, *segmentor_parts(config.segmentor, features, num_classes))
-    assert isinstance(config, DetectionRun)
-    from piip_scale.tasks.detection.counting import detector_parts  # mmdet takes seconds to import
-
-    return (*network, *detector_parts(config.detector, features, num_classes))
+    if classes := declared_classes(config):
+        return "", len(classes)
+    public = row_of(config.task).public_set
+    return public.name, public.num_classes

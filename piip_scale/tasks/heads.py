@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from piip_scale.models.piip import PIIP
 from piip_scale.models.rules import ParameterRule
+from piip_scale.tasks.base import DTYPES, Outline
 from piip_scale.tasks.mmlab import MMLogger
 
 
@@ -30,7 +32,7 @@ def call_in_float32(module: nn.Module, *inputs: Any, **options: Any) -> Any:
 
 
 class NetworkWithHeads(nn.Module):
-    """A PIIP network and one leaf of foreign heads, as the engine sees them: what a ``TrainableModel`` tells of itself.
+    """A PIIP network and one leaf of foreign heads, as the engine sees them: a ``TrainableModel`` but for its losses.
 
     Args:
         backbone: The network.
@@ -62,6 +64,14 @@ class NetworkWithHeads(nn.Module):
     def set_precision(self, dtype: torch.dtype) -> None:
         """Dtype of the network; heads and losses stay float32."""
         self.backbone.set_precision(dtype)
+
+
+def outline_with_heads(
+    model: NetworkWithHeads, precision: str, images_BCHW: Tensor, head_bytes: Callable[[Sequence[Tensor]], int]
+) -> Outline:
+    """What planning needs of such a model, on the meta device."""
+    model.train().set_precision(DTYPES[precision])
+    return Outline(model, model.backbone, model.parts(), "heads", partial(model.backbone, images_BCHW), head_bytes)
 
 
 def network_parts(network: PIIP) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""From a run's config to its task, its model and what draws its predictions; a new task is entered here."""
+"""From a run's config to its task, its model and what draws its predictions, by the registry's rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from piip_scale.config.classification import ClassificationRun
-from piip_scale.config.detection import DetectionRun
 from piip_scale.config.run import RunConfig
-from piip_scale.config.segmentation import SegmentationRun
-from piip_scale.errors import ConfigError
+from piip_scale.registry import row_of
 from piip_scale.tasks.classes import class_names
 from piip_scale.world import World
 
@@ -30,19 +27,8 @@ def build_task(config: RunConfig, world: World, broken_samples: Path | None = No
     Raises:
         DataError: Validation shards that are absent, damaged, or of other classes than the config's.
     """
-    if isinstance(config, DetectionRun):
-        from piip_scale.tasks.detection.task import DetectionTask
-
-        return DetectionTask(config, world, broken_samples)
-    if isinstance(config, ClassificationRun):
-        from piip_scale.tasks.classification.task import ClassificationTask
-
-        return ClassificationTask(config, world, broken_samples)
-    if isinstance(config, SegmentationRun):
-        from piip_scale.tasks.segmentation.task import SegmentationTask
-
-        return SegmentationTask(config, world, broken_samples)
-    raise _unknown(config)
+    task: Task = row_of(config.task).load("task")(config, world, broken_samples)
+    return task
 
 
 def build_model(config: RunConfig, num_classes: int) -> nn.Module:
@@ -52,19 +38,8 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
         ConfigError: Heads that cannot be built as the config says.
         KernelError: A kernel that the config names cannot be had.
     """
-    if isinstance(config, DetectionRun):
-        from piip_scale.tasks.detection.model import build_detection_model
-
-        return build_detection_model(config, num_classes)
-    if isinstance(config, ClassificationRun):
-        from piip_scale.tasks.classification.model import build_classification_model
-
-        return build_classification_model(config, num_classes)
-    if isinstance(config, SegmentationRun):
-        from piip_scale.tasks.segmentation.model import build_segmentation_model
-
-        return build_segmentation_model(config, num_classes)
-    raise _unknown(config)
+    model: nn.Module = row_of(config.task).load("model")(config, num_classes)
+    return model
 
 
 def load_model(config: RunConfig, weights: Path) -> nn.Module:
@@ -76,7 +51,7 @@ def load_model(config: RunConfig, weights: Path) -> nn.Module:
 
     Raises:
         ModelError: The file is absent or damaged, or its weights are not this model's.
-        ConfigError: The classes cannot be told.
+        ConfigError: Neither the config nor its shards name classes.
     """
     from piip_scale.tasks.weights import load_weights
 
@@ -91,27 +66,10 @@ def build_predictor(config: RunConfig, model: nn.Module, min_score: float | None
     Args:
         config: Of the run that the weights come from.
         model: From ``load_model``, on any device.
-        min_score: What scores less is not drawn; ``None`` is 0.5 for objects, 0 for classes.
+        min_score: What scores less is not drawn; ``None`` is the task's own: 0.5 for objects, 0 for classes.
 
     Raises:
-        ConfigError: The classes cannot be told.
+        ConfigError: Neither the config nor its shards name classes.
     """
-    if isinstance(config, DetectionRun):
-        from piip_scale.tasks.detection.prediction import DetectionPredictor
-
-        return DetectionPredictor(
-            model, config.data.augment, class_names(config), 0.5 if min_score is None else min_score
-        )
-    if isinstance(config, ClassificationRun):
-        from piip_scale.tasks.classification.prediction import ClassPredictor
-
-        return ClassPredictor(model, config, class_names(config), min_score or 0.0)
-    if isinstance(config, SegmentationRun):
-        from piip_scale.tasks.segmentation.prediction import SegmentationPredictor
-
-        return SegmentationPredictor(model, config.data.augment, class_names(config))
-    raise _unknown(config)
-
-
-def _unknown(config: RunConfig) -> ConfigError:
-    return ConfigError("config key task", value=config.task, rule="there is no such task")
+    predictor: Predictor = row_of(config.task).load("predictor")(config, model, class_names(config), min_score)
+    return predictor

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ from torch import nn
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import SetKind
 from piip_scale.data.stream import SampleMaker, ShardLoader
+from piip_scale.registry import row_of
 from piip_scale.tasks.base import Metric, Outline
+from piip_scale.tasks.counting import network_flops
 from piip_scale.tasks.outline import outline_run
 from piip_scale.world import World
 
@@ -29,9 +30,6 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
 
     Validation shards are opened at once, training shards when first asked for, so that evaluating needs none.
 
-    Attributes:
-        set_kind: The kind of shards it takes.
-
     Args:
         config: The run.
         world: This rank among all.
@@ -41,11 +39,10 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         DataError: Validation shards that are absent, damaged, of another kind, or of other classes than the config's.
     """
 
-    set_kind: ClassVar[SetKind]
-
     def __init__(self, config: ConfigT, world: World, broken_samples: Path | None = None) -> None:
         self.config, self.world, self._broken_samples = config, world, broken_samples
-        self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes, self.set_kind, config.data.cache)
+        self._set_kind = row_of(config.task).set_kind
+        self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes, self._set_kind, config.data.cache)
         self._val_loader = self._loader(self.val_shards)
 
     @property
@@ -104,6 +101,10 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         """What planning needs to know of a run that differs from this one's in its network or batch only."""
         return outline_run(config, len(self.classes))
 
+    def network_flops(self, height_px: int, width_px: int) -> int:
+        """Model FLOPs of one image of this size in a training step, heads left out: what MFU is measured by."""
+        return network_flops(self.config, len(self.classes), height_px, width_px)
+
     @abstractmethod
     def build_metric(self) -> Metric:
         """A fresh metric over the validation set."""
@@ -127,7 +128,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
     @cached_property
     def _train_loader(self) -> ShardLoader[BatchT]:
         data = self.config.data
-        shards = ShardSet.open(data.train_shards, self.classes, self.set_kind, data.cache)
+        shards = ShardSet.open(data.train_shards, self.classes, self._set_kind, data.cache)
         self._check_train_shards(shards)
         return self._loader(shards)
 

@@ -46,7 +46,7 @@ def test_json_holds_the_exact_numbers(config):
     small = {part["name"]: part["macs"] for part in square["parts"]}
     # Twice the cells: convolutions cost twice, attention more.
     assert large["pyramid"] == 2 * small["pyramid"]
-    assert large["branch 2"] > 2 * small["branch 2"]
+    assert large["branch 1"] > 2 * small["branch 1"]
     # Boxes are as many on an image of any size.
     assert large["box head"] == small["box head"]
 
@@ -56,7 +56,7 @@ def test_the_table_names_every_part_and_their_sum(config):
     assert lines[0].startswith("64x64 px, one image, 80 classes (COCO's: neither")
     names = [line[:16].strip() for line in lines[2:]]
     heads = ["neck", "rpn", "box head", "mask head"]
-    assert names == ["branch 1", "branch 2", "interaction 1", "merging", "pyramid", *heads, "total"]
+    assert names == ["branch 0", "branch 1", "interaction 0", "merging", "pyramid", *heads, "total"]
     columns = [[float(number.replace(",", "")) for number in line[16:].split()[:2]] for line in lines[2:]]
     assert sum(row[0] for row in columns[:-1]) == pytest.approx(columns[-1][0], abs=0.005)
     assert sum(row[1] for row in columns[:-1]) == pytest.approx(columns[-1][1], abs=0.005)

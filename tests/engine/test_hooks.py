@@ -1,13 +1,11 @@
 import pytest
 import torch
-from ranks import tiny_config
 
 from piip_scale.engine import hooks
-from piip_scale.engine.hooks import LogSteps, Silence
+from piip_scale.engine.hooks import Silence, Tell
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation, peak_of, peak_tflops
-from piip_scale.models.counting import count_network
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry.tensorboard import step_scalars
 from piip_scale.world import World
@@ -23,8 +21,8 @@ class Heard(Silence):
 
 
 def tell_of(heard, folder, peak_tflops=None):
-    utilisation = Utilisation(tiny_config().model, peak_tflops)
-    return LogSteps(
+    utilisation = Utilisation(lambda height, width: height * width * 10**12, peak_tflops)
+    return Tell(
         heard,
         RunDirectory(folder),
         World(),
@@ -63,17 +61,26 @@ def test_broken_samples_are_told_of_all_ranks_together(tmp_path, monkeypatch):
     assert step_scalars(heard.records[1], 1.0)["data/broken_samples"] == 12
 
 
-def test_utilisation_is_six_flops_a_multiply_add_of_the_network_over_the_peak(tmp_path):
+def test_utilisation_is_the_tasks_flops_over_the_peak(tmp_path):
     sizes_px, seconds = ((32, 32), (64, 96)), 0.5
-    macs = sum(part.total_macs for size in sizes_px for part in count_network(tiny_config().model, *size))
     heard = Heard()
     tell_of(heard, tmp_path, peak_tflops=2.0).after_step(report_of(1, sizes_px, seconds))
     tell_of(heard, tmp_path).after_step(report_of(1, sizes_px, seconds))
     known, unknown = heard.records
     assert known.images == 2
-    assert known.model_tflops == unknown.model_tflops == pytest.approx(6 * macs / seconds / 1e12)
+    assert known.model_tflops == unknown.model_tflops == pytest.approx((32 * 32 + 64 * 96) / seconds)
     assert known.mfu == pytest.approx(known.model_tflops / 2)
     assert unknown.mfu is None
+
+
+def test_a_size_is_counted_once_and_the_log_names_what_counts():
+    asked = []
+    use = Utilisation(lambda *size: asked.append(size) or 1, 989.0)
+    use.tflops([(32, 32)] * 3, 1.0)
+    use.tflops([(32, 32), (64, 32)], 1.0)
+    assert asked == [(32, 32), (64, 32)]
+    assert use.line.startswith("model TFLOP/s and MFU (of 989 TFLOP/s): the network as far as it is trained, without")
+    assert "not known here" in Utilisation(lambda *_: 1, None).line
 
 
 def test_peaks_are_those_of_the_names_that_cuda_gives():

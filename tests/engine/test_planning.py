@@ -12,7 +12,8 @@ from piip_scale.config.loading import check_config
 from piip_scale.engine.planning import GIB, Planner, change_lines, memory_lines
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.setup import build_engine
-from piip_scale.tasks.outline import largest_canvas_px, outline_run
+from piip_scale.tasks.detection.training_size import largest_canvas_px
+from piip_scale.tasks.outline import outline_run
 
 NETWORK = {
     "branches": [

@@ -176,6 +176,9 @@ class TinyTask:
     def build_metric(self) -> MeanScore:
         return MeanScore()
 
+    def network_flops(self, height_px: int, width_px: int) -> int:
+        return height_px * width_px
+
     def outline(self, config: RunConfig) -> Outline:
         with torch.device("meta"):
             model = TinyModel(self.dim, self.depth, self.drop).train()

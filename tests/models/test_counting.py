@@ -75,11 +75,11 @@ def test_classifier_counts_equal_torchs(separate):
 def test_parts_of_a_small_network_by_hand():
     config = PiipConfig(branches=(LARGE, SMALL), interaction=UNIT)
     parts = {part.name: part for part in count_network(config, 128, 128)}
-    assert list(parts) == ["branch 1", "branch 2", "interaction 1", "interaction 2", "merging", "pyramid"]
+    assert list(parts) == ["branch 0", "branch 1", "interaction 0", "interaction 1", "merging", "pyramid"]
     # 16 tokens of width 64, 4 blocks: qkv and proj 4 d^2, feed-forward 8 d^2 each, attention 2 n d; patches 3 * 16^2.
-    assert parts["branch 1"].macs == 16 * (768 * 64 + 4 * (12 * 64**2 + 2 * 16 * 64))
+    assert parts["branch 0"].macs == 16 * (768 * 64 + 4 * (12 * 64**2 + 2 * 16 * 64))
     # Queries of 16 cells of width 64, and of 64 cells of width 32, with 4 points.
-    assert parts["interaction 1"].sampling_macs == 5 * 4 * (16 * 64 + 64 * 32)
+    assert parts["interaction 0"].sampling_macs == 5 * 4 * (16 * 64 + 64 * 32)
     assert parts["pyramid"].macs == (4 + 16 + 4) * 64 * 64**2
 
 

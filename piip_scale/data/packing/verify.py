@@ -18,6 +18,7 @@ from piip_scale.data.packing.label_maps import decode_mapped
 from piip_scale.data.reading.pool import map_in_processes, num_processes
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.sample import Image, RawSample, SetKind, check_size, decode_image, decode_labelled, decode_sample
+from piip_scale.data.set_kinds import SET_KINDS
 from piip_scale.errors import DataError, FetchError
 
 _DIGEST_BYTES = 16
@@ -114,7 +115,7 @@ def _read_shard(checked_location: str, compare: bool, job: tuple[ShardSet, int])
         return _Findings(0, (str(error),), ())
     if is_checked and shards.files.sha256(info) != info.sha256:
         problems.append(f"shard {info.name} changed since it was packed: its SHA-256 is not the manifest's")
-    look = _LOOKS[shards.manifest.kind] if is_checked else _look_at_pixels
+    look = SET_KINDS[shards.manifest.kind].load("check") if is_checked else _look_at_pixels
     for index in shards.numbers_of_shard(number):
         raw = shards.read(index)
         try:
@@ -142,7 +143,8 @@ def _look_at_pixels(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     return 0, decode_image(raw.image, raw.key)
 
 
-def _look_at_objects(shards: ShardSet, raw: RawSample, index: int) -> _Look:
+def look_at_objects(shards: ShardSet, raw: RawSample, index: int) -> _Look:
+    """Boxes lie inside the image, and masks inside their boxes."""
     sample = decode_sample(raw, shards.label_of_category, has_masks=shards.manifest.has_masks)
     height, width = sample.pixels.shape[:2]
     boxes = sample.boxes_xyxy_px
@@ -157,22 +159,17 @@ def _look_at_objects(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     return len(target.labels), sample.pixels
 
 
-def _look_at_label(shards: ShardSet, raw: RawSample, index: int) -> _Look:
+def look_at_label(shards: ShardSet, raw: RawSample, index: int) -> _Look:
+    """The label is one of the set's."""
     sample = decode_labelled(raw, len(shards.classes))
     height_px, width_px = shards.sizes_px[index].tolist()
     check_size(sample.pixels, height_px, width_px, raw.key)
     return 1, sample.pixels
 
 
-def _look_at_map(shards: ShardSet, raw: RawSample, index: int) -> _Look:
+def look_at_map(shards: ShardSet, raw: RawSample, index: int) -> _Look:
+    """The label map is as large as its image and holds the set's labels alone."""
     sample = decode_mapped(raw, shards.map_rule)
     height_px, width_px = shards.sizes_px[index].tolist()
     check_size(sample.pixels, height_px, width_px, raw.key)
     return 1, sample.pixels
-
-
-_LOOKS: dict[SetKind, Callable[[ShardSet, RawSample, int], _Look]] = {
-    "detection": _look_at_objects,
-    "classification": _look_at_label,
-    "segmentation": _look_at_map,
-}

@@ -18,6 +18,13 @@ from piip_scale.tasks.classification.model import Classification, Classification
 from piip_scale.tasks.drawing import draw_names
 
 
+def build_predictor(
+    config: ClassificationRun, model: nn.Module, classes: Sequence[str], min_score: float | None
+) -> ClassPredictor:
+    """The registry's ``predictor`` of classification: the best classes are drawn whatever they score."""
+    return ClassPredictor(model, config, classes, min_score or 0.0)
+
+
 class ClassPredictor:
     """A classifier on single images: a ``Predictor``.
 

@@ -16,8 +16,6 @@ from piip_scale.tasks.shard_task import ShardTask
 class ClassificationTask(ShardTask[ClassificationRun, ClassificationBatch]):
     """Training and evaluating a classifier."""
 
-    set_kind = "classification"
-
     def build_metric(self) -> AccuracyMetric:
         """A fresh metric over the validation set."""
         return AccuracyMetric(self.classes)

@@ -1,26 +1,44 @@
-"""What mmdet's necks and heads weigh, and what they cost for one image at evaluation."""
+"""What mmdet's necks and heads weigh, and what they cost for one image."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.detection import DetectorConfig
+from piip_scale.config.detection import DetectionRun, DetectorConfig
 from piip_scale.errors import ConfigError
 from piip_scale.models.branch import FeatureSpec
-from piip_scale.models.counting import MACS_PER_SAMPLE, PartCount, num_parameters
+from piip_scale.models.counting import PartCount, feature_maps, part_count
+from piip_scale.models.network_work import MACS_PER_SAMPLE
+from piip_scale.models.work import Work, layer, product, total
+from piip_scale.tasks.counting import PyramidCounting
+from piip_scale.tasks.detection.memory import DENOISING_QUERIES
 from piip_scale.tasks.detection.model import DetectionHeads
-from piip_scale.tasks.layer_macs import layer_macs, linear_macs
+from piip_scale.tasks.layer_work import layer_work, linear_work
 
 _ROI_HEADS = ("StandardRoIHead", "CascadeRoIHead")
-_Rule = Callable[[Any, Sequence[Tensor]], Iterator[PartCount]]
+_Rule = Callable[[Any, Sequence[Tensor], bool], Iterator[PartCount]]
+
+
+@dataclass(frozen=True)
+class DetectionCounting(PyramidCounting):
+    """The count of a detector: a ``Counting``."""
+
+    config: DetectionRun
+
+    def heads(self, height_px: int, width_px: int, *, training: bool) -> tuple[PartCount, ...]:
+        """See ``Counting.heads``."""
+        features = feature_maps(self.config.model, height_px, width_px)
+        return detector_parts(self.config.detector, features, self.num_classes, training)
 
 
 def detector_parts(
-    config: DetectorConfig, features: Sequence[tuple[FeatureSpec, Tensor]], num_classes: int
+    config: DetectorConfig, features: Sequence[tuple[FeatureSpec, Tensor]], num_classes: int, training: bool = False
 ) -> tuple[PartCount, ...]:
     """Counts neck and heads. Norms, activations, RoIAlign and NMS are no multiply-accumulates of layers: left out.
 
@@ -28,20 +46,22 @@ def detector_parts(
         config: Kind and overrides.
         features: What the network offers, see ``models.counting.feature_maps``.
         num_classes: Classes without background.
+        training: Count a training step and its backward pass: RoI heads on as many boxes as their samplers draw, all
+            of them and a full share of positive ones; DINO with its denoising queries.
 
     Returns:
-        The neck, then of R-CNNs RPN, box head and perhaps mask head, with as many proposals and detections as the
-        detector's ``test_cfg`` lets through; of DINO encoder, query selection, decoder and box head.
+        The neck, then of R-CNNs RPN, box head and perhaps mask head, at evaluation with as many proposals and
+        detections as the detector's ``test_cfg`` lets through; of DINO encoder, query selection, decoder and box head.
 
     Raises:
         ConfigError: Overrides that mmdet does not know, or heads that no rule here counts.
     """
     with torch.device("meta"):
-        heads = DetectionHeads(config, [spec for spec, _ in features], num_classes).eval().requires_grad_(False)
+        heads = DetectionHeads(config, [spec for spec, _ in features], num_classes).eval()
     detector: Any = heads.detector
-    levels, macs = layer_macs(detector.neck, tuple(features[index][1] for index in heads.feature_indices))
-    neck = PartCount("neck", num_parameters(detector.neck), macs, note=f"{len(levels)} levels")
-    return (neck, *_rule_of(detector)(detector, levels))
+    levels, work = layer_work(detector.neck, tuple(features[index][1] for index in heads.feature_indices))
+    neck = part_count("neck", detector.neck, work, note=f"{len(levels)} levels", training=training)
+    return (neck, *_rule_of(detector)(detector, levels, training))
 
 
 def _rule_of(detector: Any) -> _Rule:
@@ -54,15 +74,20 @@ def _rule_of(detector: Any) -> _Rule:
     raise ConfigError("heads cannot be counted", value=name, rule=rule)
 
 
-def _rcnn_parts(detector: Any, levels: Sequence[Tensor]) -> Iterator[PartCount]:
+def _rcnn_parts(detector: Any, levels: Sequence[Tensor], training: bool) -> Iterator[PartCount]:
     rpn, roi = detector.rpn_head, detector.roi_head
-    yield PartCount("rpn", num_parameters(rpn), layer_macs(rpn, levels)[1])
-    yield _roi_part("box head", roi.bbox_head, roi.bbox_roi_extractor, _limit("rpn", rpn.test_cfg), "proposals")
+    yield part_count("rpn", rpn, layer_work(rpn, levels)[1], training=training)
+    stages = _sampled if training else _limited
+    box = stages(detector, "rpn", "proposals")
+    yield _roi_part("box head", roi.bbox_head, roi.bbox_roi_extractor, *box, training)
     if roi.with_mask:
-        yield _roi_part("mask head", roi.mask_head, roi.mask_roi_extractor, _limit("rcnn", roi.test_cfg), "detections")
+        mask = stages(detector, "rcnn", "detections")
+        yield _roi_part("mask head", roi.mask_head, roi.mask_roi_extractor, *mask, training)
 
 
-def _limit(stage: str, test_cfg: Any) -> int:
+def _limited(detector: Any, stage: str, what: str) -> tuple[list[int], str]:
+    """Boxes of each stage's head at evaluation, and what they are called."""
+    test_cfg = detector.rpn_head.test_cfg if stage == "rpn" else detector.roi_head.test_cfg
     limit = test_cfg.max_per_img
     if not isinstance(limit, int) or limit < 1:
         raise ConfigError(
@@ -70,64 +95,77 @@ def _limit(stage: str, test_cfg: Any) -> int:
             value=limit,
             rule="heads cost what the limit lets through: it must be at least 1",
         )
-    return limit
+    # Every stage of a cascade works on every RoI, and masks are means over stages.
+    return [limit] * len(_stages(detector.roi_head.bbox_head)), f"at most {limit} {what}"
 
 
-def _roi_part(name: str, head: nn.Module, extractor: nn.Module, num_rois: int, what: str) -> PartCount:
-    stages = list(zip(_stages(head), _stages(extractor), strict=True))
-    # At evaluation every stage of a cascade works on every RoI, and masks are means over stages.
-    macs = sum(num_rois * _macs_per_roi(stage, pool) for stage, pool in stages)
-    note = f"at most {num_rois} {what}" + (f", {len(stages)} stages" if len(stages) > 1 else "")
-    return PartCount(name, num_parameters(head), macs, note=note)
+def _sampled(detector: Any, stage: str, _: str) -> tuple[list[int], str]:
+    """Boxes of each stage's head in training, and what they are called."""
+    settings = detector.roi_head.train_cfg
+    samplers = [one.sampler for one in (settings if isinstance(settings, list | tuple) else [settings])]
+    if stage == "rpn":
+        return [sampler.num for sampler in samplers], f"at most {samplers[0].num} sampled boxes"
+    positive = [int(sampler.num * sampler.pos_fraction) for sampler in samplers]
+    return positive, f"at most {positive[0]} sampled objects"
+
+
+def _roi_part(
+    name: str, head: nn.Module, extractor: nn.Module, num_rois: Sequence[int], note: str, training: bool
+) -> PartCount:
+    stages = zip(_stages(head), _stages(extractor), num_rois, strict=True)
+    work = total(_of_rois(stage, pool, rois) for stage, pool, rois in stages)
+    note += f", {len(num_rois)} stages" if len(num_rois) > 1 else ""
+    return part_count(name, head, work, note=note, training=training)
 
 
 def _stages(module: nn.Module) -> list[nn.Module]:
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
-def _macs_per_roi(head: nn.Module, extractor: Any) -> int:
+def _of_rois(head: nn.Module, extractor: Any, num_rois: int) -> Work:
     size = extractor.roi_layers[0].output_size
-    return layer_macs(head, torch.empty(1, extractor.out_channels, *size, device="meta"))[1]
+    pooled = torch.empty(1, extractor.out_channels, *size, device="meta", requires_grad=True)
+    work = layer_work(head, pooled)[1]
+    return Work(num_rois * work.forward, num_rois * work.backward)
 
 
-def _dino_parts(detector: Any, levels: Sequence[Tensor]) -> Iterator[PartCount]:
-    tokens, queries = sum(level.shape[-2:].numel() for level in levels), detector.num_queries
+def _dino_parts(detector: Any, levels: Sequence[Tensor], training: bool) -> Iterator[PartCount]:
+    tokens = sum(level.shape[-2:].numel() for level in levels)
+    queries = detector.num_queries + (DENOISING_QUERIES if training else 0)
+    counted = partial(part_count, training=training)
     # The last of the head's branches scores the encoder's tokens, the others follow the decoder's layers.
     *labels, first_labels = detector.bbox_head.cls_branches
     *boxes, first_boxes = detector.bbox_head.reg_branches
-    yield _encoder_part(detector.encoder, tokens)
+    sampling = total(_sampling(encoder_layer.self_attn, tokens) for encoder_layer in detector.encoder.layers)
+    yield counted("encoder", detector.encoder, linear_work(detector.encoder, tokens), sampling, f"{tokens} tokens")
     selection = nn.ModuleList([detector.memory_trans_fc, detector.memory_trans_norm, first_labels, first_boxes])
     embedded = nn.ModuleList([detector.query_embedding, detector.dn_query_generator])
-    parameters = num_parameters(selection) + num_parameters(embedded) + detector.level_embed.numel()
-    yield PartCount("query selection", parameters, linear_macs(selection, tokens), note=f"{tokens} tokens")
-    yield _decoder_part(detector.decoder, queries, tokens)
+    weights = nn.ParameterList([*selection.parameters(), *embedded.parameters(), detector.level_embed])
+    yield counted("query selection", weights, linear_work(selection, tokens), note=f"{tokens} tokens")
+    decoding = _decoding(detector.decoder, queries, tokens)
+    yield counted("decoder", detector.decoder, *decoding, f"{queries} queries")
     # Boxes are computed twice: to refine the references of the next layer, and as what this one predicts.
-    macs = linear_macs(nn.ModuleList(labels), queries) + 2 * linear_macs(nn.ModuleList(boxes), queries)
+    refined = linear_work(nn.ModuleList(boxes), queries)
+    work = linear_work(nn.ModuleList(labels), queries) + refined + refined
     note = f"{queries} queries after each of {len(labels)} layers"
-    yield PartCount("box head", num_parameters(nn.ModuleList([*labels, *boxes])), macs, note=note)
+    yield counted("box head", nn.ModuleList([*labels, *boxes]), work, note=note)
 
 
-def _encoder_part(encoder: Any, tokens: int) -> PartCount:
-    sampling = sum(_sampling_macs(layer.self_attn, tokens) for layer in encoder.layers)
-    return PartCount("encoder", num_parameters(encoder), linear_macs(encoder, tokens), sampling, f"{tokens} tokens")
+def _decoding(decoder: Any, queries: int, tokens: int) -> tuple[Work, Work]:
+    work = total(_decoder_layer(decoder_layer, queries, tokens) for decoder_layer in decoder.layers)
+    work += total(linear_work(decoder.ref_point_head, queries) for _ in decoder.layers)
+    return work, total(_sampling(decoder_layer.cross_attn, queries) for decoder_layer in decoder.layers)
 
 
-def _decoder_part(decoder: Any, queries: int, tokens: int) -> PartCount:
-    macs = sum(_decoder_layer_macs(layer, queries, tokens) for layer in decoder.layers)
-    macs += len(decoder.layers) * linear_macs(decoder.ref_point_head, queries)
-    sampling = sum(_sampling_macs(layer.cross_attn, queries) for layer in decoder.layers)
-    return PartCount("decoder", num_parameters(decoder), macs, sampling, f"{queries} queries")
-
-
-def _decoder_layer_macs(layer: Any, queries: int, tokens: int) -> int:
-    attention, cross = layer.self_attn.attn, layer.cross_attn
+def _decoder_layer(decoder_layer: Any, queries: int, tokens: int) -> Work:
+    attention, cross = decoder_layer.self_attn.attn, decoder_layer.cross_attn
     # torch's module keeps the projections to queries, keys and values in one matrix, outside of any linear layer.
-    among = queries * (attention.in_proj_weight.numel() + attention.out_proj.weight.numel())
-    among += 2 * queries**2 * int(attention.embed_dim)
-    values = (tokens - queries) * cross.value_proj.weight.numel()
-    return int(among + linear_macs(cross, queries) + values + linear_macs(layer.ffn, queries))
+    among = layer(queries * (attention.in_proj_weight.numel() + attention.out_proj.weight.numel()))
+    among += product(2 * queries**2 * int(attention.embed_dim))
+    values = layer((tokens - queries) * cross.value_proj.weight.numel())
+    return among + linear_work(cross, queries) + values + linear_work(decoder_layer.ffn, queries)
 
 
-def _sampling_macs(attention: Any, queries: int) -> int:
+def _sampling(attention: Any, queries: int) -> Work:
     points = attention.num_levels * attention.num_points
-    return int(MACS_PER_SAMPLE * queries * points * attention.value_proj.out_features)
+    return product(int(MACS_PER_SAMPLE * queries * points * attention.value_proj.out_features))

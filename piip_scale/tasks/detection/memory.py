@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from piip_scale.tasks.detection.model import DetectionHeads
+from piip_scale.config.detection import DetectionRun
+from piip_scale.tasks.base import Outline
+from piip_scale.tasks.detection.model import DetectionHeads, build_detection_model
+from piip_scale.tasks.heads import outline_with_heads
 from piip_scale.tasks.saved_activations import saved_for_backward
 
 _FLOAT_BYTES = 4
 # Denoising queries of a DINO beside the matched ones, at mmdet's own dn_cfg.
-_DENOISING_QUERIES = 200
+DENOISING_QUERIES = 200
+
+
+def outline_detector(config: DetectionRun, num_classes: int, images_BCHW: Tensor) -> Outline:
+    """What planning a detector's memory needs; see ``tasks.outline``."""
+    model = build_detection_model(config, num_classes)
+    return outline_with_heads(model, config.train.precision, images_BCHW, partial(head_bytes, model.heads))
 
 
 def head_bytes(heads: DetectionHeads, features: Sequence[Tensor]) -> int:
@@ -58,7 +68,7 @@ def _roi_bytes(head: nn.Module, extractor: Any, num_rois: int) -> int:
 
 def _dino_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[int]:
     batch, tokens = levels[0].shape[0], sum(level.shape[-2:].numel() for level in levels)
-    queries = detector.num_queries + _DENOISING_QUERIES
+    queries = detector.num_queries + DENOISING_QUERIES
     yield sum(level.nbytes for level in levels)
     yield batch * tokens * _FLOAT_BYTES * sum(map(_layer_floats, detector.encoder.layers))
     among = sum(layer.self_attn.attn.num_heads * queries**2 for layer in detector.decoder.layers)

@@ -14,7 +14,7 @@ import PIL.ImageOps
 import torch
 from torch import nn
 
-from piip_scale.config.detection import AugmentConfig
+from piip_scale.config.detection import AugmentConfig, DetectionRun
 from piip_scale.data.augment.canvas import canvas_of
 from piip_scale.data.augment.transforms import evaluation_geometry
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
@@ -25,6 +25,8 @@ from piip_scale.tasks.drawing import DrawingStyle, draw_detections
 
 if TYPE_CHECKING:
     from piip_scale.tasks.detection.model import DetectionModel
+
+_MIN_SCORE = 0.5
 
 
 def read_image(path: Path) -> Image:
@@ -42,6 +44,13 @@ def read_image(path: Path) -> Image:
     if photo.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1:
         return pixels
     return np.array(PIL.ImageOps.exif_transpose(photo).convert("RGB"))
+
+
+def build_predictor(
+    config: DetectionRun, model: nn.Module, classes: Sequence[str], min_score: float | None
+) -> DetectionPredictor:
+    """The registry's ``predictor`` of detection."""
+    return DetectionPredictor(model, config.data.augment, classes, _MIN_SCORE if min_score is None else min_score)
 
 
 class DetectionPredictor:

@@ -21,8 +21,6 @@ MASK_KINDS = frozenset({"mask_rcnn", "cascade_mask_rcnn"})
 class DetectionTask(ShardTask[DetectionRun, DetectionBatch]):
     """Training and evaluating a detector."""
 
-    set_kind = "detection"
-
     def build_metric(self) -> CocoMetric:
         """A fresh metric over the validation set; masks count where detector and set have them."""
         with_masks = self.config.detector.kind in MASK_KINDS and self.val_shards.manifest.has_masks

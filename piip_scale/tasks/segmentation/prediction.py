@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 from torch import nn
 
-from piip_scale.config.segmentation import SegmentationAugment
+from piip_scale.config.segmentation import SegmentationAugment, SegmentationRun
 from piip_scale.data.augment.canvas import canvas_of
 from piip_scale.data.augment.map_transforms import resized, resized_px
 from piip_scale.data.batch import ImageInfo, SegmentationBatch
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from piip_scale.tasks.segmentation.model import SegmentationModel
 
 _MOST_NAMED = 3
+
+
+def build_predictor(
+    config: SegmentationRun, model: nn.Module, classes: Sequence[str], min_score: float | None
+) -> SegmentationPredictor:
+    """The registry's ``predictor`` of segmentation: every pixel has a class, whatever it scores."""
+    return SegmentationPredictor(model, config.data.augment, classes)
 
 
 class SegmentationPredictor:

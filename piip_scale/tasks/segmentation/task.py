@@ -15,8 +15,6 @@ from piip_scale.tasks.shard_task import ShardTask
 class SegmentationTask(ShardTask[SegmentationRun, SegmentationBatch]):
     """Training and evaluating a segmentor."""
 
-    set_kind = "segmentation"
-
     def build_metric(self) -> SegmentationMetric:
         """A fresh metric over the validation set."""
         return SegmentationMetric(self.classes)

@@ -1,0 +1,246 @@
+"""What the layers of a network compute for one image, forward and backward, from the config's numbers alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from piip_scale.config.model import (
+    BranchConfig,
+    ClassifierConfig,
+    ConvNextBranchConfig,
+    InteractionConfig,
+    PiipConfig,
+    VitBranchConfig,
+)
+from piip_scale.models.layers import computed_share
+from piip_scale.models.work import Work, layer, product, total
+
+Grid = tuple[int, int]
+
+MACS_PER_SAMPLE = 5
+"""Of a bilinear sample and its weight, for each channel of the query: the convention of the published counts."""
+_FFN_KERNEL = _MERGE_KERNEL = 3
+_CONVNEXT_KERNEL, _CONVNEXT_RATIO = 7, 4
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What a count includes.
+
+    Attributes:
+        padded_attention: Count a window's padded tokens in its attention, as they are computed.
+        padded_qkv: Count them in the projection to queries, keys and values.
+        simple_merge_kernels: Sides of the kernels that bring a branch to the common width before a simple pyramid.
+    """
+
+    padded_attention: bool = True
+    padded_qkv: bool = True
+    simple_merge_kernels: tuple[int, ...] = (3, 3)
+
+
+AS_COMPUTED = Convention()
+PUBLISHED = Convention(padded_attention=False, simple_merge_kernels=(1,))
+"""The published counts: attention without padding, and one 1x1 kernel a branch where the released code has two 3x3."""
+PUBLISHED_UNPADDED = Convention(padded_attention=False, padded_qkv=False, simple_merge_kernels=(1,))
+"""Some published rows leave the padding out of the qkv projection too."""
+
+
+@dataclass(frozen=True)
+class End:
+    """A branch where it meets the others.
+
+    Attributes:
+        cells: Of its grid.
+        dim: Channels.
+        upstream: Whether its features have a gradient: something below them is trained.
+    """
+
+    cells: int
+    dim: int
+    upstream: bool
+
+
+class NetworkWork:
+    """The arithmetic of one network on images of one size.
+
+    Args:
+        config: The network.
+        height_px: Height of its input, at the last branch's resolution.
+        width_px: Width likewise.
+        convention: What to include.
+        training_batch: Images of a training's micro-batch, of which stochastic depth may skip some; ``None`` counts an
+            evaluation.
+    """
+
+    def __init__(
+        self, config: PiipConfig, height_px: int, width_px: int, convention: Convention, training_batch: int | None
+    ) -> None:
+        self.config, self._convention, self._batch = config, convention, training_batch
+        self.grids = [self._grids(index, height_px, width_px) for index in range(len(config.branches))]
+
+    def branch(self, index: int) -> Work:
+        """Of a branch, its embedding included."""
+        config, grids = self.config.branches[index], self.grids[index]
+        frozen = _num_frozen(config)
+        # No image has a gradient, and the embedding is frozen with the first block.
+        embedding = layer(_embedding_macs(config, grids), trained=not frozen, upstream=False)
+        return embedding + total(self._block(index, block) for block in range(config.depth))
+
+    def stage(self, stage: int) -> tuple[Work, Work]:
+        """Of a stage's units, and of their sampling."""
+        ends = [self._before_units(index, stage) for index in range(len(self.config.branches))]
+        work = sampling = Work()
+        for pair, (large, small) in enumerate(pairwise(ends)):
+            # Units run from the last pair down: the smaller model of all but the last has been through one.
+            met = pair + 1 < len(ends) - 1
+            units, samples = self._unit(large, End(small.cells, small.dim, small.upstream or met))
+            work, sampling = work + units, sampling + samples
+        return work, sampling
+
+    def merging(self, stage: int) -> Work:
+        """Of bringing all branches to one width, for the levels taken after a stage."""
+        ends = self.ends(stage)
+        if len(ends) == 1:
+            return Work()
+        merged = ends[0].dim
+        if self.config.pyramid.kind == "regular":
+            # The first branch has the common width already.
+            return total(layer(_MERGE_KERNEL**2 * end.cells * end.dim * merged) for end in ends[1:])
+        first, *others = (kernel**2 for kernel in self._convention.simple_merge_kernels)
+        return total(layer(end.cells * merged * (first * end.dim + sum(others) * merged)) for end in ends)
+
+    def pyramid(self) -> Work:
+        """Of enlarging the merged map, level by level."""
+        work = Work()
+        for stage, scale in zip(self.config.level_stages(), self.config.pyramid.scales, strict=True):
+            ends = self.ends(stage)
+            # A doubling has one kernel of 2x2 for each of its outputs' cells: 4 products of channels for each cell.
+            for step in range(int(math.log2(scale)) if scale > 1 else 0):
+                macs = 4 ** (step + 1) * ends[-1].cells * ends[0].dim ** 2
+                work += layer(macs, upstream=step > 0 or ends[-1].upstream)
+        return work
+
+    def class_head(self, head: ClassifierConfig) -> Work:
+        """Of a classifier's head; its norms are trained, so that its layers' inputs have gradients."""
+        ends = self.ends(self.config.interaction.num_stages - 1)
+        if head.separate:
+            return layer(sum(end.dim * head.num_classes for end in ends))
+        merged = ends[0].dim
+        return layer(merged * head.num_classes + sum(end.cells * end.dim * merged for end in ends[1:]))
+
+    def ends(self, stage: int) -> list[End]:
+        """All branches after a stage and its units."""
+        joined = len(self.config.branches) > 1
+        ends = [self._before_units(index, stage) for index in range(len(self.config.branches))]
+        return [End(end.cells, end.dim, end.upstream or joined) for end in ends]
+
+    def _before_units(self, index: int, stage: int) -> End:
+        last = self.config.last_blocks(index)[stage]
+        branch = self.config.branches[index]
+        upstream = self._upstream(index, last) or last >= _num_frozen(branch)
+        return End(_cells(self.grids[index][last]), branch.width_after(last), upstream)
+
+    def _upstream(self, index: int, block: int) -> bool:
+        """Whether what enters a block has a gradient: a block below it is trained, or units, which always are."""
+        frozen = _num_frozen(self.config.branches[index])
+        met = len(self.config.branches) > 1 and block > self.config.last_blocks(index)[0]
+        return frozen == 0 or block > frozen or met
+
+    def _grids(self, index: int, height_px: int, width_px: int) -> list[Grid]:
+        """A branch's grid after each of its blocks."""
+        branch = self.config.branches[index]
+        scale = min(1.0, branch.resolution_px / self.config.branches[-1].resolution_px)
+        sides = [math.floor(side * scale) for side in (height_px, width_px)]
+        strides = [branch.stride_after_px(block) for block in range(branch.depth)]
+        return [(sides[0] // stride, sides[1] // stride) for stride in strides]
+
+    def _block(self, index: int, block: int) -> Work:
+        branch, grid = self.config.branches[index], self.grids[index][block]
+        trained, upstream = block >= _num_frozen(branch), self._upstream(index, block)
+        if isinstance(branch, ConvNextBranchConfig):
+            work, rate = _convnext_work(branch, block, grid, trained, upstream)
+        else:
+            window = branch.window_size_tokens[block] if branch.window_size_tokens else 0
+            work = _vit_work(branch, grid, window, self._convention, trained, upstream)
+            rate = branch.drop_path_rate_of(block, branch.depth)
+        # Frozen blocks drop no paths.
+        return work.of_share(self._share(rate if trained else 0.0, branch.drop_path_mode))
+
+    def _share(self, rate: float, mode: str) -> float:
+        return 1.0 if self._batch is None else computed_share(rate, mode, self._batch)
+
+    def _unit(self, large: End, small: End) -> tuple[Work, Work]:
+        unit = self.config.interaction
+        to_large, to_small, work = small, large, Work()
+        if unit.projection:
+            macs = large.dim * small.dim
+            work = layer(small.cells * macs, upstream=small.upstream) + layer(
+                large.cells * macs, upstream=large.upstream
+            )
+            to_large, to_small = End(small.cells, large.dim, True), End(large.cells, small.dim, True)
+        sampling = Work()
+        for query, source in ((large, to_large), (small, to_small)):
+            work += self._injection(unit, query, source)
+            if unit.attention == "deform":
+                sampling += product(MACS_PER_SAMPLE * query.cells * unit.num_points * query.dim)
+        return work, sampling
+
+    def _injection(self, unit: InteractionConfig, query: End, source: End) -> Work:
+        # Trained norms give their outputs a gradient whatever lies below them.
+        normed = unit.norm != "none"
+        asks, shows = normed or query.upstream, normed or source.upstream
+        dim, hidden = query.dim, int(query.dim * unit.ffn_ratio)
+        ffn = layer(query.cells * (2 * dim * hidden + _FFN_KERNEL**2 * hidden))
+        work = ffn.of_share(self._share(unit.drop_path_rate, unit.drop_path_mode))
+        if unit.attention == "cross":
+            work += layer(query.cells * dim**2, upstream=asks) + layer(query.cells * dim**2)
+            work += layer(2 * source.cells * source.dim * dim, upstream=shows)
+            return work + product(2 * query.cells * source.cells * dim)
+        value_dim = int(dim * unit.value_ratio)
+        choices = query.cells * dim * unit.num_heads * unit.num_points * 3
+        work += layer(choices, upstream=asks) + layer(source.cells * source.dim * value_dim, upstream=shows)
+        return work + layer(query.cells * value_dim * dim)
+
+
+def _num_frozen(branch: BranchConfig) -> int:
+    return branch.depth if branch.frozen_blocks == "all" else branch.frozen_blocks
+
+
+def _cells(grid: Grid) -> int:
+    return grid[0] * grid[1]
+
+
+def _embedding_macs(branch: BranchConfig, grids: list[Grid]) -> int:
+    patch = branch.stride_after_px(0)
+    return _cells(grids[0]) * 3 * patch**2 * branch.width_after(0)
+
+
+def _vit_work(
+    branch: VitBranchConfig, grid: Grid, window: int, convention: Convention, trained: bool, upstream: bool
+) -> Work:
+    dim, tokens = branch.embed_dim, _cells(grid) + branch.class_token
+    padded = math.prod(-(-side // window) * window for side in grid) if window else tokens
+    projected = padded if convention.padded_qkv else tokens
+    attended = padded if convention.padded_attention else tokens
+    mlp = 2 * tokens * dim * int(dim * branch.mlp_ratio)
+    # A trained block begins with a trained norm: inside it everything has a gradient.
+    inside = trained or upstream
+    layers = layer(projected * 3 * dim**2 + tokens * dim**2 + mlp, trained=trained, upstream=inside)
+    return layers + product(2 * attended * (window**2 if window else tokens) * dim, upstream=inside)
+
+
+def _convnext_work(
+    branch: ConvNextBranchConfig, block: int, grid: Grid, trained: bool, upstream: bool
+) -> tuple[Work, float]:
+    """Of a layer, and the rate of its stochastic depth."""
+    dim, before = branch.width_after(block), branch.width_after(max(block - 1, 0))
+    inside = trained or upstream
+    if block and branch.stage_of(block) != branch.stage_of(block - 1):
+        return layer(_cells(grid) * 4 * before * dim, trained=trained, upstream=inside), 0.0
+    # Here the norm comes after the convolution.
+    convolution = layer(_cells(grid) * _CONVNEXT_KERNEL**2 * dim, trained=trained, upstream=upstream)
+    mlp = layer(_cells(grid) * 2 * _CONVNEXT_RATIO * dim**2, trained=trained, upstream=inside)
+    rate = branch.drop_path_rate_of(block - branch.stage_of(block), sum(branch.depths))
+    return convolution + mlp, rate
