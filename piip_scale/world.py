@@ -138,6 +138,7 @@ class Allocation:
         cpus_per_task: Likewise.
         gpus_per_node: GPUs of this node that are the job's.
         array_task: Index of the task in its array; ``None`` outside of one.
+        array_job: Number of the array, which is also the own one of its last task; ``None`` outside of one.
     """
 
     job_id: int
@@ -149,6 +150,13 @@ class Allocation:
     cpus_per_task: int | None = None
     gpus_per_node: int = 0
     array_task: int | None = None
+    array_job: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The job as Slurm's commands must call it: the number of a task may be that of its whole array."""
+        is_task = self.array_job is not None and self.array_task is not None
+        return f"{self.array_job}_{self.array_task}" if is_task else str(self.job_id)
 
 
 def read_allocation(environment: Mapping[str, str] | None = None) -> Allocation | None:
@@ -173,6 +181,7 @@ def read_allocation(environment: Mapping[str, str] | None = None) -> Allocation 
         cpus_per_task=_optional(env, "SLURM_CPUS_PER_TASK"),
         gpus_per_node=_optional(env, "SLURM_GPUS_ON_NODE") or 0,
         array_task=_optional(env, "SLURM_ARRAY_TASK_ID"),
+        array_job=_optional(env, "SLURM_ARRAY_JOB_ID"),
     )
 
 

@@ -12,7 +12,8 @@ from piip_scale.errors import SlurmError
 from piip_scale.launch.executors import LostNodes, ProcessStep, Step, with_code
 from piip_scale.launch.job_log import log_line
 from piip_scale.launch.queue import submit_script
-from piip_scale.launch.slurm_commands import JobRecord, Slurm
+from piip_scale.launch.slurm_commands import Slurm
+from piip_scale.launch.slurm_records import JobRecord, NodeRecord, usable_nodes
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import note_submitted
 from piip_scale.logging import get_logger
@@ -43,16 +44,16 @@ def srun_command(
 class SlurmStep(ProcessStep):
     """A step of a job, behind its srun."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], slurm: Slurm, job_id: int) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], slurm: Slurm, job: str) -> None:
         super().__init__(command, environment)
-        self._slurm, self._job_id = slurm, job_id
+        self._slurm, self._job = slurm, job
 
     def ask_for_stacks(self) -> None:
         """Not by srun, which passes on only signals of its own choice."""
         for number in (int(STACK_SIGNAL), int(signal.SIGCONT)):
             with suppress(SlurmError):
-                for step_id in self._slurm.step_ids(self._job_id)[-1:]:
-                    self._slurm.signal_step(self._job_id, step_id, number)
+                for step_id in self._slurm.step_ids(self._job)[-1:]:
+                    self._slurm.signal_step(self._job, step_id, number)
 
     def end(self) -> None:
         """Srun takes TERM for the wish to kill all tasks."""
@@ -72,6 +73,8 @@ class SlurmExecutor:
 
     def __init__(self, spec: JobSpec, allocation: Allocation, slurm: Slurm) -> None:
         self.job_id, self.restart_count = allocation.job_id, allocation.restart_count
+        # Every command is about this one: of an array, about this one task.
+        self._name = allocation.name
         self._spec, self._allocation, self._slurm = spec, allocation, slurm
 
     def allocated(self) -> tuple[str, ...]:
@@ -80,7 +83,7 @@ class SlurmExecutor:
 
     def lost(self, nodes: Sequence[str]) -> LostNodes:
         """Which are down, or were taken from the job because they were."""
-        down, job = dict(self.down(nodes)), self._slurm.job(self.job_id)
+        down, job = dict(self.down(nodes)), self._slurm.job(self._name)
         # A job that is on its way back into the queue has none any more.
         has_nodes = job.state == "RUNNING" and job.restarts == self.restart_count
         own = self._slurm.hostnames(job.node_list) if has_nodes else nodes
@@ -108,7 +111,7 @@ class SlurmExecutor:
             alone=not is_training,
         )
         environment = with_code(self._spec, os.environ) | self._meeting_point(nodes, tasks_per_node, number)
-        return SlurmStep([*command, *self._spec.rank_command, *words], environment, self._slurm, self.job_id)
+        return SlurmStep([*command, *self._spec.rank_command, *words], environment, self._slurm, self._name)
 
     def _meeting_point(self, nodes: Sequence[str], tasks_per_node: int, number: int) -> dict[str, str]:
         records = self._slurm.nodes(nodes[:1])
@@ -123,7 +126,7 @@ class SlurmExecutor:
     def why_ending(self) -> str:
         """What the controller says of the job."""
         try:
-            job = self._slurm.job(self.job_id)
+            job = self._slurm.job(self._name)
         except SlurmError:
             return ""
         return ending(job, self.restart_count)
@@ -137,64 +140,106 @@ class SlurmExecutor:
 
     def requeue(self, exclude: Sequence[str]) -> str:
         """Puts this job back into the queue; where the site does not let it, has another follow it."""
-        job = self._slurm.job(self.job_id)
+        job = self._slurm.job(self._name)
         exclude = self._affordable(exclude, job)
         if job.restarts > self.restart_count:
-            return "Slurm has put the job back into the queue itself" + self._try_exclude(exclude)
+            return "Slurm has put the job back into the queue itself" + self._try_restrict(exclude, job)
         if self._spec.requeue:
             try:
-                self._slurm.requeue(self.job_id)
+                self._slurm.requeue(self._name)
             except SlurmError as error:
                 get_logger(__name__).warning("%s; a successor is submitted instead", error.line)
             else:
-                return f"job {self.job_id} is back in the queue" + self._try_exclude(exclude)
-        return self._succeed(exclude)
+                return f"job {self._name} is back in the queue" + self._try_restrict(exclude, job)
+        return self._succeed(exclude, job)
 
     def end_chain(self) -> None:
         """Jobs that were submitted to follow this one would only meet the same."""
-        following = self._slurm.successors(self.job_id, self._spec.name)
+        following = self._slurm.successors(self._name, self._spec.name)
         # Each waits for the one before.
         while following:
-            log_line(f"job {', '.join(map(str, following))}, which was to follow, is taken out of the queue")
+            log_line(f"job {', '.join(following)}, which was to follow, is taken out of the queue")
             after = [job for each in following for job in self._slurm.successors(each, self._spec.name)]
             self._slurm.cancel(following)
             following = after
 
-    def _try_exclude(self, exclude: Sequence[str]) -> str:
+    def _try_restrict(self, exclude: Sequence[str], job: JobRecord) -> str:
         if not exclude:
             return ""
         try:
-            self._slurm.exclude(self.job_id, exclude)
+            self._slurm.restrict(self._name, *restricted(job, exclude))
         except SlurmError as error:
             return f", and may get {', '.join(exclude)} again: {error.line}"
         return f", without {', '.join(exclude)}"
 
-    def _succeed(self, exclude: Sequence[str]) -> str:
-        waiting = self._slurm.successors(self.job_id, self._spec.name)
+    def _succeed(self, exclude: Sequence[str], job: JobRecord) -> str:
+        without = f", without {', '.join(exclude)}" if exclude else ""
+        waiting = self._slurm.successors(self._name, self._spec.name)
         if waiting:
-            for job_id in waiting[:1] if exclude else ():
-                self._slurm.exclude(job_id, exclude)
-            return f"job {waiting[0]}, which waits for this one, goes on"
+            for name in waiting[:1] if exclude else ():
+                self._slurm.restrict(name, *restricted(self._slurm.job(name), exclude))
+            return f"job {waiting[0]}, which waits for this one, goes on{without}"
         if self._spec.script is None:
             raise SlurmError(
                 "this job cannot be requeued here, and its script is not known",
                 fix="submit it again by hand; `piip-scale submit` keeps the script for such sites",
             )
-        options = [f"--dependency=afterany:{self.job_id}", *([f"--exclude={','.join(exclude)}"] if exclude else [])]
+        options = successor_options(self._name, job, exclude)
         options += [] if self._spec.array_task is None else [f"--array={self._spec.array_task}"]
         successor = submit_script(self._spec.script, self._spec.working_dir, options)
         note_submitted(self._spec, successor)
-        return f"job {successor} follows this one" + (f", without {', '.join(exclude)}" if exclude else "")
+        return f"job {successor} follows this one{without}"
 
     def _affordable(self, exclude: Sequence[str], job: JobRecord) -> tuple[str, ...]:
-        """None of the nodes where the partition would have too few left: the job would wait for ever."""
-        size = self._slurm.partition_size(job.partition)
-        if exclude and size - len(exclude) < self._spec.nodes_to_ask:
-            get_logger(__name__).warning(
-                "%s should be left out, but partition %s has only %d nodes", ", ".join(exclude), job.partition, size
-            )
+        """None of the nodes where too few would be left: the job would wait for ever."""
+        if not exclude:
             return ()
-        return tuple(exclude)
+        left = [node.name for node in self._serviceable(job) if node.name not in exclude]
+        if len(left) >= self._spec.nodes_to_ask:
+            return tuple(exclude)
+        get_logger(__name__).warning(
+            "%s should be left out, but only %d other nodes are in service for this job", ", ".join(exclude), len(left)
+        )
+        return ()
+
+    def _serviceable(self, job: JobRecord) -> list[NodeRecord]:
+        """Nodes that Slurm could give to this job by and by."""
+        cpus = self._spec.ranks_per_node * (self._allocation.cpus_per_task or 1)
+        every = self._slurm.all_nodes().values()
+        nodes = usable_nodes(every, job.partitions, job.features, cpus, self._spec.gpus_per_node)
+        reserved = self._slurm.reserved_nodes(job.reservation) if job.reservation else None
+        return [
+            node
+            for node in nodes
+            if node.name not in job.excluded
+            and not (node.is_lost or node.is_doubtful)
+            and (reserved is None or node.name in reserved)
+        ]
+
+
+def restricted(job: JobRecord, exclude: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The nodes that a job must not get, its user's own among them, and those that it must get where that changes.
+
+    A node that is lost must not be one that the job must get, or it would wait for it.
+    """
+    excluded = tuple(dict.fromkeys([*job.excluded, *exclude]))
+    required = tuple(node for node in job.required if node not in exclude)
+    return excluded, required if required != job.required else None
+
+
+def successor_options(name: str, job: JobRecord, exclude: Sequence[str]) -> list[str]:
+    """Options of sbatch for a job that goes on where one ends, beside those in its script.
+
+    Args:
+        name: The one that ends.
+        job: What the controller knows of it.
+        exclude: Nodes to leave out.
+    """
+    excluded, required = restricted(job, exclude)
+    options = [f"--dependency=afterany:{name}", *([f"--exclude={','.join(excluded)}"] if excluded else [])]
+    options += [] if required is None else [f"--nodelist={','.join(required)}"]
+    # A relative one would begin anew.
+    return options + ([f"--deadline={job.deadline}"] if job.deadline else [])
 
 
 def ending(job: JobRecord, restart_count: int) -> str:
