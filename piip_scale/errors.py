@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Text with every character escaped that a terminal would obey, or that no encoding writes.
+
+    Names of files, classes and samples come from outside, and stand in our messages.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class PiipError(Exception):
     """Base of every error this package raises on purpose.
 
@@ -31,10 +41,10 @@ class PiipError(Exception):
 
     @property
     def line(self) -> str:
-        """The whole message on one line."""
+        """The whole message on one line that any terminal shows as it is."""
         head = self.problem if self.value is None else f"{self.problem}: got {self.value!r}"
         parts = [head, self.rule, self.fix]
-        return " ".join("; ".join(part for part in parts if part).split())
+        return printable(" ".join("; ".join(part for part in parts if part).split()))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions pickle by positional arguments only; loader workers must be able to send ours, with any value.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -65,6 +67,69 @@ def disk_errors(kind: type[PiipError], action: str) -> Iterator[None]:
         if may_pass(error):
             told.reason = IO_REASON
         raise told from error
+
+
+def temporary_folder() -> Path:
+    """The folder for what need not last: $TMPDIR, or the system's where that is not set, absent or read-only.
+
+    Raises:
+        PiipError: There is none that can be written.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise PiipError(
+            "no temporary folder can be written", value=str(error), fix="set TMPDIR to a folder that can"
+        ) from None
+
+
+def private_folder(path: Path, kind: type[PiipError], *, fix: str) -> Path:
+    """Makes a folder that nobody else can write to, and makes sure of it: what lies there is trusted, or run.
+
+    In a shared temporary folder anybody may have made it, or a link in its place, before us. So it is made first and
+    looked at then, and with it every folder above, of which somebody else's owner could exchange what is below.
+
+    Args:
+        path: Made with mode 0700 where absent.
+        kind: The error to raise.
+        fix: What a user does where the folder cannot be trusted.
+
+    Raises:
+        PiipError: Of ``kind``: it cannot be made, or others could write to it.
+    """
+    with disk_errors(kind, f"make folder {path}"):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The path as it is written, for links on the way, and where it leads.
+        above = {*path.absolute().parents, *path.resolve().parents}
+        problem = _untrusted(path.lstat(), path.stat()) or next(filter(None, map(_exchangeable, sorted(above))), "")
+    if problem:
+        raise kind(f"folder {path} {problem}", rule="what lies there is trusted, so it must be yours alone", fix=fix)
+    return path
+
+
+def _untrusted(link: os.stat_result, folder: os.stat_result) -> str:
+    """Why the content of a folder, perhaps found through a link, may be somebody else's; empty where it is ours."""
+    if {link.st_uid, folder.st_uid} != {os.getuid()}:
+        return "belongs to another user"
+    return "can be written by others" if folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
+
+
+def _exchangeable(folder: Path) -> str:
+    """Why somebody else can put other folders in the place of those in this one; empty where nobody can."""
+    state = folder.lstat()
+    if state.st_uid not in _trusted_users():
+        return f"lies in {folder}, which belongs to another user"
+    if state.st_mode & stat.S_IWOTH and not state.st_mode & stat.S_ISVTX and not stat.S_ISLNK(state.st_mode):
+        return f"lies in {folder}, which everybody can write"
+    return ""
+
+
+def _trusted_users() -> set[int]:
+    users = {0, os.getuid()}
+    # In a container without root's rights root's own folders appear as those of nobody.
+    with contextlib.suppress(OSError, ValueError):
+        users.add(int(Path("/proc/sys/kernel/overflowuid").read_text()))
+    return users
 
 
 def sync_file(path: Path) -> None:

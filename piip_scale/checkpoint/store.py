@@ -164,6 +164,18 @@ class CheckpointStore:
                     fix="take an older checkpoint, or remove this one to resume from an older",
                 )
 
+    def check_writable(self) -> None:
+        """Makes the folder, and a file in it for a moment: better refused now than at the first save. Main rank only.
+
+        Raises:
+            CheckpointError: It cannot take checkpoints.
+        """
+        probe = self.folder / f".probe.{os.getpid()}"
+        with disk_errors(CheckpointError, f"save checkpoints in {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+
     def clean(self) -> None:
         """Removes what killed saves and prunings left behind. Main rank only, while nobody saves.
 

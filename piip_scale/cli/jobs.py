@@ -74,7 +74,8 @@ def logs(
         )
     there = find_logs(found.spec)
     if there:
-        typer.echo(tail(there[-1], lines), nl=False)
+        text = tail(there[-1], lines)
+        typer.echo(text, nl=bool(text) and not keep_on and not text.endswith("\n"))
     elif not keep_on:
         raise RunError(f"{run} has no log yet", value=describe(found).state, fix="add -f to wait for it")
     if keep_on:
@@ -130,7 +131,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     total = "" if row.total_steps is None else f"/{row.total_steps}"
     rate = "-" if row.images_per_second is None else f"{row.images_per_second:.1f}"
     eta = "-" if row.eta_s is None else duration(row.eta_s)
-    return str(row.run), row.state, row.job, f"{row.step}{total}", rate, eta, str(row.restarts), row.event
+    cells = (str(row.run), row.state, row.job, f"{row.step}{total}", rate, eta, str(row.restarts), row.event)
+    return tuple(map(printable, cells))
+
+
+def printable(text: str) -> str:
+    """A text from outside as a terminal may see it: line breaks, escapes and broken letters are spelled out."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def duration(seconds: float) -> str:
@@ -144,22 +151,25 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // _DAY_S)}d {int(seconds % _DAY_S // _HOUR_S):02d}h"
 
 
-def _read(path: Path, queue: Sequence[QueuedJob]) -> Run:
+def _read(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
     if path.resolve() not in find_runs([path.resolve()]):
         inside = find_runs([path]) if path.is_dir() else []
         fix = f"name one of its runs, {inside[0]} for instance" if inside else "piip-scale jobs lists those there are"
         raise RunError("no run's directory", value=str(path), fix=fix)
-    return read_run(path.resolve(), queue)
+    found = read_run(path.resolve(), queue)
+    if found.spec is None and found.problem:
+        raise RunError(found.problem)
+    return found
 
 
-def _queue() -> tuple[list[QueuedJob], str]:
-    """The queue, and a warning where a controller that should be there does not answer."""
+def _queue() -> tuple[list[QueuedJob] | None, str]:
+    """The queue, and a warning instead where a controller that should be there does not answer."""
     if not has_slurm():
         return [], ""
     try:
         return queued_jobs(), ""
     except SlurmError as error:
-        return [], f"without the queue: {error.line}"
+        return None, f"without the queue: {error.line}"
 
 
 def _queue_for(run: Path) -> list[QueuedJob]:

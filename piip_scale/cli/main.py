@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from io import TextIOWrapper
 
 import typer
 
@@ -53,6 +54,9 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Entry point: exit code 0, or one line on standard error and the error's own code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Names of files need not be UTF-8, as they may come from anywhere.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except PiipError as error:

@@ -67,6 +67,9 @@ def submit(
     job_name: Annotated[str, typer.Option(metavar="NAME", help="Default: the run directory's name.")] = "",
     run_dir: Annotated[Path | None, typer.Option(help="Where the run lives; default: runs/NAME of the config.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over at step 1; a run that is there is set aside in RUN/earlier.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and send nothing.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the log until the job ends; Ctrl-C leaves it.")
@@ -102,26 +105,36 @@ def submit(
     )
     options = _merged(site, {name: value for name, value in named.items() if value}, sbatch or [])
     order = Order(job, site, options, tuple(points), limit)
-    submission = _submitted(order, resume=resume, dry_run=dry_run)
+    submission = _submitted(order, resume=resume, restart=restart, dry_run=dry_run)
     if watch and not dry_run:
         from piip_scale.cli.jobs import watch_runs
 
         watch_runs([spec.run_dir for spec in submission.specs])
 
 
-def _submitted(order: Order, *, resume: bool, dry_run: bool) -> Submission:
+def _submitted(order: Order, *, resume: bool, restart: bool, dry_run: bool) -> Submission:
     """Checks the runs, then prints the script of a dry run, or sends it."""
     submission = plan_submission(order)
     if not dry_run:
         refuse_active([spec.run_dir for spec in submission.specs], submission.files.script, queued_jobs())
-    checked = _check_runs(order, submission, resume=resume)
+    checked = _check_runs(order, submission, resume=resume, restart=restart)
     for line in dict.fromkeys(run.line for run in checked if run.line):
         typer.echo(line, err=True)
     if dry_run:
         typer.echo(submission.script, nl=False)
     else:
+        if restart:
+            _start_over(submission)
         _send(submission, checked)
     return submission
+
+
+def _start_over(submission: Submission) -> None:
+    from piip_scale.run.run_dir import RunDirectory
+
+    # Once, here: a job that is requeued goes on with the run it began.
+    for spec in submission.specs:
+        RunDirectory(spec.run_dir).start_over()
 
 
 def _merged(site: Profile, named: Mapping[str, OptionValue], texts: list[str]) -> dict[str, OptionValue]:
@@ -157,7 +170,7 @@ class _Checked:
     line: str = ""
 
 
-def _check_runs(order: Order, submission: Submission, *, resume: bool) -> list[_Checked]:
+def _check_runs(order: Order, submission: Submission, *, resume: bool, restart: bool) -> list[_Checked]:
     """What every rank would say at its start, said now, for each run.
 
     Raises:
@@ -172,7 +185,7 @@ def _check_runs(order: Order, submission: Submission, *, resume: bool) -> list[_
     checked = []
     for spec in submission.specs:
         resolved = with_classes(load_config(order.job.source_config, spec.given_overrides))
-        check_start(resolved, spec.run_dir, world, resume=resume)
+        check_start(resolved, spec.run_dir, world, resume=resume and not restart, restart=restart)
         line = _memory_line(resolved, order) if order.profile.gpu_memory_gib else ""
         checked.append(_Checked(config_text(resolved), line))
     return checked

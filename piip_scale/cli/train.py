@@ -33,6 +33,9 @@ def train(
         typer.Option("--procs", "--gpus", min=1, help="Processes on this machine; default: one per GPU, or one."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over at step 1; a run that is there is set aside in RUN/earlier.")
+    ] = False,
     progress: Annotated[bool, typer.Option(help="Draw a progress line.")] = True,
     overrides: Overrides = None,
 ) -> None:
@@ -45,7 +48,9 @@ def train(
     """
     folder = run_dir or Path("runs") / config.stem
     try:
-        code = run_training(config, overrides or [], folder, procs=procs, resume=resume, progress=progress)
+        code = run_training(
+            config, overrides or [], folder, procs=procs, resume=resume, restart=restart, progress=progress
+        )
     except PiipError as error:
         if read_world().num_ranks == 1:
             raise
@@ -57,7 +62,14 @@ def train(
 
 
 def run_training(
-    config: Path, overrides: Sequence[str], run_dir: Path, *, procs: int | None, resume: bool, progress: bool
+    config: Path,
+    overrides: Sequence[str],
+    run_dir: Path,
+    *,
+    procs: int | None,
+    resume: bool,
+    restart: bool = False,
+    progress: bool = True,
 ) -> int:
     """Trains in processes of its own, or as the rank this process already is; returns the exit code.
 
@@ -67,23 +79,34 @@ def run_training(
         run_dir: The run's directory.
         procs: Processes to start; one per GPU, or one, where ``None``.
         resume: Continue the run in it.
+        restart: Set aside the run in it and start over; goes before ``resume``.
         progress: Draw a progress line.
 
     Raises:
         PiipError: Config, shards, directory or world do not allow a start, or a rank ended without a word.
     """
     resolved = with_classes(load_config(config, overrides))
+    resume = resume and not restart
+    if restart and read_world().is_main:
+        _refuse_active(run_dir)
     num_procs = procs or _num_gpus() or 1
     if num_procs == 1 or read_world().launcher != "single":
-        return _train_here(resolved, run_dir, resume=resume, progress=progress)
-    check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume)
+        return _train_here(resolved, run_dir, resume=resume, restart=restart, progress=progress)
+    check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume, restart=restart)
     from piip_scale.engine.local_launch import launch_local
     from piip_scale.run.run_dir import RunDirectory
 
     command = [sys.executable, "-m", "piip_scale.cli.main", "train", str(config), "--run-dir", str(run_dir)]
-    command += ["--resume"] * resume + ["--no-progress"] * (not progress)
+    command += ["--resume"] * resume + ["--restart"] * restart + ["--no-progress"] * (not progress)
     command += [f"--set={override}" for override in overrides]
     return launch_local(num_procs, command, RunDirectory(run_dir))
+
+
+def _refuse_active(run_dir: Path) -> None:
+    from piip_scale.launch.runs import refuse_active
+
+    # No queue is asked: the job that runs this command may itself be the run's.
+    refuse_active([run_dir], run_dir, [])
 
 
 def with_classes(config: RunConfig) -> RunConfig:
@@ -101,7 +124,7 @@ def with_classes(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data.model_copy(update={"classes": classes})})
 
 
-def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool) -> None:
+def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool, restart: bool = False) -> None:
     """Says once, before any process starts, what every rank would.
 
     Args:
@@ -109,6 +132,7 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool)
         run_dir: Its directory.
         world: The ranks that will train.
         resume: They will continue the run there.
+        restart: They will set aside a run there.
 
     Raises:
         PiipError: Directory, shards, model or sharding do not allow a start on these ranks.
@@ -116,15 +140,17 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool)
     import torch
 
     from piip_scale.engine.batching import keep_images_per_step, scale_to_ranks
-    from piip_scale.engine.resuming import newest_checkpoint
+    from piip_scale.engine.resuming import newest_checkpoint, refuse_lost_checkpoints
     from piip_scale.engine.zero.checks import checked_plan
     from piip_scale.models.pretrained import check_pretrained
     from piip_scale.run.run_dir import RunDirectory
     from piip_scale.tasks.kinds import build_model, build_task
 
     run = RunDirectory(run_dir)
-    run.check(resume=resume)
-    newest = newest_checkpoint(run.checkpoints)
+    run.check(resume=resume, restart=restart)
+    newest = None if restart else newest_checkpoint(run.checkpoints)
+    if resume and not newest:
+        refuse_lost_checkpoints(run)
     if newest:
         config = keep_images_per_step(config, newest.state.images_per_step, world.num_ranks)
     scaled = scale_to_ranks(config, world.num_ranks)
@@ -144,14 +170,14 @@ def _report_as_rank(error: PiipError, run_dir: Path) -> int:
     return report_failure(RunDirectory(run_dir), world.rank, error)
 
 
-def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, progress: bool) -> int:
+def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, restart: bool, progress: bool) -> int:
     from piip_scale.engine.worker import train_worker
     from piip_scale.run.run_dir import RunDirectory
     from piip_scale.tasks.kinds import build_task
 
     run = RunDirectory(run_dir)
     build = partial(build_task, broken_samples=run.broken_samples)
-    return train_worker(config, config_text(config), run, build, resume=resume, show_progress=progress)
+    return train_worker(config, config_text(config), run, build, resume=resume, restart=restart, show_progress=progress)
 
 
 def _num_gpus() -> int:

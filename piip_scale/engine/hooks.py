@@ -1,4 +1,4 @@
-"""What happens beside the steps: telling, evaluating, saving."""
+"""What happens beside the steps: logging, averaging, evaluating, saving."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ from piip_scale.world import World
 _BROKEN = "broken samples"
 
 
+def ignore_step(_step: int) -> None:
+    """Where nobody notes it."""
+
+
 class Sink(Protocol):
-    """Where a run tells what happens: ``Telemetry`` on the main rank, ``Silence`` on the others."""
+    """Where a run logs what happens: ``Telemetry`` on the main rank, ``Silence`` on the others."""
 
     def step(self, record: StepRecord) -> None:
         """One optimiser step."""
@@ -52,7 +56,7 @@ class Sink(Protocol):
 
 
 class Silence:
-    """The sink of ranks that tell nothing."""
+    """The sink of ranks that log nothing."""
 
     def step(self, record: StepRecord) -> None:
         """Nothing."""
@@ -73,7 +77,7 @@ class Silence:
         """Nothing."""
 
 
-class Tell:
+class LogSteps:
     """Sends every step to the sink, and the status to the run directory with every logged one.
 
     Losses are means over ranks in logged steps (every n-th and the last) and this rank's own in between: what only
@@ -138,18 +142,18 @@ class Tell:
         self._sink.event(step, "training is done")
 
 
-class TellStart:
-    """Tells after the process's first step how long each phase up to there took, on this rank."""
+class LogStart:
+    """Logs after the process's first step how long each phase up to there took, on this rank."""
 
     def __init__(self, sink: Sink, clock: StartClock) -> None:
         self._sink, self._clock = sink, clock
-        self._told = False
+        self._logged = False
 
     def after_step(self, report: StepReport) -> None:
-        """Tells once."""
-        if self._told:
+        """Logs once."""
+        if self._logged:
             return
-        self._told = True
+        self._logged = True
         first = {"first_batch": report.wait_seconds, "first_step": report.seconds - report.wait_seconds}
         self._sink.start(StartRecord(report.step, self._clock.seconds | first))
 
@@ -183,7 +187,7 @@ class Evaluate:
 
     Args:
         run: Evaluates; gives ``None`` where it was left because the run is asked to stop.
-        sink: Is told the metrics.
+        sink: Gets the metrics.
         every: Steps between evaluations.
     """
 
@@ -222,15 +226,30 @@ class Evaluate:
 
 
 class Save:
-    """Saves a checkpoint every so many steps, when stopped and at the end; only the last ones are waited for."""
+    """Saves a checkpoint every so many steps, when stopped and at the end; only the last ones are waited for.
 
-    def __init__(self, checkpointer: Checkpointer, sink: Sink, every: int, first_step: int) -> None:
-        self._checkpointer, self._sink, self._every = checkpointer, sink, every
+    Args:
+        checkpointer: Saves.
+        sink: Gets a record of each checkpoint.
+        every: Steps between checkpoints.
+        first_step: That of the checkpoint this process started from; 0 for none.
+        note: Called with the step of each checkpoint once it is visible.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        sink: Sink,
+        every: int,
+        first_step: int,
+        note: Callable[[int], None] = ignore_step,
+    ) -> None:
+        self._checkpointer, self._sink, self._every, self._note = checkpointer, sink, every, note
         self._last = first_step
 
     def after_step(self, report: StepReport) -> None:
-        """Saves when due, and tells of a save that has ended."""
-        self._tell(self._checkpointer.poll())
+        """Saves when due, and logs a save that has ended."""
+        self._log(self._checkpointer.poll())
         if report.step % self._every == 0:
             self._save(report.step)
 
@@ -244,13 +263,14 @@ class Save:
 
     def _finish(self, step: int) -> None:
         self._save(step)
-        self._tell(self._checkpointer.finish())
+        self._log(self._checkpointer.finish())
 
     def _save(self, step: int) -> None:
         if step != self._last:
-            self._tell(self._checkpointer.save(step))
+            self._log(self._checkpointer.save(step))
             self._last = step
 
-    def _tell(self, record: SaveRecord | None) -> None:
+    def _log(self, record: SaveRecord | None) -> None:
         if record is not None:
             self._sink.save(record)
+            self._note(record.step)

@@ -19,7 +19,10 @@ from piip_scale.engine.versions import check_format, warn_of_other_versions
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.restoring import restore
 from piip_scale.errors import CheckpointError
+from piip_scale.files import disk_errors
 from piip_scale.logging import get_logger
+from piip_scale.run.checkpoint_signs import sign_of_checkpoints
+from piip_scale.run.run_dir import RunDirectory
 
 _NAMES_SHOWN = 3
 
@@ -73,6 +76,40 @@ class Checkpoint:
         return self.state.step
 
 
+def find_start(run: RunDirectory) -> Checkpoint | None:
+    """Where a run goes on; ``None`` where it begins, having written no checkpoint yet. Collective.
+
+    Raises:
+        CheckpointError: It had checkpoints and none of them is whole; or as ``find_checkpoint``.
+    """
+    found = find_checkpoint(run.checkpoints)
+    if found is None:
+        on_main(lambda: refuse_lost_checkpoints(run))
+    elif dist.get_rank() == 0:
+        run.note_checkpoint(found.state.step)
+    return found
+
+
+def refuse_lost_checkpoints(run: RunDirectory) -> None:
+    """Refuses to begin a run at step 1 that has had checkpoints; called where none of them is whole.
+
+    Raises:
+        CheckpointError: It has had some.
+        RunError: Its status cannot be read.
+    """
+    with disk_errors(CheckpointError, f"read {run.path}"):
+        sign = sign_of_checkpoints(run)
+    if sign:
+        raise CheckpointError(
+            f"run {run.path} has written checkpoints and none of them is whole here: {sign}",
+            rule="a run that lost its checkpoints does not begin again by itself",
+            fix="put them back (mount the disk, mend the link), or start over with --restart in the place of "
+            "--resume, which sets this run aside",
+        )
+    if run.status():
+        get_logger(__name__).info("no checkpoint of this run was written yet: it begins at step 1")
+
+
 def find_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest valid checkpoint, the same on every rank; removes what killed saves left. Collective.
 
@@ -80,7 +117,8 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
         folder: The run's checkpoints.
 
     Raises:
-        CheckpointError: The newest one was changed after it was saved, or is of another version.
+        CheckpointError: The newest one was changed after it was saved, or is of another version; or the folder cannot
+            take new ones.
     """
     path = on_main(lambda: _newest(folder))
     return Checkpoint(path, read_state(path)) if path else None
@@ -135,6 +173,7 @@ def warn_of_other_sets(path: Path, before: str, here: str) -> None:
 
 def _newest(folder: Path) -> Path | None:
     store = CheckpointStore(folder, keep=1)
+    store.check_writable()
     store.clean()
     newest = store.latest()
     if newest is not None:

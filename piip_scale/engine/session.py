@@ -16,9 +16,9 @@ from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import any_rank, require_same
 from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate
-from piip_scale.engine.hooks import Average, Evaluate, Save, Silence, Sink, Tell, TellStart
+from piip_scale.engine.hooks import Average, Evaluate, LogStart, LogSteps, Save, Silence, Sink, ignore_step
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
-from piip_scale.engine.resuming import Checkpoint, find_checkpoint
+from piip_scale.engine.resuming import Checkpoint, find_start
 from piip_scale.engine.stop import StopFlag
 from piip_scale.engine.trainer import Hook, Trainer
 from piip_scale.engine.utilisation import Utilisation, peak_tflops
@@ -78,7 +78,7 @@ class Session:
         clock.end_phase("imports")
         device = init_distributed(self.world, group_timeout(self.config.train))
         clock.end_phase("join")
-        found = find_checkpoint(self.run.checkpoints)
+        found = find_start(self.run)
         config = found.keep_batches(self.config, self.world.num_ranks) if found else self.config
         get_logger(__name__).info(batch_line(config, self.world.num_ranks))
         scaled = scale_to_ranks(config, self.world.num_ranks)
@@ -172,10 +172,11 @@ class _Training:
         session, train = self._session, self._config.train
         use = Utilisation(self._task.network_flops, peak_tflops(self._device, train.precision))
         get_logger(__name__).info(use.line)
+        note = session.run.note_checkpoint if session.world.is_main else ignore_step
         averaging: list[Hook] = [Average(self._average)] if self._average else []
         return [
             *averaging,
-            Tell(
+            LogSteps(
                 self._sink,
                 session.run,
                 session.world,
@@ -185,8 +186,8 @@ class _Training:
                 use,
                 self._task.num_broken_samples,
             ),
-            TellStart(self._sink, clock),
-            Save(self._checkpointer, self._sink, train.checkpoint_every_steps, first_step),
+            LogStart(self._sink, clock),
+            Save(self._checkpointer, self._sink, train.checkpoint_every_steps, first_step, note),
             Evaluate(self._evaluate, self._sink, train.evaluate_every_steps),
         ]
 

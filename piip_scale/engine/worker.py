@@ -27,6 +27,7 @@ def train_worker(
     task_factory: TaskFactory,
     *,
     resume: bool = False,
+    restart: bool = False,
     show_progress: bool = True,
 ) -> int:
     """Trains as one rank of the world that the environment describes. Collective.
@@ -40,6 +41,7 @@ def train_worker(
         run: The run's directory; rank 0 opens it.
         task_factory: Makes the task.
         resume: Continue the run that is there.
+        restart: Set aside the run that is there, and start over.
         show_progress: Draw a progress line on the main rank.
 
     Returns:
@@ -51,7 +53,7 @@ def train_worker(
     world = read_world()
     configure_logging(world.rank)
     if world.is_main:
-        run.open(config_text, resume=resume)
+        run.open(config_text, resume=resume, restart=restart)
         before = run.status()
         run.write_status("running", before.step if before else 0)
     stop = StopFlag()

@@ -7,13 +7,14 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from piip_scale.errors import RunError
+from piip_scale.errors import RunError, SlurmError
 from piip_scale.launch import queue
 from piip_scale.launch.queue import QueuedJob
-from piip_scale.launch.runs import Run, is_alive
+from piip_scale.launch.runs import Run, comes_back, is_alive, is_ending
 from piip_scale.launch.spec import Request, save_request
 from piip_scale.launch.submitting import forget_request, is_job_of, resend
 from piip_scale.run.heartbeat import Beat
@@ -51,7 +52,7 @@ def requeue_run(run: Run) -> str:
     """
     if run.status is not None and run.status.state == "done":
         raise RunError(f"{run.path} is done, at step {run.step}", fix="train another run directory")
-    if run.job is not None:
+    if run.job is not None and (not is_ending(run.job) or comes_back(run)):
         return _requeue_job(run, run.job)
     if run.spec is None or run.spec.script is None:
         raise RunError(
@@ -63,18 +64,28 @@ def requeue_run(run: Run) -> str:
 
 def _stop_jobs(run: Run, jobs: list[QueuedJob]) -> str:
     # First what would follow: it must not begin while the one before ends.
-    waiting, begun = [job for job in jobs if job.is_waiting], [job for job in jobs if not job.is_waiting]
+    waiting, ending = [job for job in jobs if job.is_waiting], [job for job in jobs if is_ending(job)]
+    begun = [job for job in jobs if job not in waiting and job not in ending]
+    # Also for one that ends: where it goes back into the queue, its next start finds this.
     _ask(run.path, "stop")
     for job in waiting:
         queue.cancel(job)
+    for job in ending:
+        # Slurm refuses to end what it ends already, and takes from the queue what it is putting there.
+        with suppress(SlurmError):
+            queue.cancel(job)
     for job in begun:
         queue.signal_batch(job, STOP_SIGNAL)
     told = [f"asked job {job.name} to save and stop" for job in begun]
     told += [f"took job {job.name} out of the queue" for job in waiting]
+    told += [f"job {job.name} is ending already, and does not come back" for job in ending]
     return ", ".join(told) + ("; piip-scale jobs shows when it has" if begun else "")
 
 
 def _requeue_job(run: Run, job: QueuedJob) -> str:
+    if is_ending(job):
+        forget_request(run.path)
+        return f"job {job.name} is on its way back into the queue already"
     if not job.is_waiting:
         _ask(run.path, "requeue")
         queue.signal_batch(job, STOP_SIGNAL)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
+import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from piip_scale.launch.spec import JobSpec
 
 _POLL_S = 0.5
 _ASK_EVERY_S = 5.0
+_BLOCK_BYTES, _MOST_OF_LINE = 1 << 16, 1 << 24
+_DECODER = codecs.getincrementaldecoder("utf-8")
 
 
 def find_logs(spec: JobSpec) -> list[Path]:
     """The logs of a run's jobs, the one written last at the end."""
-    return sorted(map(Path, glob.glob(log_glob(spec))), key=lambda path: path.stat().st_mtime)
+    return sorted(map(Path, glob.glob(log_glob(spec))), key=_written_unix_s)
+
+
+def _written_unix_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def log_of(spec: JobSpec, job_id: int) -> Path:
@@ -30,9 +42,26 @@ def log_glob(spec: JobSpec) -> str:
 
 
 def tail(path: Path, num_lines: int) -> str:
-    """The last lines of a file."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return "".join(text.splitlines(keepends=True)[-num_lines:]) if num_lines else ""
+    r"""The last lines of a file, read from its end: a log may be of gigabytes.
+
+    Only ``\n`` ends a line; a progress bar, which redraws itself by ``\r``, is part of one. Of a line of many MiB the
+    end comes.
+    """
+    blocks: list[bytes] = []
+    with path.open("rb") as file:
+        left, num_ends, since_end = file.seek(0, os.SEEK_END), 0, 0
+        # One more than asked for: that of the line before.
+        while left and num_lines and num_ends <= num_lines and since_end < _MOST_OF_LINE:
+            size = min(_BLOCK_BYTES, left)
+            left -= size
+            file.seek(left)
+            blocks.append(file.read(size))
+            ends = blocks[-1].count(b"\n")
+            num_ends, since_end = num_ends + ends, 0 if ends else since_end + size
+    lines = b"".join(reversed(blocks)).split(b"\n")
+    last = lines.pop()
+    lines = [line + b"\n" for line in lines] + ([last] if last else [])
+    return b"".join(lines[-num_lines:]).decode("utf-8", errors="replace") if num_lines else ""
 
 
 def follow(
@@ -52,12 +81,12 @@ def follow(
         poll_s: How often to look into the files.
         ask_every_s: How often to ask whether it is over.
     """
-    places: dict[Path, int] = {} if from_start else {path: path.stat().st_size for path in logs()}
+    readings = {} if from_start else {path: _Reading(path.stat().st_size) for path in logs()}
     asked_s = -float("inf")
     over = False
     while True:
         for path in logs():
-            yield from _new_text(path, places)
+            yield from _new_text(path, readings)
         if over:
             return
         if time.monotonic() - asked_s >= ask_every_s:
@@ -68,13 +97,22 @@ def follow(
         time.sleep(poll_s)
 
 
-def _new_text(path: Path, places: dict[Path, int]) -> Iterator[str]:
+@dataclass
+class _Reading:
+    """How far a log was read; a letter may be half there."""
+
+    place: int = 0
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _DECODER(errors="replace"))
+
+
+def _new_text(path: Path, readings: dict[Path, _Reading]) -> Iterator[str]:
+    reading = readings.setdefault(path, _Reading())
     with path.open("rb") as file:
-        file.seek(places.get(path, 0))
-        content = file.read()
-        places[path] = file.tell()
-    if content:
-        yield content.decode("utf-8", errors="replace")
+        # One that has shrunk was begun anew.
+        file.seek(reading.place if reading.place <= os.fstat(file.fileno()).st_size else 0)
+        while content := file.read(_BLOCK_BYTES):
+            reading.place = file.tell()
+            yield reading.decoder.decode(content)
 
 
 def _filled(pattern: str, values: dict[str, str], literal: Callable[[str], str]) -> str:

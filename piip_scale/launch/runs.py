@@ -6,18 +6,19 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from piip_scale.errors import PiipError, RunError
+from piip_scale.files import disk_errors
 from piip_scale.launch.attempts import Attempt, History
 from piip_scale.launch.logs import find_logs
 from piip_scale.launch.queue import QueuedJob
 from piip_scale.launch.run_metrics import Pace, read_pace
-from piip_scale.launch.spec import JobFiles, JobSpec, load_spec
+from piip_scale.launch.run_state import event_of, state_of
+from piip_scale.launch.spec import JobFiles, JobSpec, Request, load_request, load_spec
 from piip_scale.launch.submitting import is_job_of, submitted_jobs
-from piip_scale.run.heartbeat import Beat, read_beats
+from piip_scale.run.heartbeat import Beat, read_beat
 from piip_scale.run.run_dir import RunDirectory, Status
 from piip_scale.run.starting import process_age_seconds
 
@@ -25,7 +26,7 @@ MAX_DEPTH = 3
 _BEAT_LASTS_S = 60.0
 _CLOCK_S = 1.0
 # Names of what a run keeps in itself: not searched for further runs.
-_OF_A_RUN = {"checkpoints", "tensorboard", "errors", "stacks", "heartbeats", "job"}
+_OF_A_RUN = {"checkpoints", "tensorboard", "errors", "stacks", "heartbeats", "job", "earlier"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Run:
         pace: How far and fast.
         log: Of its newest job; ``None`` where there is none.
         problem: Why a file of it cannot be read, in one line.
+        request: What was last asked of its job.
+        status_unix_s: When the training last said so.
+        submitted_unix_s: When a job was last submitted for it; ``None`` where none was, or by hand.
+        queue_known: Whether the queue could be asked: without it, a job that is not found may wait there.
     """
 
     path: Path
@@ -53,6 +58,10 @@ class Run:
     pace: Pace
     log: Path | None = None
     problem: str = ""
+    request: Request | None = None
+    status_unix_s: float = 0.0
+    submitted_unix_s: float | None = None
+    queue_known: bool = True
 
     @property
     def step(self) -> int:
@@ -71,7 +80,7 @@ class Row:
 
     Attributes:
         run: The directory.
-        state: One word: ``queued``, ``running``, ``done``, ``stopped``, ``failed``, ``lost`` ...
+        state: One word, as ``state_of`` gives it.
         job: As Slurm calls it, or the process and host of a run without one.
         step: Optimiser steps behind it.
         total_steps: Of the whole run.
@@ -93,24 +102,63 @@ class Row:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Directories of runs in folders, which may be runs themselves; sorted, each once."""
+    """Directories of runs in folders, which may be runs themselves, and folders that cannot be looked into; sorted.
+
+    What several links lead to is there once, by its own name where that was found too.
+    """
     found = {path for folder in folders for path in _search(folder, MAX_DEPTH)}
-    return sorted(found)
+    by_place: dict[str, Path] = {}
+    for path in sorted(found, key=_by_directness):
+        by_place.setdefault(os.path.realpath(path), path)
+    return sorted(by_place.values())
 
 
-def read_run(path: Path, queue: Sequence[QueuedJob]) -> Run:
-    """Reads one run's directory; what cannot be read is told in ``problem``."""
-    spec, status, problem = None, None, ""
+def _by_directness(path: Path) -> tuple[bool, bool, int, Path]:
+    return os.path.abspath(path) != os.path.realpath(path), path.is_symlink(), len(path.parts), path
+
+
+def read_run(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
+    """Reads one run's directory; what cannot be read is told in ``problem``.
+
+    Args:
+        path: The directory.
+        queue: This user's jobs; ``None`` where the queue could not be asked.
+    """
+    spec, status, request, problem = None, None, None, ""
     attempts: tuple[Attempt, ...] = ()
     try:
+        # Here, since looking for what is absent succeeds in a folder that cannot be looked into.
+        with disk_errors(RunError, f"read {path}"), os.scandir(path):
+            pass
         spec = load_spec(path)
         status = RunDirectory(path).status()
         attempts = History(JobFiles(path).attempts).read()
+        request = load_request(path)
     except PiipError as error:
         problem = error.line
-    job = find_job(spec, attempts, queue)
     logs = find_logs(spec) if spec else []
-    return Run(path, spec, status, attempts, job, main_beat(path), read_pace(path), logs[-1] if logs else None, problem)
+    return Run(
+        path=path,
+        spec=spec,
+        status=status,
+        attempts=attempts,
+        job=find_job(spec, attempts, queue or ()),
+        beat=main_beat(path),
+        pace=read_pace(path),
+        log=logs[-1] if logs else None,
+        problem=problem,
+        request=request,
+        status_unix_s=_modified_unix_s(RunDirectory(path).status_file) or 0.0,
+        submitted_unix_s=_modified_unix_s(JobFiles(path).submitted),
+        queue_known=queue is not None,
+    )
+
+
+def _modified_unix_s(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def find_job(spec: JobSpec | None, attempts: Sequence[Attempt], queue: Sequence[QueuedJob]) -> QueuedJob | None:
@@ -131,9 +179,9 @@ def refuse_active(paths: Sequence[Path], script: Path, queue: Sequence[QueuedJob
     Raises:
         RunError: A job or a process of this machine has one of them.
     """
-    jobs = [(script.parent.parent, job) for job in queue if job.command == str(script)]
     runs = [read_run(path, queue) for path in paths]
-    jobs += [(run.path, run.job) for run in runs if run.job is not None]
+    jobs = [(script.parent.parent, job) for job in queue if job.command == str(script) and not is_ending(job)]
+    jobs += [(run.path, run.job) for run in runs if run.job and (not is_ending(run.job) or comes_back(run))]
     fix = "piip-scale jobs stop it first, or choose another --run-dir"
     for path, job in jobs:
         raise RunError(f"run directory {path} has job {job.name} ({job.state.lower()})", fix=fix)
@@ -143,10 +191,19 @@ def refuse_active(paths: Sequence[Path], script: Path, queue: Sequence[QueuedJob
             raise RunError(f"process {run.beat.pid} on {run.beat.host} trains run directory {run.path}", fix=fix)
 
 
+def is_ending(job: QueuedJob) -> bool:
+    """Whether a job's processes have ended, or are being ended; a node may take its time to clean up."""
+    return job.state in ("COMPLETING", "STAGE_OUT")
+
+
+def comes_back(run: Run) -> bool:
+    """Whether a job that is ending goes back into the queue, as far as its supervisor decided."""
+    return bool(run.attempts) and run.attempts[-1].decision == "requeue"
+
+
 def main_beat(path: Path) -> Beat | None:
     """The last heartbeat of rank 0, however old."""
-    beats = (beat for beat in read_beats(RunDirectory(path).heartbeats, 0.0) if beat.rank == 0)
-    return next(beats, None)
+    return read_beat(RunDirectory(path).heartbeats, 0)
 
 
 def is_alive(beat: Beat | None, now_unix_s: float) -> bool:
@@ -161,8 +218,9 @@ def is_alive(beat: Beat | None, now_unix_s: float) -> bool:
 
 def describe(run: Run, now_unix_s: float | None = None) -> Row:
     """One line about a run."""
-    alive = is_alive(run.beat, time.time() if now_unix_s is None else now_unix_s)
-    state = state_of(run, alive)
+    now_s = time.time() if now_unix_s is None else now_unix_s
+    alive = is_alive(run.beat, now_s)
+    state = state_of(run, alive, now_s)
     stepping = state == "running" and run.is_stepping
     return Row(
         run=run.path,
@@ -173,49 +231,8 @@ def describe(run: Run, now_unix_s: float | None = None) -> Row:
         images_per_second=run.pace.images_per_second if stepping else None,
         eta_s=run.pace.eta_s(run.step) if stepping else None,
         restarts=max(len(run.attempts) - 1, 0),
-        event=event_of(run, state),
+        event=event_of(run, state, now_s),
     )
-
-
-def state_of(run: Run, alive: bool) -> str:
-    """A run's state in one word.
-
-    The queue knows best whether something runs; the run's own word counts once it is out of the queue. ``lost`` is a
-    run that says it runs and has neither job nor process.
-    """
-    if run.problem:
-        return "unreadable"
-    told = run.status.state if run.status else None
-    if run.job is not None and told != "done":
-        if run.job.is_waiting:
-            return "queued"
-        return "running" if run.job.state == "RUNNING" else run.job.state.lower()
-    if told == "running":
-        return "running" if alive else "lost"
-    if told is None and run.attempts and run.attempts[-1].end in ("stopped", "done"):
-        return str(run.attempts[-1].end)
-    return told or ("failed" if run.log else "submitted" if run.spec else "empty")
-
-
-def event_of(run: Run, state: str) -> str:
-    """What happened last, in one line."""
-    if run.problem:
-        return run.problem
-    last = run.attempts[-1] if run.attempts else None
-    told = (last.why or last.ending.line) if last else ""
-    if state == "queued" and run.job is not None:
-        return f"waits ({run.job.reason})" + (f" after: {told}" if told else "")
-    if state == "lost":
-        return "ended without a word; it goes on with --resume or jobs requeue"
-    if state == "running":
-        if run.is_stepping and run.pace.event:
-            return run.pace.event
-        return f"starting, attempt {last.attempt}" if last else "starting"
-    if run.status is not None and run.status.line and state in ("failed", "stopped"):
-        return run.status.line
-    if run.status is None and not told:
-        return "ended before it began to train: see jobs logs" if run.log else "was submitted, has not started"
-    return told or run.pace.event
 
 
 def _job_text(run: Run, alive: bool) -> str:
@@ -230,15 +247,25 @@ def _job_text(run: Run, alive: bool) -> str:
 
 
 def _search(folder: Path, depth: int) -> Iterator[Path]:
-    if (folder / "status.json").is_file() or JobFiles(folder).spec.is_file():
+    try:
+        is_run = (folder / "status.json").is_file() or JobFiles(folder).spec.is_file()
+        inner = [] if is_run or not depth else _folders_in(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError:
+        # It may be a run, and must not hide those beside it.
         yield folder
         return
-    if not depth:
-        return
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir() and entry.name not in _OF_A_RUN and not entry.name.startswith("."):
-                yield from _search(Path(entry.path), depth - 1)
+    if is_run:
+        yield folder
+    for each in inner:
+        yield from _search(each, depth - 1)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name not in _OF_A_RUN and not entry.name.startswith(".")]
+    return [folder / name for name in sorted(names) if os.path.isdir(folder / name)]
 
 
 def _runs(pid: int) -> bool:

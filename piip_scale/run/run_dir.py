@@ -7,7 +7,7 @@ import math
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 from piip_scale.errors import PiipError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.logging import get_logger
+from piip_scale.run.checkpoint_signs import sign_of_checkpoints
+from piip_scale.run.earlier import set_aside
 from piip_scale.run.ending import Ending, ending_of, parse_ending
 from piip_scale.run.starting import process_age_seconds
 
@@ -29,11 +31,13 @@ class Status:
         state: ``running``, ``stopped`` (asked to, saved), ``failed`` or ``done``.
         step: Optimiser steps behind it.
         ending: How it ended; ``None`` while it runs, and of a run that is done.
+        checkpoint_step: Step of the newest checkpoint it is known to have written; 0 for none.
     """
 
     state: State
     step: int
     ending: Ending | None = None
+    checkpoint_step: int = 0
 
     @property
     def line(self) -> str:
@@ -69,46 +73,86 @@ class RunDirectory:
         self.heartbeats = self.path / "heartbeats"
         self.checkpoints = self.path / "checkpoints"
         self.broken_samples = self.path / "broken_samples"
+        self.metrics = self.path / "metrics.jsonl"
+        self.superseded_metrics = self.path / "metrics.superseded.jsonl"
+        self.tensorboard = self.path / "tensorboard"
 
-    def check(self, *, resume: bool) -> None:
+    def check(self, *, resume: bool, restart: bool = False) -> None:
         """Refuses a directory that holds a run already, or none to resume; writes nothing.
+
+        Args:
+            resume: The run in it is to go on.
+            restart: A run in it is to be set aside.
 
         Raises:
             RunError: The directory is not fit for it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunError("run directory", value=str(self.path), rule="it must be a directory, and is a file")
+        if restart:
+            return
         status = self.status()
-        if status and not resume:
+        # Of a run whose status is gone, the checkpoints still are its checkpoints.
+        held = f"{status.state} at step {status.step}" if status else sign_of_checkpoints(self)
+        if held and not resume:
             raise RunError(
-                f"run directory {self.path} holds a run ({status.state} at step {status.step})",
-                fix="add --resume to continue it, or choose another --run-dir",
+                f"run directory {self.path} holds a run ({held})",
+                fix="add --resume to continue it, --restart to set it aside and start over, or choose another "
+                "--run-dir",
             )
-        if resume and not status:
+        if resume and not held:
             raise RunError(f"run directory {self.path} holds no run to resume", fix="leave out --resume")
 
-    def open(self, config_text: str, *, resume: bool) -> None:
+    def open(self, config_text: str, *, resume: bool, restart: bool = False) -> None:
         """Creates or reopens the directory and records the environment and the command. Main rank only.
 
         Args:
             config_text: The resolved config. A resumed run keeps the one it started with, unless that is gone; where
                 this one differs, it is written beside it, and a warning says so.
             resume: Continue the run that is there.
+            restart: Start over: all that is there of a run moves into a folder of ``earlier``.
 
         Raises:
-            RunError: The directory holds a run and ``resume`` is off, holds none and it is on, or cannot be written.
+            RunError: The directory holds a run and neither is on, holds none and ``resume`` is, or cannot be written.
         """
-        self.check(resume=resume)
+        self.check(resume=resume, restart=restart)
+        if restart:
+            self.start_over()
         self.clear_traces(before_unix_s=process_start_unix_s())
-        self._keep_config(config_text, resume=resume)
+        self._set_aside_overwritten(config_text, resume=resume and not restart)
+        self._keep_config(config_text, resume=resume and not restart)
         # Here, since it imports torch: who only reads a run's files, as commands about jobs do, need not wait for it.
         from piip_scale.run.environment import describe_environment
 
         write_text_atomic(self.environment, json.dumps(describe_environment(), indent=2) + "\n")
 
+    def start_over(self) -> None:
+        """Sets aside all that is there of a run but its job's files; nothing where there is none. Main rank only.
+
+        Raises:
+            RunError: The disk refuses.
+        """
+        # Not `job`: the job that may be running this start over keeps its own records there.
+        paths = (
+            *(self.config, self.resumed_config, self.environment, self.status_file, self.checkpoints),
+            *(self.broken_samples, self.metrics, self.superseded_metrics, self.tensorboard),
+        )
+        with disk_errors(RunError, f"set aside the run in {self.path}"):
+            folder = set_aside(self.path, paths)
+        if folder is not None:
+            get_logger(__name__).warning("starting over: the run that was here is in %s", folder)
+
+    def _set_aside_overwritten(self, config_text: str, *, resume: bool) -> None:
+        """What this start is about to write anew and was something else."""
+        paths = [self.environment, self.resumed_config]
+        if not resume and _text_of(self.config) not in (None, config_text):
+            paths.append(self.config)
+        with disk_errors(RunError, f"set aside earlier files of {self.path}"):
+            folder = set_aside(self.path, paths)
+        if folder is not None and (folder / self.config.name).exists():
+            get_logger(__name__).warning("another %s was here: it is in %s", self.config.name, folder)
+
     def _keep_config(self, text: str, *, resume: bool) -> None:
-        with disk_errors(RunError, f"write {self.resumed_config}"):
-            self.resumed_config.unlink(missing_ok=True)
         if not (resume and self.config.exists()):
             write_text_atomic(self.config, text)
         elif self.config.read_text(encoding="utf-8") != text:
@@ -118,7 +162,7 @@ class RunDirectory:
             )
 
     def clear_traces(self, before_unix_s: float = math.inf) -> None:
-        """Forgets errors, stacks and heartbeats of earlier processes.
+        """Sets aside errors and stacks of earlier processes, and forgets their heartbeats.
 
         Args:
             before_unix_s: Younger ones stay: other ranks of this launch may have failed already.
@@ -129,9 +173,11 @@ class RunDirectory:
         with disk_errors(RunError, f"create run directory {self.path}"):
             for folder in (self.errors, self.stacks, self.heartbeats):
                 folder.mkdir(parents=True, exist_ok=True)
-                for trace in folder.iterdir():
-                    if trace.stat().st_mtime < before_unix_s:
-                        trace.unlink()
+            traces = [*self.errors.iterdir(), *self.stacks.iterdir()]
+            set_aside(self.path, [trace for trace in traces if trace.lstat().st_mtime < before_unix_s])
+            for beat in self.heartbeats.glob("rank_*.json"):
+                if beat.lstat().st_mtime < before_unix_s:
+                    beat.unlink()
 
     def status(self) -> Status | None:
         """What the run last said of itself; ``None`` where no run started.
@@ -150,8 +196,18 @@ class RunDirectory:
             raise RunError(f"{self.status_file} cannot be read: {error}", fix="choose another --run-dir") from error
 
     def write_status(self, state: State, step: int, ending: Ending | None = None) -> None:
-        """Replaces the status. Main rank only, or the rank that failed first."""
-        write_text_atomic(self.status_file, json.dumps(asdict(Status(state, step, ending))) + "\n")
+        """Replaces the status, but for the checkpoint it knows of. Main rank only, or the rank that failed first."""
+        before = self.status()
+        self._write_status(Status(state, step, ending, before.checkpoint_step if before else 0))
+
+    def note_checkpoint(self, step: int) -> None:
+        """Has the status know of a checkpoint, so that its loss is noticed. Main rank only."""
+        status = self.status()
+        if status is not None:
+            self._write_status(replace(status, checkpoint_step=step))
+
+    def _write_status(self, status: Status) -> None:
+        write_text_atomic(self.status_file, json.dumps(asdict(status)) + "\n")
 
     def write_failure(self, ending: Ending) -> None:
         """Puts how a run failed into the status, at the step the run last told of.
@@ -196,7 +252,8 @@ class RunDirectory:
         place = self.errors / "first.json"
         with suppress(FileNotFoundError):
             if place.stat().st_mtime < process_start_unix_s():
-                place.unlink()
+                # Of an earlier launch; the main rank sets it aside with the others, which it may not have done yet.
+                place.replace(self.errors / "first_before.json")
         with place.open("x", encoding="utf-8") as file:
             json.dump(asdict(ending), file)
 
@@ -227,7 +284,18 @@ def _parse_status(values: dict[str, Any]) -> Status:
     ending = values.get("ending")
     if values["state"] not in get_args(State) or not isinstance(values["step"], int):
         raise ValueError(f"state {values['state']!r} at step {values['step']!r}")
-    return Status(values["state"], values["step"], None if ending is None else parse_ending(ending))
+    # Of earlier versions' runs nothing is known.
+    checkpoint_step = values.get("checkpoint_step", 0)
+    if not isinstance(checkpoint_step, int):
+        raise ValueError(f"checkpoint_step {checkpoint_step!r}")
+    return Status(values["state"], values["step"], None if ending is None else parse_ending(ending), checkpoint_step)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, IsADirectoryError):
+        return None
 
 
 @cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from piip_scale.files import write_text_atomically
+from piip_scale.files import atomic_file
 
 
 class JsonLines:
@@ -16,7 +18,7 @@ class JsonLines:
     Args:
         path: The file; made where absent.
         first_step: Steps done before; lines of later ones, left by a process that went further than its last
-            checkpoint, are removed, and so is a line that a kill cut short.
+            checkpoint, move to the end of ``superseded_path(path)``, and so does a line that a kill cut short.
 
     Raises:
         OSError: The disk refuses.
@@ -24,7 +26,7 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         if path.exists():
-            _forget(path, first_step)
+            _supersede(path, first_step)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
@@ -39,14 +41,45 @@ class JsonLines:
         self._file.close()
 
 
-def _forget(path: Path, first_step: int) -> None:
-    text = path.read_text(encoding="utf-8")
-    kept = "".join(f"{line}\n" for line in text.splitlines() if _step_of(line) <= first_step)
-    if kept != text:
-        write_text_atomically(path, kept)
+def superseded_path(path: Path) -> Path:
+    """Where a file's superseded lines are: ``metrics.superseded.jsonl`` for ``metrics.jsonl``."""
+    return path.with_name(f"{path.stem}.superseded{path.suffix}")
 
 
-def _step_of(line: str) -> float:
+def _supersede(path: Path, first_step: int) -> None:
+    """Moves lines that are not of the curve that goes on; copied before they are cut, so that a kill loses none."""
+    with path.open("rb") as file:
+        superseded = [line for line in file if not _is_current(line, first_step)]
+    if superseded:
+        _append_superseded(superseded_path(path), superseded, first_step)
+    with path.open("rb") as file, atomic_file(path) as kept:
+        kept.writelines(_ended(line) for line in file if _is_current(line, first_step))
+
+
+def _append_superseded(path: Path, lines: Iterable[bytes], first_step: int) -> None:
+    header = {
+        "step": first_step,
+        "kind": "superseded",
+        "text": f"the lines below went further than step {first_step}, from which the run went on",
+        "unix_time_s": time.time(),
+    }
+    with path.open("ab") as file:
+        file.write(json.dumps(header).encode() + b"\n")
+        file.writelines(map(_ended, lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ended(line: bytes) -> bytes:
+    return line if line.endswith(b"\n") else line + b"\n"
+
+
+def _is_current(line: bytes, first_step: int) -> bool:
+    """Whether a line is whole and of a step that stays."""
+    return _step_of(line) <= first_step
+
+
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

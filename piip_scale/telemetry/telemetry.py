@@ -26,7 +26,7 @@ class Telemetry:
         run_dir: The run's directory; made where absent.
         total_steps: Optimiser steps of the whole run.
         first_step: Steps done before this process, the step of the checkpoint resumed from; what an earlier process
-            wrote of later steps is removed.
+            wrote of later steps is superseded: moved to ``metrics.superseded.jsonl``, hidden in TensorBoard.
         show_progress: Draw the progress line.
         log_every_steps: Write every n-th step's scalars; its rate is that of all n. The progress line sees each step.
         stream: Where the progress line goes; standard error where not given.

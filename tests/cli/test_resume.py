@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
 
 import psutil
+import pytest
 import torch
 from commands import command, environment, piip_scale, succeeded
 
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+from piip_scale.cli.train import check_start, run_training, with_classes
+from piip_scale.config import load_config
+from piip_scale.errors import CheckpointError
+from piip_scale.world import World
 
 STEPS = 9
 # Everything that draws random numbers: drop path, augmentation, the order of the images, mmdet's samplers; and in bf16.
@@ -84,3 +90,18 @@ def test_a_detector_killed_in_the_middle_is_bit_for_bit_the_whole_run(config, tm
         assert ours.keys() == theirs.keys()
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert any("exp_avg_sq" in name for name in moments(found))
+
+
+def test_a_run_that_lost_its_checkpoints_starts_nothing(config, trained, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    for damaged in (run_dir / "checkpoints").glob("step_*/manifest.json"):
+        damaged.unlink()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"none of them is whole.*--restart"):
+        run_training(config, [], run_dir, procs=2, resume=True)
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"none of them is whole here: status.json.*step 6"):
+        run_training(config, [], run_dir, procs=2, resume=True)
+    assert {path: path.read_bytes() for path in before if path.exists()}.items() <= before.items()
+    check_start(with_classes(load_config(config)), run_dir, World(), resume=False, restart=True)

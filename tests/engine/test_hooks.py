@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from piip_scale.engine import hooks
-from piip_scale.engine.hooks import Silence, Tell
+from piip_scale.engine.hooks import LogSteps, Silence
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation, peak_of, peak_tflops
@@ -22,7 +22,7 @@ class Heard(Silence):
 
 def tell_of(heard, folder, peak_tflops=None):
     utilisation = Utilisation(lambda height, width: height * width * 10**12, peak_tflops)
-    return Tell(
+    return LogSteps(
         heard,
         RunDirectory(folder),
         World(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -11,67 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+from run_files import NOW, attempt, beat, job, make_spec, row, steps, write_metrics, write_status
 
 from piip_scale.cli.jobs import duration, table
 from piip_scale.errors import RunError
-from piip_scale.launch.attempts import Attempt, History
+from piip_scale.launch.attempts import History
 from piip_scale.launch.control import requeue_run, stop_run
-from piip_scale.launch.queue import QueuedJob, parse_queue
+from piip_scale.launch.queue import parse_queue
 from piip_scale.launch.run_metrics import read_pace
-from piip_scale.launch.runs import describe, find_runs, is_alive, read_run, refuse_active
-from piip_scale.launch.spec import JobFiles, JobSpec, load_request, load_spec, save_spec
+from piip_scale.launch.runs import find_runs, is_alive, read_run, refuse_active
+from piip_scale.launch.spec import JobFiles, load_request, load_spec
 from piip_scale.run.ending import Ending
-from piip_scale.run.heartbeat import Beat, write_beat
-
-NOW = time.time()
-
-
-def make_spec(folder, **changes):
-    given = {
-        "name": folder.name,
-        "run_dir": folder,
-        "working_dir": folder.parent,
-        "config": folder / "job/frozen/config.py",
-        "source_config": folder / "config.py",
-        "script": folder / "job/train.sbatch",
-        "log": f"{folder}/job/log-%j.txt",
-    }
-    spec = JobSpec(**given | changes)
-    save_spec(spec)
-    return spec
-
-
-def write_status(folder, state, step, note=""):
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"state": state, "step": step, "ending": {"line": note}}
-    (folder / "status.json").write_text(json.dumps(content))
-
-
-def write_metrics(folder, lines):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def steps(first, last, step_ms=500.0):
-    rate = {"time/step_ms": step_ms, "throughput/images_per_second": 16.0}
-    return [{"step": step, "kind": "step", **rate} for step in range(first, last + 1)]
-
-
-def job(folder, state="RUNNING", **changes):
-    given = {"name": "12", "job_id": 12, "array_task": None, "state": state, "reason": "Priority", "time_left": "1:00"}
-    return QueuedJob(**given | {"nodes": "n1", "command": str(folder / "job/train.sbatch")} | changes)
-
-
-def attempt(number=0, **changes):
-    return Attempt(number, 12, number, ("n1",), NOW - 100, **changes)
-
-
-def row(folder, queue=()):
-    return describe(read_run(folder, queue))
-
-
-def beat(**changes):
-    given = {"rank": 0, "number": 1, "collectives": 1, "phase": "computing", "step": 3, "waiting_s": 0.0}
-    return Beat(**given | {"unix_time_s": time.time(), "host": socket.gethostname(), "pid": os.getpid()} | changes)
+from piip_scale.run.heartbeat import write_beat
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from piip_scale.engine.hooks import Silence, TellStart
+from piip_scale.engine.hooks import LogStart, Silence
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
 from piip_scale.run.starting import StartClock
@@ -49,7 +49,7 @@ def test_a_start_is_told_once_and_its_phases_add_up():
     heard, clock = Heard(), StartClock()
     clock.end_phase("imports")
     clock.end_phase("build")
-    hook = TellStart(heard, clock)
+    hook = LogStart(heard, clock)
     for step in (5, 6):
         result = StepResult({}, grad_norm=0.0, applied=True, sizes_px=((32, 32),))
         hook.after_step(StepReport(step, result, lr=0.1, seconds=3.0, wait_seconds=1.0))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from piip_scale.telemetry import SaveRecord, StepRecord, Telemetry
-from piip_scale.telemetry.jsonl import JsonLines
+from piip_scale.telemetry.jsonl import JsonLines, superseded_path
 from piip_scale.telemetry.memory import peak_memory_bytes
 
 WRITER = Path(__file__).with_name("metrics_writer.py")
@@ -142,6 +142,11 @@ def test_law_of_resumed_lines(tmp_path_factory, steps, first, cut):
     read = [json.loads(line)["step"] for line in path.read_text().splitlines()]
     complete = [json.loads(line)["step"] for line in whole.splitlines() if line.endswith("}")]
     assert read == [step for step in complete if step <= first] + [first + 1]
+    # Nothing is erased: what is no longer in the file is in the other.
+    aside = superseded_path(path)
+    moved = aside.read_text().splitlines() if aside.exists() else []
+    stayed = path.read_text().splitlines()[:-1]
+    assert sorted(stayed + [line for line in moved if '"superseded"' not in line]) == sorted(whole.splitlines())
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):

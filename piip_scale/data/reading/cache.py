@@ -1,10 +1,10 @@
 """Whole files of remote sets on a disk of the node, shared by everybody there and never above a limit.
 
-A file's name is its checksum, so one cache serves any number of sets, and a set packed anew never meets its old shards.
-While a file comes it is ``CHECKSUM.part``, as large as it will be from the start, and locked by whoever fetches it; the
-kernel drops the lock when that process dies, and the next one takes the part over. A file takes its name once it is
-whole. Room is made and reserved, and names are taken, under a lock on the folder. Readers hold no file open between two
-reads, so what is evicted frees its disk space at once.
+A file's name is its checksum and an ending of ours, so one cache serves any number of sets, and a set packed anew never
+meets its old shards. While a file comes it is ``CHECKSUM.part``, as large as it will be from the start, and locked by
+whoever fetches it; the kernel drops the lock when that process dies, and the next one takes the part over. A file takes
+its name once it is whole. Room is made and reserved, and names are taken, under a lock on the folder. Readers hold no
+file open between two reads, so what is evicted frees its disk space at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import fcntl
 import io
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,15 @@ from typing import BinaryIO
 
 from piip_scale.data.reading.sources import NEVER, Stop, StoppedError
 from piip_scale.errors import DataError
-from piip_scale.files import disk_errors
+from piip_scale.files import disk_errors, private_folder, temporary_folder
 
 GIB = 2**30
 
+_WHOLE = ".cached"
 _PART = ".part"
-_OURS = re.compile(r"[0-9a-f]{64}(\.part)?")
+_CHECKSUM = re.compile(r"[0-9a-f]{64}")
+# Other tools name files by their bare checksums; only these are counted, evicted or replaced.
+_OURS = re.compile(r"[0-9a-f]{64}\.(cached|part)")
 _POLL_S = 0.05
 
 
@@ -37,7 +39,7 @@ class Entry:
     """A file that belongs into the cache.
 
     Attributes:
-        sha256: Its name there.
+        sha256: Of its content, 64 hexadecimal digits: it comes from a set, and becomes a file's name.
         num_bytes: Its length; ``None`` for a small file whose length is known once it is there.
         name: What its set calls it.
     """
@@ -46,19 +48,26 @@ class Entry:
     num_bytes: int | None
     name: str
 
+    def __post_init__(self) -> None:
+        if not _CHECKSUM.fullmatch(self.sha256):
+            raise DataError(f"checksum of {self.name}", value=self.sha256, rule="it has 64 hexadecimal digits")
+
+    @property
+    def file_name(self) -> str:
+        """Its name in the cache."""
+        return f"{self.sha256}{_WHOLE}"
+
 
 def cache_folder(folder: str) -> Path:
     """The folder that ``data.cache.folder`` means.
 
     Raises:
-        DataError: ``auto`` would take a folder of somebody else's.
+        DataError: ``auto`` would take a folder that others can write, or there is none.
     """
     if folder != "auto":
         return Path(folder)
-    path = Path(tempfile.gettempdir()) / f"piip_scale_cache_{os.getuid()}"
-    if path.exists() and path.stat().st_uid != os.getuid():
-        raise DataError(f"cache folder {path} belongs to another user", fix="set data.cache.folder")
-    return path
+    path = temporary_folder() / f"piip_scale_cache_{os.getuid()}"
+    return private_folder(path, DataError, fix="set data.cache.folder")
 
 
 class FileCache:
@@ -103,7 +112,7 @@ class FileCache:
         """A file that is there, open for reading, and marked as used just now; one of another length is dropped."""
         with self._errors(f"read {entry.name}"):
             try:
-                descriptor = os.open(self._path(entry), os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(self._path(entry), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             except FileNotFoundError:
                 return None
             file = os.fdopen(descriptor, "rb")
@@ -120,7 +129,7 @@ class FileCache:
             self._path(entry).unlink(missing_ok=True)
 
     def _path(self, entry: Entry) -> Path:
-        return self.folder / entry.sha256
+        return self.folder / entry.file_name
 
     def _part(self, entry: Entry) -> Path:
         return self.folder / f"{entry.sha256}{_PART}"
@@ -172,7 +181,7 @@ class FileCache:
 
     @contextlib.contextmanager
     def _locked_folder(self, stop: Stop) -> Iterator[None]:
-        with _descriptor(self.folder, os.O_RDONLY) as folder, _lock(folder, stop):
+        with _descriptor(self.folder.resolve(), os.O_RDONLY) as folder, _lock(folder, stop):
             yield
 
     def _has_room(self, part: BinaryIO, num_bytes: int) -> bool:
@@ -193,8 +202,9 @@ class FileCache:
         of_files = of_parts = 0
         for item in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):
-                state = item.stat()
-                if not _OURS.fullmatch(item.name) or state.st_ino == own_inode:
+                state = item.stat(follow_symlinks=False)
+                is_ours = _OURS.fullmatch(item.name) and item.is_file(follow_symlinks=False)
+                if not is_ours or state.st_ino == own_inode:
                     continue
                 path = Path(item.path)
                 if item.name.endswith(_PART):
@@ -210,7 +220,8 @@ class FileCache:
 
 @contextlib.contextmanager
 def _descriptor(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    # A link in the place of a file of ours would have us empty the file that it names.
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         yield descriptor
     finally:

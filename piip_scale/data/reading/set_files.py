@@ -8,20 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from piip_scale.config.run import CacheConfig
 from piip_scale.data.reading.cache import GIB, Entry, FileCache, cache_folder
 from piip_scale.data.reading.fetching import Fetcher
 from piip_scale.data.reading.files import read_whole, sha256_of, sha256_of_file, sha256_of_open
+from piip_scale.data.reading.manifest import MANIFEST, SHARD_GLOB, ShardInfo
 from piip_scale.data.reading.sources import NEVER, Stop, is_remote, open_source
 from piip_scale.errors import DataError, FetchError
-
-if TYPE_CHECKING:
-    from piip_scale.data.reading.shards import ShardInfo
-
-MANIFEST = "manifest.json"
-SHARD_GLOB = "shard-*.tar"
 
 _MAX_OPEN_SHARDS = 128
 _INDEXES_AT_ONCE = 16

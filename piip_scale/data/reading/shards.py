@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pydantic
 
-from piip_scale.config.base import Strict
 from piip_scale.config.run import CacheConfig
 from piip_scale.data.images import UPRIGHT
 from piip_scale.data.packing.label_maps import MapRule
-from piip_scale.data.reading.files import json_bytes, read_whole, sha256_of
-from piip_scale.data.reading.set_files import MANIFEST as MANIFEST
-from piip_scale.data.reading.set_files import SHARD_GLOB as SHARD_GLOB
+from piip_scale.data.reading.files import json_bytes, sha256_of
+from piip_scale.data.reading.manifest import FORMAT_VERSION as FORMAT_VERSION
+from piip_scale.data.reading.manifest import MANIFEST as MANIFEST
+from piip_scale.data.reading.manifest import SHARD_GLOB as SHARD_GLOB
+from piip_scale.data.reading.manifest import Category as Category
+from piip_scale.data.reading.manifest import Manifest as Manifest
+from piip_scale.data.reading.manifest import ShardIndex as ShardIndex
+from piip_scale.data.reading.manifest import ShardInfo as ShardInfo
+from piip_scale.data.reading.manifest import index_name as index_name
+from piip_scale.data.reading.manifest import parsed
+from piip_scale.data.reading.manifest import read_json_model as read_json_model
+from piip_scale.data.reading.manifest import shard_name as shard_name
 from piip_scale.data.reading.set_files import LocalFiles, SetFiles, open_files
-from piip_scale.data.reading.sources import NEVER, Stop, is_remote, located
+from piip_scale.data.reading.sources import NEVER, Stop, located
 from piip_scale.data.sample import RawSample, SetKind, checksum, parse_notes
 from piip_scale.errors import DataError
-
-FORMAT_VERSION = 1
 
 _PLACE_COLUMNS = (
     "image_offsets",
@@ -39,116 +44,6 @@ _PLACE_COLUMNS = (
 )
 # What a column stands for that an index leaves out.
 _ABSENT = {"orientations": UPRIGHT, "map_orientations": UPRIGHT}
-_Model = TypeVar("_Model", bound=Strict)
-
-
-class Category(Strict):
-    """A class, at the place of its label."""
-
-    id: int
-    name: str
-
-
-class ShardInfo(Strict):
-    """What the manifest says of a shard."""
-
-    name: str
-    num_samples: int
-    size_bytes: int
-    sha256: str
-    index_sha256: str
-
-    @property
-    def index_name(self) -> str:
-        """File name of the index beside the shard."""
-        return index_name(self.name)
-
-
-class Manifest(Strict):
-    """A whole set; written last, so that a set without it is unfinished.
-
-    Attributes:
-        kind: What its samples are labelled with.
-        reduce_zero_label: In the label maps of a segmentation set 0 is ignored and the classes count from 1.
-        categories: In label order; ids are the COCO file's, or the labels themselves.
-        has_masks: Every annotation has a segmentation.
-        input_sha256: Of the annotations, the images' names and sizes, and the options.
-        made_with: The options and versions it was packed with.
-    """
-
-    format_version: int
-    kind: SetKind = "detection"
-    reduce_zero_label: bool = False
-    categories: tuple[Category, ...]
-    has_masks: bool
-    num_samples: int
-    num_annotations: int
-    shards: tuple[ShardInfo, ...]
-    input_sha256: str
-    made_with: dict[str, Any]
-
-
-class ShardIndex(Strict):
-    """Where each sample of a shard lies, as columns of equal length.
-
-    Attributes:
-        plan_sha256: Of what was to be packed; a restart keeps a shard whose plan is the same.
-        heights_px: Of the images as they are decoded, turned where ``orientations`` say so; like ``widths_px``.
-        map_offsets: Of label maps, like ``map_bytes``; empty where there are none.
-        orientations: EXIF's number of how each image is turned once it is decoded; empty where none is.
-        map_orientations: Likewise of label maps.
-    """
-
-    shard_bytes: int
-    shard_sha256: str
-    plan_sha256: str
-    num_annotations: int
-    keys: tuple[str, ...]
-    image_ids: tuple[int, ...]
-    heights_px: tuple[int, ...]
-    widths_px: tuple[int, ...]
-    image_offsets: tuple[int, ...]
-    image_bytes: tuple[int, ...]
-    notes_offsets: tuple[int, ...]
-    notes_bytes: tuple[int, ...]
-    crc32s: tuple[int, ...]
-    map_offsets: tuple[int, ...] = ()
-    map_bytes: tuple[int, ...] = ()
-    orientations: tuple[int, ...] = ()
-    map_orientations: tuple[int, ...] = ()
-
-
-def shard_name(number: int) -> str:
-    """File name of a set's shard."""
-    return f"shard-{number:06d}.tar"
-
-
-def index_name(name: str) -> str:
-    """File name of the index beside a shard."""
-    return f"{name.removesuffix('.tar')}.index.json"
-
-
-def read_json_model(path: Path, kind: type[_Model]) -> tuple[_Model, bytes]:
-    """A manifest or an index in a folder, and its bytes.
-
-    Raises:
-        DataError: The file is absent or not what it should be.
-    """
-    content = read_whole(path)
-    return _parsed(content, kind, str(path)), content
-
-
-def _parsed(content: bytes, kind: type[_Model], name: str) -> _Model:
-    try:
-        return kind.model_validate_json(content)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise DataError(
-            f"{name} is damaged",
-            value=f"{where}: {first['msg']}",
-            fix="check what is there (curl needs -f)" if is_remote(name) else "pack the set again with --overwrite",
-        ) from None
 
 
 class ShardSet:
@@ -203,7 +98,7 @@ class ShardSet:
             DataError: It is absent, unfinished, damaged (naming the shard), of another kind or of other classes.
         """
         files = open_files(location, cache)
-        manifest = _parsed(files.manifest(), Manifest, located(files.location, MANIFEST))
+        manifest = parsed(files.manifest(), Manifest, located(files.location, MANIFEST))
         if manifest.format_version != FORMAT_VERSION:
             raise DataError(
                 f"format version of the set at {location}",
@@ -341,8 +236,9 @@ def _read_indexes(files: SetFiles, shards: Sequence[ShardInfo]) -> list[ShardInd
 
 def _checked_index(content: bytes, shard: ShardInfo, location: str) -> ShardIndex:
     name = located(location, shard.index_name)
-    index = _parsed(content, ShardIndex, name)
-    if sha256_of(content) != shard.index_sha256 or len(index.keys) != shard.num_samples:
+    index = parsed(content, ShardIndex, name)
+    is_same = sha256_of(content) == shard.index_sha256 and index.shard_bytes == shard.size_bytes
+    if not is_same or len(index.keys) != shard.num_samples:
         raise DataError(
             f"index {name} is not the one that was packed",
             rule="its checksum must be the manifest's",

@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import selectors
-import shlex
 import signal
 import subprocess
 import tempfile
@@ -38,6 +37,7 @@ _PIPE_BYTES = 1 << 20
 _POLL_S = 0.1
 # Statuses of a client's fault that may pass: a timeout, too early, too many requests.
 _PASSING = {408, 425, 429}
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _NO_SUCH_COMMAND = (126, 127)
 _GCSFS_GRPC = "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"
 # What fsspec needs for each kind of location, and the extra of this package that brings it.
@@ -180,15 +180,8 @@ class ObjectSource:
         return self._filesystem_of[1]
 
     def _new_filesystem(self) -> Any:
-        import fsspec
-
-        options: dict[str, Any] = {"skip_instance_cache": True}
-        if self._is_http:
-            told = fsspec.config.conf.get("http", {})
-            options["client_kwargs"] = {"trust_env": True} | told.get("client_kwargs", {})
-            options["headers"] = {"Accept-Encoding": "identity"} | told.get("headers", {})
         try:
-            return _filesystem_class(self._protocol)(**options)
+            return _filesystem_class(self._protocol)(**self._client_options())
         except ImportError as error:
             extra = _EXTRAS[self._protocol]
             raise DataError(
@@ -196,6 +189,23 @@ class ObjectSource:
                 value=str(error).splitlines()[0],
                 fix=f"pip install 'piip-scale[{extra}]'" if extra else "pip install aiohttp",
             ) from None
+        # Options that the user set for fsspec reach its clients unchecked, which raise whatever comes of them.
+        except Exception as error:  # noqa: BLE001
+            raise DataError(
+                f"no client for {self.location} can be made",
+                value=_first_line(error),
+                fix="correct the options in FSSPEC_* variables and in fsspec's config files",
+            ) from None
+
+    def _client_options(self) -> dict[str, Any]:
+        import fsspec
+
+        options: dict[str, Any] = {"skip_instance_cache": True}
+        if self._is_http:
+            own = fsspec.config.conf.get("http", {})
+            options["client_kwargs"] = {"trust_env": True} | own.get("client_kwargs", {})
+            options["headers"] = {"Accept-Encoding": "identity"} | own.get("headers", {})
+        return options
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, FileNotFoundError):
@@ -206,7 +216,7 @@ class ObjectSource:
             return "the connection ended before the answer did"
         if (status := getattr(error, "status", None)) is not None:
             return f"{status} {getattr(error, 'message', '')}".strip()
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return _first_line(error)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_filesystem_of": None}
@@ -232,7 +242,7 @@ class PipeSource:
 
     def stream(self, name: str, begin: int, num_bytes: int | None, stop: Stop) -> Iterator[bytes]:
         """As in ``Source``; always from the start."""
-        command = located(self.location.removeprefix(PIPE), shlex.quote(name))
+        command = located(self.location.removeprefix(PIPE), _of_plain_letters(name))
         with tempfile.TemporaryFile() as errors, _running(command, errors) as process:
             assert process.stdout is not None
             yield from self._output(process.stdout, stop)
@@ -256,6 +266,21 @@ class PipeSource:
                 elif time.monotonic() - last > self._stall_s:
                     raise TransferError(f"nothing came for {self._stall_s:g} s")
         raise StoppedError
+
+
+def _of_plain_letters(name: str) -> str:
+    """A file's name that means itself in a shell, quoted in any way or not at all.
+
+    The command is the user's, and may quote what stands for the name as it likes: quotes of ours could end its own, and
+    what followed would be run. Names of a set's files need none.
+    """
+    if not _PLAIN.fullmatch(name):
+        raise TransferError(f"its name {name!a} holds what a shell may take for something else", is_final=True)
+    return name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def located(location: str, name: str) -> str:

@@ -4,13 +4,13 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 
 import pytest
 from streams import bytes_in
 
-from piip_scale.data.reading import cache as cache_module
 from piip_scale.data.reading.cache import Entry, FileCache, cache_folder
 from piip_scale.data.reading.sources import Stop, StoppedError
 from piip_scale.errors import DataError
@@ -80,7 +80,7 @@ def test_racing_and_dying_processes_keep_content_and_limit(tmp_path):
             reader.kill()
     assert 2500 < max(sizes) <= LIMIT
     # What the last one left is gone with the next one to make room.
-    (folder / ENTRIES[0].sha256).unlink(missing_ok=True)
+    (folder / ENTRIES[0].file_name).unlink(missing_ok=True)
     content_of(FileCache(folder, LIMIT), 0)
     assert not list(folder.glob("*.part"))
 
@@ -102,19 +102,19 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path):
     cache = FileCache(tmp_path, 3200)
     for number in (0, 1):
         content_of(cache, number)
-    os.utime(tmp_path / ENTRIES[0].sha256, (1, 1))
-    os.utime(tmp_path / ENTRIES[1].sha256, (2, 2))
+    os.utime(tmp_path / ENTRIES[0].file_name, (1, 1))
+    os.utime(tmp_path / ENTRIES[1].file_name, (2, 2))
     # Read again, the older one is the younger one.
     assert content_of(cache, 0, None, 60.0) == CONTENTS[0]
     content_of(cache, 2)
-    assert {path.name for path in tmp_path.iterdir()} == {ENTRIES[0].sha256, ENTRIES[2].sha256}
+    assert {path.name for path in tmp_path.iterdir()} == {ENTRIES[0].file_name, ENTRIES[2].file_name}
 
 
 def test_what_is_open_outlives_its_eviction(tmp_path):
     cache = FileCache(tmp_path, 1500)
     with cache.open(ENTRIES[0], filler(0)) as file:
         content_of(cache, 1)
-        assert not (tmp_path / ENTRIES[0].sha256).exists()
+        assert not (tmp_path / ENTRIES[0].file_name).exists()
         assert os.pread(file.fileno(), 10_000, 0) == CONTENTS[0]
 
 
@@ -170,7 +170,7 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
 
 
 def test_the_automatic_folder_is_the_users_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     folder = cache_folder("auto")
     assert folder.parent == tmp_path
     content_of(FileCache(folder, LIMIT), 0)

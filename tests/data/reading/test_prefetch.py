@@ -131,5 +131,5 @@ def test_the_next_epoch_is_fetched_ahead_too(packed, tmp_path):
         for _ in range(len(stream) - 1):
             next(batches)
         first = stream.shards.manifest.shards[int(use.shards[0])]
-        wait_until((tmp_path / first.sha256).exists)
+        wait_until((tmp_path / f"{first.sha256}.cached").exists)
         batches.close()

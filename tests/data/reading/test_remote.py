@@ -147,7 +147,7 @@ def test_a_smaller_limit_than_before_is_kept_too(packed, cache, expected):
         assert same_stream(server.url, cache, expected)
         shards = ShardSet.open(packed).manifest.shards
         limit = 2 * max(shard.size_bytes for shard in shards)
-        (Path(cache["folder"]) / shards[0].sha256).unlink()
+        (Path(cache["folder"]) / f"{shards[0].sha256}.cached").unlink()
         assert same_stream(server.url, cache | {"limit_gib": limit / GIB}, expected)
     assert bytes_in(cache["folder"]) <= limit
 
@@ -162,7 +162,8 @@ def test_damaged_copies_are_fetched_again(packed, cache, expected):
         assert same_stream(server.url, cache, expected)
         shards = ShardSet.open(packed).manifest.shards
         cut, zeroed, index = (
-            Path(cache["folder"]) / name for name in (shards[1].sha256, shards[3].sha256, shards[2].index_sha256)
+            Path(cache["folder"]) / f"{name}.cached"
+            for name in (shards[1].sha256, shards[3].sha256, shards[2].index_sha256)
         )
         os.truncate(cut, 700)
         zeroed.write_bytes(b"\0" * zeroed.stat().st_size)
@@ -275,7 +276,8 @@ def test_a_missing_package_names_its_extra(monkeypatch, location, package, extra
     import fsspec
 
     monkeypatch.delitem(sys.modules[fsspec.get_filesystem_class.__module__]._registry, location[:2], raising=False)
-    monkeypatch.setitem(sys.modules, package, None)
+    for module in (package, f"{package}.core"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"pip install 'piip-scale\[{extra}\]'$"):
         ShardSet.open(location)
 

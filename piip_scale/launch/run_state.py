@@ -1,0 +1,165 @@
+"""The state of a run in one word, and what happened last: judged from the queue, the run's own word, and their age."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from piip_scale.launch.submitting import submitted_jobs
+from piip_scale.run.heartbeat import COMPUTING, WAITING, Beat
+
+if TYPE_CHECKING:
+    from piip_scale.launch.attempts import Attempt
+    from piip_scale.launch.runs import Run
+
+_HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+# A rank writes its heartbeat every two seconds, also while it waits; disks and clocks of nodes may be late.
+_SILENT_S = 60.0
+# So many times the usual step is no longer a slow one.
+_STEPS_STILL = 10
+# A job that was submitted a moment ago need not be in a queue that was read before.
+_QUEUED_WITHIN_S = 60.0
+_OUT_OF_QUEUE = "left the queue before it began: cancelled, or its deadline passed; piip-scale jobs requeue submits it"
+
+
+def state_of(run: Run, alive: bool, now_unix_s: float) -> str:
+    """A run's state in one word.
+
+    The queue knows best whether something runs; then what the last attempt's supervisor decided; the run's own word
+    counts where it is younger, as of a training by hand, or alone.
+
+    Returns:
+        ``queued``, ``held``; ``running``, ``stalled`` (nothing goes on), ``stopping`` (asked to), ``waiting`` (before
+        another attempt); ``done``, ``stopped``, ``cancelled``, ``given-up``, ``failed``; ``lost``: it says that it runs
+        and has neither job nor process; ``submitted``, ``empty``, ``unreadable``; or the queue's own word.
+    """
+    if run.problem:
+        return "unreadable"
+    told = run.status.state if run.status else None
+    if run.job is not None and told != "done":
+        if run.job.is_waiting:
+            return "held" if is_held(run) else "queued"
+        return _state_of_begun(run, now_unix_s) if run.job.state == "RUNNING" else run.job.state.lower()
+    if told == "running" and alive:
+        return "stalled" if standstill(run, now_unix_s) else "running"
+    return _state_at_rest(run, now_unix_s)
+
+
+def is_held(run: Run) -> bool:
+    """Whether a person has to release its job."""
+    return run.job is not None and ("Held" in run.job.reason or run.job.state in _HELD)
+
+
+def _state_of_begun(run: Run, now_unix_s: float) -> str:
+    last = run.attempts[-1] if run.attempts else None
+    if last is not None and last.end is not None:
+        return _state_decided(run, last) if last.decision in ("finish", "give_up") else "waiting"
+    if run.request is not None and last is not None and run.request.unix_time_s > last.started_unix_s:
+        return "stopping"
+    return "stalled" if standstill(run, now_unix_s) else "running"
+
+
+def _state_at_rest(run: Run, now_unix_s: float) -> str:
+    """Of a run that no job and no process has."""
+    told, last = run.status.state if run.status else None, run.attempts[-1] if run.attempts else None
+    if last is not None and last.end is not None and last.decision and not _spoke_after(run, last):
+        return _state_decided(run, last)
+    is_older = last is not None and last.end is None and run.status_unix_s < last.started_unix_s
+    if told == "running" or (told not in (None, "done") and is_older):
+        return "lost"
+    if told is None and last is not None:
+        return str(last.end) if last.end in ("stopped", "done") else "failed" if last.end else "lost"
+    return told or _state_unbegun(run, now_unix_s)
+
+
+def _spoke_after(run: Run, last: Attempt) -> bool:
+    """Whether a later training, which no supervisor started, has left its word."""
+    ended_s = last.ended_unix_s
+    return run.status is not None and ended_s is not None and run.status_unix_s > ended_s + _SILENT_S
+
+
+def _state_decided(run: Run, last: Attempt) -> str:
+    if last.end == "done":
+        return "done"
+    if last.decision == "finish":
+        return "cancelled" if last.ending.cause == "cancel" else "stopped"
+    if last.decision == "give_up":
+        return "given-up"
+    if last.decision == "restart":
+        return "lost"
+    if was_stopped_while_waiting(run):
+        return "stopped"
+    return "cancelled" if run.queue_known else "waiting"
+
+
+def was_stopped_while_waiting(run: Run) -> bool:
+    """Whether somebody took its job out of the queue by ``jobs stop``."""
+    last_s = (run.attempts[-1].ended_unix_s or 0.0) if run.attempts else 0.0
+    return run.request is not None and run.request.action == "stop" and run.request.unix_time_s >= last_s
+
+
+def _state_unbegun(run: Run, now_unix_s: float) -> str:
+    if run.log is not None:
+        return "failed"
+    if run.spec is None:
+        return "empty"
+    if was_stopped_while_waiting(run):
+        return "cancelled"
+    is_old = run.submitted_unix_s is not None and now_unix_s - run.submitted_unix_s > _QUEUED_WITHIN_S
+    return "cancelled" if is_old and run.queue_known and submitted_jobs(run.path) else "submitted"
+
+
+def standstill(run: Run, now_unix_s: float) -> str:
+    """What a run that runs has stood still at, in one line; empty where it goes on, as far as is known."""
+    beat = run.beat
+    if beat is None or (run.attempts and beat.unix_time_s < run.attempts[-1].started_unix_s):
+        return ""
+    silent_s = max(now_unix_s - beat.unix_time_s, 0.0)
+    if silent_s > _SILENT_S:
+        return f"no sign of rank {beat.rank} on {beat.host} for {silent_s:.0f} s, after step {beat.step}"
+    still_s = beat.waiting_s + silent_s
+    if still_s > _patience_s(run, beat):
+        return f"{beat.phase} for {still_s:.0f} s, after step {beat.step}"
+    return ""
+
+
+def _patience_s(run: Run, beat: Beat) -> float:
+    usual_s = run.pace.seconds_per_step
+    # A first step compiles kernels and starts loaders; evaluations and saves have limits of their own.
+    if beat.phase not in (WAITING, COMPUTING) or usual_s is None or not run.is_stepping:
+        return beat.limit_s
+    return min(max(_STEPS_STILL * usual_s, _SILENT_S), beat.limit_s)
+
+
+def event_of(run: Run, state: str, now_unix_s: float) -> str:
+    """What happened last, in one line."""
+    if run.problem:
+        return run.problem
+    last = run.attempts[-1] if run.attempts else None
+    told = (last.why or last.ending.line) if last else ""
+    if run.job is not None and state in ("queued", "held"):
+        return f"waits ({run.job.reason})" + (f" after: {told}" if told else "")
+    if state == "stalled":
+        return standstill(run, now_unix_s)
+    if state == "running":
+        if run.is_stepping and run.pace.event:
+            return run.pace.event
+        return f"starting, attempt {last.attempt}" if last else "starting"
+    if state == "stopping" and run.request is not None:
+        return f"{run.request.action} was asked for" + f" by {run.request.user}" * bool(run.request.user)
+    return _event_at_rest(run, state, told)
+
+
+def _event_at_rest(run: Run, state: str, told: str) -> str:
+    if state == "lost":
+        return "ended without a word; it goes on with --resume or jobs requeue"
+    if state in ("stopped", "cancelled") and was_stopped_while_waiting(run) and run.request is not None:
+        return "taken out of the queue" + f" by {run.request.user}" * bool(run.request.user)
+    if state == "cancelled" and (not run.attempts or run.attempts[-1].decision == "requeue"):
+        return _OUT_OF_QUEUE
+    if state in ("given-up", "cancelled") and told:
+        return told
+    if run.status is not None and run.status.line and state in ("failed", "stopped"):
+        return run.status.line
+    if run.status is None and not told:
+        return "ended before it began to train: see jobs logs" if run.log else "was submitted, has not started"
+    return told or run.pace.event
