@@ -105,6 +105,14 @@ def predict(
         ),
     ] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write all that was found there, as JSON.")] = None,
+    exif: Annotated[
+        Literal["apply", "stored"],
+        typer.Option(help="Turn photographs as their EXIF data say, or not."),
+    ] = "apply",
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Refuse photographs of more; default: data.max_pixels."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Find objects in photographs, or the classes of photographs, and draw them.
@@ -116,7 +124,8 @@ def predict(
 
     if out.suffix.lower() != ".png":
         raise DataError("--out", value=str(out), rule="pictures are written as .png")
-    found = predict_and_draw(load_config(config, overrides or []), weights, images, out, score_threshold, json_out)
+    run = load_config(config, overrides or [])
+    found = predict_and_draw(run, weights, images, out, score_threshold, json_out, exif=exif, max_pixels=max_pixels)
     for path, summary in zip(images, found, strict=True):
         typer.echo(f"{path}: {summary}")
     typer.echo(f"picture: {out}")

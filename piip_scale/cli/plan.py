@@ -119,7 +119,8 @@ def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
     data = run.data
     if not has_manifest(data.train_shards, data.cache):
         return None
-    return len(ShardSet.open(data.train_shards, data.classes, cache=data.cache)) // plan.images_per_step
+    shards = ShardSet.open(data.train_shards, data.classes, cache=data.cache, max_pixels=data.max_pixels)
+    return len(shards) // plan.images_per_step
 
 
 def _as_json(plan: MemoryPlan, changes: Sequence[Change], pace: Pace) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from piip_scale.config import RunConfig
+from piip_scale.data.orientation import Exif
 
 
 def predict_and_draw(
@@ -18,6 +19,9 @@ def predict_and_draw(
     out: Path,
     min_score: float | None,
     json_out: Path | None = None,
+    *,
+    exif: Exif = "apply",
+    max_pixels: int | None = None,
 ) -> list[str]:
     """Draws what a model finds in photographs into one picture.
 
@@ -28,6 +32,8 @@ def predict_and_draw(
         out: The PNG to write.
         min_score: What scores less is not drawn; ``None`` is 0.5 for objects, 0 for classes.
         json_out: Where to write all that was found; ``None`` to keep it.
+        exif: What becomes of an orientation in a photograph.
+        max_pixels: Refuse photographs of more; ``None`` takes the config's ``data.max_pixels``.
 
     Returns:
         A few words on each photograph.
@@ -35,13 +41,13 @@ def predict_and_draw(
     Raises:
         PiipError: A photograph or the weights are absent, damaged, or do not fit.
     """
+    from piip_scale.data.images import read_photo
     from piip_scale.data.reading.files import write_bytes
-    from piip_scale.tasks.detection.prediction import read_image
     from piip_scale.tasks.drawing import contact_sheet, png_bytes
     from piip_scale.tasks.kinds import build_predictor, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    photos = [read_image(path) for path in images]
+    photos = [read_photo(path, exif=exif, max_pixels=max_pixels or config.data.max_pixels) for path in images]
     predictor = build_predictor(config, load_model(config, weights).to(device), min_score)
     found = [predictor.predict(pixels, number) for number, pixels in enumerate(photos, 1)]
     pictures = [predictor.draw(pixels, one) for pixels, one in zip(photos, found, strict=True)]

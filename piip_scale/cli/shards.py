@@ -15,6 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that st
 Location = Annotated[
     str, typer.Argument(help="Packed shards: a folder, http(s)://, s3://, gs://, or pipe:COMMAND with {name} in it.")
 ]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Refuse sets with larger images; default: 500 million.")]
 app.add_typer(pack_app, name="pack")
 
 
@@ -23,6 +24,7 @@ def verify(
     location: Location,
     other: Annotated[str | None, typer.Option(help="A set that must not share images, such as validation's.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: all cores.")] = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Read a packed set to the last byte: checksums, images, labels, label maps, boxes and masks.
 
@@ -35,7 +37,7 @@ def verify(
     from piip_scale.data.packing.verify import verify_shards
 
     with progress_bar(f"reading {location}") as on_progress:
-        report = verify_shards(location, other=other, workers=workers, on_progress=on_progress)
+        report = verify_shards(location, other=other, workers=workers, on_progress=on_progress, max_pixels=max_pixels)
     for line in report.problems:
         typer.echo(line)
     for here, there in report.shared_images:
@@ -51,6 +53,7 @@ def show(
     location: Location,
     out: Annotated[Path | None, typer.Option(help="Draw a contact sheet there (.png).")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images on the sheet, spread evenly over the set.")] = 12,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Say what a packed set holds, and draw some of it with its boxes and masks, label maps or class names.
 
@@ -61,7 +64,7 @@ def show(
     from piip_scale.cli.contact import draw_contact_sheet, summary_table
     from piip_scale.data.reading.shards import ShardSet
 
-    shards = ShardSet.open(location)
+    shards = ShardSet.open(location, max_pixels=max_pixels)
     Console().print(summary_table(shards))
     if out is not None:
         draw_contact_sheet(shards, out, num_images)

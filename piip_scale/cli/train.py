@@ -119,8 +119,8 @@ def with_classes(config: RunConfig) -> RunConfig:
 
     kind = row_of(config.task).set_kind
     data = config.data
-    classes = ShardSet.open(data.train_shards, data.classes, kind, data.cache).classes
-    ShardSet.open(data.val_shards, classes, kind, data.cache)
+    classes = ShardSet.open(data.train_shards, data.classes, kind, data.cache, data.max_pixels).classes
+    ShardSet.open(data.val_shards, classes, kind, data.cache, data.max_pixels)
     return config.model_copy(update={"data": data.model_copy(update={"classes": classes})})
 
 

@@ -69,6 +69,7 @@ class DataConfig(Strict):
         num_streams: Canonical streams of an epoch's order; every world size that divides it sees the same batches.
         workers: Loader processes per rank; 0 loads in the training process.
         max_broken_share: The run stops when more than this share of a set's samples is found broken.
+        max_pixels: A set with an image of more pixels is refused: small files can be made to fill any memory.
         cache: Where shards that are not in a folder are kept on the node.
     """
 
@@ -79,6 +80,7 @@ class DataConfig(Strict):
     num_streams: Positive = 48
     workers: NonNegative = 2
     max_broken_share: Rate = 0.01
+    max_pixels: Positive = 500_000_000
     cache: CacheConfig = CacheConfig()
 
 

@@ -14,15 +14,22 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from piip_scale.data.orientation import UPRIGHT as UPRIGHT
+from piip_scale.data.orientation import Exif as Exif
+from piip_scale.data.orientation import ImageFacts as ImageFacts
+from piip_scale.data.orientation import Orientation as Orientation
+from piip_scale.data.orientation import oriented_size as oriented_size
+from piip_scale.data.orientation import reoriented, turned
+from piip_scale.data.orientation import resolve_orientation as resolve_orientation
 from piip_scale.errors import DataError
+from piip_scale.logging import get_logger
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -33,66 +40,19 @@ MAX_PIXELS = 500_000_000
 # Pillow runs Ghostscript for EPS, and its readers of rare formats are the least tried: a set brings neither here.
 _FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM SGI TGA TIFF WEBP"
 
-UPRIGHT = 1
-"""EXIF's number for a file whose pixels are stored as they are to be seen."""
-
 Image = npt.NDArray[np.uint8]
-Exif = Literal["auto", "apply", "stored"]
-"""What becomes of an orientation in a file: turned, as stored, or by the size that annotations state."""
-
 _PHOTO_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
 _MAP_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L"})
 # Lossy: the numbers of a map would come back as others.
 _LOSSY = frozenset({"JPEG", "MPO"})
 _JPEG_MARK, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PIXELS_SURVIVE = "extraneous bytes before marker"
-_INVERSE = {6: 8, 8: 6}
-_SIDES_SWAPPED = frozenset({5, 6, 7, 8})
 # Pillow's limit is a global of its module, and one for all formats.
 _PILLOWS_LIMIT = threading.Lock()
 
 
 class ImageError(DataError):
     """An image file that cannot be read: absent, damaged, of no known format, or too large."""
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What the header of an image file says.
-
-    Attributes:
-        format: Pillow's name of it.
-        mode: Pillow's name of its pixels' kind.
-        stored_size_px: Height and width of the pixels as they are stored.
-        orientation: EXIF's number, 1 to 8; 1 where there is none.
-        flaw: What was wrong with the header and could be overlooked; empty where nothing was.
-    """
-
-    format: str
-    mode: str
-    stored_size_px: tuple[int, int]
-    orientation: int
-    flaw: str = ""
-
-    @property
-    def upright_size_px(self) -> tuple[int, int]:
-        """Height and width once the orientation is applied."""
-        return oriented_size(self.stored_size_px, self.orientation)
-
-
-@dataclass(frozen=True)
-class Orientation:
-    """How an image is to be turned.
-
-    Attributes:
-        number: EXIF's number of what is applied; 1 leaves the pixels as they are stored.
-        is_guess: Neither the user nor a size decided it, and the file has an orientation.
-        is_left: The file has an orientation that is not applied.
-    """
-
-    number: int
-    is_guess: bool = False
-    is_left: bool = False
 
 
 def read_file(path: Path, what: str = "image") -> bytes:
@@ -149,6 +109,25 @@ def decode_image(
         return _decode_other(content, name, orientation, max_pixels, flaws)
 
 
+def read_photo(path: Path, *, exif: Exif = "apply", max_pixels: int = MAX_PIXELS) -> Image:
+    """A file's pixels, RGB uint8 (H, W, 3), upright unless they are wanted as ``stored``; flaws are logged.
+
+    Raises:
+        ImageError: The file is absent, or as in ``decode_image``.
+    """
+    content, name = read_file(path), str(path)
+    facts = image_facts(content, name, max_pixels=max_pixels)
+    orientation = resolve_orientation(facts, exif)
+    flaws = [facts.flaw] if facts.flaw else []
+    pixels = decode_image(content, name, orientation=orientation.number, max_pixels=max_pixels, flaws=flaws)
+    for flaw in dict.fromkeys(flaws):
+        get_logger(__name__).warning("image %s is read in spite of a flaw: %s", name, flaw)
+    if facts.orientation != UPRIGHT:
+        turn = "not turned" if orientation.is_left else "turned"
+        get_logger(__name__).info("image %s is %s as its EXIF data say (%d)", name, turn, facts.orientation)
+    return pixels
+
+
 def decode_map(
     content: bytes, name: str, *, orientation: int = UPRIGHT, max_pixels: int = MAX_PIXELS
 ) -> npt.NDArray[Any]:
@@ -177,46 +156,7 @@ def decode_map(
             raise ValueError(f"its pixels are of mode {image.mode}")
         own = _loaded_orientation(image)
         packing = _bit_packing(image)
-        return _reoriented(_unscaled(np.asarray(image), packing), own, orientation)
-
-
-def resolve_orientation(facts: ImageFacts, exif: Exif, size_px: tuple[int, int] | None = None) -> Orientation:
-    """How an image is to be turned.
-
-    Left to itself it follows the size that the annotations state, where only one of both fits. Where that decides
-    nothing the orientation is applied: it is what annotation tools and viewers show, and what OpenCV's readers, and
-    with them mmdet's and detectron2's, give.
-
-    Args:
-        facts: Of the file.
-        exif: What the user asks for.
-        size_px: Height and width in the annotations; ``None`` where they state none.
-    """
-    own = facts.orientation
-    if own == UPRIGHT:
-        return Orientation(UPRIGHT)
-    if exif != "auto":
-        return Orientation(own) if exif == "apply" else Orientation(UPRIGHT, is_left=True)
-    fits_stored, fits_upright = size_px == facts.stored_size_px, size_px == facts.upright_size_px
-    if fits_stored and not fits_upright:
-        return Orientation(UPRIGHT, is_left=True)
-    return Orientation(own, is_guess=not fits_upright or fits_stored)
-
-
-def turned(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
-    """Stored pixels (H, W, ...) as EXIF's orientation, 1 to 8, says they are to be seen; contiguous."""
-    if orientation in _SIDES_SWAPPED:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
-
-
-def oriented_size(size_px: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Height and width of an image of a stored size, once an orientation is applied."""
-    return (size_px[1], size_px[0]) if orientation in _SIDES_SWAPPED else size_px
+        return reoriented(_unscaled(np.asarray(image), packing), own, orientation)
 
 
 def _decode_jpeg(content: bytes, name: str, max_pixels: int, flaws: list[str]) -> Image:
@@ -255,7 +195,7 @@ def _decode_other(content: bytes, name: str, orientation: int, max_pixels: int, 
         own = _loaded_orientation(image)
         # Pillow warns of palettes with alpha that become RGB at once; the colours are the same.
         opaque = image.convert("RGBA") if isinstance(image.info.get("transparency"), bytes) else image
-        pixels = _reoriented(np.asarray(opaque.convert("RGB")), own, orientation)
+        pixels = reoriented(np.asarray(opaque.convert("RGB")), own, orientation)
         flaws.extend(filter(None, [_first_line(notices)]))
         return pixels
 
@@ -346,13 +286,6 @@ def _loaded_orientation(image: PIL.Image.Image) -> int:
 def _stored_size(image: PIL.Image.Image, orientation: int) -> tuple[int, int]:
     size_px = image.height, image.width
     return oriented_size(size_px, orientation) if image.format == "TIFF" else size_px
-
-
-def _reoriented(pixels: npt.NDArray[Any], own: int, orientation: int) -> npt.NDArray[Any]:
-    """Pixels that are turned by ``own`` already, turned by ``orientation`` instead."""
-    if own == orientation:
-        return pixels
-    return turned(turned(pixels, _INVERSE.get(own, own)), orientation)
 
 
 def _bit_packing(image: PIL.Image.Image) -> tuple[str, int]:

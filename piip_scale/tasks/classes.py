@@ -34,5 +34,5 @@ def declared_classes(config: RunConfig) -> tuple[str, ...]:
         return config.data.classes
     for location in (config.data.val_shards, config.data.train_shards):
         if has_manifest(location, config.data.cache):
-            return ShardSet.open(location, cache=config.data.cache).classes
+            return ShardSet.open(location, cache=config.data.cache, max_pixels=config.data.max_pixels).classes
     return ()

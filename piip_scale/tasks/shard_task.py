@@ -41,8 +41,8 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
 
     def __init__(self, config: ConfigT, world: World, broken_samples: Path | None = None) -> None:
         self.config, self.world, self._broken_samples = config, world, broken_samples
-        self._set_kind = row_of(config.task).set_kind
-        self.val_shards = ShardSet.open(config.data.val_shards, config.data.classes, self._set_kind, config.data.cache)
+        self._set_kind, data = row_of(config.task).set_kind, config.data
+        self.val_shards = ShardSet.open(data.val_shards, data.classes, self._set_kind, data.cache, data.max_pixels)
         self._val_loader = self._loader(self.val_shards)
 
     @property
@@ -128,7 +128,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
     @cached_property
     def _train_loader(self) -> ShardLoader[BatchT]:
         data = self.config.data
-        shards = ShardSet.open(data.train_shards, self.classes, self._set_kind, data.cache)
+        shards = ShardSet.open(data.train_shards, self.classes, self._set_kind, data.cache, data.max_pixels)
         self._check_train_shards(shards)
         return self._loader(shards)
 

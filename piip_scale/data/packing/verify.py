@@ -57,6 +57,7 @@ def verify_shards(
     other: str | Path | None = None,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    max_pixels: int | None = None,
 ) -> VerifyReport:
     """Checks every shard's checksum, decodes every sample, and looks at every label, label map, box and mask.
 
@@ -66,13 +67,15 @@ def verify_shards(
             their pixels, however they are stored.
         workers: Processes; all cores where not given.
         on_progress: Told the number of samples read so far and of all, after every shard.
+        max_pixels: A set with a larger image is refused; ``None`` takes the usual limit.
 
     Raises:
         DataError: A set is unfinished, or a shard or index is absent: then there is nothing to read.
     """
     with tempfile.TemporaryDirectory(prefix="piip_scale_verify_") as folder:
         cache = CacheConfig(folder=folder, limit_gib=_CACHE_GIB)
-        sets = [ShardSet.open(place, cache=cache) for place in (location, other) if place is not None]
+        places = [place for place in (location, other) if place is not None]
+        sets = [ShardSet.open(place, cache=cache, max_pixels=max_pixels) for place in places]
         return _verify_sets(sets, workers, on_progress)
 
 

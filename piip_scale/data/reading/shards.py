@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from piip_scale.config.run import CacheConfig
-from piip_scale.data.images import UPRIGHT
+from piip_scale.data.images import MAX_PIXELS, UPRIGHT
 from piip_scale.data.packing.label_maps import MapRule
 from piip_scale.data.reading.files import json_bytes, sha256_of
 from piip_scale.data.reading.manifest import FORMAT_VERSION as FORMAT_VERSION
@@ -85,6 +85,7 @@ class ShardSet:
         classes: Sequence[str] = (),
         kind: SetKind | None = None,
         cache: CacheConfig = CacheConfig(),  # noqa: B008 - frozen
+        max_pixels: int | None = None,
     ) -> ShardSet:
         """Opens a set and checks that it is whole: manifest, indexes and, in a folder, sizes, not every byte.
 
@@ -93,9 +94,11 @@ class ShardSet:
             classes: The class names expected, in label order; empty takes the set's own.
             kind: The kind expected; ``None`` takes any.
             cache: Where shards that are not in a folder are kept on this node.
+            max_pixels: Of the largest image; ``None`` takes the usual limit.
 
         Raises:
-            DataError: It is absent, unfinished, damaged (naming the shard), of another kind or of other classes.
+            DataError: It is absent, unfinished, damaged (naming the shard), of another kind or of other classes, or
+                holds an image that is too large.
         """
         files = open_files(location, cache)
         manifest = parsed(files.manifest(), Manifest, located(files.location, MANIFEST))
@@ -120,10 +123,28 @@ class ShardSet:
                 rule=f"the config's classes are {list(classes)}",
                 fix="make them equal, in the same order",
             )
-        return cls(files, manifest, _read_indexes(files, manifest.shards))
+        shards = cls(files, manifest, _read_indexes(files, manifest.shards))
+        shards.check_sizes(max_pixels or MAX_PIXELS)
+        return shards
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def check_sizes(self, max_pixels: int) -> None:
+        """Holds all images to a limit. Decoding holds each to its size in the index, so that no file can be larger.
+
+        Raises:
+            DataError: One has more pixels.
+        """
+        num_pixels = self.sizes_px.astype(np.int64).prod(axis=1)
+        if num_pixels.max(initial=0) > max_pixels:
+            number = int(num_pixels.argmax())
+            height, width = self.sizes_px[number].tolist()
+            raise DataError(
+                f"sample {self.keys[number]} of {self.location} is {width} x {height} px",
+                rule=f"at most {max_pixels} pixels are read, since small files can be made to fill any memory",
+                fix=f"if it is what you want, raise data.max_pixels (--max-pixels) to {height * width}",
+            )
 
     @property
     def map_rule(self) -> MapRule:

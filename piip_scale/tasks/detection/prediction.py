@@ -1,16 +1,11 @@
-"""Image files outside shards: reading them, and detecting in them."""
+"""Detecting in single images."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import nn
 
@@ -18,8 +13,7 @@ from piip_scale.config.detection import AugmentConfig, DetectionRun
 from piip_scale.data.augment.canvas import canvas_of
 from piip_scale.data.augment.transforms import evaluation_geometry
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
-from piip_scale.data.sample import Image, decode_image
-from piip_scale.errors import DataError
+from piip_scale.data.images import Image
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.drawing import DrawingStyle, draw_detections
 
@@ -27,23 +21,6 @@ if TYPE_CHECKING:
     from piip_scale.tasks.detection.model import DetectionModel
 
 _MIN_SCORE = 0.5
-
-
-def read_image(path: Path) -> Image:
-    """An image file's pixels, RGB uint8 (H, W, 3); a photograph that its EXIF data say to turn is turned upright.
-
-    Raises:
-        DataError: The file is absent, truncated, or not an image.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"image {path} cannot be read", value=error.strerror, fix="check the path") from None
-    pixels = decode_image(content, str(path))
-    photo = PIL.Image.open(io.BytesIO(content))
-    if photo.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1:
-        return pixels
-    return np.array(PIL.ImageOps.exif_transpose(photo).convert("RGB"))
 
 
 def build_predictor(

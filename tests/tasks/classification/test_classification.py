@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from piip_scale.cli.main import app
 from piip_scale.config.loading import check_config
 from piip_scale.data.batch import ClassificationBatch, ImageInfo
+from piip_scale.data.images import read_photo
 from piip_scale.data.packing.pack_classes import pack_folders
 from piip_scale.errors import DataError, ModelError
 from piip_scale.models.official import from_official
@@ -24,7 +25,6 @@ from piip_scale.tasks.classification.metric import AccuracyMetric
 from piip_scale.tasks.classification.model import Classification
 from piip_scale.tasks.classification.prediction import ClassPredictor
 from piip_scale.tasks.classification.task import ClassificationTask
-from piip_scale.tasks.detection.prediction import read_image
 from piip_scale.tasks.detection.task import DetectionTask
 from piip_scale.tasks.kinds import build_model, build_predictor, load_model
 from piip_scale.tasks.pixels import network_input
@@ -243,7 +243,7 @@ def test_files_are_predicted_like_shards(shards, tmp_path):
         metric.update(batch, theirs)
         for found in theirs:
             path = shards / "images" / notes[found.image_id]["file_name"]
-            mine = predictor.predict(read_image(path), found.image_id)
+            mine = predictor.predict(read_photo(path), found.image_id)
             assert torch.equal(mine.labels, found.labels)
             assert torch.allclose(mine.probabilities, found.probabilities, atol=1e-5)
             entry = predictor.entry(mine)["classes"]

@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_detectors import CLASSES, run_config
 
+from piip_scale.data.images import read_photo
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.errors import ConfigError, DataError, ModelError
 from piip_scale.tasks.classes import class_names
 from piip_scale.tasks.detection.model import build_detection_model
-from piip_scale.tasks.detection.prediction import DetectionPredictor, read_image
+from piip_scale.tasks.detection.prediction import DetectionPredictor
 from piip_scale.tasks.detection.task import MASK_KINDS, DetectionTask
 from piip_scale.tasks.kinds import load_model
 from piip_scale.world import World
@@ -202,7 +203,7 @@ def test_files_are_predicted_like_shards(trained, shards):
     model.eval()
     paths = [shards["images"] / f"{image_id}.png" for image_id in range(1, 6)]
     predictor = DetectionPredictor(model, config.data.augment, CLASSES, min_score=0.5)
-    from_files = [predictor.predict(read_image(path), i) for i, path in enumerate(paths, 1)]
+    from_files = [predictor.predict(read_photo(path), i) for i, path in enumerate(paths, 1)]
     single = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch_size": 1})})
     for batch, mine in zip(DetectionTask(single, World()).val_batches(), from_files, strict=True):
         theirs = model.predict(batch)[0]
@@ -214,15 +215,15 @@ def test_files_are_predicted_like_shards(trained, shards):
 
 def test_missing_and_truncated_images_are_one_line(tmp_path, shards):
     with pytest.raises(DataError, match=r"nothing\.jpg cannot be read"):
-        read_image(tmp_path / "nothing.jpg")
+        read_photo(tmp_path / "nothing.jpg")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     for suffix in ("jpg", "png"):
         whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
         noise.save(whole)
         cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-        assert read_image(whole).shape == (64, 64, 3)
+        assert read_photo(whole).shape == (64, 64, 3)
         with pytest.raises(DataError, match=rf"cut\.{suffix}") as caught:
-            read_image(cut)
+            read_photo(cut)
         assert "\n" not in str(caught.value)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from piip_scale.data.images import read_photo
 from piip_scale.errors import DataError
-from piip_scale.tasks.detection.prediction import read_image
 
 ORIENTATION = 274
 
@@ -22,11 +22,11 @@ def test_a_turned_photograph_is_read_upright(tmp_path, orientation, turned):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored.save(tmp_path / "photo.jpg", quality=95, exif=exif)
-    assert np.abs(read_image(tmp_path / "photo.jpg").astype(int) - upright).mean() < 3
+    assert np.abs(read_photo(tmp_path / "photo.jpg").astype(int) - upright).mean() < 3
 
 
 def test_what_is_no_image_is_one_line(tmp_path):
     (tmp_path / "photo.jpg").write_text("hello")
     for name in ("photo.jpg", "absent.jpg"):
         with pytest.raises(DataError, match=name):
-            read_image(tmp_path / name)
+            read_photo(tmp_path / name)
