@@ -84,10 +84,10 @@ def temporary_folder() -> Path:
 
 
 def private_folder(path: Path, kind: type[PiipError], *, fix: str) -> Path:
-    """Makes a folder that nobody else can write to, and makes sure of it: what lies there is trusted, or run.
+    """Makes a folder of this user alone, and makes sure of it: what lies there is trusted, or run.
 
     In a shared temporary folder anybody may have made it, or a link in its place, before us. So it is made first and
-    looked at then, and with it every folder above, of which somebody else's owner could exchange what is below.
+    looked at then.
 
     Args:
         path: Made with mode 0700 where absent.
@@ -97,39 +97,53 @@ def private_folder(path: Path, kind: type[PiipError], *, fix: str) -> Path:
     Raises:
         PiipError: Of ``kind``: it cannot be made, or others could write to it.
     """
+    return _made_and_trusted(path, kind, fix, is_shared=False)
+
+
+def named_folder(path: Path, kind: type[PiipError], *, fix: str) -> Path:
+    """Makes a folder that the user named for what is run, and makes sure that not everybody can put something there.
+
+    Whom a user shares it with, by a group or in a folder of a project, is the user's to choose.
+
+    Raises:
+        PiipError: As in ``private_folder``.
+    """
+    return _made_and_trusted(path, kind, fix, is_shared=True)
+
+
+def _made_and_trusted(path: Path, kind: type[PiipError], fix: str, *, is_shared: bool) -> Path:
     with disk_errors(kind, f"make folder {path}"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # The path as it is written, for links on the way, and where it leads.
-        above = {*path.absolute().parents, *path.resolve().parents}
-        problem = _untrusted(path.lstat(), path.stat()) or next(filter(None, map(_exchangeable, sorted(above))), "")
+        problem = _untrusted(path, is_shared) or next(filter(None, map(_exchangeable, _steps(path))), "")
     if problem:
-        raise kind(f"folder {path} {problem}", rule="what lies there is trusted, so it must be yours alone", fix=fix)
+        raise kind(f"folder {path} {problem}", rule="what lies there is trusted, and may be run", fix=fix)
     return path
 
 
-def _untrusted(link: os.stat_result, folder: os.stat_result) -> str:
-    """Why the content of a folder, perhaps found through a link, may be somebody else's; empty where it is ours."""
-    if {link.st_uid, folder.st_uid} != {os.getuid()}:
+def _untrusted(path: Path, is_shared: bool) -> str:
+    """Why somebody else may have put something into a folder, perhaps found through a link; empty where nobody has."""
+    folder, own = path.stat(), os.getuid()
+    if not is_shared and {path.lstat().st_uid, folder.st_uid} != {own}:
         return "belongs to another user"
-    return "can be written by others" if folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
+    forbidden = stat.S_IWOTH if is_shared else stat.S_IWOTH | stat.S_IWGRP
+    return "can be written by others" if folder.st_mode & forbidden else ""
 
 
-def _exchangeable(folder: Path) -> str:
-    """Why somebody else can put other folders in the place of those in this one; empty where nobody can."""
-    state = folder.lstat()
-    if state.st_uid not in _trusted_users():
-        return f"lies in {folder}, which belongs to another user"
-    if state.st_mode & stat.S_IWOTH and not state.st_mode & stat.S_ISVTX and not stat.S_ISLNK(state.st_mode):
-        return f"lies in {folder}, which everybody can write"
-    return ""
+def _steps(path: Path) -> list[Path]:
+    """A path and every folder above it, as it is written and as links lead."""
+    written, real = path.absolute(), path.resolve()
+    return [*dict.fromkeys([written, *written.parents, real, *real.parents])]
 
 
-def _trusted_users() -> set[int]:
-    users = {0, os.getuid()}
-    # In a container without root's rights root's own folders appear as those of nobody.
-    with contextlib.suppress(OSError, ValueError):
-        users.add(int(Path("/proc/sys/kernel/overflowuid").read_text()))
-    return users
+def _exchangeable(path: Path) -> str:
+    """Why anybody could have put something else in the place of a file or folder; empty where nobody could."""
+    above = path.parent.stat()
+    if not above.st_mode & stat.S_IWOTH:
+        return ""
+    if not above.st_mode & stat.S_ISVTX:
+        return f"lies in {path.parent}, which everybody can write"
+    # There anybody makes files and links, and nobody moves another's.
+    return "" if path.lstat().st_uid in (0, os.getuid()) else f"lies in or at {path}, which belongs to another user"
 
 
 def sync_file(path: Path) -> None:

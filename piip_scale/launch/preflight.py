@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from piip_scale import __version__
-from piip_scale.errors import PiipError
+from piip_scale.errors import PiipError, RunError
+from piip_scale.files import named_folder
 from piip_scale.launch.node_facts import GpuFacts, NodeFacts, Reduction, save_facts
 from piip_scale.run.reasons import reason_of
 from piip_scale.world import World, node_name, read_world
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _CPU_BYTES, _GPU_BYTES = 8 << 20, 256 << 20
 _ROUNDS = 3
 _DRIVER = Path("/proc/driver/nvidia/version")
-_CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+_CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
 
 
 def check_node(folder: Path, config: Path | None, overrides: Sequence[str], gpus: int, bound_s: float) -> None:
@@ -91,13 +92,16 @@ def _try_data(config: Path, overrides: Sequence[str]) -> PiipError | None:
 
 def _look_at_disks() -> tuple[dict[str, int], list[str]]:
     free, errors = {}, []
-    named = [os.environ[name] for name in _CACHE_VARIABLES if os.environ.get(name)]
+    named = {os.environ[name]: name for name in _CACHE_VARIABLES if os.environ.get(name)}
     for folder in dict.fromkeys([tempfile.gettempdir(), *named]):
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            if folder in named:
+                named_folder(Path(folder), RunError, fix=f"set {named[folder]} to a folder of your own")
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"x")
             free[folder] = shutil.disk_usage(folder).free
+        except RunError as error:
+            errors.append(error.line)
         except OSError as error:
             errors.append(f"{folder} cannot be written: {error.strerror}")
     return free, errors

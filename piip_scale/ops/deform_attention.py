@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from piip_scale.errors import KernelError
+from piip_scale.files import named_folder
 
 
 def deform_attention(
@@ -29,11 +31,12 @@ def deform_attention(
         (B, L, heads, D) in the values' dtype; samples outside the map are zero.
 
     Raises:
-        KernelError: The kernel named cannot serve these tensors on this machine.
+        KernelError: The kernel named cannot serve these tensors on this machine, or its cache is not to be trusted.
 
     Source: Zhu et al., Deformable DETR, equation 2, with one level.
     """
     if resolve_deform_kernel(kernel, value_BHWMD.device.type, value_BHWMD.dtype) == "triton":
+        _check_cache()
         # The module compiles nothing before its first call, but it needs triton to be imported.
         from piip_scale.ops.deform_attention_triton import deform_attention_triton
 
@@ -92,6 +95,13 @@ def require_deform_kernel(name: str) -> None:
             "deformable attention kernel triton needs the package triton",
             fix="install it, or set deform_kernel to auto or reference",
         )
+
+
+@lru_cache(maxsize=1)
+def _check_cache() -> None:
+    """Triton runs what lies in its cache: a folder named for it must not be one where anybody puts something."""
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        named_folder(Path(folder), KernelError, fix="set TRITON_CACHE_DIR to a folder of your own")
 
 
 @lru_cache(maxsize=1)

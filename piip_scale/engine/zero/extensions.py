@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from piip_scale.errors import KernelError
+from piip_scale.files import named_folder
 from piip_scale.logging import get_logger
 
 _TOOLS = ("c++", "ninja")
@@ -32,13 +33,16 @@ def load_extension(builder: Any, field: str) -> Any:
         field: The config's that asks for it, with its value.
 
     Raises:
-        KernelError: It cannot be compiled.
+        KernelError: It cannot be compiled, or others could have put something else in its place.
     """
     if missing := missing_tools():
         raise _unavailable(builder, field, f"no {' and no '.join(missing)}")
     from torch.utils.cpp_extension import _get_build_directory
 
     folders = [Path(_get_build_directory(name, verbose=False)) for name in ("pin_memory", builder.name)]
+    for folder in folders:
+        # What lies there is loaded into this process.
+        named_folder(folder, KernelError, fix="set TORCH_EXTENSIONS_DIR to a folder of your own")
     with (folders[-1] / "piip_scale.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not any(folders[-1].glob("*.so")):
