@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-
-def printable(text: str) -> str:
-    """Text with every character escaped that a terminal would obey, or that no encoding writes.
-
-    Names of files, classes and samples come from outside, and stand in our messages.
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+from piip_scale.text import printable as printable
 
 
 class PiipError(Exception):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 # Layer of each part of the package: a part imports parts of lower layers, and itself.
 LAYERS = {
+    "text": 0,
     "errors": 0,
     "files": 0,
     "logging": 0,
@@ -26,6 +27,7 @@ LAYERS = {
 }
 # Modules that a part may import within its own layer.
 WITHIN_LAYER = {
+    "errors": ("text",),
     "logging": ("errors",),
     "files": ("errors",),
     "config": ("errors", "logging", "registry"),

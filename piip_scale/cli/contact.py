@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from piip_scale.cli.plain import plain
 from piip_scale.data.reading.files import write_bytes
 from piip_scale.data.set_kinds import SET_KINDS
 
@@ -26,9 +27,9 @@ def summary_table(shards: ShardSet) -> Table:
     """
     from rich.table import Table
 
-    table = Table(title=shards.location, show_header=False)
+    table = Table(title=plain(shards.location), show_header=False)
     for name, text in SET_KINDS[shards.manifest.kind].load("summary")(shards):
-        table.add_row(name, text)
+        table.add_row(plain(name), plain(text))
     return table
 
 

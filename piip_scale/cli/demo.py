@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from piip_scale.cli.pack import describe
+from piip_scale.cli.pack_options import describe
+from piip_scale.cli.plain import plain
 from piip_scale.cli.progress import progress_bar
 from piip_scale.cli.train import run_training, with_classes
 from piip_scale.config import load_config
@@ -218,7 +219,7 @@ def _report(place: Demo, sets: Sequence[Manifest], metrics: dict[str, float], se
 
     table = Table(title=f"piip_scale demo, {seconds / 60:.1f} min", show_header=False)
     for row in _rows(place, sets, metrics):
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     console = Console()
     console.print(table)
     console.print("\nThree commands to try next:", highlight=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides, WeightsPath
+from piip_scale.cli.plain import plain
 from piip_scale.cli.progress import progress_bar
 from piip_scale.errors import DataError
 
@@ -138,7 +139,7 @@ def metrics_table(metrics: dict[str, float]) -> Table:
     if "box_ap" not in metrics:
         table = Table("metric", "value")
         for name, value in metrics.items():
-            table.add_row(name, f"{value:.4f}")
+            table.add_row(plain(name), f"{value:.4f}")
         return table
 
     kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from piip_scale.cli.plain import escaped
+
 if TYPE_CHECKING:
     from piip_scale.data.packing.packing import Progress
 
@@ -18,7 +20,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(title, total=None)
+        bar = progress.add_task(escaped(title), total=None)
 
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from piip_scale.cli.pack import app as pack_app
+from piip_scale.cli.pack_options import echo_targets
 from piip_scale.cli.progress import progress_bar
 from piip_scale.data.set_kinds import SET_KINDS
+from piip_scale.text import printable
 
 app = typer.Typer(no_args_is_help=True, help="Pack data sets into shards that stream, check them, look at them.")
 Location = Annotated[
@@ -39,12 +41,13 @@ def verify(
     with progress_bar(f"reading {location}") as on_progress:
         report = verify_shards(location, other=other, workers=workers, on_progress=on_progress, max_pixels=max_pixels)
     for line in report.problems:
-        typer.echo(line)
+        typer.echo(printable(line))
     for here, there in report.shared_images:
-        typer.echo(f"{here} is the same image as {there} in {other}")
+        typer.echo(printable(f"{here} is the same image as {there} in {other}"))
     faults = len(report.problems) + len(report.shared_images)
+    echo_targets(report.kind, report.classes, report.targets)
     targets = f"{report.num_targets} {SET_KINDS[report.kind].targets}"
-    typer.echo(f"{location}: {report.num_samples} images, {targets}, {faults} problems")
+    typer.echo(f"{printable(location)}: {report.num_samples} images, {targets}, {faults} problems")
     raise typer.Exit(int(faults > 0))
 
 

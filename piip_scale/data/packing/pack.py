@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from piip_scale.data.packing.coco import CocoImage, CocoSet, read_coco
+from piip_scale.data.packing.door import stored_name
 from piip_scale.data.packing.pack_plan import PackItem
-from piip_scale.data.packing.packing import PackOptions, Progress, SetFacts, pack_items
+from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.packing.voc import read_voc
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
 from piip_scale.data.reading.shards import Category, Manifest
-from piip_scale.errors import DataError
+from piip_scale.data.targets import Counts, object_counts
 
 
 def pack_coco(
@@ -22,14 +22,12 @@ def pack_coco(
     out: str | Path,
     *,
     classes: Sequence[str] = (),
-    target_mb: float = 256.0,
-    target_samples: int | None = None,
-    workers: int | None = None,
+    subset: bool = False,
+    drop_unused: bool = False,
     clip_boxes: bool = False,
     boxes_only: bool = False,
-    overwrite: bool = False,
-    on_progress: Progress | None = None,
-    jpeg_quality: int | None = None,
+    how: PackOptions | None = None,
+    **options: Any,
 ) -> Manifest:
     """Packs a COCO set into shards; every image is decoded once to know that it is whole.
 
@@ -40,27 +38,38 @@ def pack_coco(
         images: The folder its ``file_name`` entries are relative to.
         out: The folder to write.
         classes: Category names in the label order wanted; empty takes the file's, by id.
-        target_mb: As in ``PackOptions``, like those that follow it.
-        target_samples: Most samples in a shard.
-        workers: Processes; all cores where not given.
+        subset: ``classes`` are some of the file's; annotations of others are left out.
+        drop_unused: Leave out classes that no annotation has.
         clip_boxes: Clip boxes that stick out of their image and drop those of which nothing is left.
         boxes_only: Leave masks out.
-        overwrite: Replace a set of another input.
-        on_progress: Told after every image (one process) or shard (several).
-        jpeg_quality: Compress images again with it where that makes them smaller.
+        how: How shards are written.
+        **options: Fields of ``PackOptions``, instead of ``how``.
 
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
     annotations, images = Path(annotations), Path(images)
-    how = PackOptions(target_mb, target_samples, workers, overwrite, on_progress, jpeg_quality)
-    found = read_coco(annotations, images, classes=classes, clip_boxes=clip_boxes, boxes_only=boxes_only)
-    options = {"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)}
-    source = {"annotations": annotations.name, "annotations_sha256": sha256_of_file(annotations)}
-    facts, items = _facts(found, options, source), _items(found, images)
+    how = how or PackOptions(**options)
+    problems = how.problems()
+    found = read_coco(
+        annotations,
+        images,
+        classes=classes,
+        subset=subset,
+        drop_unused=drop_unused,
+        clip_boxes=clip_boxes,
+        boxes_only=boxes_only,
+        exif=how.exif,
+        problems=problems,
+    )
+    asked = {"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)} | _if_set(
+        {"subset": subset, "drop_unused": drop_unused}
+    )
+    source = {"annotations": stored_name(annotations.name), "annotations_sha256": sha256_of_file(annotations)}
+    facts, items = _facts(found, asked, source), _items(found, images)
     # The parsed annotations of a large set take gigabytes, which every process would be forked with.
     del found
-    return pack_items(items, Path(out), facts, how)
+    return pack_items(items, Path(out), facts, how, problems)
 
 
 def pack_voc(
@@ -71,6 +80,7 @@ def pack_voc(
     names: Path | None = None,
     instance_maps: Path | None = None,
     classes: Sequence[str] = (),
+    subset: bool = False,
     clip_boxes: bool = False,
     how: PackOptions | None = None,
 ) -> Manifest:
@@ -83,19 +93,37 @@ def pack_voc(
         names: A text file of the names to take; all where ``None``.
         instance_maps: The folder of maps of instances; without, there are boxes only.
         classes: Names in the label order wanted; empty takes those that occur, sorted.
+        subset: ``classes`` are some of those that occur; objects of others are left out.
         clip_boxes: Clip boxes that stick out of their image and drop those of which nothing is left.
         how: How shards are written.
 
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
-    annotations, images = Path(annotations), Path(images)
+    annotations, images, how = Path(annotations), Path(images), how or PackOptions()
+    problems = how.problems()
     found = read_voc(
-        annotations, images, names=names, instance_maps=instance_maps, classes=classes, clip_boxes=clip_boxes
+        annotations,
+        images,
+        names=names,
+        instance_maps=instance_maps,
+        classes=classes,
+        subset=subset,
+        clip_boxes=clip_boxes,
+        exif=how.exif,
+        problems=problems,
     )
-    options = {"clip_boxes": clip_boxes, "classes": list(classes)}
-    source = {"annotations": annotations.name, "names": names.name if names is not None else None}
-    return pack_items(_items(found, images), Path(out), _facts(found, options, source), how or PackOptions())
+    asked = {"clip_boxes": clip_boxes, "classes": list(classes)} | _if_set({"subset": subset})
+    source = {
+        "annotations": stored_name(annotations.name),
+        "names": stored_name(names.name) if names is not None else None,
+    }
+    return pack_items(_items(found, images), Path(out), _facts(found, asked, source), how, problems)
+
+
+def _if_set(options: dict[str, Any]) -> dict[str, Any]:
+    """Flags that are on: sets packed before there were any stay the same."""
+    return {key: value for key, value in options.items() if value is True}
 
 
 def _facts(found: CocoSet, options: dict[str, Any], source: dict[str, Any]) -> SetFacts:
@@ -104,8 +132,14 @@ def _facts(found: CocoSet, options: dict[str, Any], source: dict[str, Any]) -> S
         tuple(Category(**category) for category in found.categories),
         found.has_masks,
         options,
-        source | {"num_clipped": found.num_clipped, "num_dropped": found.num_dropped},
+        source | {"num_clipped": found.num_clipped, "num_dropped": found.num_dropped, **found.num_other},
+        _counts(found),
     )
+
+
+def _counts(found: CocoSet) -> Counts:
+    label_of_category = {category["id"]: label for label, category in enumerate(found.categories)}
+    return object_counts((note for image in found.images for note in image.annotations), label_of_category)
 
 
 def _items(found: CocoSet, images: Path) -> list[PackItem]:
@@ -115,7 +149,7 @@ def _items(found: CocoSet, images: Path) -> list[PackItem]:
 def _item(image: CocoImage, images: Path) -> PackItem:
     notes = {
         "image_id": image.image_id,
-        "file_name": image.file_name,
+        "file_name": stored_name(image.file_name),
         "height": image.height_px,
         "width": image.width_px,
         "annotations": list(image.annotations),
@@ -127,22 +161,4 @@ def _item(image: CocoImage, images: Path) -> PackItem:
         image.file_bytes,
         len(image.annotations),
         json_bytes(notes),
-        _check_masks,
     )
-
-
-def _check_masks(notes: bytes, name: str) -> None:
-    if b'"counts"' not in notes:
-        return
-    for note in json.loads(notes)["annotations"]:
-        if isinstance(note.get("segmentation"), dict):
-            _check_run_lengths(note["segmentation"], f"annotation {note['id']} of image {name}")
-
-
-def _check_run_lengths(segmentation: dict[str, object], name: str) -> None:
-    from pycocotools import mask as coco_mask
-
-    try:
-        coco_mask.decode(segmentation)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"mask of {name} cannot be decoded", value=str(error), fix="correct or remove it") from error

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from piip_scale.data.packing.door import (
+    check_file_name,
+    chosen_classes,
+    class_name,
+    class_names,
+    read_lines,
+    stored_name,
+    whole_number,
+)
+from piip_scale.data.packing.finding import ImageFolder
 from piip_scale.data.packing.pack_plan import PackItem
 from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
+from piip_scale.data.packing.problems import Problems
+from piip_scale.data.packing.walking import file_sizes, images_under
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
 from piip_scale.data.reading.shards import Category, Manifest
+from piip_scale.data.targets import Counts
 from piip_scale.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
-"""What torchvision's ``ImageFolder`` takes, in any case."""
-
-_STAT_THREADS = 32
 Labelled = tuple[str, int]
 """An image's path under its folder, and its label."""
 
 
 def pack_folders(
-    folder: str | Path, out: str | Path, *, classes: Sequence[str] = (), how: PackOptions | None = None
+    folder: str | Path,
+    out: str | Path,
+    *,
+    classes: Sequence[str] = (),
+    subset: bool = False,
+    how: PackOptions | None = None,
 ) -> Manifest:
     """Packs a folder that holds one folder of images for each class; see ``pack_items``.
 
@@ -34,26 +46,45 @@ def pack_folders(
         out: The folder to write.
         classes: Folder names in the label order wanted, also of classes without images here; empty takes the folders
             that are there, sorted by name.
+        subset: ``classes`` are some of the folders; others are left out.
         how: How shards are written.
 
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError("image folder not found", value=str(folder), rule="it holds a folder for each class")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if unknown := sorted(set(found) - set(classes)) if classes else []:
+    folder, how = Path(folder), how or PackOptions()
+    problems = how.problems()
+    found = _folders_by_class(folder)
+    chosen = chosen_classes(classes, found) if classes else tuple(found)
+    if subset and (unknown := sorted(set(chosen) - set(found))):
+        raise DataError(f"folders of {folder}", value=list(found)[:30], rule=f"{unknown[0]!r} is none of them")
+    if not subset and (unknown := sorted(set(found) - set(chosen)) if classes else []):
         raise DataError(
             f"{folder} holds folders that are no class", value=unknown[:5], fix="name them, or move them away"
         )
-    names = tuple(classes) or tuple(found)
-    labelled = [(file, label) for label, name in enumerate(names) for file in images_under(folder, name)]
-    if not classes and (empty := sorted(set(names) - {file.split("/")[0] for file, _ in labelled})):
+    files = {name: images_under(folder, found[name], problems) if name in found else [] for name in chosen}
+    if not classes and (empty := sorted(name for name in chosen if not files[name])) and not problems.stop:
         raise DataError(
             f"classes of {folder} without images", value=empty[:5], fix="remove the folders, or name all classes"
         )
-    return _pack(folder, labelled, Path(out), names, {"folders": folder.name}, how or PackOptions())
+    labelled = [(file, label) for label, name in enumerate(chosen) for file in files[name]]
+    return _pack(folder, labelled, Path(out), chosen, {"folders": stored_name(folder.name)}, how, problems)
+
+
+def _folders_by_class(folder: Path) -> dict[str, str]:
+    """Names of folders by the classes that they name, in the order of the folders' names."""
+    if not folder.is_dir():
+        raise DataError("image folder not found", value=str(folder), rule="it holds a folder for each class")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    by_class: dict[str, str] = {}
+    for name in names:
+        cleaned = class_name(name, f"folder {folder}")
+        if cleaned in by_class:
+            raise DataError(
+                f"two folders of {folder} name one class", value=[by_class[cleaned], name], fix="rename one of them"
+            )
+        by_class[cleaned] = name
+    return by_class
 
 
 def pack_list(
@@ -71,66 +102,47 @@ def pack_list(
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
-    file = Path(file)
+    file, how = Path(file), how or PackOptions()
+    problems = how.problems()
     if not classes:
         raise DataError("classes of a list of images", rule="they must be named", fix="give --class-names, or --class")
-    source = {"list": file.name, "list_sha256": sha256_of_file(file)} if file.is_file() else {}
-    return _pack(Path(images), _read_list(file, len(classes)), Path(out), tuple(classes), source, how or PackOptions())
+    names = class_names(classes, str(file))
+    labelled = _read_list(file, len(names), ImageFolder(Path(images)), problems)
+    source = {"list": stored_name(file.name), "list_sha256": sha256_of_file(file)}
+    return _pack(Path(images), labelled, Path(out), names, source, how, problems)
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
     """Class names from a text file, one in a line, in label order.
 
     Raises:
-        DataError: The file cannot be read, or has an empty line.
+        DataError: The file cannot be read, has an empty line, or names a class twice.
     """
-    names = tuple(line.strip() for line in _lines(file))
-    if not all(names):
-        raise DataError(f"line {names.index('') + 1} of {file} is empty", rule="each line names a class")
-    return names
+    lines = read_lines(file)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise DataError(f"line {number} of {file} is empty", rule="each line names a class")
+    return class_names(lines, str(file))
 
 
-def images_under(folder: Path, name: str = "") -> list[str]:
-    """The images of a folder in ``folder``, or of all of it, by their paths under ``folder``, sorted.
-
-    Raises:
-        DataError: A file is no image.
-    """
-    found = []
-    for place, folders, files in os.walk(folder / name, followlinks=True):
-        folders[:] = [inner for inner in folders if not inner.startswith(".")]
-        for file in files:
-            path = Path(place, file)
-            if file.startswith("."):
-                continue
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                raise DataError(
-                    f"{path} is no image", rule=f"one of {', '.join(sorted(IMAGE_SUFFIXES))}", fix="remove it"
-                )
-            found.append(path.relative_to(folder).as_posix())
-    return sorted(found)
-
-
-def _read_list(file: Path, num_classes: int) -> list[Labelled]:
+def _read_list(file: Path, num_classes: int, folder: ImageFolder, problems: Problems) -> list[Labelled]:
     labelled = []
-    for number, line in enumerate(_lines(file), 1):
-        # The label comes last: paths may hold spaces.
-        path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isascii() or not label.isdecimal() or int(label) >= num_classes:
-            raise DataError(
-                f"line {number} of {file}", value=line.strip(), rule=f"a path, a space, a label of 0-{num_classes - 1}"
-            )
-        labelled.append((path.strip(), int(label)))
+    for number, line in enumerate(read_lines(file), 1):
+        with problems.collected("image"):
+            labelled.append(_labelled(line.strip(), f"line {number} of {file}", num_classes, folder))
     return labelled
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read", value=os.strerror(error.errno or 0), fix="check the path") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{file} is no text", rule="it must be UTF-8") from None
+def _labelled(line: str, owner: str, num_classes: int, folder: ImageFolder) -> Labelled:
+    # The label comes last: paths may hold spaces.
+    path, _, label = line.replace("\t", " ").rpartition(" ")
+    number = whole_number(label) if label.isascii() and label.isdecimal() else None
+    if not path or number is None or number >= num_classes:
+        raise DataError(owner, value=line, rule=f"a path, a space, a label of 0-{num_classes - 1}")
+    name = check_file_name(line[: len(path)].strip(), owner)
+    found = folder.find(name)
+    # What is not found under another spelling fails by the name that the list has.
+    return (name if found is None else found[0]), number
 
 
 def _pack(
@@ -140,46 +152,45 @@ def _pack(
     classes: tuple[str, ...],
     source: dict[str, Any],
     how: PackOptions,
+    problems: Problems,
 ) -> Manifest:
-    for what, names in (("classes", classes), ("images", [file for file, _ in labelled])):
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice or not names:
-            rule = "each must be named once" if twice else f"there must be {what}"
-            raise DataError(f"{what} of the set", value=twice[:5], rule=rule)
+    if not classes or (not labelled and not problems.found):
+        raise DataError(f"{'images' if classes else 'classes'} of the set", value=[], rule="there must be some")
+    unique = _each_once(labelled, problems)
     categories = tuple(Category(id=label, name=name) for label, name in enumerate(classes))
-    facts = SetFacts("classification", categories, False, options={}, source=source)
-    return pack_items(list(_items(images, labelled)), out, facts, how)
+    items = list(_items(images, unique, problems))
+    counts: Counts = Counter()
+    for item, label in items:
+        counts[label, ""] += item.num_annotations
+    facts = SetFacts("classification", categories, False, options={}, source=source, counts=counts)
+    return pack_items([item for item, _ in items], out, facts, how, problems)
 
 
-def _items(images: Path, labelled: Sequence[Labelled]) -> Iterator[PackItem]:
-    """The samples in the order of the shards."""
+def _each_once(labelled: Sequence[Labelled], problems: Problems) -> list[Labelled]:
+    """Images that are named once; which of two labels of another is meant nobody knows."""
+    labels_of = defaultdict(list)
+    for file, label in labelled:
+        labels_of[file].append(label)
+    for twice in (file for file, labels in labels_of.items() if len(labels) > 1):
+        with problems.collected("image"):
+            raise DataError("images of the set", value=[stored_name(twice)], rule="each must be named once")
+    return [(file, label) for file, label in labelled if len(labels_of[file]) == 1]
+
+
+def _items(images: Path, labelled: Sequence[Labelled], problems: Problems) -> Iterator[tuple[PackItem, int]]:
+    """The samples in the order of the shards, with their labels."""
     paths = [images / file for file, _ in labelled]
-    sizes = file_sizes(paths)
+    sizes = file_sizes(paths, problems)
     # Sorted by class, a shard would hold one class or two, and a batch, drawn from few shards, too few.
     for number in mixed([file for file, _ in labelled]):
-        file, label = labelled[number]
-        notes = json_bytes({"image_id": number, "file_name": file, "label": label})
-        yield PackItem(number, paths[number], None, sizes[number], 1, notes)
-
-
-def file_sizes(paths: Sequence[Path]) -> list[int]:
-    """Sizes of many files, in bytes.
-
-    Raises:
-        DataError: One cannot be read.
-    """
-    # Storage behind a network answers one question in a millisecond, and many at once in little more.
-    with ThreadPoolExecutor(_STAT_THREADS) as threads:
-        return list(threads.map(_file_bytes, paths))
+        (file, label), size = labelled[number], sizes[number]
+        if size is not None:
+            notes = json_bytes({"image_id": number, "file_name": stored_name(file), "label": label})
+            yield PackItem(number, paths[number], None, size, 1, notes), label
 
 
 def mixed(names: Sequence[str]) -> list[int]:
     """Their indices in an order that follows from the names alone, and mixes them well."""
-    return sorted(range(len(names)), key=lambda index: hashlib.blake2b(names[index].encode()).digest())
-
-
-def _file_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise DataError(f"image {path} cannot be read", value=os.strerror(error.errno or 0)) from None
+    return sorted(
+        range(len(names)), key=lambda index: hashlib.blake2b(names[index].encode("utf-8", "surrogateescape")).digest()
+    )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from piip_scale.data.packing.door import class_names, stored_name
 from piip_scale.data.packing.label_maps import MAX_CLASSES, MapRule
-from piip_scale.data.packing.pack_classes import file_sizes, images_under, mixed
+from piip_scale.data.packing.pack_classes import mixed
 from piip_scale.data.packing.pack_plan import LabelMap, PackItem
 from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
+from piip_scale.data.packing.problems import Problems
+from piip_scale.data.packing.walking import file_sizes, images_under
 from piip_scale.data.reading.files import json_bytes
 from piip_scale.data.reading.shards import Category, Manifest
 from piip_scale.errors import DataError
 
+_RULE = "both have the same name but for the ending"
 _Pair = tuple[str, str]
 """Paths of an image and of its label map, each under its folder."""
 
@@ -42,19 +47,22 @@ def pack_label_maps(
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
-    images, label_maps = Path(images), Path(label_maps)
+    images, label_maps, how = Path(images), Path(label_maps), how or PackOptions()
+    problems = how.problems()
     _check_classes(classes)
-    pairs = _pairs(images, label_maps)
+    names = class_names(classes, f"label maps in {label_maps}")
+    pairs = _pairs(images, label_maps, problems)
     facts = SetFacts(
         "segmentation",
-        tuple(Category(id=label, name=name) for label, name in enumerate(classes)),
+        tuple(Category(id=label, name=name) for label, name in enumerate(names)),
         has_masks=False,
         options={"reduce_zero_label": reduce_zero_label},
-        source={"images": images.name, "label_maps": label_maps.name},
+        source={"images": stored_name(images.name), "label_maps": stored_name(label_maps.name)},
         reduce_zero_label=reduce_zero_label,
     )
-    rule = MapRule(len(classes), reduce_zero_label)
-    return pack_items(list(_items(images, label_maps, pairs, rule)), Path(out), facts, how or PackOptions())
+    rule = MapRule(len(names), reduce_zero_label)
+    items = list(_items(images, label_maps, pairs, rule, problems))
+    return pack_items(items, Path(out), facts, how, problems)
 
 
 def _check_classes(classes: Sequence[str]) -> None:
@@ -67,29 +75,68 @@ def _check_classes(classes: Sequence[str]) -> None:
         )
 
 
-def _pairs(images: Path, label_maps: Path) -> list[_Pair]:
+def _pairs(images: Path, label_maps: Path, problems: Problems) -> list[_Pair]:
+    """Images and label maps that belong together; what is wrong with others goes to ``problems``."""
     for folder in (images, label_maps):
         if not folder.is_dir():
             raise DataError("folder not found", value=str(folder), rule="images and label maps lie in one folder each")
-    maps = {Path(file).with_suffix("").as_posix(): file for file in images_under(label_maps)}
-    photos = {Path(file).with_suffix("").as_posix(): file for file in images_under(images)}
-    if alone := sorted(maps.keys() ^ photos.keys()):
-        what = "label map" if alone[0] in photos else "image"
-        raise DataError(
-            f"{len(alone)} images or label maps are alone",
-            value=alone[0],
-            rule=f"it has no {what}; both have the same name but for the ending",
-        )
+    photos = images_under(images, problems=problems)
     if not photos:
         raise DataError("images of the set", value=str(images), rule="there must be images")
-    return [(photos[stem], maps[stem]) for stem in sorted(photos)]
+    maps_of = _maps_by_photo(photos, images_under(label_maps, problems=problems), problems)
+    for photo in (photo for photo in photos if photo not in maps_of):
+        with problems.collected("image"):
+            raise DataError(f"image {photo} has no label map", rule=_RULE)
+    return [(photo, maps_of[photo]) for photo in sorted(photos, key=_stem) if maps_of.get(photo)]
 
 
-def _items(images: Path, label_maps: Path, pairs: Sequence[_Pair], rule: MapRule) -> Iterator[PackItem]:
+def _maps_by_photo(photos: Sequence[str], maps: Sequence[str], problems: Problems) -> dict[str, str]:
+    """The label map of each image: ``a.jpg.png`` is of ``a.jpg`` alone, ``a.png`` of the one image called ``a``.
+
+    Images that several maps or that maps of several images could mean have an empty one.
+    """
+    of_stem, whole_names, own = defaultdict(list), set(photos), set(maps)
+    for photo in photos:
+        of_stem[_stem(photo)].append(photo)
+    found: dict[str, list[str]] = defaultdict(list)
+    for label_map in maps:
+        stem = _stem(label_map)
+        meant = [stem] if stem in whole_names else [photo for photo in of_stem[stem] if f"{photo}.png" not in own]
+        for photo in meant:
+            found[photo].append(label_map)
+        if not meant:
+            with problems.collected("file"):
+                raise DataError(f"label map {label_map} has no image", rule=_RULE)
+        if len(meant) > 1:
+            with problems.collected("image"):
+                raise DataError(
+                    f"images {', '.join(meant)} have one label map, {label_map}",
+                    rule="each image has its own",
+                    fix=f"name maps by the whole name, as in {meant[0]}.png, or remove what is not meant",
+                )
+            found |= {photo: ["", ""] for photo in meant}
+    for photo, several in found.items():
+        if len(several) > 1 and all(several):
+            with problems.collected("image"):
+                raise DataError(
+                    f"image {photo} has the label maps {', '.join(several)}", rule="it has one", fix="remove the others"
+                )
+    return {photo: several[0] if len(several) == 1 else "" for photo, several in found.items()}
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _items(
+    images: Path, label_maps: Path, pairs: Sequence[_Pair], rule: MapRule, problems: Problems
+) -> Iterator[PackItem]:
     paths, map_paths = [images / file for file, _ in pairs], [label_maps / file for _, file in pairs]
-    sizes, map_sizes = file_sizes(paths), file_sizes(map_paths)
+    sizes, map_sizes = file_sizes(paths, problems), file_sizes(map_paths, problems)
     # As with classes: ADE20K's files are sorted by scene.
     for number in mixed([file for file, _ in pairs]):
-        notes = json_bytes({"image_id": number, "file_name": pairs[number][0]})
-        label_map = LabelMap(map_paths[number], map_sizes[number], rule)
-        yield PackItem(number, paths[number], None, sizes[number], 1, notes, label_map=label_map)
+        size, map_size = sizes[number], map_sizes[number]
+        if size is not None and map_size is not None:
+            notes = json_bytes({"image_id": number, "file_name": stored_name(pairs[number][0])})
+            label_map = LabelMap(map_paths[number], map_size, rule)
+            yield PackItem(number, paths[number], None, size, 1, notes, label_map=label_map)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from piip_scale.data.images import MAX_PIXELS, Exif
 from piip_scale.data.packing.label_maps import MapRule
 from piip_scale.data.reading.files import json_bytes
 from piip_scale.data.reading.shards import FORMAT_VERSION, shard_name
@@ -40,8 +42,6 @@ class PackItem:
         file_bytes: Size of the image file.
         num_annotations: In the notes.
         notes: JSON: what ``parse_notes`` reads.
-        check_notes: A function of a module, called with notes and the image's name: raises a ``DataError`` for what
-            takes too long to check while planning.
         label_map: Of a segmentation set.
     """
 
@@ -51,7 +51,6 @@ class PackItem:
     file_bytes: int
     num_annotations: int
     notes: bytes
-    check_notes: Callable[[bytes, str], None] | None = None
     label_map: LabelMap | None = None
 
     @property
@@ -61,19 +60,41 @@ class PackItem:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How files are read and stored.
+
+    Attributes:
+        jpeg_quality: What images are compressed with again; ``None`` stores the files as they are.
+        exif: What becomes of an orientation in a file.
+        max_pixels: Images of more are refused.
+        skip_broken: Samples that cannot be used are left out.
+    """
+
+    jpeg_quality: int | None = None
+    exif: Exif = "auto"
+    max_pixels: int = MAX_PIXELS
+    skip_broken: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What makes another set, for the manifest; defaults are left out: sets packed before stay the same."""
+        default = Reading()
+        return {key: value for key, value in asdict(self).items() if value != getattr(default, key)}
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """A shard to be packed.
 
     Attributes:
         path: Where.
         items: Its samples, in their order.
-        jpeg_quality: What images are compressed with again; ``None`` stores the files as they are.
+        reading: How their files are read and stored.
         sha256: Of all that.
     """
 
     path: Path
     items: tuple[PackItem, ...]
-    jpeg_quality: int | None
+    reading: Reading
     sha256: str
 
 
@@ -83,7 +104,7 @@ def plan_shards(
     *,
     target_bytes: float,
     target_samples: int | None,
-    jpeg_quality: int | None = None,
+    reading: Reading,
 ) -> Iterator[ShardPlan]:
     """Cuts samples into shards, by the sizes of their files as they are; at least one shard.
 
@@ -92,7 +113,7 @@ def plan_shards(
         out: Folder of the shards.
         target_bytes: Most bytes of a shard of more than one sample.
         target_samples: Most samples of a shard.
-        jpeg_quality: As in ``ShardPlan``.
+        reading: As in ``ShardPlan``.
     """
     items: list[PackItem] = []
     num_bytes = 0
@@ -103,19 +124,19 @@ def plan_shards(
         if item.label_map is not None:
             size += item.label_map.file_bytes + 2 * tarfile.BLOCKSIZE
         if items and (num_bytes + size > target_bytes or len(items) == target_samples):
-            yield _shard_plan(out / shard_name(number), items, jpeg_quality)
+            yield _shard_plan(out / shard_name(number), items, reading)
             items, num_bytes, number = [], 0, number + 1
         items.append(item)
         num_bytes += size
-    yield _shard_plan(out / shard_name(number), items, jpeg_quality)
+    yield _shard_plan(out / shard_name(number), items, reading)
 
 
-def _shard_plan(path: Path, items: Sequence[PackItem], jpeg_quality: int | None) -> ShardPlan:
+def _shard_plan(path: Path, items: Sequence[PackItem], reading: Reading) -> ShardPlan:
     digest = hashlib.sha256(f"{FORMAT_VERSION} {path.name}".encode())
-    if jpeg_quality is not None:
-        digest.update(f" JPEG {jpeg_quality}".encode())
+    if options := reading.options():
+        digest.update(json_bytes(options))
     for item in items:
         digest.update(json_bytes([item.key, item.file_bytes]) + item.notes)
         if (label_map := item.label_map) is not None:
             digest.update(json_bytes([label_map.path.name, label_map.file_bytes, asdict(label_map.rule)]))
-    return ShardPlan(path, tuple(items), jpeg_quality, digest.hexdigest())
+    return ShardPlan(path, tuple(items), reading, digest.hexdigest())

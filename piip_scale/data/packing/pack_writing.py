@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
+import re
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from piip_scale.data.packing.label_maps import decode_label_map
-from piip_scale.data.packing.pack_plan import LabelMap, PackItem, ShardPlan
+from piip_scale.data.packing.pack_plan import PackItem, ShardPlan
+from piip_scale.data.packing.pack_reading import Checked, add_pixels, checked_sample
 from piip_scale.data.reading.files import HashingWriter, sha256_of, whole_file, write_bytes
 from piip_scale.data.reading.shards import ShardIndex, ShardInfo, index_name, read_json_model
-from piip_scale.data.sample import Image, check_size, checksum, decode_image
+from piip_scale.data.sample import Image, checksum
 from piip_scale.errors import DataError
 
 _COLUMNS = (
@@ -27,18 +28,41 @@ _COLUMNS = (
     "crc32s",
     "map_offsets",
     "map_bytes",
+    "orientations",
+    "map_orientations",
 )
 
+_SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 
-def finished_or_written(plan: ShardPlan, advance: Callable[[int], None] | None = None) -> ShardInfo:
-    """Packs a shard, unless an earlier run finished it.
+
+@dataclass(frozen=True)
+class PackedShard:
+    """What came of a plan.
+
+    Attributes:
+        info: For the manifest; ``None`` where the shard was not written.
+        num_annotations: In the samples that it holds.
+        pixels_of_class: Of a segmentation set, in label order, those of no class last.
+        broken: Samples that are not in it, and why.
+        flaws: What could be overlooked in images, a line each.
+    """
+
+    info: ShardInfo | None
+    num_annotations: int = 0
+    pixels_of_class: tuple[int, ...] = ()
+    broken: tuple[tuple[PackItem, DataError], ...] = ()
+    flaws: tuple[str, ...] = ()
+
+
+def finished_or_written(plan: ShardPlan, advance: Callable[[int], None] | None = None) -> PackedShard:
+    """Packs a shard, unless an earlier run finished it; one with broken samples only where they are skipped.
 
     Args:
         plan: The shard.
-        advance: Told the number of samples after each, or after all that were there.
+        advance: Is given the number of samples after each, or after all that were there.
 
     Raises:
-        DataError: A sample is damaged, or the shard cannot be written.
+        DataError: The shard cannot be written.
     """
     index_path = plan.path.with_name(index_name(plan.path.name))
     with contextlib.suppress(DataError, FileNotFoundError):
@@ -46,11 +70,32 @@ def finished_or_written(plan: ShardPlan, advance: Callable[[int], None] | None =
         if index.plan_sha256 == plan.sha256 and plan.path.stat().st_size == index.shard_bytes:
             if advance is not None:
                 advance(len(plan.items))
-            return _info(plan, index, content)
+            return _finished(plan, index, content)
     # In this order, so that a shard without an index is never one of ours.
     plan.path.unlink(missing_ok=True)
     index_path.unlink(missing_ok=True)
     return _write_shard(plan, index_path, advance)
+
+
+def checked_only(plan: ShardPlan, advance: Callable[[int], None] | None = None) -> PackedShard:
+    """Looks at a shard's samples and writes nothing: what else is wrong with an input that will not be packed."""
+    broken = []
+    for item in plan.items:
+        try:
+            checked_sample(item, plan.reading)
+        except DataError as error:
+            broken.append((item, error))
+        if advance is not None:
+            advance(1)
+    return PackedShard(None, broken=tuple(broken))
+
+
+def _finished(plan: ShardPlan, index: ShardIndex, index_content: bytes) -> PackedShard:
+    """A shard of an earlier run; of samples that it lacks is found out again why."""
+    keys = set(index.keys)
+    missing = tuple(item for item in plan.items if item.key not in keys)
+    broken = checked_only(ShardPlan(plan.path, missing, plan.reading, "")).broken
+    return PackedShard(_info(plan, index, index_content), index.num_annotations, index.pixels_of_class, broken)
 
 
 def _info(plan: ShardPlan, index: ShardIndex, index_content: bytes) -> ShardInfo:
@@ -63,41 +108,97 @@ def _info(plan: ShardPlan, index: ShardIndex, index_content: bytes) -> ShardInfo
     )
 
 
-def _write_shard(plan: ShardPlan, index_path: Path, advance: Callable[[int], None] | None) -> ShardInfo:
-    columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
-    with whole_file(plan.path) as file:
-        writer = HashingWriter(file)
-        with tarfile.open(fileobj=writer, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-            for item in plan.items:
-                for name, value in _add_sample(tar, item, plan.jpeg_quality).items():
-                    columns[name].append(value)
-                if advance is not None:
-                    advance(1)
-        index = ShardIndex(
-            shard_bytes=writer.num_bytes,
-            shard_sha256=writer.sha256,
-            plan_sha256=plan.sha256,
-            num_annotations=sum(item.num_annotations for item in plan.items),
-            keys=tuple(item.key for item in plan.items),
-            image_ids=tuple(item.image_id for item in plan.items),
-            **{name: tuple(column) for name, column in columns.items()},
-        )
-        # Columns that a set has no use for are left out: its index is what it was before there were any.
+class _Broken(Exception):
+    """Ends the writing of a shard that is not to be kept."""
+
+
+def _write_shard(plan: ShardPlan, index_path: Path, advance: Callable[[int], None] | None) -> PackedShard:
+    writer = _ShardWriter(plan, advance)
+    with contextlib.suppress(_Broken):
+        with whole_file(plan.path) as file:
+            index = writer.write(file)
         index_content = index.model_dump_json(exclude_defaults=True).encode()
         write_bytes(index_path, index_content)
-    return _info(plan, index, index_content)
+        return PackedShard(
+            _info(plan, index, index_content),
+            index.num_annotations,
+            index.pixels_of_class,
+            tuple(writer.broken),
+            tuple(writer.flaws),
+        )
+    return PackedShard(None, broken=tuple(writer.broken), flaws=tuple(writer.flaws))
 
 
-def _add_sample(tar: tarfile.TarFile, item: PackItem, jpeg_quality: int | None) -> dict[str, int]:
+class _ShardWriter:
+    """Writes the samples of one shard."""
+
+    def __init__(self, plan: ShardPlan, advance: Callable[[int], None] | None) -> None:
+        self._plan, self._advance = plan, advance
+        self._columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
+        self._items: list[PackItem] = []
+        self._pixels: list[int] = []
+        self.broken: list[tuple[PackItem, DataError]] = []
+        self.flaws: list[str] = []
+
+    def write(self, file: BinaryIO) -> ShardIndex:
+        """Writes all samples that can be used; returns the index.
+
+        Raises:
+            _Broken: One is broken and not to be skipped, or none is left.
+        """
+        writer = HashingWriter(file)
+        with tarfile.open(fileobj=writer, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for item in self._plan.items:
+                self._add(tar, item)
+                if self._advance is not None:
+                    self._advance(1)
+        if not self._items or (self.broken and not self._plan.reading.skip_broken):
+            raise _Broken
+        return self._index(writer)
+
+    def _add(self, tar: tarfile.TarFile, item: PackItem) -> None:
+        try:
+            checked = checked_sample(item, self._plan.reading)
+        except DataError as error:
+            self.broken.append((item, error))
+            return
+        if self.broken and not self._plan.reading.skip_broken:
+            return
+        for name, value in _add_sample(tar, item, checked, self._plan.reading.jpeg_quality).items():
+            self._columns[name].append(value)
+        self._items.append(item)
+        self._pixels = add_pixels(self._pixels, checked.pixels_of_class)
+        self.flaws += checked.flaws
+
+    def _index(self, writer: HashingWriter) -> ShardIndex:
+        # Columns that a set has no use for are left out: its index is what it was before there were any.
+        for name in ("orientations", "map_orientations"):
+            if all(value == 1 for value in self._columns[name]):
+                self._columns[name] = []
+        return ShardIndex(
+            shard_bytes=writer.num_bytes,
+            shard_sha256=writer.sha256,
+            plan_sha256=self._plan.sha256,
+            num_annotations=sum(item.num_annotations for item in self._items),
+            keys=tuple(item.key for item in self._items),
+            image_ids=tuple(item.image_id for item in self._items),
+            pixels_of_class=tuple(self._pixels),
+            **{name: tuple(column) for name, column in self._columns.items()},
+        )
+
+
+def _add_sample(tar: tarfile.TarFile, item: PackItem, checked: Checked, jpeg_quality: int | None) -> dict[str, int]:
     """Appends a sample's members; returns its entries in the columns of the index."""
-    content, pixels = _checked_image(item)
-    size_px = (pixels.shape[0], pixels.shape[1])
-    suffix = item.path.suffix.lower() or ".img"
+    content, orientation, suffix = checked.content, checked.orientation, member_suffix(item.path)
     if jpeg_quality is not None:
-        content, suffix = smaller_image(content, suffix, pixels, jpeg_quality)
+        smaller, suffix = smaller_image(content, suffix, checked.pixels, jpeg_quality)
+        # What is compressed again is compressed as it is seen.
+        orientation = orientation if smaller is content else 1
+        content = smaller
     entries = {
-        "heights_px": size_px[0],
-        "widths_px": size_px[1],
+        "heights_px": checked.pixels.shape[0],
+        "widths_px": checked.pixels.shape[1],
+        "orientations": orientation,
         "image_offsets": _add(tar, item.key + suffix, content),
         "image_bytes": len(content),
         "notes_offsets": _add(tar, f"{item.key}.json", item.notes),
@@ -105,9 +206,18 @@ def _add_sample(tar: tarfile.TarFile, item: PackItem, jpeg_quality: int | None) 
     }
     if item.label_map is None:
         return entries | {"crc32s": checksum(content, item.notes)}
-    label_map = _checked_map(item, item.label_map, size_px)
+    label_map = checked.label_map
     entries |= {"map_offsets": _add(tar, f"{item.key}.seg.png", label_map), "map_bytes": len(label_map)}
-    return entries | {"crc32s": checksum(content, item.notes, label_map)}
+    return entries | {
+        "map_orientations": checked.map_orientation,
+        "crc32s": checksum(content, item.notes, label_map),
+    }
+
+
+def member_suffix(path: Path) -> str:
+    """An image's ending in its shard: readers part members by endings, and headers hold 100 characters."""
+    suffix = path.suffix.lower()
+    return suffix if _SUFFIX.fullmatch(suffix) and suffix not in (".json", ".seg") else ".img"
 
 
 def smaller_image(content: bytes, suffix: str, pixels: Image, jpeg_quality: int) -> tuple[bytes, str]:
@@ -123,38 +233,6 @@ def smaller_image(content: bytes, suffix: str, pixels: Image, jpeg_quality: int)
 
     encoded = simplejpeg.encode_jpeg(pixels, quality=jpeg_quality, colorspace="RGB", colorsubsampling="420")
     return (encoded, ".jpg") if len(encoded) < len(content) else (content, suffix)
-
-
-def _checked_image(item: PackItem) -> tuple[bytes, Image]:
-    """An image's file, and what it decodes to."""
-    name = f"{item.image_id} ({item.path})"
-    content = _read(item.path, f"image {name}")
-    pixels = decode_image(content, name)
-    if item.size_px is not None:
-        check_size(pixels, *item.size_px, name)
-    if item.check_notes is not None:
-        item.check_notes(item.notes, name)
-    return content, pixels
-
-
-def _checked_map(item: PackItem, label_map: LabelMap, size_px: tuple[int, int]) -> bytes:
-    """A label map's file, of the size of its image."""
-    name = f"{item.image_id} ({label_map.path})"
-    content = _read(label_map.path, f"label map {name}")
-    labels = decode_label_map(content, label_map.rule, name)
-    if labels.shape != size_px:
-        raise DataError(
-            f"label map {name} is {labels.shape[1]} x {labels.shape[0]} px",
-            rule=f"its image is {size_px[1]} x {size_px[0]}",
-        )
-    return content
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{name} cannot be read", value=os.strerror(error.errno or 0)) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:

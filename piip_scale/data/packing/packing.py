@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import piip_scale
-from piip_scale.data.packing.pack_plan import PackItem, ShardPlan, plan_shards
-from piip_scale.data.packing.pack_writing import finished_or_written
+from piip_scale.data.images import MAX_PIXELS, Exif
+from piip_scale.data.packing.pack_plan import PackItem, Reading, ShardPlan, plan_shards
+from piip_scale.data.packing.pack_reading import add_pixels
+from piip_scale.data.packing.pack_writing import PackedShard, checked_only, finished_or_written
+from piip_scale.data.packing.problems import MOST_SHOWN, Problems
 from piip_scale.data.reading.files import json_bytes, sha256_of, write_bytes
 from piip_scale.data.reading.pool import map_in_processes, num_processes
 from piip_scale.data.reading.shards import (
@@ -25,12 +29,12 @@ from piip_scale.data.reading.shards import (
     SHARD_GLOB,
     Category,
     Manifest,
-    ShardInfo,
     index_name,
     read_index,
     read_json_model,
 )
 from piip_scale.data.sample import SetKind
+from piip_scale.data.targets import Counts, Targets, check_targets, object_counts, pixel_targets, targets_of
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 
@@ -51,6 +55,7 @@ class SetFacts:
         has_masks: Every annotation has a segmentation.
         options: What the user asked for; another choice makes another set.
         source: Where it comes from, for people.
+        counts: Training targets of all samples; a segmentation set's are counted when they are packed.
         reduce_zero_label: As in ``Manifest``.
     """
 
@@ -59,6 +64,7 @@ class SetFacts:
     has_masks: bool
     options: dict[str, Any]
     source: dict[str, Any]
+    counts: Counts = field(default_factory=Counts)
     reduce_zero_label: bool = False
 
 
@@ -71,9 +77,13 @@ class PackOptions:
         target_samples: Most samples in a shard.
         workers: Processes; all cores where ``None``.
         overwrite: Replace a set of another input.
-        on_progress: Told after every image (one process) or shard (several).
+        on_progress: Called after every image (one process) or shard (several).
         jpeg_quality: Compress images again with it, 1 to 100, where that makes them smaller; ``None`` stores the
             files as they are.
+        exif: What becomes of an orientation in a file, as in ``resolve_orientation``.
+        max_pixels: Images of more are refused.
+        skip_broken: Leave out images and annotations that cannot be used; how many is in the manifest.
+        report: A file that every problem is written to, a line each.
 
     Raises:
         DataError: A shard that can hold nothing, or a quality that is none.
@@ -85,6 +95,10 @@ class PackOptions:
     overwrite: bool = False
     on_progress: Progress | None = None
     jpeg_quality: int | None = None
+    exif: Exif = "auto"
+    max_pixels: int = MAX_PIXELS
+    skip_broken: bool = False
+    report: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.target_mb > 0 or (self.target_samples is not None and self.target_samples < 1):
@@ -93,53 +107,118 @@ class PackOptions:
         if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100:
             raise DataError("JPEG quality", value=self.jpeg_quality, rule="it is 1 to 100")
 
-    def told(self) -> dict[str, Any]:
+    @property
+    def reading(self) -> Reading:
+        """How files are read and stored."""
+        return Reading(self.jpeg_quality, self.exif, self.max_pixels, self.skip_broken)
+
+    def problems(self) -> Problems:
+        """Where what is wrong with the input is gathered."""
+        return Problems(self.skip_broken, self.report)
+
+    def of_manifest(self) -> dict[str, Any]:
         """What of it makes another set, for the manifest."""
-        told: dict[str, Any] = {"target_mb": float(self.target_mb), "target_samples": self.target_samples}
-        # Left out where it is not used: sets packed before there was the choice stay the same.
-        return told if self.jpeg_quality is None else told | {"jpeg_quality": self.jpeg_quality}
+        sizes = {"target_mb": float(self.target_mb), "target_samples": self.target_samples}
+        return sizes | self.reading.options()
 
 
-def pack_items(items: Iterable[PackItem], out: Path, facts: SetFacts, how: PackOptions) -> Manifest:
+def pack_items(
+    items: Iterable[PackItem], out: Path, facts: SetFacts, how: PackOptions, problems: Problems | None = None
+) -> Manifest:
     """Writes a set; a complete one of the same input in ``out`` is reused, an unfinished one is finished.
 
-    Every image is decoded once to know that it is whole.
+    Every image is decoded once to know that it is whole. What is wrong is reported at once, at the end; where reading
+    the annotations brought problems that are not to be skipped, images are looked at too and nothing is written.
 
     Raises:
-        DataError: An image or annotation is damaged, ``out`` holds another set, or it cannot be written.
+        DataError: An image or annotation is damaged, nothing can be trained on, ``out`` holds another set, or it
+            cannot be written.
     """
+    problems = problems if problems is not None else how.problems()
+    samples = list(items)
+    if not samples:
+        problems.settle(out.name)
+        raise DataError("images of the set", value=0, rule="there must be images that can be packed")
+    target_bytes = how.target_mb * _MEGABYTE
     plans = list(
-        plan_shards(
-            items,
-            out,
-            target_bytes=how.target_mb * _MEGABYTE,
-            target_samples=how.target_samples,
-            jpeg_quality=how.jpeg_quality,
-        )
+        plan_shards(samples, out, target_bytes=target_bytes, target_samples=how.target_samples, reading=how.reading)
     )
-    options = how.told() | facts.options
+    if problems.stop:
+        _gather(_on_all(checked_only, plans, how), problems)
+        problems.settle(_source_name(facts))
+    options = how.of_manifest() | facts.options
     categories = [category.model_dump() for category in facts.categories]
     packed = [FORMAT_VERSION, options, categories, facts.has_masks, [plan.sha256 for plan in plans]]
     input_sha256 = sha256_of(json_bytes(packed))
     if (manifest := _complete_set(out, input_sha256, how.overwrite)) is not None:
+        if how.skip_broken:
+            # Nothing is written anew; what is left out is said again.
+            _gather(_on_all(finished_or_written, plans, how), problems)
+        problems.settle(_source_name(facts))
         return manifest
     with _alone(out):
         _prepare(out)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            kind=facts.kind,
-            reduce_zero_label=facts.reduce_zero_label,
-            categories=facts.categories,
-            has_masks=facts.has_masks,
-            num_samples=sum(len(plan.items) for plan in plans),
-            num_annotations=sum(item.num_annotations for plan in plans for item in plan.items),
-            shards=_write_shards(plans, how.workers, how.on_progress),
-            input_sha256=input_sha256,
-            made_with={**options, **facts.source, "piip_scale": piip_scale.__version__},
-        )
-        _remove_other_shards(out, plans)
+        shards = _on_all(finished_or_written, plans, how)
+        _gather(shards, problems)
+        problems.settle(_source_name(facts))
+        manifest = _manifest(facts, options, shards, problems, input_sha256)
+        check_targets(facts.kind, manifest.targets or Targets(trainable=()), str(out), manifest.num_samples)
+        _remove_other_shards(out, {shard.info.name for shard in shards if shard.info is not None})
         write_bytes(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
         return manifest
+
+
+def _source_name(facts: SetFacts) -> str:
+    return str(next((value for value in facts.source.values() if value), "the set"))
+
+
+def _gather(shards: Sequence[PackedShard], problems: Problems) -> None:
+    """Takes down what came up while images were read; what could be overlooked is logged."""
+    for shard in shards:
+        problems.found += [("image", error) for _, error in shard.broken]
+    flaws, logger = [flaw for shard in shards for flaw in shard.flaws], get_logger(__name__)
+    for line in flaws[:MOST_SHOWN]:
+        logger.warning("%s", line)
+    if len(flaws) > MOST_SHOWN:
+        logger.warning("... and %d more such images", len(flaws) - MOST_SHOWN)
+
+
+def _manifest(
+    facts: SetFacts, options: dict[str, Any], shards: Sequence[PackedShard], problems: Problems, input_sha256: str
+) -> Manifest:
+    infos = tuple(shard.info for shard in shards if shard.info is not None)
+    if not infos:
+        raise DataError("images of the set", value=0, rule="there must be images that can be packed")
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        kind=facts.kind,
+        reduce_zero_label=facts.reduce_zero_label,
+        categories=facts.categories,
+        has_masks=facts.has_masks,
+        num_samples=sum(info.num_samples for info in infos),
+        num_annotations=sum(shard.num_annotations for shard in shards),
+        targets=_targets(facts, shards),
+        shards=infos,
+        input_sha256=input_sha256,
+        made_with={**options, **facts.source, **problems.num_skipped(), "piip_scale": piip_scale.__version__},
+    )
+
+
+def _targets(facts: SetFacts, shards: Sequence[PackedShard]) -> Targets:
+    if facts.kind == "segmentation":
+        pixels: list[int] = []
+        for shard in shards:
+            pixels = add_pixels(pixels, shard.pixels_of_class) if shard.pixels_of_class else pixels
+        return pixel_targets(pixels)
+    counts = Counts(facts.counts)
+    label_of_category = {category.id: label for label, category in enumerate(facts.categories)}
+    for item in (item for shard in shards for item, _ in shard.broken):
+        notes = json.loads(item.notes)
+        if facts.kind == "classification":
+            counts[notes["label"], ""] -= 1
+        else:
+            counts -= object_counts(notes["annotations"], label_of_category)
+    return targets_of(counts, len(facts.categories))
 
 
 @contextlib.contextmanager
@@ -213,27 +292,25 @@ def _prepare(out: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def _remove_other_shards(out: Path, plans: Sequence[ShardPlan]) -> None:
-    kept = {plan.path for plan in plans}
+def _remove_other_shards(out: Path, names: Container[str]) -> None:
     for path in out.glob(SHARD_GLOB):
-        if path not in kept:
+        if path.name not in names:
             path.unlink()
             path.with_name(index_name(path.name)).unlink(missing_ok=True)
 
 
-def _write_shards(
-    plans: Sequence[ShardPlan], workers: int | None, on_progress: Progress | None
-) -> tuple[ShardInfo, ...]:
+def _on_all(work: Callable[..., PackedShard], plans: Sequence[ShardPlan], how: PackOptions) -> tuple[PackedShard, ...]:
+    """A function of every plan, in processes where there are several plans."""
     total = sum(len(plan.items) for plan in plans)
     num_done = 0
 
     def advance(num_images: int) -> None:
         nonlocal num_done
         num_done += num_images
-        if on_progress is not None:
-            on_progress(num_done, total)
+        if how.on_progress is not None:
+            how.on_progress(num_done, total)
 
-    num_workers = num_processes(workers, len(plans))
+    num_workers = num_processes(how.workers, len(plans))
     if num_workers == 1:
-        return tuple(finished_or_written(plan, advance) for plan in plans)
-    return tuple(map_in_processes(finished_or_written, plans, num_workers, lambda plan: advance(len(plan.items))))
+        return tuple(work(plan, advance) for plan in plans)
+    return tuple(map_in_processes(work, plans, num_workers, lambda plan: advance(len(plan.items))))

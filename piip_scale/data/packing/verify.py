@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,21 @@ import numpy as np
 from piip_scale.config.run import CacheConfig
 from piip_scale.data.augment.geometry import Geometry, Window
 from piip_scale.data.augment.transforms import apply_geometry
-from piip_scale.data.packing.label_maps import decode_mapped
+from piip_scale.data.packing.label_maps import IGNORED, decode_mapped
 from piip_scale.data.reading.pool import map_in_processes, num_processes
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import Image, RawSample, SetKind, check_size, decode_image, decode_labelled, decode_sample
+from piip_scale.data.sample import (
+    Image,
+    RawSample,
+    SetKind,
+    check_size,
+    decode_labelled,
+    decode_pixels,
+    decode_sample,
+    parse_notes,
+)
 from piip_scale.data.set_kinds import SET_KINDS
+from piip_scale.data.targets import Counts, Targets, check_targets, object_counts, pixel_counts, targets_of
 from piip_scale.errors import DataError, FetchError
 
 _DIGEST_BYTES = 16
@@ -33,13 +44,17 @@ class VerifyReport:
 
     Attributes:
         kind: What the set's samples are labelled with.
+        classes: Its class names, in label order.
+        targets: What there is to train on.
         problems: One line each; empty for a sound set.
         shared_images: Pairs of a key here and a key in the other set whose images have the same pixels.
     """
 
     kind: SetKind
+    classes: tuple[str, ...]
     num_samples: int
     num_targets: int
+    targets: Targets
     problems: tuple[str, ...]
     shared_images: tuple[tuple[str, str], ...]
 
@@ -47,6 +62,7 @@ class VerifyReport:
 @dataclass(frozen=True)
 class _Findings:
     num_targets: int
+    counts: Counts
     problems: tuple[str, ...]
     digests: tuple[tuple[bytes, str], ...]
 
@@ -95,15 +111,30 @@ def _verify_sets(
     found = map_in_processes(read, jobs, num_processes(workers, len(jobs)), advance)
     here, there = found[: len(sets[0].manifest.shards)], found[len(sets[0].manifest.shards) :]
     keys_there = {digest: key for findings in there for digest, key in findings.digests}
+    targets = _targets(sets[0], here)
+    problems = [problem for findings in here for problem in findings.problems]
+    try:
+        check_targets(sets[0].manifest.kind, targets, sets[0].location, len(sets[0]))
+    except DataError as error:
+        problems.append(error.line)
     return VerifyReport(
         kind=sets[0].manifest.kind,
+        classes=sets[0].classes,
         num_samples=len(sets[0]),
         num_targets=sum(findings.num_targets for findings in here),
-        problems=tuple(problem for findings in here for problem in findings.problems),
+        targets=targets,
+        problems=tuple(problems),
         shared_images=tuple(
             (key, keys_there[digest]) for findings in here for digest, key in findings.digests if digest in keys_there
         ),
     )
+
+
+def _targets(shards: ShardSet, findings: Sequence[_Findings]) -> Targets:
+    counts: Counts = Counter()
+    for each in findings:
+        counts.update(each.counts)
+    return targets_of(counts, len(shards.classes))
 
 
 def _read_shard(checked_location: str, compare: bool, job: tuple[ShardSet, int]) -> _Findings:
@@ -112,17 +143,19 @@ def _read_shard(checked_location: str, compare: bool, job: tuple[ShardSet, int])
     info = shards.manifest.shards[number]
     is_checked = shards.location == checked_location
     problems, digests, num_targets = [], [], 0
+    counts: Counts = Counter()
     try:
         shards.fetch(number)
     except FetchError as error:
-        return _Findings(0, (str(error),), ())
+        return _Findings(0, counts, (str(error),), ())
     if is_checked and shards.files.sha256(info) != info.sha256:
         problems.append(f"shard {info.name} changed since it was packed: its SHA-256 is not the manifest's")
     look = SET_KINDS[shards.manifest.kind].load("check") if is_checked else _look_at_pixels
     for index in shards.numbers_of_shard(number):
         raw = shards.read(index)
         try:
-            targets, pixels = look(shards, raw, index)
+            targets, pixels, of_sample = look(shards, raw, index)
+            counts.update(of_sample)
         except DataError as error:
             # A damaged image can still be the same file as another one.
             targets, pixels = 0, np.frombuffer(raw.image, np.uint8)
@@ -131,19 +164,19 @@ def _read_shard(checked_location: str, compare: bool, job: tuple[ShardSet, int])
         num_targets += targets
         if compare:
             digests.append((_digest(pixels), raw.key))
-    return _Findings(num_targets, tuple(problems), tuple(digests))
+    return _Findings(num_targets, counts, tuple(problems), tuple(digests))
 
 
 def _digest(pixels: Image) -> bytes:
     return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=_DIGEST_BYTES).digest()
 
 
-_Look = tuple[int, Image]
-"""What a sample holds: the number of its targets, and its pixels."""
+_Look = tuple[int, Image, Counts]
+"""What a sample holds: the number of its targets, its pixels, and what of it can be trained on."""
 
 
 def _look_at_pixels(shards: ShardSet, raw: RawSample, index: int) -> _Look:
-    return 0, decode_image(raw.image, raw.key)
+    return 0, decode_pixels(raw), Counter()
 
 
 def look_at_objects(shards: ShardSet, raw: RawSample, index: int) -> _Look:
@@ -159,7 +192,8 @@ def look_at_objects(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     target = apply_geometry(sample, Geometry(Window(0, 0, width, height), (height, width)))
     if target.mini_masks is not None and not target.mini_masks.any(axis=(1, 2)).all():
         raise DataError(f"sample {raw.key} has a mask that does not reach into its box")
-    return len(target.labels), sample.pixels
+    counts = object_counts(parse_notes(raw)["annotations"], shards.label_of_category)
+    return len(target.labels), sample.pixels, counts
 
 
 def look_at_label(shards: ShardSet, raw: RawSample, index: int) -> _Look:
@@ -167,7 +201,7 @@ def look_at_label(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     sample = decode_labelled(raw, len(shards.classes))
     height_px, width_px = shards.sizes_px[index].tolist()
     check_size(sample.pixels, height_px, width_px, raw.key)
-    return 1, sample.pixels
+    return 1, sample.pixels, Counter({(sample.label, ""): 1})
 
 
 def look_at_map(shards: ShardSet, raw: RawSample, index: int) -> _Look:
@@ -175,4 +209,5 @@ def look_at_map(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     sample = decode_mapped(raw, shards.map_rule)
     height_px, width_px = shards.sizes_px[index].tolist()
     check_size(sample.pixels, height_px, width_px, raw.key)
-    return 1, sample.pixels
+    pixels = np.bincount(sample.labels.ravel(), minlength=IGNORED + 1).tolist()
+    return 1, sample.pixels, pixel_counts([*pixels[: len(shards.classes)], pixels[IGNORED]])

@@ -6,7 +6,6 @@ one is no set.
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,7 +17,9 @@ from piip_scale.config.base import Strict
 from piip_scale.data.reading.files import read_whole
 from piip_scale.data.reading.sources import is_remote
 from piip_scale.data.sample import SetKind
+from piip_scale.data.targets import Targets
 from piip_scale.errors import DataError
+from piip_scale.text import is_unseen
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -28,17 +29,13 @@ MAX_NAME_LETTERS = 500
 _MAX_INT = 2**63 - 1
 # Of sums of two of them, which must be whole numbers of 64 bits too: 4 EiB.
 _MAX_BYTES = 2**62
-# Control characters, lone surrogates, breaks of lines and paragraphs.
-_UNSHOWABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
-# They turn what is printed after them around, a file's name or a command too.
-_TURNS_TEXT = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 _Model = TypeVar("_Model", bound=Strict)
 
 
 def unshowable(text: str) -> str:
     """The first character of a name that no line can show; empty where there is none."""
-    return next((char for char in text if unicodedata.category(char) in _UNSHOWABLE or char in _TURNS_TEXT), "")
+    return next(filter(is_unseen, text), "")
 
 
 def _showable(text: str) -> str:
@@ -91,6 +88,7 @@ class Manifest(Strict):
         reduce_zero_label: In the label maps of a segmentation set 0 is ignored and the classes count from 1.
         categories: In label order; ids are the COCO file's, or the labels themselves.
         has_masks: Every annotation has a segmentation.
+        targets: What there is to train on; ``None`` in sets packed before it was counted.
         input_sha256: Of the annotations, the images' names and sizes, and the options.
         made_with: The options and versions it was packed with.
     """
@@ -102,6 +100,7 @@ class Manifest(Strict):
     has_masks: bool
     num_samples: _Count
     num_annotations: _Count
+    targets: Targets | None = None
     shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1)]
     input_sha256: str
     made_with: dict[str, Any]
@@ -110,6 +109,8 @@ class Manifest(Strict):
     def _adds_up(self) -> Self:
         if self.num_samples != sum(shard.num_samples for shard in self.shards):
             raise ValueError(f"{self.num_samples} samples, and its shards hold another number")
+        if self.targets is not None and len(self.targets.trainable) != len(self.categories):
+            raise ValueError(f"targets of {len(self.targets.trainable)} classes for {len(self.categories)}")
         for what, names in (
             ("shards", [shard.name for shard in self.shards]),
             ("class names", [category.name for category in self.categories]),
@@ -129,6 +130,7 @@ class ShardIndex(Strict):
         map_offsets: Of label maps, like ``map_bytes``; empty where there are none.
         orientations: EXIF's number of how each image is turned once it is decoded; empty where none is.
         map_orientations: Likewise of label maps.
+        pixels_of_class: Of all label maps, in label order, those of no class last; empty where there are none.
     """
 
     shard_bytes: _Bytes
@@ -148,10 +150,11 @@ class ShardIndex(Strict):
     map_bytes: tuple[_Bytes, ...] = ()
     orientations: tuple[_Orientation, ...] = ()
     map_orientations: tuple[_Orientation, ...] = ()
+    pixels_of_class: tuple[_Count, ...] = ()
 
     @pydantic.model_validator(mode="after")
     def _lies_inside_its_shard(self) -> Self:
-        columns = {name: value for name, value in self if isinstance(value, tuple)}
+        columns = {name: value for name, value in self if isinstance(value, tuple) and name != "pixels_of_class"}
         for name, column in columns.items():
             # Only columns that have a default may be left out.
             if len(column) != len(self.keys) and (column or name not in _LATER_COLUMNS):

@@ -46,7 +46,6 @@ BAD = {
     "broken box": (note_with(bbox=[5, 6, None, 10]), ["annotation 11", "four finite numbers"]),
     "unknown category": (note_with(category_id=9), ["annotation 11", "category id 9", "3, 4"]),
     "unknown image": (note_with(image_id=77), ["annotation 11", "image 77"]),
-    "annotation twice": (note_with(id=10), ["annotation id 10 twice"]),
     "image twice": (image_with(id=0), ["image id 0 twice"]),
     "image absent": (image_with(file_name="gone.jpg"), ["gone.jpg", "image 1", "not there"]),
     "path escapes": (image_with(file_name="../up.jpg"), ["../up.jpg", "below the folder"]),
@@ -133,6 +132,13 @@ def test_clip_boxes_clips_and_drops(tmp_path):
     found = read_coco(*make_set(tmp_path, change), clip_boxes=True)
     assert (found.num_clipped, found.num_dropped) == (1, 2)
     assert found.images[0].annotations[0]["bbox"] == [50, 6, 10, 10]
+
+
+@pytest.mark.parametrize("change", [note_with(id=10), lambda root: root["annotations"][1].pop("id")])
+def test_ids_of_annotations_are_made_where_they_are_missing_or_double(tmp_path, change):
+    found = read_coco(*make_set(tmp_path, change))
+    assert [image.annotations[0]["id"] for image in found.images] == [10, 13, 12]
+    assert found.num_other == {"num_renumbered": 1}
 
 
 def test_labels_follow_the_classes(tmp_path):
