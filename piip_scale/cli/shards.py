@@ -69,6 +69,7 @@ def show(
 
     shards = ShardSet.open(location, max_pixels=max_pixels)
     Console().print(summary_table(shards))
+    echo_targets(shards.manifest.kind, shards.classes, shards.manifest.targets)
     if out is not None:
         draw_contact_sheet(shards, out, num_images)
         typer.echo(f"picture: {out}")

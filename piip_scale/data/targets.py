@@ -82,19 +82,22 @@ def pixel_targets(pixels_of_class: Sequence[int]) -> Targets:
 def targets_lines(kind: SetKind, classes: Sequence[str], targets: Targets) -> list[str]:
     """What is worth knowing before a training: how many targets, what is left out and why, classes without any."""
     unit, num_all = UNITS[kind], targets.num_trainable + targets.num_left_out
-    lines = []
+
+    def shown(count: int) -> str:
+        return f"{count / max(num_all, 1):.1%}" if kind == "segmentation" else str(count)
+
+    all_shown = "the" if kind == "segmentation" else str(num_all)
+    lines = [f"{shown(targets.num_trainable)} of {all_shown} {unit} can be trained on"]
     if targets.num_left_out:
-        why = ", ".join(f"{sum(of_class)} {_WORDS[reason]}" for reason, of_class in targets.left_out.items())
-        lines.append(f"{targets.num_trainable} of {num_all} {unit} can be trained on; left out: {why}")
-        if kind == "detection":
-            lines += _lines_of_classes(classes, targets)
-    else:
-        lines.append(f"{targets.num_trainable} of {num_all} {unit} can be trained on")
+        why = [f"{shown(sum(of_class))} {_WORDS[reason]}" for reason, of_class in targets.left_out.items()]
+        lines[0] += f"; left out: {', '.join(why)}"
+    if kind == "detection":
+        lines += _lines_of_classes(classes, targets)
     if targets.num_trainable and (empty := [classes[i] for i, count in enumerate(targets.trainable) if not count]):
         more = ", ..." if len(empty) > _MOST_CLASSES else ""
         lines.append(f"classes without {unit} to train on: {', '.join(empty[:_MOST_CLASSES])}{more}")
     if kind == "segmentation" and targets.num_left_out > _MUCH_UNLABELLED * num_all:
-        lines.append(f"{targets.num_left_out / num_all:.0%} of the pixels are of no class: is 255 meant to be a class?")
+        lines.append("most pixels are of no class: is 255, or 0 with --reduce-zero-label, meant to be one?")
     return lines
 
 
