@@ -19,8 +19,8 @@ from piip_scale.text import printable
 if TYPE_CHECKING:
     from piip_scale.data.packing.packing import PackOptions
     from piip_scale.data.reading.shards import Manifest
-    from piip_scale.registry import SetKind
     from piip_scale.data.targets import Targets
+    from piip_scale.registry import SetKind
 
 _PANEL = "What all kinds share"
 _EXIF = ("auto", "apply", "stored")

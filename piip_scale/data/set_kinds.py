@@ -18,7 +18,12 @@ class SetKindRow:
         notes: Keys of a sample's annotations.
         targets: What its samples are labelled with, for people.
         packed_targets: What its annotations are, likewise.
-        check: Decodes a sample whole and looks at its labels: of set, raw sample and number, to targets and pixels.
+        unit: What can be trained on is counted in these.
+        in_shares: It is told as shares of all, not as numbers.
+        counts: What of a sample can be trained on, by its annotations: of notes and labels of categories, to
+            ``Counts``; empty where only its files tell.
+        check: Decodes a sample whole and looks at its labels: of set, raw sample and number, to targets, pixels and
+            ``Counts``.
         summary: What it holds, for people: of a set, to rows of a name and a text.
         picture: A sample and its labels, drawn: of set, number and ``DrawingStyle``.
     """
@@ -26,6 +31,9 @@ class SetKindRow:
     notes: frozenset[str]
     targets: str
     packed_targets: str
+    unit: str
+    in_shares: bool
+    counts: str
     check: str
     summary: str
     picture: str
@@ -42,6 +50,9 @@ SET_KINDS: dict[SetKind, SetKindRow] = {
         notes=frozenset({"image_id", "file_name", "height", "width", "annotations"}),
         targets="objects",
         packed_targets="boxes",
+        unit="objects",
+        in_shares=False,
+        counts="piip_scale.data.targets:object_counts",
         check="piip_scale.data.packing.verify:look_at_objects",
         summary="piip_scale.data.packing.summary_rows:object_rows",
         picture="piip_scale.tasks.detection.sample_picture:draw_objects",
@@ -50,6 +61,9 @@ SET_KINDS: dict[SetKind, SetKindRow] = {
         notes=frozenset({"image_id", "file_name", "label"}),
         targets="labels",
         packed_targets="labels",
+        unit="images",
+        in_shares=False,
+        counts="piip_scale.data.targets:label_counts",
         check="piip_scale.data.packing.verify:look_at_label",
         summary="piip_scale.data.packing.summary_rows:label_rows",
         picture="piip_scale.tasks.classification.sample_picture:draw_label",
@@ -58,6 +72,9 @@ SET_KINDS: dict[SetKind, SetKindRow] = {
         notes=frozenset({"image_id", "file_name"}),
         targets="label maps",
         packed_targets="label maps",
+        unit="pixels",
+        in_shares=True,
+        counts="piip_scale.data.targets:no_counts",
         check="piip_scale.data.packing.verify:look_at_map",
         summary="piip_scale.data.packing.summary_rows:map_rows",
         picture="piip_scale.tasks.segmentation.sample_picture:draw_map",

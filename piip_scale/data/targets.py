@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from piip_scale.config.base import Strict
-from piip_scale.data.sample import MIN_BOX_PX, SetKind
+from piip_scale.data.sample import MIN_BOX_PX
+from piip_scale.data.set_kinds import SET_KINDS
 from piip_scale.errors import DataError
+from piip_scale.registry import SetKind
 
 Reason = Literal["", "ignored", "tiny", "unlabelled"]
 """Why something is no training target; empty where it is one."""
@@ -18,12 +20,12 @@ Reason = Literal["", "ignored", "tiny", "unlabelled"]
 Counts = Counter[tuple[int, Reason]]
 """How many by label and reason."""
 
-UNITS: dict[SetKind, str] = {"detection": "objects", "classification": "images", "segmentation": "pixels"}
 _WORDS = {
     "ignored": "ignored or crowds",
     "tiny": f"under {MIN_BOX_PX:g} px wide or high",
     "unlabelled": "of no class",
 }
+_NO_LABEL = -1
 _MOST_CLASSES = 10
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _MUCH_UNLABELLED = 0.5
@@ -51,52 +53,70 @@ class Targets(Strict):
         return sum(map(sum, self.left_out.values()))
 
 
-def object_counts(notes: Iterable[Mapping[str, Any]], label_of_category: Mapping[int, int]) -> Counts:
-    """Counts annotations as ``decode_sample`` and the trainer take them."""
+def object_counts(notes: Mapping[str, Any], label_of_category: Mapping[int, int]) -> Counts:
+    """Counts a sample's annotations as ``decode_sample`` and the trainer take them."""
+    return annotation_counts(notes["annotations"], label_of_category)
+
+
+def annotation_counts(annotations: Iterable[Mapping[str, Any]], label_of_category: Mapping[int, int]) -> Counts:
+    """Counts annotations, of any number of samples."""
     counts: Counts = Counter()
-    for note in notes:
+    for note in annotations:
         reason: Reason = "ignored" if note["iscrowd"] else "tiny" if min(note["bbox"][2:]) < MIN_BOX_PX else ""
         counts[label_of_category[note["category_id"]], reason] += 1
+    return counts
+
+
+def label_counts(notes: Mapping[str, Any], label_of_category: Mapping[int, int]) -> Counts:
+    """A sample of a classification set is one target."""
+    return Counter({(notes["label"], ""): 1})
+
+
+def no_counts(notes: Mapping[str, Any], label_of_category: Mapping[int, int]) -> Counts:
+    """Nothing: a sample's targets stand in its label map."""
+    return Counter()
+
+
+def pixel_counts(pixels_of_class: Sequence[int]) -> Counts:
+    """Counts of label maps.
+
+    Args:
+        pixels_of_class: In label order, and at the end those of no class; or nothing.
+    """
+    counts: Counts = Counter({(label, ""): count for label, count in enumerate(pixels_of_class[:-1])})
+    if pixels_of_class:
+        counts[_NO_LABEL, "unlabelled"] = pixels_of_class[-1]
     return counts
 
 
 def targets_of(counts: Counts, num_classes: int) -> Targets:
     """Counts as they stand in a manifest: reasons that do not occur are left out."""
     reasons = sorted({reason for (_, reason), count in counts.items() if reason and count})
+    labels = {reason: (_NO_LABEL,) if counts[_NO_LABEL, reason] else range(num_classes) for reason in reasons}
     return Targets(
         trainable=tuple(counts[label, ""] for label in range(num_classes)),
-        left_out={reason: tuple(counts[label, reason] for label in range(num_classes)) for reason in reasons},
+        left_out={reason: tuple(counts[label, reason] for label in labels[reason]) for reason in reasons},
     )
-
-
-def pixel_targets(pixels_of_class: Sequence[int]) -> Targets:
-    """Targets of label maps.
-
-    Args:
-        pixels_of_class: In label order, and at the end those of no class.
-    """
-    *trainable, unlabelled = pixels_of_class
-    return Targets(trainable=tuple(trainable), left_out={"unlabelled": (unlabelled,)} if unlabelled else {})
 
 
 def targets_lines(kind: SetKind, classes: Sequence[str], targets: Targets) -> list[str]:
     """What is worth knowing before a training: how many targets, what is left out and why, classes without any."""
-    unit, num_all = UNITS[kind], targets.num_trainable + targets.num_left_out
+    unit, in_shares = SET_KINDS[kind].unit, SET_KINDS[kind].in_shares
+    num_all = targets.num_trainable + targets.num_left_out
 
     def shown(count: int) -> str:
-        return f"{count / max(num_all, 1):.1%}" if kind == "segmentation" else str(count)
+        return f"{count / max(num_all, 1):.1%}" if in_shares else str(count)
 
-    all_shown = "the" if kind == "segmentation" else str(num_all)
+    all_shown = "the" if in_shares else str(num_all)
     lines = [f"{shown(targets.num_trainable)} of {all_shown} {unit} can be trained on"]
     if targets.num_left_out:
         why = [f"{shown(sum(of_class))} {_WORDS[reason]}" for reason, of_class in targets.left_out.items()]
         lines[0] += f"; left out: {', '.join(why)}"
-    if kind == "detection":
-        lines += _lines_of_classes(classes, targets)
+    lines += _lines_of_classes(classes, targets)
     if targets.num_trainable and (empty := [classes[i] for i, count in enumerate(targets.trainable) if not count]):
         more = ", ..." if len(empty) > _MOST_CLASSES else ""
         lines.append(f"classes without {unit} to train on: {', '.join(empty[:_MOST_CLASSES])}{more}")
-    if kind == "segmentation" and targets.num_left_out > _MUCH_UNLABELLED * num_all:
+    if sum(targets.left_out.get("unlabelled", ())) > _MUCH_UNLABELLED * num_all:
         lines.append("most pixels are of no class: is 255, or 0 with --reduce-zero-label, meant to be one?")
     return lines
 
@@ -122,8 +142,8 @@ def check_targets(kind: SetKind, targets: Targets, location: str, num_samples: i
     elif "unlabelled" in targets.left_out:
         fix = "255 is no class: number the classes from 0"
     raise DataError(
-        f"nothing in {location} can be trained on: of {targets.num_left_out} {UNITS[kind]} in {num_samples} images, "
-        f"{why}",
+        f"nothing in {location} can be trained on: of {targets.num_left_out} {SET_KINDS[kind].unit} "
+        f"in {num_samples} images, {why}",
         fix=fix,
     )
 
@@ -137,7 +157,7 @@ def check_trainable(kind: SetKind, targets: Targets, location: str, num_samples:
     check_targets(kind, targets, location, num_samples)
     if not targets.num_trainable:
         raise DataError(
-            f"nothing in {location} can be trained on: its {num_samples} images have no {UNITS[kind]}",
+            f"nothing in {location} can be trained on: its {num_samples} images have no {SET_KINDS[kind].unit}",
             fix="check the annotations, and pack the set again",
         )
 
@@ -145,9 +165,10 @@ def check_trainable(kind: SetKind, targets: Targets, location: str, num_samples:
 def _lines_of_classes(classes: Sequence[str], targets: Targets) -> list[str]:
     lines = []
     for label, name in enumerate(classes):
-        why = [f"{of[label]} {_WORDS[reason]}" for reason, of in targets.left_out.items() if of[label]]
+        left_out = {reason: of[label] for reason, of in targets.left_out.items() if reason != "unlabelled"}
+        why = [f"{count} {_WORDS[reason]}" for reason, count in left_out.items() if count]
         if why:
-            total = targets.trainable[label] + sum(of[label] for of in targets.left_out.values())
+            total = targets.trainable[label] + sum(left_out.values())
             lines.append(f"class {name}: {targets.trainable[label]} of {total}; left out: {', '.join(why)}")
     if len(lines) > _MOST_CLASSES:
         lines[_MOST_CLASSES:] = [f"... and {len(lines) - _MOST_CLASSES} more classes"]

@@ -13,7 +13,7 @@ from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.packing.voc import read_voc
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
 from piip_scale.data.reading.shards import Category, Manifest
-from piip_scale.data.targets import Counts, object_counts
+from piip_scale.data.targets import Counts, annotation_counts
 
 
 def pack_coco(
@@ -139,7 +139,7 @@ def _facts(found: CocoSet, options: dict[str, Any], source: dict[str, Any]) -> S
 
 def _counts(found: CocoSet) -> Counts:
     label_of_category = {category["id"]: label for label, category in enumerate(found.categories)}
-    return object_counts((note for image in found.images for note in image.annotations), label_of_category)
+    return annotation_counts((note for image in found.images for note in image.annotations), label_of_category)
 
 
 def _items(found: CocoSet, images: Path) -> list[PackItem]:

@@ -18,7 +18,6 @@ from typing import Any
 import piip_scale
 from piip_scale.data.images import MAX_PIXELS, Exif
 from piip_scale.data.packing.pack_plan import PackItem, Reading, ShardPlan, plan_shards
-from piip_scale.data.packing.pack_reading import add_pixels
 from piip_scale.data.packing.pack_writing import PackedShard, checked_only, finished_or_written
 from piip_scale.data.packing.problems import MOST_SHOWN, Problems
 from piip_scale.data.reading.files import json_bytes, sha256_of, write_bytes
@@ -34,7 +33,8 @@ from piip_scale.data.reading.shards import (
     read_json_model,
 )
 from piip_scale.data.sample import SetKind
-from piip_scale.data.targets import Counts, Targets, check_targets, object_counts, pixel_targets, targets_of
+from piip_scale.data.set_kinds import SET_KINDS
+from piip_scale.data.targets import Counts, Targets, check_targets, pixel_counts, targets_of
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 
@@ -205,19 +205,12 @@ def _manifest(
 
 
 def _targets(facts: SetFacts, shards: Sequence[PackedShard]) -> Targets:
-    if facts.kind == "segmentation":
-        pixels: list[int] = []
-        for shard in shards:
-            pixels = add_pixels(pixels, shard.pixels_of_class) if shard.pixels_of_class else pixels
-        return pixel_targets(pixels)
-    counts = Counts(facts.counts)
+    counts, count = Counts(facts.counts), SET_KINDS[facts.kind].load("counts")
     label_of_category = {category.id: label for label, category in enumerate(facts.categories)}
-    for item in (item for shard in shards for item, _ in shard.broken):
-        notes = json.loads(item.notes)
-        if facts.kind == "classification":
-            counts[notes["label"], ""] -= 1
-        else:
-            counts -= object_counts(notes["annotations"], label_of_category)
+    for shard in shards:
+        counts += pixel_counts(shard.pixels_of_class)
+        for item, _ in shard.broken:
+            counts -= count(json.loads(item.notes), label_of_category)
     return targets_of(counts, len(facts.categories))
 
 

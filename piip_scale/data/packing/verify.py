@@ -192,7 +192,7 @@ def look_at_objects(shards: ShardSet, raw: RawSample, index: int) -> _Look:
     target = apply_geometry(sample, Geometry(Window(0, 0, width, height), (height, width)))
     if target.mini_masks is not None and not target.mini_masks.any(axis=(1, 2)).all():
         raise DataError(f"sample {raw.key} has a mask that does not reach into its box")
-    counts = object_counts(parse_notes(raw)["annotations"], shards.label_of_category)
+    counts = object_counts(parse_notes(raw), shards.label_of_category)
     return len(target.labels), sample.pixels, counts
 
 

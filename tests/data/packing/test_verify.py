@@ -10,7 +10,7 @@ from made_sets import SHARED, make_coco
 
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.data.packing.summary import summarise
-from piip_scale.data.packing.verify import _look_at_objects, verify_shards
+from piip_scale.data.packing.verify import look_at_objects, verify_shards
 from piip_scale.data.reading.files import json_bytes
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.sample import RawSample, checksum, decode_image
@@ -68,10 +68,10 @@ def test_annotations_that_packing_would_refuse_are_found(packed):
         content = json_bytes(notes)
         changed = RawSample(raw.key, raw.image, content, checksum(raw.image, content))
         with pytest.raises(DataError) as caught:
-            _look_at_objects(shards, changed, 0)
+            look_at_objects(shards, changed, 0)
         return str(caught.value)
 
-    assert _look_at_objects(shards, raw, 0)[0] == len(sound["annotations"]) == 3
+    assert look_at_objects(shards, raw, 0)[0] == len(sound["annotations"]) == 3
     assert "outside its image" in problem(bbox=[60, 40, 30, 30])
     assert "does not reach into its box" in problem(segmentation=[[60, 50, 63, 50, 63, 53]])
     assert "not what the manifest says" in problem(category_id=5)
