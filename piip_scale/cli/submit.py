@@ -206,7 +206,9 @@ def _memory_line(config: RunConfig, order: Order) -> str:
 
 
 def _send(submission: Submission, checked: Sequence[_Checked]) -> None:
-    job_ids = send(submission, [run.text for run in checked])
+    job_ids, notes = send(submission, [run.text for run in checked])
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     first = submission.specs[0]
     what = f" ({len(submission.specs)} runs)" if first.array_task is not None else ""
     chained = f", then {', '.join(map(str, job_ids[1:]))}" if len(job_ids) > 1 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,11 +12,20 @@ from pathlib import Path
 
 from piip_scale.errors import SlurmError
 from piip_scale.launch.options import submitting_environment
+from piip_scale.launch.slurm_records import (
+    NodeRecord,
+    PartitionRecord,
+    parse_duration,
+    parse_nodes,
+    parse_partitions,
+)
 
 _TIMEOUT_S = 60.0
 # The command comes last: it alone may hold the separator.
 _FIELDS = "%A|%F|%K|%T|%r|%L|%N|%o"
 _NONE = ("N/A", "(null)", "")
+# What the commands say where they find no cluster; a node's configuration is another matter.
+_NO_CLUSTER = re.compile(r"configuration (file|source)|slurm\.conf|ClusterName")
 
 
 @dataclass(frozen=True)
@@ -76,14 +86,15 @@ def parse_queue(text: str) -> list[QueuedJob]:
     return jobs
 
 
-def check_submission(script: str, folder: Path) -> str:
+def check_submission(script: str, folder: Path, options: Sequence[str] = ()) -> str:
     """Asks Slurm whether it would take a script, without submitting it; returns when it would start, in its words.
 
     Raises:
         SlurmError: It would not, in its words.
     """
-    told = _run("sbatch", "--test-only", stdin=script, folder=folder, prefix="Slurm would refuse the job")
-    lines = [line.removeprefix("sbatch: ").strip() for line in told.splitlines()]
+    prefix = "Slurm would refuse the job"
+    reply = _run("sbatch", "--test-only", *options, stdin=script, folder=folder, prefix=prefix)
+    lines = [line.removeprefix("sbatch: ").strip() for line in reply.splitlines()]
     return next((line for line in lines if line.startswith("Job ")), "")
 
 
@@ -93,11 +104,44 @@ def submit_script(script: Path, folder: Path, options: Sequence[str] = ()) -> in
     Raises:
         SlurmError: Slurm refuses.
     """
-    told = _run("sbatch", "--parsable", *options, str(script), folder=folder, prefix="Slurm refuses the job")
-    words = told.strip().splitlines()
-    if not words or not words[-1].split(";")[0].isdecimal():
-        raise SlurmError("cannot read the id of the submitted job", value=told[:200])
-    return int(words[-1].split(";")[0])
+    reply = _run("sbatch", "--parsable", *options, str(script), folder=folder, prefix="Slurm refuses the job")
+    lines = reply.strip().splitlines()
+    if not lines or not lines[-1].split(";")[0].isdecimal():
+        raise SlurmError("cannot read the id of the submitted job", value=reply[:200])
+    return int(lines[-1].split(";")[0])
+
+
+def nodes() -> list[NodeRecord]:
+    """All nodes of the cluster.
+
+    Raises:
+        SlurmError: The controller does not answer.
+    """
+    return list(parse_nodes(_run("scontrol", "show", "node", "-o")).values())
+
+
+def partitions() -> list[PartitionRecord]:
+    """All partitions of the cluster.
+
+    Raises:
+        SlurmError: The controller does not answer.
+    """
+    return parse_partitions(_run("scontrol", "show", "partition", "-o"))
+
+
+def qos_limits_s(names: Sequence[str]) -> dict[str, int]:
+    """The longest time limit of each quality of service that has one; none where the site keeps no accounts."""
+    if not names:
+        return {}
+    try:
+        shown = _run(
+            "sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=name,maxwall", f"name={','.join(names)}"
+        )
+    except SlurmError:
+        # A cluster without a database has none; a limit that Slurm sets all the same is met in the job.
+        return {}
+    rows = (line.partition("|") for line in shown.splitlines())
+    return {name: parse_duration(limit) or 0 for name, _, limit in rows if re.fullmatch(r"[\d:-]+", limit)}
 
 
 def signal_batch(job: QueuedJob, name: str) -> None:
@@ -127,10 +171,10 @@ def release(job: QueuedJob) -> None:
     _run("scontrol", "release", job.name)
 
 
-def _run(*words: str, stdin: str | None = None, folder: Path | None = None, prefix: str = "") -> str:
+def _run(*arguments: str, stdin: str | None = None, folder: Path | None = None, prefix: str = "") -> str:
     try:
         done = subprocess.run(
-            words,
+            arguments,
             input=stdin or "",
             capture_output=True,
             encoding="utf-8",
@@ -142,15 +186,16 @@ def _run(*words: str, stdin: str | None = None, folder: Path | None = None, pref
         )
     except FileNotFoundError as error:
         raise SlurmError(
-            f"Slurm's {words[0]} is not on this machine",
+            f"Slurm's {arguments[0]} is not on this machine",
             fix="log in where jobs are submitted, or try launch/minislurm; piip-scale train needs no Slurm",
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"{words[0]} did not answer within {_TIMEOUT_S:g} s") from error
+        raise SlurmError(f"{arguments[0]} did not answer within {_TIMEOUT_S:g} s") from error
     if done.returncode:
-        told = _reason(words[0], done.stderr) or f"exit code {done.returncode}"
-        fix = "is this machine part of a cluster? SLURM_CONF may name its configuration" if "config" in told else ""
-        raise SlurmError(f"{prefix or ' '.join(words[:2])}: {told}", fix=fix)
+        reply = _reason(arguments[0], done.stderr) or f"exit code {done.returncode}"
+        fix = "is this machine part of a cluster? SLURM_CONF may name its configuration"
+        fix = fix if _NO_CLUSTER.search(done.stderr) else ""
+        raise SlurmError(f"{prefix or ' '.join(arguments[:2])}: {reply}", fix=fix)
     # sbatch tells of a test on standard error.
     return done.stdout or done.stderr
 

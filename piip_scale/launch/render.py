@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from piip_scale.errors import RunError
-from piip_scale.launch.options import OptionValue, option_lines
+from piip_scale.launch.options import FIRST_ONLY, OptionValue, option_lines
 from piip_scale.launch.profiles import Profile
 from piip_scale.launch.spec import JobSpec, entry_command
 
@@ -64,9 +64,9 @@ def job_options(
     asked["ntasks-per-node"] = spec.ranks_per_node
     if spec.gpus_per_node:
         asked |= _gpus(spec.gpus_per_node, profile)
-    if profile.cpus_per_rank is not None and not {"cpus-per-task", "cpus-per-gpu"} & options.keys():
+    if profile.cpus_per_rank is not None and not _sets_cpus(options):
         asked["cpus-per-task"] = profile.cpus_per_rank
-    asked |= options
+    asked |= {name: value for name, value in options.items() if name not in FIRST_ONLY}
     asked |= {"chdir": str(spec.working_dir), "output": spec.log, "open-mode": "append"}
     asked["requeue" if spec.requeue else "no-requeue"] = True
     if spec.signal_lead_s:
@@ -116,18 +116,22 @@ def _gpus(number: int, profile: Profile) -> dict[str, OptionValue]:
     return {"gpus-per-node": of_type} if profile.gpu_request == "gpus-per-node" else {"gres": f"gpu:{of_type}"}
 
 
+def _sets_cpus(options: Mapping[str, OptionValue]) -> bool:
+    return bool({"cpus-per-task", "cpus-per-gpu"} & options.keys()) or "cpu" in str(options.get("tres-per-task", ""))
+
+
 def _command_lines(specs: Sequence[JobSpec]) -> list[str]:
     spec = specs[0]
     shared = [text for text in spec.given_overrides if all(text in each.given_overrides for each in specs)]
-    told = "".join(f" --set {shlex.quote(text)}" for text in shared)
-    lines = [_comment(f"{shlex.quote(str(spec.source_config))}{told}")]
+    overrides = "".join(f" --set {shlex.quote(text)}" for text in shared)
+    lines = [_comment(f"{shlex.quote(str(spec.source_config))}{overrides}")]
     if spec.code_dir is not None:
         lines += [
             "# as it was, and with the code as it was, when this was submitted: editing the checkout changes nothing.",
             f"export PYTHONPATH={shlex.quote(str(spec.code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
         ]
-    words = [spec.python, *entry_command(spec.code_dir), "supervise"]
-    return [*lines, f"SUPERVISE=({shlex.join(words)})"]
+    command = [spec.python, *entry_command(spec.code_dir), "supervise"]
+    return [*lines, f"SUPERVISE=({shlex.join(command)})"]
 
 
 def _argument_lines(specs: Sequence[JobSpec]) -> list[str]:

@@ -164,7 +164,14 @@ def _modified_unix_s(path: Path) -> float | None:
 def find_job(spec: JobSpec | None, attempts: Sequence[Attempt], queue: Sequence[QueuedJob]) -> QueuedJob | None:
     """The job that trains a run, or that will: one that runs before one that waits."""
     last = attempts[-1].job_id if attempts else 0
-    jobs = [job for job in queue if (spec is not None and is_job_of(job, spec)) or job.job_id == last]
+    # A task that waits still has its array's number, which is the last task's own.
+    task = spec.array_task if spec else None
+    jobs = [
+        job
+        for job in queue
+        if (spec is not None and is_job_of(job, spec))
+        or (job.job_id == last and (spec is None or job.array_task == task))
+    ]
     return min(jobs, key=lambda job: (job.is_waiting, job.job_id), default=None)
 
 

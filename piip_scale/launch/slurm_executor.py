@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,9 @@ from piip_scale.logging import get_logger
 from piip_scale.run.heartbeat import STACK_SIGNAL
 from piip_scale.world import Allocation, World, rendezvous_port
 
+# Slurm's KillWait and UnkillableStepTimeout as they come: 30 and 60 s.
+_KILLED_WITHIN_S, _LOOK_AGAIN_S = 120.0, 5.0
+
 
 def srun_command(
     spec: JobSpec, nodes: Sequence[str], tasks_per_node: int, cpus_per_task: int | None, *, alone: bool
@@ -33,12 +37,13 @@ def srun_command(
         cpus_per_task: Cores of each; srun no longer takes them from the batch job by itself.
         alone: The end of one process, or of a node, does not end the others.
     """
-    together = ["--kill-on-bad-exit=1", "--no-kill=off"]
-    words = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}"]
-    words += [f"--ntasks-per-node={tasks_per_node}", f"--nodelist={','.join(nodes)}", "--export=ALL", "--unbuffered"]
-    words += [f"--cpus-per-task={cpus_per_task}"] * bool(cpus_per_task)
+    command = ["srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes) * tasks_per_node}"]
+    command += [f"--ntasks-per-node={tasks_per_node}", f"--nodelist={','.join(nodes)}", "--export=ALL", "--unbuffered"]
+    command += [f"--cpus-per-task={cpus_per_task}"] * bool(cpus_per_task)
     # Overlapping: the training's step need not wait until a node that is gone has let go of this one.
-    return words + (["--kill-on-bad-exit=0", "--no-kill", "--overlap"] if alone else together) + list(spec.srun_options)
+    return (
+        command + (["--kill-on-bad-exit=0", "--no-kill", "--overlap"] if alone else together) + list(spec.srun_options)
+    )
 
 
 class SlurmStep(ProcessStep):
@@ -132,11 +137,20 @@ class SlurmExecutor:
         return ending(job, self.restart_count)
 
     def is_running(self, job_id: int) -> bool:
-        """Whether another job still runs; one that the controller has forgotten does not."""
-        try:
-            return self._slurm.job(job_id).state in ("RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING")
-        except SlurmError:
-            return False
+        """Whether another job still runs; one that the controller has forgotten does not.
+
+        Of a job that is completing, Slurm kills the processes; what may take days is a node that cannot be cleaned up.
+        So that is waited for, but not for long.
+        """
+        while True:
+            try:
+                job = self._slurm.job(job_id)
+            except SlurmError:
+                return False
+            is_fresh = job.end_unix_s is None or time.time() - job.end_unix_s < _KILLED_WITHIN_S
+            if job.state != "COMPLETING" or not is_fresh:
+                return job.state in ("RUNNING", "SUSPENDED", "CONFIGURING")
+            time.sleep(_LOOK_AGAIN_S)
 
     def requeue(self, exclude: Sequence[str]) -> str:
         """Puts this job back into the queue; where the site does not let it, has another follow it."""

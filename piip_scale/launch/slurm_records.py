@@ -7,6 +7,7 @@ the name is cut out, and of a key that stands there twice the first counts: the 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class JobRecord:
         features: What it asks of nodes, as ``--constraint`` has it.
         reservation: The reservation that it runs in; empty outside of one.
         deadline: When it must have ended, as Slurm writes it; empty without.
+        end_unix_s: When it ended, or will at its limit; ``None`` where that is not known.
     """
 
     job_id: int
@@ -59,6 +61,7 @@ class JobRecord:
     features: str = ""
     reservation: str = ""
     deadline: str = ""
+    end_unix_s: float | None = None
 
     @property
     def partition(self) -> str:
@@ -168,6 +171,7 @@ def _parse_job(line: str) -> JobRecord:
             features=fields.get("Features", ""),
             reservation=fields.get("Reservation", ""),
             deadline=fields.get("Deadline", ""),
+            end_unix_s=_moment(fields.get("EndTime", "")),
         )
     except (KeyError, ValueError) as error:
         raise SlurmError(f"cannot read what scontrol shows of a job ({error})", value=line[:200]) from error
@@ -236,6 +240,13 @@ def _fields(line: str) -> dict[str, str]:
     for key, value in re.findall(r"(?:^|\s)([A-Za-z/:]+)=(\S*)", line):
         found.setdefault(key, "" if value in _ABSENT else value)
     return found
+
+
+def _moment(text: str) -> float | None:
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
 
 
 def _list(text: str) -> tuple[str, ...]:

@@ -12,11 +12,13 @@ from typing import Any
 
 from piip_scale.errors import ConfigError, RunError
 from piip_scale.files import disk_errors, write_text_atomically
+from piip_scale.launch.admission import check_admission
 from piip_scale.launch.freeze import Frozen, freeze_code, freeze_config
 from piip_scale.launch.installed_files import launch_folder
-from piip_scale.launch.options import OptionValue, time_limit_s
+from piip_scale.launch.limits import absolute_moment, check_lead, given_limits
+from piip_scale.launch.options import OptionValue, first_only_words
 from piip_scale.launch.profiles import Profile
-from piip_scale.launch.queue import QueuedJob, check_submission, submit_script
+from piip_scale.launch.queue import QueuedJob, submit_script
 from piip_scale.launch.render import log_pattern, render_script
 from piip_scale.launch.spec import JobFiles, JobSpec, save_spec
 from piip_scale.launch.sweeps import Point
@@ -50,11 +52,13 @@ class Submission:
         folder: Of the run, or of the sweep; its ``job/`` keeps the script.
         specs: One, or those of a sweep's runs.
         script: The batch script's text.
+        options: Options of the job.
     """
 
     folder: Path
     specs: tuple[JobSpec, ...]
     script: str
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     @property
     def files(self) -> JobFiles:
@@ -72,12 +76,16 @@ def plan_submission(order: Order) -> Submission:
     job, in_container = order.job, order.profile.container is not None
     check_path("--run-dir", job.run_dir, in_container=in_container)
     check_path("the folder to submit from", job.working_dir, in_container=in_container)
-    _check_time(str(order.options.get("time", "")), order.profile.signal_lead_s)
-    shared = job.with_facts(**_site_facts(job, order.profile), time_limit=str(order.options.get("time", "")))
+    options = dict(order.options)
+    if isinstance(deadline := options.get("deadline"), str):
+        # A relative one would begin anew with each job that goes on.
+        options["deadline"] = absolute_moment(deadline, time.time())
+    check_lead(given_limits(options), order.profile.signal_lead_s)
+    shared = job.with_facts(**_site_facts(job, order.profile), time_limit=str(options.get("time", "")))
     specs = tuple(_run_spec(shared, point) for point in order.points or (None,))
     template = (launch_folder() / "train.sbatch").read_text(encoding="utf-8")
-    script = render_script(template, specs, order.profile, order.options, order.array_limit)
-    return Submission(job.run_dir, specs, script)
+    script = render_script(template, specs, order.profile, options, order.array_limit)
+    return Submission(job.run_dir, specs, script, options)
 
 
 def check_path(what: str, path: Path, *, in_container: bool = False) -> None:
@@ -93,30 +101,23 @@ def check_path(what: str, path: Path, *, in_container: bool = False) -> None:
         raise ConfigError(what, value=text, rule="a path without backslashes and line breaks: Slurm misreads them")
 
 
-def _check_time(limit: str, lead_s: int) -> None:
-    limit_s = time_limit_s(limit)
-    if limit_s is not None and limit_s <= lead_s:
-        raise ConfigError(
-            "time limit",
-            value=limit,
-            rule=f"longer than the {lead_s} s before its end at which the training is told to save",
-            fix="raise --time, or lower signal_lead_s in a profile",
-        )
-
-
-def send(submission: Submission, configs: Sequence[str]) -> list[int]:
-    """Checks the script with Slurm, freezes what will run, and submits; returns the ids, more than one of a chain.
+def send(submission: Submission, configs: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Checks the script with Slurm, freezes what will run, and submits.
 
     Args:
         submission: What to send.
         configs: The resolved config of each spec, as text.
 
+    Returns:
+        The ids, more than one of a chain; and what is worth a line for the user.
+
     Raises:
         SlurmError: Slurm refuses; nothing is left behind where it does so at the check.
+        ConfigError: A time limit of the site leaves no time to save.
         RunError: The disk refuses.
     """
     spec, files = submission.specs[0], submission.files
-    check_submission(submission.script, spec.working_dir)
+    notes = check_admission(submission.script, spec, submission.options)
     freeze_code(files.frozen)
     for each, text in zip(submission.specs, configs, strict=True):
         freeze_config(JobFiles(each.run_dir).frozen, text)
@@ -127,11 +128,11 @@ def send(submission: Submission, configs: Sequence[str]) -> list[int]:
         files.script.chmod(0o755)
     job_ids: list[int] = []
     for _ in range(spec.chain + 1):
-        after = [f"--dependency=afterany:{job_ids[-1]}"] if job_ids else []
+        after = [f"--dependency=afterany:{job_ids[-1]}"] if job_ids else first_only_words(submission.options)
         job_ids.append(submit_script(files.script, spec.working_dir, after))
         for each in submission.specs:
             note_submitted(each, job_ids[-1])
-    return job_ids
+    return job_ids, notes
 
 
 def resend(spec: JobSpec) -> int:
