@@ -41,9 +41,8 @@ def srun_command(
     command += [f"--ntasks-per-node={tasks_per_node}", f"--nodelist={','.join(nodes)}", "--export=ALL", "--unbuffered"]
     command += [f"--cpus-per-task={cpus_per_task}"] * bool(cpus_per_task)
     # Overlapping: the training's step need not wait until a node that is gone has let go of this one.
-    return (
-        command + (["--kill-on-bad-exit=0", "--no-kill", "--overlap"] if alone else together) + list(spec.srun_options)
-    )
+    apart, together = ["--kill-on-bad-exit=0", "--no-kill", "--overlap"], ["--kill-on-bad-exit=1", "--no-kill=off"]
+    return [*command, *(apart if alone else together), *spec.srun_options]
 
 
 class SlurmStep(ProcessStep):
