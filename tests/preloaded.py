@@ -1,20 +1,25 @@
-"""Processes forked from one that has imported torch, DeepSpeed and mmdet: each new Python takes seconds for that.
+"""Pythons forked from one that has imported torch, DeepSpeed and mmdet: that costs a new one 4 to 11 s of a core.
 
-One such parent serves all of a test run's processes; what it imported is the code as it is, nothing is built yet.
+One such parent serves all of a test run's processes; what it imported is the code as it is, nothing is built yet. The
+ranks that a forked process starts on its machine are forked from it likewise. What is about new processes (the
+environment they begin with, how they die with their parent) takes ``subprocess`` instead.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import importlib
 import io
 import os
 import queue
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,31 +88,152 @@ def _rank_main(results, rank: int, num_ranks: int, port: int, function, args) ->
     results.join_thread()
 
 
-def run_main(arguments: Sequence[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
-    """``python -m piip_scale.cli.main`` in such a process in place of a new Python; else as ``subprocess.run``."""
-    with tempfile.TemporaryDirectory() as folder:
-        told = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = context().Process(target=_main, args=(list(arguments), environment, os.getcwd(), *told))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(list(arguments), timeout)
-        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in told))
+class Python:
+    """``python ARGUMENTS`` in a forked process, with what tests use of ``subprocess.Popen``; text only.
+
+    Output goes to files, which nobody has to empty; ``stderr=STDOUT`` joins both as there.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        stderr: int | None = None,
+        preexec_fn: Callable[[], None] | None = None,
+    ) -> None:
+        self.args = list(map(str, arguments))
+        self._folder = tempfile.TemporaryDirectory()
+        outputs = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        joined = [outputs[0]] * 2 if stderr == subprocess.STDOUT else outputs
+        for path in outputs:
+            path.touch()
+        settings = (self.args, dict(os.environ if env is None else env), str(cwd or Path.cwd()), joined, preexec_fn)
+        self._process = context().Process(target=_main, args=settings)
+        self._process.start()
+        self.pid = self._process.pid
+        self.stdout, self.stderr = (path.open(errors="replace") for path in outputs)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.stdout.read(), self.stderr.read()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
-def _main(arguments: list[str], environment: dict[str, str], folder: str, stdout: Path, stderr: Path) -> None:
-    from piip_scale.cli.main import main
+def run(arguments: Sequence[object], *, timeout: float = 240, check: bool = False, **settings):
+    """``subprocess.run`` of such a process, with its output."""
+    process = Python(arguments, **settings)
+    try:
+        stdout, stderr = process.communicate(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
+    if check and process.returncode:
+        raise AssertionError(f"exit code {process.returncode} of {arguments}:\n{stderr}")
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
+
+def _main(arguments: list[str], environment: dict[str, str], folder: str, outputs: list[Path], preexec_fn) -> None:
+    from piip_scale.engine import local_launch
+
+    if preexec_fn is not None:
+        preexec_fn()
+    os.chdir(folder)
+    for path, number in zip(outputs, (1, 2), strict=True):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(number, "wb", 0), write_through=True) for number in (1, 2))
+    local_launch._start = _fork_rank
+    with contextlib.suppress(BrokenPipeError):
+        _run_python(arguments, environment)
+
+
+def _run_python(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ |= environment
-    os.chdir(folder)
-    for path, number in ((stdout, 1), (stderr, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, number)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(number, "wb", 0), write_through=True) for number in (1, 2))
-    sys.argv = ["piip-scale", *arguments]
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
-    with contextlib.suppress(BrokenPipeError):
-        main()
+    if arguments[0] == "-m":
+        sys.argv = list(arguments[1:])
+        # Not as __main__: whoever imported it before would have it twice.
+        importlib.import_module(arguments[1]).main()
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = list(arguments)
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+class _ForkedRank:
+    """A process of this one, with what ``launch_local`` uses of ``subprocess.Popen``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._reap(0)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def _reap(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+
+def _fork_rank(command: Sequence[str], environment: Mapping[str, str]):
+    """In place of ``local_launch._start``: the same session, death with the parent, and end."""
+    from piip_scale.engine import local_launch
+
+    if command[0] != sys.executable:
+        return local_launch.subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    die_with_parent = local_launch._dying_with_parent()
+    pid = os.fork()
+    if pid:
+        return _ForkedRank(pid)
+    code = 1
+    try:
+        os.setsid()
+        if die_with_parent:
+            die_with_parent()
+        _run_python(command[1:], environment)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - as a Python that ends by it
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

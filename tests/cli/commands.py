@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from preloaded import run_main
+import preloaded
 
 CONFIG = """
 model = dict(
@@ -50,8 +50,13 @@ def environment():
 
 
 def piip_scale(*arguments, timeout=240):
-    """Runs the command to its end; a training starts its ranks as for a user, each a new Python."""
-    return run_main(command(*arguments)[3:], environment(), timeout)
+    """Runs the command to its end."""
+    return preloaded.run(command(*arguments)[1:], env=environment(), timeout=timeout)
+
+
+def started(*arguments):
+    """The command while it runs."""
+    return preloaded.Python(command(*arguments)[1:], env=environment())
 
 
 def without_slurm(*arguments, cwd=None):

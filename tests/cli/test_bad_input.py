@@ -6,11 +6,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
-from commands import command, environment, failed_in_one_line, piip_scale, succeeded
+from commands import failed_in_one_line, piip_scale, started, succeeded
 from damaged import damage
 
 from piip_scale.checkpoint.store import CheckpointStore
@@ -155,9 +154,7 @@ def test_an_impossible_config_starts_nothing(config, tmp_path, override, parts):
 def test_ctrl_c_saves_and_resume_finishes(config, tmp_path):
     run_dir = tmp_path / "run"
     words = ["train", config, "--procs", 2, "--run-dir", run_dir, "--set", "train.evaluate_every_steps=0"]
-    process = subprocess.Popen(
-        command(*words, "--set", "train.steps=4000"), stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    process = started(*words, "--set", "train.steps=4000")
     wait_for_steps(run_dir, process)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)

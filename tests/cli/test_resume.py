@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import time
 
 import psutil
 import pytest
 import torch
-from commands import command, environment, piip_scale, succeeded
+from commands import piip_scale, started, succeeded
 
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
@@ -42,7 +41,7 @@ def words(config, run_dir):
 
 def train_and_kill(config, run_dir, seconds=180):
     """Kills a rank outright somewhere in the second save, or soon after."""
-    process = subprocess.Popen(command(*words(config, run_dir)), stderr=subprocess.PIPE, text=True, env=environment())
+    process = started(*words(config, run_dir))
     store, deadline = CheckpointStore(run_dir / "checkpoints", keep=2), time.monotonic() + seconds
     while not (store.staging(6).exists() or store.path(6).exists()):
         assert process.poll() is None, process.stderr.read()

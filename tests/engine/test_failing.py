@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import preloaded
 import psutil
 import pytest
 from ranks import free_port
@@ -29,7 +30,7 @@ HANG_S = 4.5
 SOON_S = 20
 
 
-def finish(process: subprocess.Popen, folder: Path) -> tuple[int, str, float]:
+def finish(process: subprocess.Popen | preloaded.Python, folder: Path) -> tuple[int, str, float]:
     """Exit code, output, and seconds from the beginning of the trouble to the end."""
     try:
         output, _ = process.communicate(timeout=240)
@@ -40,9 +41,8 @@ def finish(process: subprocess.Popen, folder: Path) -> tuple[int, str, float]:
     return process.returncode, output, time.time() - (folder / "trouble").stat().st_mtime
 
 
-def launch(folder: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, str(WORKER), str(folder / "run"), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+def launch(folder: Path, *options: str, **settings) -> preloaded.Python:
+    return preloaded.Python([WORKER, folder / "run", *options], stderr=subprocess.STDOUT, cwd=folder, **settings)
 
 
 SLOW = pytest.mark.slow
@@ -86,10 +86,8 @@ def test_without_a_launcher_that_kills_no_rank_outlives_anothers_error(tmp_path)
     ranks = []
     for rank in range(2):
         world = World(rank, 2, rank, 2, "127.0.0.1", port)
-        command = [sys.executable, str(WORKER), str(tmp_path / "run"), "--trouble", "sleep:0:10,raise:1:10"]
         environment = os.environ | world.as_environment()
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ranks.append(subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes))
+        ranks.append(launch(tmp_path, "--trouble", "sleep:0:10,raise:1:10", env=environment))
     (code_0, output_0, seconds), (code_1, output_1, _) = (finish(process, tmp_path) for process in ranks)
     assert (code_0, code_1) == (2, 2)
     assert (output_0 + output_1).count("sample is broken") == 1

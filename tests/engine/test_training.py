@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import preloaded
 import psutil
 import pytest
 import torch
@@ -26,18 +28,23 @@ STEPS = 8
 AVERAGED = ("--ema-decay", "0.9")
 
 
-def start(run_dir: Path, *options: str, **popen) -> subprocess.Popen:
+def start(run_dir: Path, *options: str, **settings) -> preloaded.Python:
+    return preloaded.Python([WORKER, run_dir, "--launch", "2", *options], stderr=subprocess.STDOUT, **settings)
+
+
+def start_anew(run_dir: Path, *options: str, **settings) -> subprocess.Popen:
+    """As a user's shell does: Python starts, and starts one for each rank."""
     command = [sys.executable, str(WORKER), str(run_dir), "--launch", "2", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
 
 
-def train(run_dir: Path, *options: str, **popen) -> tuple[int, str]:
-    process = start(run_dir, *options, **popen)
+def train(run_dir: Path, *options: str, start=start, **settings) -> tuple[int, str]:
+    process = start(run_dir, *options, **settings)
     output, _ = process.communicate(timeout=240)
     return process.returncode, output
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run_dir: Path, step: int, process) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         status = RunDirectory(run_dir).status()
@@ -90,7 +97,7 @@ def assert_bitwise_equal(run_dir: Path, expected: Path) -> None:
 def uninterrupted(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     # No PATH: neither a compiler nor ninja is there, as on a machine where only wheels were installed.
-    code, output = train(run_dir, *AVERAGED, env=os.environ | {"PATH": ""})
+    code, output = train(run_dir, *AVERAGED, start=start_anew, env=os.environ | {"PATH": ""})
     assert code == 0, output
     return run_dir
 
@@ -182,7 +189,7 @@ def test_ctrl_c_saves_and_stops_every_rank(tmp_path):
 
 
 def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path):
-    process = start(tmp_path / "run", "--steps", "500", "--slow", "0.05")
+    process = start_anew(tmp_path / "run", "--steps", "500", "--slow", "0.05")
     wait_for_step(tmp_path / "run", 1, process)
     ranks = psutil.Process(process.pid).children()
     process.kill()
@@ -216,12 +223,11 @@ def test_a_run_that_diverges_stops_by_itself(tmp_path):
     assert output.count("was not finite in 2 steps in a row") == 1
 
 
+def small_files_only() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
 def test_a_disk_that_fills_while_saving_is_one_line_and_leaves_no_checkpoint(tmp_path):
-    def small_files_only() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
     code, output = train(tmp_path / "run", "--save-every", "1", preexec_fn=small_files_only)
     assert code == 2, output
     told = [line for line in output.splitlines() if "error" in line]
