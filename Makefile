@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/engine/test_training.py tests/engine/zero/test_setup.py tests/cli/test_end_to_end.py
 
-.PHONY: help install demo test test-slurm test-all lint clean
+.PHONY: help install demo test test-slurm test-oldest test-all lint clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 install: $(INSTALLED)  ## .venv with the pinned versions of requirements.txt and this package
 
@@ -21,11 +23,23 @@ $(INSTALLED): requirements.txt setup.cfg
 demo: $(INSTALLED)  ## data, shards, training on two processes, conversion, evaluation, a picture (DATA=... for your own)
 	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(BOXES_ONLY),--boxes-only)
 
-test: $(INSTALLED)  ## everything that can be tested without a GPU and Slurm, in under 15 minutes on 2 cores
+test: $(INSTALLED)  ## everything that can be tested without a GPU and Slurm
 	$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses 2 --dist loadfile
 
 test-slurm: $(INSTALLED)  ## jobs and their faults on a real Slurm, brought up on this machine by launch/minislurm
 	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
+
+test-oldest: $(OLDEST)/.installed  ## trainings end to end on the oldest torch and torchvision that setup.cfg allows
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(OLDEST_TESTS)
+
+# Its own torch and torchvision; all else is what $(VENV) holds.
+$(OLDEST)/.installed: $(INSTALLED)
+	$(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $$(sed -nE 's/^ *torch >=([0-9.]+)$$/torch==\1.0/p' setup.cfg)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$(sed -nE 's/^ *torchvision >=([0-9.]+)$$/torchvision==\1.0/p' setup.cfg)
+	site() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  echo "import site; site.addsitedir('$$(site $(abspath $(VENV)))')" > "$$(site $(OLDEST))/newest.pth"
+	@touch $@
 
 test-all: $(INSTALLED)  ## the slow tests too
 	$(BIN)/python -m pytest
@@ -35,5 +49,5 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean:  ## removes the environment and all runs
-	rm -rf $(VENV) runs
+clean:  ## removes the environments and all runs
+	rm -rf $(VENV) $(OLDEST) runs

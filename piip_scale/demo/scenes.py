@@ -143,10 +143,12 @@ def _outline(mask: Array) -> dict[str, Any]:
 
 
 def digit_scans(split: str) -> tuple[Array, Array]:
-    """A split's digits: scans (N, 8, 8) of 0-16, float32, and what they are, int64 (N,)."""
-    from sklearn.datasets import load_digits
+    """A split's digits: scans (N, 8, 8) of 0-16, float32, and what they are, int64 (N,).
 
-    bunch = load_digits()
+    Raises:
+        DataError: scikit-learn, which brings them, is not installed.
+    """
+    bunch = _sklearn_sets().load_digits()
     # One scan in 1 / share goes to validation, class by class.
     rank_in_class = np.empty(len(bunch.target), int)
     for digit in range(10):
@@ -155,13 +157,21 @@ def digit_scans(split: str) -> tuple[Array, Array]:
     return bunch.images[chosen].astype(np.float32), bunch.target[chosen]
 
 
+def _sklearn_sets() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise DataError(
+            "the demo's digits and photographs", value=str(error), fix="pip install 'piip-scale[demo]' brings them"
+        ) from None
+    return datasets
+
+
 @lru_cache(maxsize=2)
 def _material(split: str) -> _Material:
-    from sklearn.datasets import load_sample_images
-
     scans, digits = digit_scans(split)
     photos = []
-    for photo in load_sample_images().images:
+    for photo in _sklearn_sets().load_sample_images().images:
         border = round(photo.shape[1] * (1 - VAL_PHOTO_SHARE))
         photos.append(np.ascontiguousarray(photo[:, border:] if split == "val" else photo[:, :border]))
     return _Material(scans, digits, tuple(photos))

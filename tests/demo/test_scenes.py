@@ -1,6 +1,7 @@
 """The demo's data set: deterministic, exact, and honest about what validation has seen."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_digits, load_sample_images
 
 from piip_scale.data.packing.coco import read_coco
-from piip_scale.demo.scenes import MIN_VISIBLE_SHARE, _draw_scene, _material, write_scenes
+from piip_scale.demo.scenes import MIN_VISIBLE_SHARE, _draw_scene, _material, digit_scans, write_scenes
 from piip_scale.errors import DataError
 
 ARGUMENTS = {"num_train": 12, "num_val": 5, "size_px": 128, "seed": 7}
@@ -18,6 +19,12 @@ ARGUMENTS = {"num_train": 12, "num_val": 5, "size_px": 128, "seed": 7}
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     return write_scenes(tmp_path_factory.mktemp("scenes"), **ARGUMENTS)
+
+
+def test_without_the_extra_that_brings_the_digits_a_line_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(DataError, match=r"piip-scale\[demo\]"):
+        digit_scans("train")
 
 
 def test_same_arguments_same_bytes(scenes, tmp_path):

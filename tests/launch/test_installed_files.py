@@ -30,8 +30,8 @@ def test_an_installation_brings_them(tmp_path):
     packages = next(prefix.rglob("site-packages"))
     code = (
         f"import sys; sys.path.insert(0, {str(packages)!r}); sys.prefix = {str(prefix)!r}\n"
-        "from piip_scale.launch import places, profiles\n"
-        "print(places.launch_folder(), *profiles.profile_names())"
+        "from piip_scale.launch import installed_files, profiles\n"
+        "print(installed_files.launch_folder(), *profiles.profile_names())"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd="/"
@@ -39,5 +39,5 @@ def test_an_installation_brings_them(tmp_path):
     folder, *names = done.stdout.split()
     assert Path(folder) == prefix / "share" / "piip-scale" / "launch"
     assert names == profile_names()
-    for name in ("minislurm", "train_hosts.sh"):
+    for name in ("minislurm",):
         assert Path(folder, name).stat().st_mode & 0o111
