@@ -14,6 +14,8 @@ _INLINE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _SECTIONS = "data|train|zero|optimizer|schedule|model|detector|segmentor|classifier"
 
+_SUFFIXES = (".py", ".sbatch", ".safetensors")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -60,14 +62,15 @@ def anchors(page: Path) -> set[str]:
 
 
 def paths(page: Path) -> set[str]:
-    """Words in backticks and in blocks that name a file or folder of this repository."""
+    """Words in backticks and in blocks that name a file or folder of this repository; ``mine`` is the reader's own."""
     tops = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"runs", "data"}
     blocks = [word for command in commands() if command.page == page.name for word in command.words]
     words = (word for text in [*inline(page), *blocks] for word in re.findall(r"[\w./-]+", text))
-    return {word.rstrip(".") for word in words if word.split("/")[0] in tops and "/" in word}
+    named = {word.rstrip(".") for word in words if word.split("/")[0] in tops and "/" in word}
+    return {path for path in named if "mine" not in path}
 
 
 def config_keys(page: Path) -> set[str]:
     """Words in backticks that name a config key, ``N`` for the index of a list."""
     words = (re.fullmatch(rf"((?:{_SECTIONS})(?:\.\w+)+)(=.*)?", text) for text in inline(page))
-    return {match[1] for match in words if match}
+    return {match[1] for match in words if match and not match[1].endswith(_SUFFIXES)}
