@@ -19,6 +19,8 @@ _FIRST_CHARACTER, _NUM_CHARACTERS = 48, 64
 _BITS, _MORE, _SIGN = 5, 0x20, 0x10
 # Seven characters of five bits hold any run of an image that fits into memory; more would overflow int64.
 _MOST_CHARACTERS = 7
+# pycocotools counts pixels in 32 bits, and takes memory for all of them without asking whether there is as much.
+_MOST_PIXELS = 2**31 - 1
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -66,6 +68,8 @@ def check_run_lengths(segmentation: Any) -> None:
     size = segmentation.get("size") if isinstance(segmentation, dict) else None
     if not (isinstance(size, list | tuple) and len(size) == 2 and all(_is_count(side) and side for side in size)):
         raise ValueError(f"the size of its run lengths is {size!r}")
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise ValueError(f"the size of its run lengths is {size!r}, beyond any image")
     counts = segmentation.get("counts")
     if not isinstance(counts, str | bytes):
         raise ValueError(f"its run lengths are {type(counts).__name__}, not text")

@@ -15,6 +15,8 @@ from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.stream import SampleMaker, ShardLoader
+from piip_scale.data.targets import check_trainable, targets_lines
+from piip_scale.logging import get_logger
 from piip_scale.registry import row_of
 from piip_scale.tasks.base import Metric, Outline
 from piip_scale.tasks.counting import network_flops
@@ -130,7 +132,17 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         data = self.config.data
         shards = ShardSet.open(data.train_shards, self.classes, self._set_kind, data.cache, data.max_pixels)
         self._check_train_shards(shards)
+        self._check_targets(shards)
         return self._loader(shards)
+
+    def _check_targets(self, shards: ShardSet) -> None:
+        """Says what of the training set can be trained on; a set packed before that was counted goes without."""
+        manifest = shards.manifest
+        if manifest.targets is None:
+            return
+        check_trainable(manifest.kind, manifest.targets, shards.location, manifest.num_samples)
+        lines = targets_lines(manifest.kind, shards.classes, manifest.targets)
+        get_logger(__name__).info("%s: %s", shards.location, "; ".join(lines))
 
     def _loader(self, shards: ShardSet) -> ShardLoader[BatchT]:
         data, train = self.config.data, self.config.train

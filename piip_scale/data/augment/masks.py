@@ -12,6 +12,7 @@ import numpy.typing as npt
 from piip_scale.data.augment.coverage import draw_covered
 from piip_scale.data.augment.geometry import Geometry, Window
 from piip_scale.data.batch import MASK_SIZE_PX
+from piip_scale.data.segmentations import check_run_lengths
 from piip_scale.errors import DataError
 
 Array = npt.NDArray[Any]
@@ -123,6 +124,7 @@ def decode_run_lengths(segmentation: dict[str, Any]) -> Array:
     from pycocotools import mask as coco_mask
 
     try:
+        check_run_lengths(segmentation)
         return np.asarray(coco_mask.decode(segmentation))
     except (ValueError, TypeError) as error:
         raise DataError("run lengths cannot be decoded", value=str(error), fix="correct or remove the mask") from None

@@ -16,8 +16,9 @@ from piip_scale.errors import DataError
 
 _GZIP = b"\x1f\x8b"
 _ARCHIVES = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_MOST_UNPACKED = 64 * 10**9
-"""Bytes of a gzip file's content: some kilobytes can hold more than any memory."""
+# A gzip file of some megabytes can hold more than any memory.
+_MOST_UNPACKED, _MOST_RATIO = 10**9, 200
+_BLOCK_BYTES = 1 << 24
 
 _KEYS = ("images", "annotations", "categories")
 
@@ -158,9 +159,14 @@ def _read(annotations: Path) -> str:
 def _unpacked(content: bytes, annotations: Path) -> bytes:
     if not content.startswith(_GZIP):
         return content
+    blocks, num_bytes = [], 0
     try:
         with gzip.open(annotations) as file:
-            plain = file.read(_MOST_UNPACKED)
+            while block := file.read(_BLOCK_BYTES):
+                blocks.append(block)
+                num_bytes += len(block)
+                if num_bytes > max(_MOST_UNPACKED, _MOST_RATIO * len(content)):
+                    raise file_error(annotations, "unpacks without end", "JSON shrinks 5 to 50 times", "unpack it")
     except (OSError, EOFError, zlib.error) as error:
         raise file_error(annotations, f"is damaged ({error})", "it is a gzip file", "copy it again") from None
-    return plain
+    return b"".join(blocks)

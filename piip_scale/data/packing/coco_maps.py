@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import PIL.Image
 import pycocotools.mask as coco_mask
 
 from piip_scale.data.packing.coco import CocoImage, read_coco
+from piip_scale.data.packing.label_maps import IGNORED
 from piip_scale.data.reading.files import write_bytes
 from piip_scale.data.sample import Image
 from piip_scale.errors import DataError
 
 BACKGROUND = "background"
 """Class 0: pixels of no object."""
+
+_MOST_CATEGORIES = IGNORED - 1
 
 
 def write_label_maps(
@@ -41,15 +45,27 @@ def write_label_maps(
     found = read_coco(Path(annotations), images, classes=classes, clip_boxes=True, boxes_only=False)
     if not found.has_masks:
         raise DataError(f"{annotations} holds boxes without masks", rule="label maps are painted from masks")
+    if len(found.categories) > _MOST_CATEGORIES:
+        raise DataError(
+            f"{annotations} has {len(found.categories)} categories",
+            rule=f"label maps of 8 bits hold at most {_MOST_CATEGORIES} categories beside the background and {IGNORED}",
+            fix="remove some from the file",
+        )
     label_of = {category["id"]: label for label, category in enumerate(found.categories, start=1)}
-    for image in found.images:
+    names = _map_names([image.file_name for image in found.images])
+    for image, name in zip(found.images, names, strict=True):
         file = io.BytesIO()
         PIL.Image.fromarray(_painted(image, label_of)).save(file, "PNG")
-        path = (out / "label_maps" / image.file_name).with_suffix(".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, file.getvalue())
+        write_bytes(out / "label_maps" / name, file.getvalue())
         _link(images / image.file_name, out / "images" / image.file_name)
     return (BACKGROUND, *(category["name"] for category in found.categories))
+
+
+def _map_names(file_names: Sequence[str]) -> list[str]:
+    """The label map of ``a.jpg`` is ``a.png``, but where that could be of ``a.tif`` too: then ``a.jpg.png``."""
+    stems = [name.rpartition(".")[0] or name for name in file_names]
+    counts = Counter(stems)
+    return [f"{stem if counts[stem] == 1 else name}.png" for stem, name in zip(stems, file_names, strict=True)]
 
 
 def _painted(image: CocoImage, label_of: dict[int, int]) -> Image:
@@ -68,4 +84,6 @@ def _mask(segmentation: Any, size_px: tuple[int, ...]) -> np.ndarray[Any, np.dty
 def _link(source: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.exists():
+        # One that leads nowhere, of images that were moved.
+        place.unlink(missing_ok=True)
         place.symlink_to(source.resolve())

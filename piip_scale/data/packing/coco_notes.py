@@ -168,6 +168,8 @@ class NoteChecker:
             return None
         try:
             mask = checked_segmentation(value, *image.size_px)
+            if isinstance(mask, dict) and box_of(mask) is None:
+                raise ValueError("no pixel is inside")
         except ValueError as error:
             if isinstance(value, Mapping) and isinstance(value.get("counts"), str):
                 name = f"{self._file}: mask of annotation {key} of image {image.image_id} ({image.name})"

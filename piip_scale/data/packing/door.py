@@ -45,7 +45,7 @@ def class_name(value: object, owner: str) -> str:
             return text
     raise DataError(
         f"class name in {owner}",
-        value=value,
+        value=value[:100] if isinstance(value, str) else value,
         rule=f"it is text of 1 to {MAX_NAME_LETTERS} letters, none of them a control character or half of a pair",
         fix="correct it",
     )

@@ -137,7 +137,7 @@ def pack_items(
     problems = problems if problems is not None else how.problems()
     samples = list(items)
     if not samples:
-        problems.settle(out.name)
+        problems.settle(_source_name(facts))
         raise DataError("images of the set", value=0, rule="there must be images that can be packed")
     target_bytes = how.target_mb * _MEGABYTE
     plans = list(

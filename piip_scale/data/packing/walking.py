@@ -30,7 +30,7 @@ def images_under(folder: Path, name: str = "", problems: Problems | None = None)
     """
     gathered = problems if problems is not None else Problems()
     found = []
-    for path in _files(folder / name, gathered):
+    for path in _files(folder, name, gathered):
         with gathered.collected("file"):
             if path.suffix.lower() not in IMAGE_SUFFIXES:
                 raise DataError(
@@ -42,8 +42,11 @@ def images_under(folder: Path, name: str = "", problems: Problems | None = None)
     return sorted(found)
 
 
-def _files(folder: Path, problems: Problems) -> Iterator[Path]:
-    above: dict[str, frozenset[tuple[int, int]]] = {str(folder): frozenset({_identity(folder)})}
+def _files(root: Path, name: str, problems: Problems) -> Iterator[Path]:
+    folder = root / name
+    # The folders that each one lies in, by what they are and not by their names.
+    outside = [folder, root, *root.resolve().parents]
+    above = {str(folder): frozenset(map(_identity, outside))}
 
     def refuse(error: OSError) -> None:
         # os.walk passes over a folder that it cannot read, and all that is in it.

@@ -27,6 +27,7 @@ from piip_scale.data.reading.manifest import shard_name as shard_name
 from piip_scale.data.reading.set_files import LocalFiles, SetFiles, open_files
 from piip_scale.data.reading.sources import NEVER, Stop, located
 from piip_scale.data.sample import RawSample, SetKind, checksum, parse_notes
+from piip_scale.data.segmentations import checked_segmentation
 from piip_scale.errors import DataError
 
 _PLACE_COLUMNS = (
@@ -233,8 +234,21 @@ class ShardSet:
             notes = self.notes(number)
             image = {"id": notes["image_id"], **{key: notes[key] for key in ("file_name", "height", "width")}}
             root["images"].append(image)
-            root["annotations"] += [{**note, "image_id": notes["image_id"]} for note in notes["annotations"]]
+            for note in notes["annotations"]:
+                self._check_mask(note, notes)
+                root["annotations"].append({**note, "image_id": notes["image_id"]})
         return root
+
+    def _check_mask(self, note: dict[str, Any], notes: dict[str, Any]) -> None:
+        """Masks go to foreign code, which runs lengths that fall short without end."""
+        try:
+            checked_segmentation(note.get("segmentation"), notes["height"], notes["width"])
+        except ValueError as error:
+            raise DataError(
+                f"annotation {note.get('id')} of {notes['file_name']} in {self.location} has an unusable mask",
+                value=str(error),
+                fix="correct or remove it, and pack the set again",
+            ) from None
 
 
 def _column(of_shards: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
