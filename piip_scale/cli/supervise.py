@@ -50,6 +50,7 @@ def supervise(
 
     Example: `piip-scale supervise configs/demo/digits.py --run-dir runs/mine --ranks-per-node 2`
     """
+    from piip_scale.launch.guard import leave_guard
     from piip_scale.launch.spec import save_spec
     from piip_scale.launch.supervisor import Supervisor, SupervisorSettings
     from piip_scale.launch.watching import StopRequests
@@ -68,7 +69,11 @@ def supervise(
     requests = StopRequests(RunDirectory(run_dir), executor.why_ending)
     requests.install()
     settings = SupervisorSettings(preflight=preflight, preflight_s=preflight_seconds)
-    code = Supervisor(spec, executor, requests, settings).run()
+    supervisor = Supervisor(spec, executor, requests, settings)
+    # In a batch job; at a terminal there is somebody to see it.
+    if executor.has_queue and not sys.stdin.isatty():
+        leave_guard(supervisor.after_kill)
+    code = supervisor.run()
     # At once: Slurm may be waiting for this process to be gone, and a thread still reads what srun has to say.
     sys.stdout.flush()
     sys.stderr.flush()

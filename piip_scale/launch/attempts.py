@@ -31,6 +31,7 @@ class Attempt:
         started_unix_s: When it began.
         first_step: Step of the newest valid checkpoint then; 0 for none.
         ended_unix_s: When it ended; ``None`` while it runs, or where nobody saw its end.
+        waited_for_save_s: How long its ranks were given to save, where they had not by the end of the job's time.
         end: How: ``done``; ``stopped``, asked to and saved; ``crashed``; ``hang``; ``lost_node``; ``preflight``, too
             few healthy nodes; ``cut``, its supervisor ended with it.
         last_step: Step of the newest valid checkpoint at the end.
@@ -45,6 +46,7 @@ class Attempt:
     nodes: tuple[str, ...]
     started_unix_s: float
     first_step: int = 0
+    waited_for_save_s: float = 0.0
     ended_unix_s: float | None = None
     end: End | None = None
     last_step: int = 0
@@ -56,6 +58,11 @@ class Attempt:
     def has_progressed(self) -> bool:
         """Whether it left a newer checkpoint than it began with, or the end of the run."""
         return self.end == "done" or self.last_step > self.first_step
+
+    @property
+    def seconds(self) -> float:
+        """How long it took; 0 where that is not known."""
+        return max(self.ended_unix_s - self.started_unix_s, 0.0) if self.ended_unix_s else 0.0
 
     @property
     def failed(self) -> bool:

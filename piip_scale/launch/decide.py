@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from piip_scale.launch.attempts import Action, Attempt
+from piip_scale.launch.time_left import LATE_SAVE, TIME_LIMIT
 
 Asked = Literal["", "stop", "requeue", "cancel"]
 
 # Kinds of failures, in the words of ``reason_of``: what a restart cannot change, what it mostly cures, and the rest,
 # which is tried once more and is a bug when it comes again at the same step.
-INCURABLE = frozenset({"bad config", "bad data", "bad model", "bad world"})
-CURABLE = frozenset({"lost rank", "hang", "communication", "input or output", "device failure", "launch"})
+INCURABLE = frozenset({"bad config", "bad data", "bad model", "bad world", "short time limit"})
+CURABLE = frozenset({"lost rank", "hang", "communication", "input or output", "device failure", "launch", LATE_SAVE})
 _SICK_AT_ONCE = frozenset({"device failure"})
 _SICK_WHEN_AGAIN = frozenset({"lost rank", "hang", "launch"})
 # Ends that say nothing of the run itself, however often they come.
 _INNOCENT_CAUSES = frozenset({"preemption", "requeue"})
+# Who had so long and saved nothing would not save in any number of attempts.
+_HAD_TIME_S = 3600.0
 _MAX_PAUSE_S = 300.0
 
 
@@ -88,14 +91,36 @@ def since_verdict(history: Sequence[Attempt]) -> tuple[Attempt, ...]:
     return tuple(history[ends[-1] + 1 if ends else 0 :])
 
 
+def was_ended_for_good(history: Sequence[Attempt], job_id: int, restart_count: int, *, stop_asked: bool) -> bool:
+    """Whether somebody stopped or cancelled a job that a requeueing, as that of a whole array, brings back.
+
+    Args:
+        history: All attempts.
+        job_id: The job that starts.
+        restart_count: How often it was requeued.
+        stop_asked: The last that was asked of it, since it was submitted, is to stop.
+    """
+    last = history[-1] if history else None
+    if last is None or last.job_id != job_id or last.restart_count >= restart_count:
+        return False
+    return stop_asked or (last.decision == "finish" and last.end != "done")
+
+
 def num_stale(recent: Sequence[Attempt]) -> int:
     """How many attempts in a row, up to the last, left no newer checkpoint through no fault of others."""
     count = 0
     for attempt in reversed(recent):
-        if attempt.has_progressed:
+        if _got_further(attempt):
             break
-        count += attempt.ending.cause not in _INNOCENT_CAUSES
+        is_innocent = attempt.ending.cause in _INNOCENT_CAUSES and attempt.seconds < _HAD_TIME_S
+        count += not is_innocent
     return count
+
+
+def _got_further(attempt: Attempt) -> bool:
+    # A rank that is asked to stop as soon as it begins does one step: a run of those would never end.
+    in_vain = attempt.ending.cause == TIME_LIMIT and attempt.last_step - attempt.first_step <= 1
+    return attempt.has_progressed and (attempt.end == "done" or not in_vain)
 
 
 def sick_nodes(recent: Sequence[Attempt]) -> tuple[str, ...]:
@@ -126,6 +151,11 @@ def _hopeless(recent: Sequence[Attempt], max_stale: int) -> str:
         return f"the same failure twice after step {last.ending.step}, so no accident: {last.ending.line}"
     stale = num_stale(recent)
     if stale > max_stale:
+        if last.ending.cause == TIME_LIMIT:
+            return (
+                f"{stale} attempts in a row ended by the time limit and got no further than step {last.last_step}; "
+                "raise --time, or the partition's limit, or save more often (train.checkpoint_every_steps)"
+            )
         what = (last.ending.line if last.failed else "") or last.why or f"it was {last.end}"
         return f"{stale} attempts in a row brought no newer checkpoint than step {last.last_step}; the last: {what}"
     return ""

@@ -14,6 +14,7 @@ from typing import IO, Protocol
 
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.step_notes import StepNotes, is_note, read_notes
+from piip_scale.launch.time_left import JobTime
 from piip_scale.run.heartbeat import STACK_SIGNAL, read_beats
 from piip_scale.world import node_name
 
@@ -87,6 +88,10 @@ class Executor(Protocol):
 
     def why_ending(self) -> str:
         """Why the job ends: ``preemption``, ``time limit``, ``requeue``, ``cancel``; empty where it does not."""
+        ...
+
+    def time(self) -> JobTime | None:
+        """How long the job may run, and still will; ``None`` where it has no limit, or nobody knows."""
         ...
 
     def is_running(self, job_id: int) -> bool:
@@ -204,6 +209,10 @@ class LocalExecutor:
     def why_ending(self) -> str:
         """Nobody but the user ends a local job."""
         return ""
+
+    def time(self) -> JobTime | None:
+        """No limit."""
+        return None
 
     def is_running(self, job_id: int) -> bool:
         """There are no jobs."""

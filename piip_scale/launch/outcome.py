@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from piip_scale.errors import PiipError
 from piip_scale.launch.attempts import Attempt, End
 from piip_scale.launch.decide import INCURABLE
-from piip_scale.launch.step_notes import StepNotes
+from piip_scale.launch.step_notes import StepNotes, TaskEnd
 from piip_scale.run.ending import Ending
 from piip_scale.run.run_dir import Status
+
+# What an error of ours exits with where a rank could write it nowhere, and a command line that cannot be read.
+_REFUSED = f"exit code {PiipError.exit_code}"
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Evidence:
         notes: What srun said.
         lost_nodes: Nodes of the attempt that are no longer there, each with a line of why.
         silence: Set where no rank gave a sign for too long, and they were ended from outside.
+        late_save: Set where ranks that were asked to stop had not saved when the job's time was over.
         cause: Why the ranks were asked to stop.
         seen_step: Optimiser steps behind the foremost rank, by its last heartbeat.
     """
@@ -34,6 +39,7 @@ class Evidence:
     notes: StepNotes = field(default_factory=StepNotes)
     lost_nodes: tuple[tuple[str, str], ...] = ()
     silence: str = ""
+    late_save: str = ""
     cause: str = ""
     seen_step: int = 0
 
@@ -68,6 +74,10 @@ def _failure(attempt: Attempt, evidence: Evidence, ranks_per_node: int) -> tuple
         return "lost_node", blank.failed("lost node", line, node=node)
     if evidence.silence:
         return "hang", blank.failed("hang", evidence.silence)
+    if evidence.late_save and (first is None or first.reason == "communication"):
+        return "crashed", blank.failed("late save", evidence.late_save)
+    if notes.first_end and "out of memory" in notes.first_end.how.lower():
+        return "crashed", _out_of_memory(blank, notes.first_end)
     killed = notes.first_end if notes.first_end and notes.first_end.by_signal else None
     # Ranks whose peer is gone only know that they lost contact.
     if killed and (first is None or first.reason == "communication"):
@@ -85,12 +95,20 @@ def _of_late_rank(first: Ending, attempt: Attempt, ranks_per_node: int) -> Endin
     return replace(first, rank=rank, node=attempt.nodes[index] if index < len(attempt.nodes) else "")
 
 
+def _out_of_memory(blank: Ending, end: TaskEnd) -> Ending:
+    # Not "lost rank": it is the run that needs so much, and its node is as good as any.
+    line = f"rank {end.rank} on {end.node} was killed, as its job ran out of memory; raise --mem or lower data.workers"
+    return blank.failed("out of memory", line, rank=end.rank, node=end.node)
+
+
 def _silent(blank: Ending, notes: StepNotes) -> Ending:
     if notes.refusal:
         return blank.failed("launch", f"the ranks did not start: {notes.refusal}")
     if notes.first_end:
         first = notes.first_end
-        line = f"rank {first.rank} on {first.node} ended without a word ({first.how})"
-        return blank.failed("lost rank", line, rank=first.rank, node=first.node)
+        who, is_refusal = f"rank {first.rank} on {first.node}", first.how.endswith(_REFUSED)
+        line = f"{who} refused to start, for the reason in the log" if is_refusal else f"{who} ended without a word"
+        reason = PiipError.reason if is_refusal else "lost rank"
+        return blank.failed(reason, f"{line} ({first.how})", rank=first.rank, node=first.node)
     line = f"the ranks ended without a word (exit code {blank.exit_code}) before the training was done"
     return blank.failed("lost rank", line)

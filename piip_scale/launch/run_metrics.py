@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from typing import Any
 METRICS_FILE = "metrics.jsonl"
 _TAIL_BYTES = 1 << 16
 _STEPS_AVERAGED = 20
-_START = b'"kind": "start"'
+_START, _CHECKPOINT = b'"kind": "start"', b'"kind": "checkpoint"'
+_WRITE = "checkpoint/write_seconds"
+_SAVES_READ, _SAVES_WITHIN_BYTES = 10, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,49 @@ class Pace:
         if self.total_steps is None or self.seconds_per_step is None:
             return None
         return max(self.total_steps - step, 0) * self.seconds_per_step
+
+
+@dataclass(frozen=True)
+class SaveTimes:
+    """How long this run's saves and steps took at most, of those that were measured; 0 where none was.
+
+    Attributes:
+        save_s: From the first still moment to the checkpoint being visible.
+        step_s: Of the last steps written.
+    """
+
+    save_s: float = 0.0
+    step_s: float = 0.0
+
+
+def read_save_times(run_dir: Path) -> SaveTimes:
+    """What a run's metrics say of its last saves and steps; nothing where they cannot be read."""
+    with (
+        suppress(OSError, ValueError),
+        (run_dir / METRICS_FILE).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        saves = [_number(line, "checkpoint/stall_seconds") + _number(line, _WRITE) for line in _saves(content)]
+        steps = [_number(line, "time/step_ms") / 1e3 for line in _lines(content[max(len(content) - _TAIL_BYTES, 0) :])]
+        return SaveTimes(max(saves, default=0.0), max(steps[-_STEPS_AVERAGED:], default=0.0))
+    return SaveTimes()
+
+
+def _saves(content: mmap.mmap) -> Iterator[dict[str, Any]]:
+    """The last lines about saves, which may stand far before the end."""
+    place, first = len(content), max(len(content) - _SAVES_WITHIN_BYTES, 0)
+    for _ in range(_SAVES_READ):
+        place = content.rfind(_CHECKPOINT, first, place)
+        if place < 0:
+            return
+        begin, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place)
+        yield from _lines(content[begin : end if end >= 0 else len(content)])
+
+
+def _number(line: dict[str, Any], key: str) -> float:
+    value = line.get(key)
+    # json reads NaN and Infinity, which somebody else may have written.
+    return float(value) if isinstance(value, float | int) and math.isfinite(value) else 0.0
 
 
 def read_pace(run_dir: Path) -> Pace:

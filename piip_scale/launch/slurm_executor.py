@@ -17,6 +17,7 @@ from piip_scale.launch.slurm_commands import Slurm
 from piip_scale.launch.slurm_records import JobRecord, NodeRecord, usable_nodes
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import note_submitted
+from piip_scale.launch.time_left import JobTime
 from piip_scale.logging import get_logger
 from piip_scale.run.heartbeat import STACK_SIGNAL
 from piip_scale.world import Allocation, World, rendezvous_port

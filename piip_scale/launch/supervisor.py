@@ -9,20 +9,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from piip_scale.checkpoint.store import CheckpointStore, read_step
 from piip_scale.errors import RunError, SlurmError
 from piip_scale.files import IO_REASON
 from piip_scale.launch.attempts import Attempt, History, next_number
 from piip_scale.launch.bad_nodes import add_bad_nodes, choose_nodes, read_bad_nodes
 from piip_scale.launch.checking import Check, check_nodes
-from piip_scale.launch.decide import Decision, Situation, decide
+from piip_scale.launch.decide import Decision, Situation, decide, since_verdict, was_ended_for_good
 from piip_scale.launch.executors import Executor, LostNodes
 from piip_scale.launch.job_log import log_line
 from piip_scale.launch.outcome import Evidence, judge
-from piip_scale.launch.spec import JobFiles, JobSpec
+from piip_scale.launch.run_metrics import read_save_times
+from piip_scale.launch.spec import JobFiles, JobSpec, load_request
 from piip_scale.launch.step_notes import StepNotes
+from piip_scale.launch.time_left import TimeLeft, lead_s, too_short
+from piip_scale.launch.unfinished import close_unfinished, newest_step, wait_for_ranks
 from piip_scale.launch.watching import StopRequests, Watch
 from piip_scale.run.ending import Ending
+from piip_scale.run.heartbeat import read_beats
 from piip_scale.run.run_dir import RunDirectory, Status
 
 _MOST_REFUSALS, _REFUSAL_PAUSE_S = 30, 60.0
@@ -57,6 +60,7 @@ class Supervisor:
         self._spec, self._executor, self._requests, self._settings = spec, executor, requests, settings
         self._run, self._files = RunDirectory(spec.run_dir), JobFiles(spec.run_dir)
         self._history = History(self._files.attempts)
+        self._time_left = TimeLeft(executor.time, self._lead_s)
         self._refusals = 0
         self._gone: dict[str, str] = {}
 
@@ -70,12 +74,50 @@ class Supervisor:
         if status and status.state == "done":
             log_line(f"the training is done (step {status.step}); nothing is left to do")
             return 0
+        if self._was_ended_for_good():
+            log_line("it was stopped for good: piip-scale jobs requeue, or submit --resume, has it go on")
+            return 0
         decision = self._settle_the_past()
         while decision is None or decision.action == "restart":
             if decision and decision.pause_s:
                 self._pause(decision.pause_s)
             decision = self._attempt_with_patience()
         return self._leave(decision)
+
+    def after_kill(self, how: str) -> int:
+        """What follows where this supervisor's own process was killed; returns the exit code for the job.
+
+        Args:
+            how: In a few words.
+
+        Raises:
+            PiipError: The history cannot be read, or Slurm lets the job neither requeue nor have a successor.
+        """
+        self._requests.look()
+        history = self._history.read()
+        last = history[-1] if history else None
+        if last is not None and self._is_of_this_start(last) and last.decision in ("finish", "requeue", "give_up"):
+            # It was on its way out.
+            return self._leave(Decision(last.decision, last.why))
+        # Also one without ranks counts, or a job that kills its supervisor at once would come back for ever.
+        begun = last if last is not None and last.end is None else self._begin()
+        line = f"its supervisor was {how}"
+        ended = close_unfinished(begun, self._run, self._executor, self._spec.ranks_per_node, line)
+        decision = decide([*self._history.read()[:-1], ended], self._situation(()))
+        if decision.action == "restart":
+            decision = replace(decision, action="requeue")
+        self._note(ended, decision)
+        return self._leave(decision)
+
+    def _is_of_this_start(self, attempt: Attempt) -> bool:
+        start = (self._executor.job_id, self._executor.restart_count)
+        return (attempt.job_id, attempt.restart_count) == start
+
+    def _was_ended_for_good(self) -> bool:
+        request = load_request(self._run.path)
+        stop_asked = request is not None and request.action == "stop"
+        job = (self._executor.job_id, self._executor.restart_count)
+        return was_ended_for_good(self._history.read(), *job, stop_asked=stop_asked)
 
     def _settle_the_past(self) -> Decision | None:
         """Closes an attempt whose supervisor was killed with it; a decision where that ends the job."""
@@ -89,30 +131,14 @@ class Supervisor:
                 rule="a run has one job at a time",
                 fix=f"wait for it, or end it with scancel {last.job_id}",
             )
-        ended = self._cut(last)
+        wait_for_ranks(self._run)
+        ended = close_unfinished(last, self._run, self._executor, self._spec.ranks_per_node)
         decision = decide([*history[:-1], ended], self._situation(()))
         if decision.action == "give_up":
             self._note(ended, decision)
             return decision
         self._note(ended, replace(decision, action="requeue"))
         return None
-
-    def _cut(self, last: Attempt) -> Attempt:
-        gone = [node for node in last.nodes if node not in self._executor.allocated()]
-        status = self._run.status()
-        has_stopped = status is not None and status.state == "stopped" and self._status_unix_s() >= last.started_unix_s
-        evidence = Evidence(
-            exit_code=0,
-            last_step=self._newest_step(),
-            status=status if has_stopped else None,
-            lost_nodes=self._executor.down(gone),
-            cause="requeue" if has_stopped else "",
-        )
-        ended = judge(last, evidence, self._spec.ranks_per_node, time.time())
-        if ended.end in ("stopped", "lost_node"):
-            return ended
-        line = "its supervisor was ended together with it: the job was requeued or killed, or its first node was lost"
-        return replace(ended, end="cut", ending=replace(ended.ending, reason="", line=line))
 
     def _attempt_with_patience(self) -> Decision:
         """An attempt, or a pause where the disk of the run's directory has no room for one."""
@@ -128,6 +154,10 @@ class Supervisor:
     def _attempt(self) -> Decision:
         """One attempt, from the look at the nodes to the decision that follows it."""
         attempt, self._gone = self._begin(), {}
+        if line := self._too_short():
+            ending = Ending(step=attempt.first_step).failed("short time limit", line)
+            short = replace(attempt, end="preflight", ending=ending, last_step=attempt.first_step)
+            return self._conclude(replace(short, ended_unix_s=time.time()), {})
         check = self._check(attempt)
         add_bad_nodes(self._files.bad_nodes, check.problems, time.time())
         last = {*read_bad_nodes(self._files.bad_nodes, time.time()), *self._executor.doubtful(check.healthy)}
@@ -142,6 +172,20 @@ class Supervisor:
             ended = self._train(replace(attempt, nodes=nodes))
         return self._conclude(replace(ended, ended_unix_s=time.time()), dict(check.problems) | self._gone)
 
+    def _lead_s(self) -> float:
+        return lead_s(read_save_times(self._run.path), since_verdict(self._history.read()))
+
+    def _too_short(self) -> str:
+        """Whoever set the limit: the command line, a profile, the partition."""
+        known = self._time_left.look()
+        # Of a batch script that somebody wrote, only they know when it sends its signal.
+        asked_s = self._spec.signal_lead_s if self._spec.script else 0
+        return too_short(known, max(asked_s, self._time_left.lead_s)) if known else ""
+
+    def _is_time_over(self) -> bool:
+        known = self._time_left.look()
+        return known is not None and known.left_s <= self._time_left.lead_s
+
     def _begin(self) -> Attempt:
         history = self._history.read()
         attempt = Attempt(
@@ -150,7 +194,7 @@ class Supervisor:
             restart_count=self._executor.restart_count,
             nodes=self._executor.allocated(),
             started_unix_s=time.time(),
-            first_step=self._newest_step(),
+            first_step=newest_step(self._run),
         )
         self._history.write(attempt)
         self._run.clear_traces()
@@ -183,14 +227,15 @@ class Supervisor:
         step = self._executor.start(
             self._words(), attempt.nodes, self._spec.ranks_per_node, number, self._run.heartbeats
         )
-        watch = Watch(step, self._run, self._requests, self._spec.num_ranks, self._settings.poll_s)
+        watch = Watch(step, self._run, self._requests, self._spec.num_ranks, self._settings.poll_s, self._time_left)
         code = watch.wait()
         status = self._run.status() if self._status_stamp() != before else None
         notes = step.notes()
         # Slurm may think well of them again a moment later.
         self._gone = {node: f"node {node} was lost while it trained" for node in notes.failed_nodes}
         add_bad_nodes(self._files.bad_nodes, self._gone, time.time())
-        evidence = self._evidence(attempt, code, status, notes, watch.silence)
+        evidence = self._evidence(attempt, code, status, notes, watch)
+        attempt = replace(attempt, waited_for_save_s=watch.waited_for_save_s)
         return judge(attempt, evidence, self._spec.ranks_per_node, time.time())
 
     def _words(self) -> list[str]:
@@ -198,16 +243,18 @@ class Supervisor:
         words = ["train", str(self._spec.config), f"--run-dir={self._run.path}", "--no-progress", *resume]
         return words + [f"--set={override}" for override in self._spec.overrides]
 
-    def _evidence(self, attempt: Attempt, code: int, status: Status | None, notes: StepNotes, silence: str) -> Evidence:
+    def _evidence(self, attempt: Attempt, code: int, status: Status | None, notes: StepNotes, watch: Watch) -> Evidence:
         is_well = status is not None and status.state in ("done", "stopped")
         return Evidence(
             exit_code=code,
-            last_step=self._newest_step(),
+            last_step=newest_step(self._run),
             status=status,
             first_error=self._run.first_error(since_unix_s=attempt.started_unix_s),
             notes=notes,
             lost_nodes=() if is_well else self._lost(attempt),
-            silence=silence,
+            silence=watch.silence,
+            late_save=watch.late_save,
+            seen_step=max((beat.step for beat in read_beats(self._run.heartbeats, attempt.started_unix_s)), default=0),
             cause=self._requests.cause or (self._executor.why_ending() if not status or status.state != "done" else ""),
         )
 
@@ -240,7 +287,7 @@ class Supervisor:
             bad_nodes=tuple(sorted({*lost, *bad})),
             max_stale_restarts=self._spec.max_stale_restarts,
             has_queue=self._executor.has_queue,
-            is_ending=self._requests.is_ending,
+            is_ending=self._requests.is_ending or self._is_time_over(),
             asked=self._requests.asked,
         )
 
@@ -256,8 +303,13 @@ class Supervisor:
     def _report_status(self, ended: Attempt) -> None:
         """Ranks that could not speak are spoken for, in the status and in ``errors/``."""
         first = self._run.first_error(since_unix_s=ended.started_unix_s)
-        if ended.failed and (first is None or first.line != ended.ending.line):
+        if not ended.failed or (first is not None and first.line == ended.ending.line):
+            return
+        try:
             self._run.replace_ending(ended.ending)
+        except RunError as error:
+            # What follows does not depend on it, and the history has the same.
+            log_line(error.line)
 
     def _leave(self, decision: Decision) -> int:
         if decision.action == "requeue":
@@ -289,13 +341,6 @@ class Supervisor:
         while time.monotonic() < until_s and not self._requests.cause:
             time.sleep(self._settings.poll_s)
             self._requests.look()
-
-    def _newest_step(self) -> int:
-        newest = CheckpointStore(self._run.checkpoints, keep=1).latest()
-        return read_step(newest) if newest else 0
-
-    def _status_unix_s(self) -> float:
-        return self._run.status_file.stat().st_mtime
 
     def _status_stamp(self) -> tuple[int, int] | None:
         return _stamp(self._run.status_file)

@@ -12,6 +12,7 @@ from piip_scale.launch.decide import Asked
 from piip_scale.launch.executors import Step
 from piip_scale.launch.job_log import log_line
 from piip_scale.launch.spec import Request, load_request
+from piip_scale.launch.time_left import AFTER_TERM_S, LEAVING_S, TIME_LIMIT, TimeLeft
 from piip_scale.run.heartbeat import Beat, read_beats
 from piip_scale.run.run_dir import RunDirectory
 
@@ -22,6 +23,7 @@ _SILENCE_MARGIN_S = 60.0
 _START_LIMIT_S = 3600.0
 _STACKS_WITHIN_S = 5.0
 _END_AGAIN_AFTER_S = 20.0
+_SAME_TERM_S = 5.0
 
 
 class StopRequests:
@@ -32,6 +34,7 @@ class StopRequests:
         asked: What the user asked for.
         is_ending: The allocation is about to end.
         is_impatient: A second Ctrl-C came: end at once.
+        leave_by_s: Until when, by the monotonic clock, this process must be gone by itself: Slurm kills it then.
 
     Args:
         run: Whose requests count; one that is there already is of an earlier job.
@@ -43,6 +46,8 @@ class StopRequests:
         self.asked: Asked = ""
         self.is_ending = False
         self.is_impatient = False
+        self.leave_by_s = math.inf
+        self._term_s: float | None = None
         self._run, self._why_ending = run, why_ending
         self._received: list[int] = []
         self._old = load_request(run.path)
@@ -75,8 +80,18 @@ class StopRequests:
         elif number == signal.SIGUSR2:
             self.end(self._why_ending() or "time limit")
         else:
-            self.end(self._why_ending() or "TERM")
+            self._take_term()
         log_line(f"{signal.Signals(number).name} came: {self.cause}")
+
+    def _take_term(self) -> None:
+        cause, now_s = self._why_ending() or "TERM", time.monotonic()
+        self._term_s = self._term_s or now_s
+        # A job that is preempted gets a first TERM at the begin of its grace and another at its end. Several processes
+        # may hand on one and the same.
+        is_again = now_s - self._term_s > _SAME_TERM_S
+        if cause == TIME_LIMIT or (is_again and cause == "preemption"):
+            self.leave_by_s = min(self.leave_by_s, now_s + AFTER_TERM_S)
+        self.end(cause)
 
     def end(self, cause: str) -> None:
         """The job ends, for a cause that ``why_ending`` told."""
@@ -95,6 +110,8 @@ class Watch:
 
     Attributes:
         silence: What was seen of ranks that gave no sign for too long, in one line; empty where they did.
+        late_save: Likewise of ranks that had not saved in time.
+        waited_for_save_s: How long they had had for it.
 
     Args:
         step: The step.
@@ -102,14 +119,24 @@ class Watch:
         requests: What is asked of the job.
         num_ranks: Ranks of the step.
         poll_s: How often to look.
+        time_left: Of the job.
     """
 
-    def __init__(self, step: Step, run: RunDirectory, requests: StopRequests, num_ranks: int, poll_s: float) -> None:
-        self.silence = ""
+    def __init__(
+        self,
+        step: Step,
+        run: RunDirectory,
+        requests: StopRequests,
+        num_ranks: int,
+        poll_s: float,
+        time_left: TimeLeft,
+    ) -> None:
+        self.silence, self.late_save, self.waited_for_save_s = "", "", 0.0
+        self._time_left = time_left
         self._step, self._run, self._requests = step, run, requests
         self._num_ranks, self._poll_s = num_ranks, poll_s
         self._began_s, self._began_unix_s = time.monotonic(), time.time()
-        self._was_asked = False
+        self._asked_s = 0.0
         self._ended_s, self._read_s = 0.0, 0.0
         self._newest_unix_s, self._moved_s = 0.0, time.monotonic()
         self._limit_s = _START_LIMIT_S
@@ -119,15 +146,37 @@ class Watch:
         while (code := self._step.poll()) is None:
             time.sleep(self._poll_s)
             self._requests.look()
+            self._look_at_time()
             self._end_at_once()
             # A file for each rank, on a disk that all share: not more often than needed.
-            is_wanted = bool(self._requests.cause) and not self._was_asked
+            is_wanted = bool(self._requests.cause) and not self._asked_s
             if is_wanted or time.monotonic() - self._read_s >= _BEATS_EVERY_S:
                 self._read_s = time.monotonic()
                 beats = list(read_beats(self._run.heartbeats, self._began_unix_s))
                 self._pass_on(beats)
                 self._look_for_silence(beats)
         return code
+
+    def _look_at_time(self) -> None:
+        """Slurm's own signal may come too late for this run's saves, and after its end nobody requeues the job."""
+        known = self._time_left.look()
+        left_s = min(known.left_s if known else math.inf, self._requests.leave_by_s - time.monotonic() + LEAVING_S)
+        if left_s <= self._time_left.lead_s and not self._requests.cause:
+            log_line(f"{left_s:.0f} s are left of the job; a save may take {self._time_left.lead_s:.0f} s")
+            self._requests.end(TIME_LIMIT)
+        if left_s <= LEAVING_S and not self._ended_s:
+            self._end_unsaved()
+
+    def _end_unsaved(self) -> None:
+        """While somebody is still there who can send the job back into the queue."""
+        self.waited_for_save_s = time.monotonic() - self._asked_s if self._asked_s else 0.0
+        what = (
+            f"had not saved {self.waited_for_save_s:.0f} s after they were asked to"
+            if self._asked_s
+            else "had not begun"
+        )
+        self.late_save = f"the ranks {what}, and the time of the job was over"
+        self._end()
 
     def _end_at_once(self) -> None:
         again = self._ended_s and time.monotonic() - self._ended_s > _END_AGAIN_AFTER_S
@@ -136,8 +185,8 @@ class Watch:
 
     def _pass_on(self, beats: list[Beat]) -> None:
         # Before a rank's first beat, a signal would kill it.
-        if self._requests.cause and not self._was_asked and len(beats) == self._num_ranks:
-            self._was_asked = True
+        if self._requests.cause and not self._asked_s and len(beats) == self._num_ranks:
+            self._asked_s = time.monotonic()
             log_line("asking the ranks to save and stop")
             self._step.ask_to_stop()
 
