@@ -90,7 +90,7 @@ class Executor(Protocol):
         """Why the job ends: ``preemption``, ``time limit``, ``requeue``, ``cancel``; empty where it does not."""
         ...
 
-    def time(self) -> JobTime | None:
+    def job_time(self) -> JobTime | None:
         """How long the job may run, and still will; ``None`` where it has no limit, or nobody knows."""
         ...
 
@@ -210,7 +210,7 @@ class LocalExecutor:
         """Nobody but the user ends a local job."""
         return ""
 
-    def time(self) -> JobTime | None:
+    def job_time(self) -> JobTime | None:
         """No limit."""
         return None
 

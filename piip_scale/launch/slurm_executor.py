@@ -82,6 +82,14 @@ class SlurmExecutor:
         self._name = allocation.name
         self._spec, self._allocation, self._slurm = spec, allocation, slurm
 
+    def job_time(self) -> JobTime | None:
+        """What the controller says, which knows of a partition's default too, and of what somebody changed."""
+        try:
+            job = self._slurm.job(self._name)
+        except SlurmError:
+            return None
+        return None if job.limit_s is None else JobTime(job.limit_s, max(job.limit_s - job.run_s, 0))
+
     def allocated(self) -> tuple[str, ...]:
         """The job's nodes, in order."""
         return self._slurm.hostnames(self._allocation.node_list)

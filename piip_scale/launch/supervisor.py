@@ -60,7 +60,7 @@ class Supervisor:
         self._spec, self._executor, self._requests, self._settings = spec, executor, requests, settings
         self._run, self._files = RunDirectory(spec.run_dir), JobFiles(spec.run_dir)
         self._history = History(self._files.attempts)
-        self._time_left = TimeLeft(executor.time, self._lead_s)
+        self._time_left = TimeLeft(executor.job_time, self._lead_s)
         self._refusals = 0
         self._gone: dict[str, str] = {}
 

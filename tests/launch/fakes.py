@@ -79,7 +79,7 @@ class FakeExecutor:
         self.refusal, self.chain_ended = "", False
         self.drained: set[str] = set()
         self.reason = ""
-        self.job_time = None
+        self.known_time = None
         self.running_jobs: set[int] = set()
 
     def allocated(self):
@@ -108,8 +108,8 @@ class FakeExecutor:
     def why_ending(self):
         return self.reason
 
-    def time(self):
-        return self.job_time
+    def job_time(self):
+        return self.known_time
 
     def is_running(self, job_id):
         return job_id in self.running_jobs

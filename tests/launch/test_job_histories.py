@@ -51,7 +51,7 @@ def last_of(scene):
 
 def test_what_has_not_saved_in_time_is_ended_while_the_job_can_still_go_back(scene):
     step = deaf_step(scene)
-    scene.executor.job_time = JobTime(HOUR_S, time_left.LEAVING_S + 0.2)
+    scene.executor.known_time = JobTime(HOUR_S, time_left.LEAVING_S + 0.2)
     assert scene.supervise() == 0
     last = last_of(scene)
     assert (step.asked, step.ended, scene.executor.requeued) == (1, 1, [()])
@@ -64,7 +64,7 @@ def test_ranks_that_never_began_are_ended_in_time_too(scene):
     scene.run.heartbeats.mkdir(parents=True, exist_ok=True)
     step = FakeStep(lambda: None, lambda: None)
     scene.executor.steps.append(step)
-    scene.executor.job_time = JobTime(HOUR_S, time_left.LEAVING_S + 0.2)
+    scene.executor.known_time = JobTime(HOUR_S, time_left.LEAVING_S + 0.2)
     assert scene.supervise() == 0
     assert (step.asked, step.ended, last_of(scene).decision) == (0, 1, "requeue")
     assert "had not begun" in last_of(scene).ending.line
@@ -83,7 +83,7 @@ def test_ranks_whose_saves_are_slow_are_asked_before_slurm_asks(scene):
     scene.waiting_step()
     line = {"step": 4, "kind": "checkpoint", "checkpoint/stall_seconds": 10.0, "checkpoint/write_seconds": 300.0}
     (scene.run.path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    scene.executor.job_time = JobTime(HOUR_S, 600.0)
+    scene.executor.known_time = JobTime(HOUR_S, 600.0)
     assert scene.supervise() == 0
     last = last_of(scene)
     assert (last.end, last.ending.cause, last.last_step, last.decision) == ("stopped", "time limit", 7, "requeue")
@@ -151,7 +151,7 @@ def test_one_term_at_the_begin_of_a_grace_ends_nothing(scene):
 def test_a_limit_shorter_than_the_lead_ends_the_job_with_one_line(tmp_path, by_script, limit_s, trains):
     scene = Scene(tmp_path, signal_lead_s=300, **({"script": tmp_path / "train.sbatch"} if by_script else {}))
     scene.step(scene.status("done", 12))
-    scene.executor.job_time = JobTime(limit_s, limit_s - 3.0)
+    scene.executor.known_time = JobTime(limit_s, limit_s - 3.0)
     scene.requests._receive(signal.SIGUSR2, None)
     if by_script and not trains:
         assert scene.supervise() == 1
@@ -199,11 +199,11 @@ def test_progress_is_judged_attempt_by_attempt(steps, cause, minutes, action):
 
 def test_near_the_end_of_its_time_a_job_starts_nothing_that_it_could_not_save(scene):
     scene.step(scene.status("running"))
-    scene.executor.job_time = JobTime(HOUR_S, 400.0)
+    scene.executor.known_time = JobTime(HOUR_S, 400.0)
     line = {"step": 4, "kind": "checkpoint", "checkpoint/stall_seconds": 0.0, "checkpoint/write_seconds": 120.0}
     scene.run.path.mkdir(parents=True, exist_ok=True)
     (scene.run.path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    scene.executor.job_time = JobTime(HOUR_S, 300.0)
+    scene.executor.known_time = JobTime(HOUR_S, 300.0)
     assert scene.supervise() == 0
     assert len(scene.executor.started) == 1
     assert last_of(scene).decision == "requeue"
