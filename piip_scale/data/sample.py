@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,17 @@ import numpy.typing as npt
 from piip_scale.data.images import MAX_PIXELS, UPRIGHT
 from piip_scale.data.images import Image as Image
 from piip_scale.data.images import decode_image as decode_image
+from piip_scale.data.segmentations import checked_segmentation
 from piip_scale.data.set_kinds import SET_KINDS
 from piip_scale.errors import DataError
 from piip_scale.registry import SetKind as SetKind
 
 MIN_BOX_PX = 1.0
 """Boxes of fewer pixels in the stored image are no training targets (mmdet's ``CocoDataset`` leaves them out too)."""
+
+_IN_ANNOTATION = frozenset({"id", "category_id", "bbox", "area", "iscrowd"})
+_MOST_PX = 2**31 - 1
+_LARGEST_NUMBER = 1e300
 
 Array = npt.NDArray[Any]
 
@@ -108,6 +113,9 @@ def decode_sample(raw: RawSample, label_of_category: Mapping[int, int], *, has_m
         raise DataError(
             f"annotation of sample {raw.key}", value=error.args[0], rule="not what the manifest says"
         ) from None
+    for note in kept if has_masks else ():
+        if isinstance(mask := note["segmentation"], dict) and mask["size"] != list(pixels.shape[:2]):
+            raise _mask_error(raw.key, note, f"it is of size {mask['size']!r:.40}, the image of {pixels.shape[:2]}")
     return Sample(
         raw.key,
         notes["image_id"],
@@ -156,13 +164,91 @@ def parse_notes(raw: RawSample, kind: SetKind = "detection") -> dict[str, Any]:
         DataError: They are not the JSON that packing writes.
     """
     try:
-        notes: dict[str, Any] = json.loads(raw.notes)
-    except ValueError as error:
+        notes = json.loads(raw.notes)
+    # Python's own limits too: a number of thousands of digits, lists in lists without end.
+    except (ValueError, RecursionError) as error:
         raise DataError(f"annotations of sample {raw.key} cannot be read", value=str(error)) from None
-    missing = SET_KINDS[kind].notes - set(notes)
+    missing = SET_KINDS[kind].notes - (notes.keys() if isinstance(notes, dict) else set())
     if missing:
         raise DataError(f"annotations of sample {raw.key} lack {sorted(missing)}", fix="pack the set again")
+    if problem := next(filter(None, _wrong_notes(notes)), ""):
+        raise DataError(f"annotations of sample {raw.key} hold {problem}", fix="pack the set again")
+    checked: dict[str, Any] = notes
+    return checked
+
+
+def checked_masks(notes: dict[str, Any], name: str) -> dict[str, Any]:
+    """Annotations whose masks foreign code may draw, decode and compare: it checks nothing itself, and can hang.
+
+    Raises:
+        DataError: A mask is none, or none of this image.
+    """
+    for annotation in notes.get("annotations", []):
+        if "segmentation" in annotation:
+            try:
+                mask = checked_segmentation(annotation["segmentation"], notes["height"], notes["width"])
+            except ValueError as error:
+                raise _mask_error(name, annotation, str(error)) from None
+            if mask is None:
+                raise _mask_error(name, annotation, "it is empty")
+            annotation["segmentation"] = mask
     return notes
+
+
+def _mask_error(name: str, annotation: dict[str, Any], reason: str) -> DataError:
+    return DataError(f"mask of annotation {annotation['id']} of sample {name}", value=reason, fix="pack the set again")
+
+
+def _wrong_notes(notes: dict[str, Any]) -> Iterator[str]:
+    """What packing does not write: a set from elsewhere may hold anything, and it goes into arrays and foreign code."""
+    for side in ("height", "width"):
+        if side in notes and not (_is_whole(notes[side]) and 0 < notes[side] <= _MOST_PX):
+            yield f"{side} {notes[side]!r:.40}"
+    if not _is_whole(notes["image_id"]) or not isinstance(notes["file_name"], str):
+        yield f"image_id {notes['image_id']!r:.40}, file_name {notes['file_name']!r:.40}"
+    if "label" in notes and not _is_whole(notes["label"]):
+        yield f"label {notes['label']!r:.40}"
+    annotations = notes.get("annotations", [])
+    if not isinstance(annotations, list):
+        yield f"annotations that are {type(annotations).__name__}"
+        return
+    for number, annotation in enumerate(annotations):
+        if not _is_annotation(annotation):
+            yield f"annotation {number}, {annotation!r:.80}"
+
+
+def _is_annotation(value: object) -> bool:
+    if not isinstance(value, dict) or not value.keys() >= _IN_ANNOTATION:
+        return False
+    box = value["bbox"]
+    return (
+        _is_whole(value["category_id"])
+        and value["iscrowd"] in (0, 1)
+        and isinstance(box, list)
+        and len(box) == 4
+        and all(_is_number(side) and abs(side) <= _MOST_PX for side in box)
+        and _is_number(value["area"])
+        and _is_whole(value["id"])
+        and _has_shape_of_mask(value.get("segmentation", []))
+    )
+
+
+def _has_shape_of_mask(value: object) -> bool:
+    """Polygons of whole points, or run lengths; their numbers are looked at where they are decoded, all at once."""
+    if isinstance(value, dict):
+        return isinstance(value.get("counts"), str) and isinstance(value.get("size"), list)
+    return isinstance(value, list) and all(
+        isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in value
+    )
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _is_number(value: object) -> bool:
+    # Neither NaN nor infinity, which Python's reader of JSON takes, is below a bound.
+    return isinstance(value, int | float) and abs(value) < _LARGEST_NUMBER
 
 
 def decode_pixels(raw: RawSample) -> Image:

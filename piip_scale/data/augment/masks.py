@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 _MAX_BITMAP_SUPERSAMPLING = 4
 _TRACE_SUPERSAMPLING = 4
 _INSIDE = 255
+_MOST_PX = 2**31 - 1
 
 
 class Shapes:
@@ -36,8 +37,7 @@ class Shapes:
         outlines = [(i, o) for i, value in enumerate(segmentations) if i not in self._run_lengths for o in value]
         self._owners = np.array([owner for owner, _ in outlines], np.int64)
         self._lengths = np.array([len(outline) // 2 for _, outline in outlines], np.int64)
-        flat = np.array([value for _, outline in outlines for value in outline], np.float64)
-        self._points_xy = flat.reshape(-1, 2)
+        self._points_xy = _points_of([value for _, outline in outlines for value in outline])
         self._cut_outlines()
 
     def _cut_outlines(self) -> None:
@@ -113,6 +113,22 @@ class Shapes:
         points = geometry.points(self._points_xy[np.repeat(wanted, self._lengths)])
         points = (points - boxes[:, :2].repeat(lengths, 0)) * cells_per_px.repeat(lengths, 0)
         draw_covered(points, lengths, owners, masks)
+
+
+def _points_of(values: Sequence[Any]) -> Array:
+    """Points x, y in a row as float64 (N, 2).
+
+    Raises:
+        DataError: They are no numbers, or of no place near an image: drawing walks along each edge.
+    """
+    try:
+        points_xy = np.array(values, np.float64).reshape(-1, 2)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError("a polygon holds what is no number", value=str(error), fix="pack the set again") from None
+    # Of NaN neither is true.
+    if not (np.abs(points_xy) <= _MOST_PX).all():
+        raise DataError("a polygon reaches further than any image", rule=f"within {_MOST_PX} px", fix="pack it again")
+    return points_xy
 
 
 def decode_run_lengths(segmentation: dict[str, Any]) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from piip_scale.data.reading.manifest import read_json_model as read_json_model
 from piip_scale.data.reading.manifest import shard_name as shard_name
 from piip_scale.data.reading.set_files import LocalFiles, SetFiles, open_files
 from piip_scale.data.reading.sources import NEVER, Stop, located
-from piip_scale.data.sample import RawSample, SetKind, checksum, parse_notes
-from piip_scale.data.segmentations import checked_segmentation
+from piip_scale.data.sample import RawSample, SetKind, checked_masks, checksum, parse_notes
 from piip_scale.errors import DataError
 
 _PLACE_COLUMNS = (
@@ -217,7 +216,21 @@ class ShardSet:
         """
         offset, num_bytes, crc32 = map(int, self._places[number, 3:6])
         notes = self.files.read(self._shard(number), [(offset, num_bytes)])[0]
-        return parse_notes(RawSample(str(self.keys[number]), b"", notes, crc32), self.manifest.kind)
+        name = str(self.keys[number])
+        found = checked_masks(parse_notes(RawSample(name, b"", notes, crc32), self.manifest.kind), name)
+        if problem := next(filter(None, self._strange_notes(found, int(self.image_ids[number]))), ""):
+            raise DataError(f"annotations of sample {name} hold {problem}", fix="pack the set again")
+        return found
+
+    def _strange_notes(self, notes: dict[str, Any], image_id: int) -> Iterator[str]:
+        """What is not as index and manifest say."""
+        if notes["image_id"] != image_id:
+            yield f"image_id {notes['image_id']}, and the index says {image_id}"
+        for annotation in notes.get("annotations", []):
+            if annotation["category_id"] not in self.label_of_category:
+                yield f"category {annotation['category_id']}, and the manifest has none of this id"
+            if self.manifest.has_masks and "segmentation" not in annotation:
+                yield f"annotation {annotation['id']} without a mask, and the manifest says that all have one"
 
     def _shard(self, number: int) -> ShardInfo:
         return self.manifest.shards[int(self._places[number, 0])]
@@ -234,21 +247,8 @@ class ShardSet:
             notes = self.notes(number)
             image = {"id": notes["image_id"], **{key: notes[key] for key in ("file_name", "height", "width")}}
             root["images"].append(image)
-            for note in notes["annotations"]:
-                self._check_mask(note, notes)
-                root["annotations"].append({**note, "image_id": notes["image_id"]})
+            root["annotations"] += [{**note, "image_id": notes["image_id"]} for note in notes["annotations"]]
         return root
-
-    def _check_mask(self, note: dict[str, Any], notes: dict[str, Any]) -> None:
-        """Masks go to foreign code, which runs lengths that fall short without end."""
-        try:
-            checked_segmentation(note.get("segmentation"), notes["height"], notes["width"])
-        except ValueError as error:
-            raise DataError(
-                f"annotation {note.get('id')} of {notes['file_name']} in {self.location} has an unusable mask",
-                value=str(error),
-                fix="correct or remove it, and pack the set again",
-            ) from None
 
 
 def _column(of_shards: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:

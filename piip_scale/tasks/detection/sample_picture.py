@@ -9,7 +9,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import decode_pixels, parse_notes
+from piip_scale.data.sample import decode_pixels
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.drawing import DrawingStyle, draw_detections, draw_regions
 
@@ -22,7 +22,7 @@ def draw_objects(shards: ShardSet, number: int, style: DrawingStyle) -> PIL.Imag
     """
     raw = shards.read(number)
     pixels = decode_pixels(raw)
-    notes = parse_notes(raw)
+    notes = shards.notes(number)
     picture = draw_detections(pixels, _ground_truth(notes, shards), shards.classes, style)
     crowds = [note["bbox"] for note in notes["annotations"] if note["iscrowd"]]
     corners = [(x, y, x + width, y + height) for x, y, width, height in crowds]
