@@ -90,6 +90,21 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
     return World()
 
 
+def claimed_rank(environment: Mapping[str, str] | None = None) -> int | None:
+    """The rank whose last words a process may speak, also where its world does not add up; ``None`` for one alone.
+
+    Args:
+        environment: Variables to read instead of the process's own.
+    """
+    env = os.environ if environment is None else environment
+    try:
+        world = read_world(env)
+    except WorldError:
+        named = (env.get(name, "") for name in ("RANK", "SLURM_PROCID"))
+        return next((int(text) for text in named if text.isdecimal()), 0)
+    return None if world.num_ranks == 1 else world.rank
+
+
 def _torchrun_world(env: Mapping[str, str]) -> World:
     rank, ranks_per_node = _integer(env, "RANK"), _integer(env, "LOCAL_WORLD_SIZE")
     return World(

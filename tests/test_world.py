@@ -13,6 +13,7 @@ from piip_scale.errors import WorldError
 from piip_scale.world import (
     Allocation,
     World,
+    claimed_rank,
     outside_of_job,
     read_allocation,
     read_world,
@@ -214,3 +215,22 @@ def test_jobs_and_attempts_do_not_share_ports(job, distance, attempts):
     assert 1024 < rendezvous_port(job, first) < 32768
     assert rendezvous_port(job, first) != rendezvous_port(job + distance, second)
     assert rendezvous_port(job, first) != rendezvous_port(job, first + 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | MEETING, 1),
+        # Worlds that do not add up: somebody still has to say so.
+        ({"RANK": "1"}, 1),
+        ({"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} | MEETING, 5),
+        ({"RANK": "x"}, 0),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, 3),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "many", "SLURM_PROCID": "3"}, 3),
+    ],
+)
+def test_who_speaks_for_a_world_that_does_not_add_up(environment, rank):
+    assert claimed_rank(environment) == rank

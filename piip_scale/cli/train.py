@@ -17,7 +17,7 @@ from piip_scale.config.loading import config_text
 from piip_scale.errors import PiipError
 from piip_scale.logging import configure_logging
 from piip_scale.registry import row_of
-from piip_scale.world import World, read_world
+from piip_scale.world import World, claimed_rank, read_world
 
 
 def register(app: typer.Typer) -> None:
@@ -52,9 +52,10 @@ def train(
             config, overrides or [], folder, procs=procs, resume=resume, restart=restart, progress=progress
         )
     except PiipError as error:
-        if read_world().num_ranks == 1:
+        rank = claimed_rank()
+        if rank is None:
             raise
-        code = _report_as_rank(error, folder)
+        code = _report_as_rank(error, folder, rank)
     # At once: after an error, threads of the communication library may never end.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -160,14 +161,13 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
         checked_plan(build_model(scaled, len(scaled.data.classes)), scaled, world)
 
 
-def _report_as_rank(error: PiipError, run_dir: Path) -> int:
+def _report_as_rank(error: PiipError, run_dir: Path, rank: int) -> int:
     """One of many ranks could not start: mostly none could, and one of them tells."""
     from piip_scale.run.failing import report_failure
     from piip_scale.run.run_dir import RunDirectory
 
-    world = read_world()
-    configure_logging(world.rank)
-    return report_failure(RunDirectory(run_dir), world.rank, error)
+    configure_logging(rank)
+    return report_failure(RunDirectory(run_dir), rank, error)
 
 
 def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, restart: bool, progress: bool) -> int:
