@@ -22,6 +22,7 @@ _FIXES = {
     errno.EISDIR: "name a file in it",
     errno.EEXIST: "choose another name",
     errno.EPERM: "choose a folder you may write, or change its permissions",
+    errno.ENOMEM: "raise the limit on virtual memory (ulimit -v unlimited), or run where there is more",
 }
 
 # A disk or a network says so that may be well again, or emptier, a minute later; a wrong path stays wrong.
@@ -47,6 +48,13 @@ IO_REASON = "input or output"
 def may_pass(error: OSError) -> bool:
     """Whether the same may work a minute later, or on another machine."""
     return error.errno in _PASSING
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether there was no room in memory or address space, which says nothing of the file that was read."""
+    is_refused = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    # torch and safetensors wrap what mmap said into their own types.
+    return is_refused or os.strerror(errno.ENOMEM) in str(error)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,18 @@ def open_averages(folder: Path, num_ranks: int) -> list[StoredFile]:
     return [StoredFile(path, len(paths)) for path in paths]
 
 
+def num_updates(file: StoredFile) -> int:
+    """How often the averages in a file were updated.
+
+    Raises:
+        CheckpointError: It does not say.
+    """
+    count = file.get(UPDATES)
+    if type(count) is not int or count < 0:
+        raise CheckpointError(f"{file.path}: {UPDATES}", value=count, rule="a number of updates")
+    return count
+
+
 def averaged_weights(weights: Mapping[str, Weight], files: Sequence[StoredFile]) -> dict[str, Weight]:
     """The same tensors, those that are trained from the files of averages."""
 

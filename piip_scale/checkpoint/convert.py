@@ -13,8 +13,10 @@ from typing import Literal
 
 import torch
 
+from piip_scale.checkpoint.deepspeed_files import find_files
+from piip_scale.checkpoint.origin import own_config
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
-from piip_scale.checkpoint.store import CheckpointStore, read_step, resolve_checkpoint
+from piip_scale.checkpoint.store import CheckpointStore, find_checkpoint, read_step
 from piip_scale.checkpoint.stored import Weight
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.errors import CheckpointError
@@ -22,9 +24,9 @@ from piip_scale.files import disk_errors, sync_file
 
 FORMAT_VERSION = "1"
 INDEX = "model.safetensors.index.json"
-CONFIG_FILE = "config.py"
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_NO_MANIFEST = "no manifest of ours: sizes and numbers of ranks were checked, checksums could not be"
 _GB = 10**9  # as the Hugging Face hub counts shards
 
 
@@ -39,6 +41,7 @@ class ConvertReport:
         num_parameters: Elements of all parameters, shared ones once.
         num_bytes: Bytes of all tensors.
         seconds: Wall time.
+        notes: What the user should know of it, a line each.
     """
 
     checkpoint: Path
@@ -47,6 +50,7 @@ class ConvertReport:
     num_parameters: int
     num_bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -59,10 +63,12 @@ def convert(
     averaged: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
-    """Writes the weights of a committed checkpoint as safetensors. Not collective.
+    """Writes the weights of a checkpoint as safetensors. Not collective.
 
     Args:
-        checkpoint: A checkpoint, a folder of them, its ``latest``, or a run directory.
+        checkpoint: A checkpoint under any name, a folder of them, its ``latest``, or a run directory; or a folder that
+            DeepSpeed wrote elsewhere, its tag, or the one above. Without a manifest of ours, sizes and numbers of ranks
+            are checked, and no checksums.
         out: The file to write; with ``max_shard_gb`` a folder, laid out as the Hugging Face hub does.
         dtype: Of floating-point parameters. Floating-point buffers (running statistics) are always float32.
         max_shard_gb: Largest size of a file in GB (10^9 bytes); a larger tensor has a file of its own.
@@ -77,9 +83,13 @@ def convert(
     start = time.monotonic()
     out = Path(out)
     _check_target(out, max_shard_gb, overwrite)
-    source = resolve_checkpoint(Path(checkpoint))
-    CheckpointStore(source.parent, keep=1).validate(source)
+    found = find_checkpoint(Path(checkpoint))
+    if found is not None:
+        CheckpointStore(found.parent, keep=1).validate(found)
+    source = found or find_files(Path(checkpoint))
     reader = ZeroCheckpoint(source, averaged=averaged)
+    step = read_step(found) if found else reader.step
+    config = own_config(source)
     shards = _plan(reader, _DTYPES[dtype], max_shard_gb)
     files = _file_names(out, len(shards), max_shard_gb is not None)
     progress = _Progress(sum(entry.num_bytes for shard in shards for entry in shard), on_progress)
@@ -89,25 +99,26 @@ def convert(
             _write_index(partial / INDEX, shards, files)
         for shard, file in zip(shards, files, strict=True):
             target = partial if max_shard_gb is None else partial / file.name
-            _write_shard(target, shard, reader, _metadata(source, averaged), progress)
+            _write_shard(target, shard, reader, _metadata(step, averaged, config.text), progress)
     return ConvertReport(
         checkpoint=source,
-        step=read_step(source),
+        step=step,
         files=tuple(files),
         num_parameters=_num_parameters(reader),
         num_bytes=progress.total,
         seconds=time.monotonic() - start,
+        notes=tuple(note for note in ("" if found else _NO_MANIFEST, config.note) if note),
     )
 
 
 class _Progress:
-    def __init__(self, total: int, tell: Callable[[int, int], None] | None) -> None:
-        self.total, self._done, self._tell = total, 0, tell
+    def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
+        self.total, self._done, self._report = total, 0, report
 
     def add(self, num_bytes: int) -> None:
         self._done += num_bytes
-        if self._tell is not None:
-            self._tell(self._done, self.total)
+        if self._report is not None:
+            self._report(self._done, self.total)
 
 
 class _Replacing:
@@ -201,13 +212,11 @@ def _write_shard(
             progress.add(entry.num_bytes)
 
 
-def _metadata(source: Path, averaged: bool) -> dict[str, str]:
-    """What the file says of its origin; the run directory is two folders above a checkpoint."""
+def _metadata(step: int, averaged: bool, config: str) -> dict[str, str]:
+    """What the file says of its origin."""
     # "format" is what transformers and its kin look for.
-    told = {"format": "pt", "piip_scale_format": FORMAT_VERSION, "step": str(read_step(source))}
-    told |= {"averaged": "true"} if averaged else {}
-    config = source.resolve().parent.parent / CONFIG_FILE
-    return told | ({"config": config.read_text(encoding="utf-8")} if config.is_file() else {})
+    origin = {"format": "pt", "piip_scale_format": FORMAT_VERSION, "step": str(step)}
+    return origin | ({"averaged": "true"} if averaged else {}) | ({"config": config} if config else {})
 
 
 def _num_parameters(reader: ZeroCheckpoint) -> int:

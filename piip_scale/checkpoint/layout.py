@@ -15,6 +15,49 @@ from piip_scale.errors import CheckpointError
 Shape = tuple[int, ...]
 
 
+def slices_of_mappings(
+    shapes: Sequence[Mapping[str, Shape]], ranges: Sequence[Sequence[Mapping[str, tuple[int, int]]]]
+) -> dict[str, list[Slice]]:
+    """ZeRO stages 1 and 2, where the files say themselves where each parameter is, in whatever order they lie.
+
+    Args:
+        shapes: For each parameter group, its parameters' shapes.
+        ranges: ``ranges[rank][group]`` names the parameters that the rank has a part of, each with start and length in
+            the rank's flat tensor; a parameter's parts follow each other in the order of ranks.
+
+    Returns:
+        The slices of each parameter, in order.
+
+    Raises:
+        CheckpointError: Shapes and parts do not add up.
+    """
+    slices: dict[str, list[Slice]] = {}
+    for group, named in enumerate(shapes):
+        for name, shape in named.items():
+            first, parts = 0, []
+            for rank, of_rank in enumerate(ranges):
+                start, length = of_rank[group].get(name, (0, 0))
+                if start < 0 or length < 0:
+                    raise _misfit(f"parameter {name} begins at {start} with {length} elements on rank {rank}")
+                parts += [Slice(name, first, start, length, rank, group)] if length else []
+                first += length
+            if first != num_elements(shape):
+                raise _misfit(f"parameter {name} of shape {tuple(shape)} has {first} elements in the files")
+            slices[name] = parts
+    return slices
+
+
+def num_elements(shape: Shape) -> int:
+    """Elements of a tensor.
+
+    Raises:
+        CheckpointError: No tensor has such a shape.
+    """
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise _misfit(f"a parameter has shape {tuple(shape)}")
+    return math.prod(shape)
+
+
 def slices_of_cut_groups(
     shapes: Sequence[Mapping[str, Shape]],
     part_lengths: Sequence[Sequence[int]],
@@ -39,10 +82,10 @@ def slices_of_cut_groups(
         gaps = [0] * len(named) if paddings is None else paddings[group]
         start = 0
         for (name, shape), gap in zip(named.items(), gaps, strict=True):
-            slices[name] = _cut(name, group, lengths, start, math.prod(shape))
-            if sum(part.length for part in slices[name]) != math.prod(shape):
+            slices[name] = _cut(name, group, lengths, start, num_elements(shape))
+            if sum(part.length for part in slices[name]) != num_elements(shape):
                 raise _misfit(f"parameter {name} of shape {tuple(shape)} ends behind parameter group {group}")
-            start += math.prod(shape) + gap
+            start += num_elements(shape) + gap
         _check_used(f"parameter group {group}", used=start, held=sum(lengths), align=2 * len(lengths))
     return slices
 
@@ -63,12 +106,12 @@ def slices_of_cut_parameters(
     slices: dict[str, list[Slice]] = {}
     group, start = 0, 0
     for name, shape in ((name, shape) for named in shapes for name, shape in named.items()):
-        part = math.ceil(math.prod(shape) / num_ranks)
+        part = math.ceil(num_elements(shape) / num_ranks)
         while group < len(part_lengths) and start == part_lengths[group]:
             group, start = group + 1, 0
         if group == len(part_lengths) or start + part > part_lengths[group]:
             raise _misfit(f"parameter {name} of shape {tuple(shape)} does not fit into flat tensor {group}")
-        slices[name] = slices_of_parts(name, math.prod(shape), part, num_ranks, group, start)
+        slices[name] = slices_of_parts(name, num_elements(shape), part, num_ranks, group, start)
         start += part
     if group < len(part_lengths) - 1 or (part_lengths and start != part_lengths[-1]):
         raise _misfit(f"{start} of {part_lengths[group]} elements of flat tensor {group} belong to a parameter")

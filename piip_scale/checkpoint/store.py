@@ -7,31 +7,42 @@ from a damaged one without opening a single tensor.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from piip_scale.checkpoint.manifest import (
+    MANIFEST,
+    checksum,
+    count_parts,
+    fault_of,
+    num_bytes,
+    read_step,
+    whole_files,
+    write_manifest,
+    write_part,
+)
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors, sync_file, write_text_atomically
 from piip_scale.logging import get_logger
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "LATEST",
+    "MANIFEST",
+    "CheckpointStore",
+    "checksum",
+    "find_checkpoint",
+    "num_bytes",
+    "read_step",
+    "resolve_checkpoint",
+]
+
 LATEST = "latest"
-FORMAT_VERSION = 1
 
 _COMMITTED = re.compile(r"step_(\d{8,})")
-_PART = re.compile(r"\.rank_\d{5,}\.json")
 _HIDDEN = re.compile(r"\.(saving|dropped)_\d{8,}|\.latest\.\d+\.part")
-
-# A checksum covers files of up to 64 MiB whole; of larger ones that many MiB, evenly spaced with both ends among
-# them, so that committing 100 GB costs a second and not minutes.
-_BLOCK_BYTES = 1 << 20
-_MAX_BLOCKS = 64
 
 
 class CheckpointStore:
@@ -64,7 +75,7 @@ class CheckpointStore:
             CheckpointError: The step already has a whole checkpoint, or the disk refuses.
         """
         target, staging = self.path(step), self.staging(step)
-        if target.exists() and _fault(target) is None:
+        if target.exists() and fault_of(target) is None:
             raise CheckpointError(
                 f"step {step} already has a checkpoint: {target}",
                 rule="a checkpoint is written once",
@@ -87,9 +98,7 @@ class CheckpointStore:
         Raises:
             OSError: The disk refuses.
         """
-        staging = self.staging(step)
-        entries = {name: _entry(staging / name) for name in names}
-        write_text_atomically(staging / f".rank_{rank:05d}.json", json.dumps(entries))
+        write_part(self.staging(step), rank, names)
 
     def finished_ranks(self, step: int) -> int:
         """How many ranks have finished their part of a save.
@@ -97,7 +106,7 @@ class CheckpointStore:
         Raises:
             OSError: The disk refuses.
         """
-        return sum(_PART.fullmatch(name) is not None for name in os.listdir(self.staging(step)))
+        return count_parts(self.staging(step))
 
     def commit(self, step: int) -> Path:
         """Makes the checkpoint visible, points ``latest`` at it and prunes. Main rank only.
@@ -114,7 +123,7 @@ class CheckpointStore:
         staging, target = self.staging(step), self.path(step)
         try:
             with disk_errors(CheckpointError, f"save checkpoint {target}"):
-                _write_manifest(staging, step)
+                write_manifest(staging, step)
                 os.rename(staging, target)
                 sync_file(self.folder)
         except CheckpointError:
@@ -131,7 +140,8 @@ class CheckpointStore:
         """Steps of the visible checkpoints, damaged ones included, in rising order."""
         if not self.folder.is_dir():
             return []
-        matches = (_COMMITTED.fullmatch(path.name) for path in self.folder.iterdir())
+        with disk_errors(CheckpointError, f"read {self.folder}"):
+            matches = [_COMMITTED.fullmatch(path.name) for path in self.folder.iterdir()]
         return sorted(int(match[1]) for match in matches if match)
 
     def latest(self) -> Path | None:
@@ -140,11 +150,27 @@ class CheckpointStore:
         Skips, with a warning that says why, newer ones that are damaged.
         """
         for step in reversed(self.steps()):
-            fault = _fault(self.path(step))
+            fault = fault_of(self.path(step), step)
             if fault is None:
                 return self.path(step)
             get_logger(__name__).warning("skipping a damaged checkpoint: %s", fault)
-        return None
+        return self._newest_renamed()
+
+    def _newest_renamed(self) -> Path | None:
+        """The newest whole checkpoint that somebody gave another name, which its manifest knows of."""
+        found = {read_step(path): path for path in self._with_manifest() if fault_of(path) is None}
+        if not found:
+            return None
+        newest = found[max(found)]
+        get_logger(__name__).warning(
+            "%s was renamed: by its manifest it is the checkpoint of step %d", newest, max(found)
+        )
+        return newest
+
+    def _with_manifest(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if path.name[0] != "." and (path / MANIFEST).is_file()]
 
     def validate(self, path: Path) -> None:
         """Checks every file of a checkpoint against the manifest, with its checksum.
@@ -153,7 +179,7 @@ class CheckpointStore:
             CheckpointError: Names the file and what is wrong with it.
         """
         path = Path(path)
-        files = _whole_files(path)
+        files = whole_files(path)
         for name, entry in files.items():
             with disk_errors(CheckpointError, f"read {path / name}"):
                 found = checksum(path / name)
@@ -194,7 +220,7 @@ class CheckpointStore:
 
         An error about either is worth less than the checkpoint, which ``latest()`` finds without the file.
         """
-        whole = [step for step in self.steps() if _fault(self.path(step)) is None]
+        whole = [step for step in self.steps() if fault_of(self.path(step)) is None]
         try:
             write_text_atomically(self.folder / LATEST, f"{self.path(whole[-1]).name}\n")
             for step in self.steps():
@@ -215,142 +241,54 @@ class CheckpointStore:
             _remove(hidden)
 
 
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint of ours that a user means by ``path``; ``None`` where there is no sign of one.
+
+    Args:
+        path: As of ``resolve_checkpoint``.
+
+    Raises:
+        CheckpointError: There are only damaged ones.
+    """
+    path = Path(path)
+    if path.is_dir():
+        # Under whichever name: what makes a folder a checkpoint is its manifest.
+        if (path / MANIFEST).is_file() or _COMMITTED.fullmatch(path.resolve().name):
+            whole_files(path)
+            return path
+        if (path.parent / MANIFEST).is_file() and any(path.glob("*model_states.pt")):
+            return find_checkpoint(path.parent)
+    folder = path.parent if path.name == LATEST and not path.is_dir() else path
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    store = CheckpointStore(folder, keep=1)
+    newest = store.latest()
+    if newest is None and store.steps():
+        raise _none_whole(folder)
+    return newest
+
+
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint a user means by ``path``.
 
     Args:
-        path: A checkpoint, or a folder of them, or that folder's ``latest``, or a run directory with ``checkpoints``.
+        path: A checkpoint under any name, or a folder of them, or that folder's ``latest``, or a run directory with
+            ``checkpoints``.
 
     Raises:
         CheckpointError: There is no whole checkpoint there.
     """
-    path = Path(path)
-    if path.is_dir() and _COMMITTED.fullmatch(path.resolve().name):
-        _whole_files(path)
-        return path
-    folder = path.parent if path.name == LATEST else path
-    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    newest = CheckpointStore(folder, keep=1).latest()
+    newest = find_checkpoint(path)
     if newest is None:
-        raise CheckpointError(
-            f"no whole checkpoint in {folder}",
-            rule="a checkpoint is a folder step_00000120 with a manifest.json",
-            fix="give such a folder, or the checkpoints folder of a run",
-        )
+        raise _none_whole(path)
     return newest
 
 
-def read_step(checkpoint: Path) -> int:
-    """The optimiser step at which a committed checkpoint was saved.
-
-    Raises:
-        CheckpointError: The manifest is missing or broken.
-    """
-    return int(_read_manifest(checkpoint)["step"])
-
-
-def num_bytes(checkpoint: Path) -> int:
-    """Size of all files of a committed checkpoint but its manifest.
-
-    Raises:
-        CheckpointError: The manifest is missing or broken.
-    """
-    return sum(entry["bytes"] for entry in _read_manifest(checkpoint)["files"].values())
-
-
-def checksum(path: Path) -> str:
-    """CRC-32 of a file as hex; of a file above 64 MiB, that of 64 evenly spaced blocks of 1 MiB.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    size = path.stat().st_size
-    num_blocks = -(-size // _BLOCK_BYTES)
-    crc = 0
-    with path.open("rb") as file:
-        for index in range(min(num_blocks, _MAX_BLOCKS)):
-            if num_blocks > _MAX_BLOCKS:
-                file.seek(index * (size - _BLOCK_BYTES) // (_MAX_BLOCKS - 1))
-            crc = zlib.crc32(file.read(_BLOCK_BYTES), crc)
-    return f"{crc:08x}"
-
-
-def _write_manifest(staging: Path, step: int) -> None:
-    """Lists everything in ``staging``: finished parts as their ranks found them, the rest here."""
-    files = _take_parts(staging)
-    paths = sorted(path for path in staging.rglob("*") if path.is_file())
-    if not paths:
-        raise CheckpointError(f"nothing was written into {staging}", fix="write the checkpoint's files before commit")
-    for path in paths:
-        name = str(path.relative_to(staging))
-        files[name] = files.get(name) or _entry(path)
-    for inner in (path for path in staging.rglob("*") if path.is_dir()):
-        sync_file(inner)
-    content = {"format": FORMAT_VERSION, "step": step, "files": files}
-    write_text_atomically(staging / MANIFEST, json.dumps(content, indent=1))
-
-
-def _take_parts(staging: Path) -> dict[str, dict[str, Any]]:
-    """The entries of all finished parts; their marks are removed."""
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(path for path in staging.iterdir() if _PART.fullmatch(path.name)):
-        files |= json.loads(path.read_text(encoding="utf-8"))
-        path.unlink()
-    _check_sizes(staging, files, fix="let all ranks write to one disk that they share")
-    return files
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file that is on the disk."""
-    sync_file(path)
-    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
-
-
-def _read_manifest(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing", rule="a whole checkpoint has one", fix="take another checkpoint")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format"]
-        wellformed = isinstance(content["step"], int) and all(
-            isinstance(entry["bytes"], int) and isinstance(entry["crc32"], str) for entry in content["files"].values()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}", fix="take another checkpoint") from error
-    if version != FORMAT_VERSION or not wellformed:
-        raise CheckpointError(
-            f"{path} is of another format",
-            value=version,
-            rule=f"this version reads format {FORMAT_VERSION}",
-            fix="read it with the version of piip-scale that wrote it",
-        )
-    return content
-
-
-def _whole_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's entries by relative path, after a look at each file's size."""
-    files: dict[str, dict[str, Any]] = _read_manifest(checkpoint)["files"]
-    _check_sizes(checkpoint, files, fix="take another checkpoint")
-    return files
-
-
-def _check_sizes(folder: Path, files: dict[str, dict[str, Any]], fix: str) -> None:
-    for name, entry in files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != entry["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise CheckpointError(f"{path} {found}", rule=f"it was saved with {entry['bytes']} bytes", fix=fix)
-
-
-def _fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's manifest or sizes, ``None`` for nothing."""
-    try:
-        _whole_files(checkpoint)
-    except CheckpointError as error:
-        return error.line
-    return None
+def _none_whole(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"no whole checkpoint in {folder}",
+        rule="a checkpoint is a folder step_00000120 with a manifest.json",
+        fix="give such a folder, or the checkpoints folder of a run",
+    )
 
 
 def _remove(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from piip_scale.checkpoint.slices import Slice, whole
-from piip_scale.checkpoint.swapped import attach_swapped
+from piip_scale.checkpoint.swapped import SWAPPED, attach_swapped
 from piip_scale.errors import CheckpointError
+from piip_scale.files import lacks_memory
 
 # A mapped file's pages count as this process's memory until it is unmapped: so much for all files together, but at
 # least so much for each.
@@ -24,10 +24,22 @@ class _Inert:
     """Stands for DeepSpeed's own objects in its pickles, of which no weight depends."""
 
 
+class Fragment:
+    """Stands for DeepSpeed's ``fragment_address``: where a rank's flat tensor holds its part of a parameter.
+
+    Attributes:
+        start: First element in the flat tensor.
+        numel: Elements.
+    """
+
+    start: int
+    numel: int
+
+
 _STAND_INS = [
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
 
@@ -44,6 +56,7 @@ class StoredFile:
         self.path = path
         self._max_mapped_bytes = max(_MAPPED_BYTES // max(num_files, 1), _MAPPED_BYTES_PER_FILE)
         self._content: Any = None
+        self._has_swapped = False
         self._bytes_read = 0
 
     def get(self, *keys: str | int) -> Any:
@@ -54,6 +67,8 @@ class StoredFile:
         """
         if self._content is None:
             self._content = _load(self.path)
+            # Raw files beside it, checked where they are mapped, hold what this file has no room for.
+            self._has_swapped = isinstance(self._content, dict) and SWAPPED in self._content
         value = self._content
         for key in keys:
             try:
@@ -65,9 +80,40 @@ class StoredFile:
                 ) from None
         return value
 
-    def copy_into(self, out: Tensor, part: Slice, *keys: str | int) -> None:
-        """Copies a slice of the tensor under ``keys``; ``out`` is 1-D, of the slice's length, on any device."""
-        out.copy_(part.of(self.get(*keys).reshape(-1)))
+    def tensor(self, *keys: str | int) -> Tensor:
+        """The tensor under ``keys``, mapped.
+
+        Raises:
+            CheckpointError: There is none, or it claims more elements than the file has room for.
+        """
+        value: Tensor = self.get(*keys)
+        is_plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not is_plain or (not self._has_swapped and _num_bytes(value) > self.path.stat().st_size):
+            raise CheckpointError(
+                f"{self.path}: {'.'.join(map(str, keys))} is no tensor that the file holds",
+                value=tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__,
+                fix="take another checkpoint",
+            )
+        return value
+
+    def copy_into(self, out: Tensor, part: Slice, *keys: str | int, dtype: torch.dtype | None = None) -> None:
+        """Copies a slice of the tensor under ``keys``, of numbers of the kind of ``dtype`` where one is given.
+
+        ``out`` is 1-D, of the slice's length, on any device.
+        """
+        value = self.tensor(*keys)
+        if dtype is not None and value.dtype.is_floating_point != dtype.is_floating_point:
+            raise CheckpointError(
+                f"{self.path}: {'.'.join(map(str, keys))} is of {value.dtype}", rule=f"{part.name} is of {dtype}"
+            )
+        if part.start + part.length > value.numel():
+            # Else one element would silently spread over many.
+            raise CheckpointError(
+                f"{self.path}: {'.'.join(map(str, keys))} has {value.numel()} elements, of which {part.name} would be "
+                f"{part.start} to {part.start + part.length}",
+                fix="take another checkpoint",
+            )
+        out.copy_(part.of(value.reshape(-1)))
         self._bytes_read += out.numel() * out.element_size()
         if self._bytes_read > self._max_mapped_bytes:
             self._content, self._bytes_read = None, 0
@@ -89,9 +135,15 @@ class StoredSlice:
     keys: tuple[str | int, ...]
     state_keys: tuple[str | int, ...] = ()
 
-    def copy_into(self, out: Tensor, part: Slice, state: str | None = None) -> None:
-        """Copies a part of the slice, or of the optimiser's ``state`` of it; ``out`` is 1-D, of the part's length."""
-        self.file.copy_into(out, part, *(self.keys if state is None else (*self.state_keys, state)))
+    def copy_into(self, out: Tensor, part: Slice, dtype: torch.dtype, state: str | None = None) -> None:
+        """Copies a part of the slice, which is of a dtype, or of the optimiser's ``state`` of it, which may be of any.
+
+        ``out`` is 1-D, of the part's length.
+        """
+        if state is None:
+            self.file.copy_into(out, part, *self.keys, dtype=dtype)
+        else:
+            self.file.copy_into(out, part, *self.state_keys, state)
 
 
 @dataclass(frozen=True)
@@ -130,9 +182,13 @@ class Weight:
         )
 
 
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def whole_weight(file: StoredFile, name: str, *keys: str | int, is_buffer: bool = False) -> Weight:
     """The whole tensor under ``keys`` of a file as a weight."""
-    value = file.get(*keys)
+    value = file.tensor(*keys)
     part = StoredSlice(whole(name, value.numel()), file, keys)
     return Weight(tuple(value.shape), value.dtype, is_buffer, (part,))
 
@@ -143,9 +199,18 @@ def _load(path: Path) -> Any:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if not unsafe:
                 content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-                attach_swapped(content, path.parent)
+                if isinstance(content, dict):
+                    attach_swapped(content, path.parent)
                 return content
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle makes torch's parser raise anything
+        if lacks_memory(error):
+            raise CheckpointError(
+                f"{path} cannot be mapped: no room for its {path.stat().st_size} bytes in this process's address space",
+                rule="the file may well be whole",
+                fix="raise the limit on virtual memory (ulimit -v unlimited), or run where there is more",
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read: {reason}", fix="take another checkpoint") from error
     raise CheckpointError(

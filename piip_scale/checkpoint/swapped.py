@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from piip_scale.errors import CheckpointError
+
 SWAPPED = "swapped"
 """Key in our saves' files of optimiser states, where those live on a disk: for each flat tensor that did, its elements
 and where beside the file the raw ones of itself and its states are; ``None`` for the others."""
+
+# Written into the checkpoint by us, read from wherever it came: never a way out of its folder.
+_STEM = re.compile(r"offloaded_tensors/rank\d{2,6}/[A-Za-z0-9_]+")
 
 
 def attach_swapped(content: Any, folder: Path) -> None:
@@ -24,12 +30,25 @@ def attach_swapped(content: Any, folder: Path) -> None:
         if swapped is None:
             continue
         numel, stem = swapped
+        if not (isinstance(stem, str) and _STEM.fullmatch(stem)):
+            raise CheckpointError(
+                f"{folder}: a file of optimiser state names another", value=stem, rule="offloaded_tensors/rankN/NAME"
+            )
         optimizer = content["optimizer_state_dict"]
         optimizer["fp32_flat_groups"][index] = _raw(folder / f"{stem}.tensor.swp", numel)
         states = optimizer["optimizer_state_dict"]["state"].get(index, {})
         for key in [key for key, value in states.items() if torch.is_tensor(value) and value.numel() == 0]:
+            if not (isinstance(key, str) and key.isidentifier()):
+                raise CheckpointError(f"{folder}: a state of the optimiser", value=key, rule="its name is a word")
             states[key] = _raw((folder / stem).with_name(f"{key}-{Path(stem).name}.tensor.swp"), numel)
 
 
 def _raw(path: Path, numel: int) -> Tensor:
+    # Mapped beyond its end, a file kills the process that reads there.
+    if not path.is_file() or type(numel) is not int or not 0 <= numel * 4 <= path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is not there or too short",
+            rule=f"it holds {numel} float32 values of optimiser state",
+            fix="take another checkpoint",
+        )
     return torch.from_file(str(path), shared=False, size=numel, dtype=torch.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piip_scale.checkpoint.averages import UPDATES, averaged_weights, open_averages
+from piip_scale.checkpoint.averages import averaged_weights, num_updates, open_averages
 from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
 
 # Steps that the optimiser counted for a tensor, among its states.
@@ -31,6 +31,7 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
         folder: That holds the files.
         stage: ZeRO stage that wrote them.
         num_ranks: Ranks that wrote them.
+        step: Optimiser steps behind them, as DeepSpeed counts; 0 where they do not say.
         weights: Where each tensor is, by name.
         num_updates: Of the averages.
 
@@ -41,12 +42,13 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
     def __init__(self, folder: Path, *, averaged: bool = False) -> None:
         files = DeepSpeedFiles.open(Path(folder))
         self.folder, self.stage, self.num_ranks = files.folder, files.stage, files.num_ranks
+        self.step = files.step
         self.weights = files.weights()
         self.num_updates = 0
         if averaged:
             averages = open_averages(Path(folder), len(files.optimizers) or 1)
             self.weights = averaged_weights(self.weights, averages)
-            self.num_updates = int(averages[0].get(UPDATES))
+            self.num_updates = num_updates(averages[0])
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.weights[name]
@@ -66,10 +68,11 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
         Raises:
             CheckpointError: The checkpoint does not hold them.
         """
-        for stored in self.weights[name].parts:
+        weight = self.weights[name]
+        for stored in weight.parts:
             part = stored.slice.within(first, out.numel())
             if part is not None:
-                stored.copy_into(out[part.first - first :][: part.length], part, state)
+                stored.copy_into(out[part.first - first :][: part.length], part, weight.dtype, state)
 
     def moments(self, name: str) -> list[str]:
         """Names of the optimiser's states of a trained parameter's shape; empty before its first step."""

@@ -25,7 +25,10 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A run directory, its checkpoints/, or one step_... in it.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A run directory, its checkpoints/, or one of them; or a folder that DeepSpeed wrote."),
+    ],
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write; with --max-shard-gb a folder.")],
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights written.")] = "fp32",
     max_shard_gb: Annotated[float | None, typer.Option(help="Split into files of at most this size.")] = None,
@@ -55,6 +58,8 @@ def convert(
         f"{out}: step {report.step}, {report.num_parameters:,} parameters, {report.num_bytes / 1e6:.1f} MB "
         f"in {report.seconds:.1f} s"
     )
+    for note in report.notes:
+        typer.echo(note, err=True)
 
 
 def evaluate(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
-from piip_scale.config.run import OptimizerConfig, RunConfig
+from pydantic import ValidationError
+
+from piip_scale.config.run import DataConfig, OptimizerConfig, RunConfig
 from piip_scale.data.order import divisors
+from piip_scale.engine.versions import FROM_WEIGHTS
 from piip_scale.errors import ConfigError
 
 _EXPONENTS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
@@ -88,7 +92,7 @@ def keep_images_per_step(config: RunConfig, images: int, num_ranks: int) -> RunC
             "train.images_per_step",
             value=asked,
             rule=f"the run to resume has steps of {images} images",
-            fix="leave it out, or convert the run and start another from its weights",
+            fix=f"leave it out, or train a new run from its weights: {FROM_WEIGHTS}",
         )
     if images_per_step(config, num_ranks) == images:
         return config
@@ -100,10 +104,23 @@ def keep_images_per_step(config: RunConfig, images: int, num_ranks: int) -> RunC
             rule=f"the ranks divide these, and data.num_streams={streams}",
             fix=f"resume on {_listed(fitting)} ranks",
         )
-    micro = max(size for size in divisors(images // num_ranks) if size <= config.data.micro_batch_size)
-    data = config.data.model_copy(update={"micro_batch_size": micro})
+    data = _smaller_micro_batches(config, images, num_ranks)
     train = config.train.model_copy(update={"images_per_step": images, "gradient_accumulation": 1})
     return config.model_copy(update={"train": train, "data": data})
+
+
+def _smaller_micro_batches(config: RunConfig, images: int, num_ranks: int) -> DataConfig:
+    """The data config with the largest micro-batches that fit and that its own rules allow, as mixup those in pairs."""
+    sizes = [size for size in divisors(images // num_ranks) if size <= config.data.micro_batch_size]
+    for size in sorted(sizes, reverse=True):
+        with suppress(ValidationError):
+            return type(config.data).model_validate(config.data.model_dump() | {"micro_batch_size": size})
+    raise ConfigError(
+        f"{num_ranks} ranks cannot go on with a run whose steps have {images} images",
+        value=sizes,
+        rule="data.augment.mix takes the images of a micro-batch in pairs, and none of these sizes is even",
+        fix=f"resume on a number of ranks of which each has an even share of {images} images",
+    )
 
 
 def batch_line(config: RunConfig, num_ranks: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from piip_scale.checkpoint.origin import STATE_FILE
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import images_per_step
@@ -26,7 +27,6 @@ from piip_scale.logging import get_logger
 from piip_scale.telemetry.records import SaveRecord
 from piip_scale.world import World
 
-STATE_FILE = "training.json"
 ZERO_FOLDER = "zero"
 _CLIENT_KEY = "piip_scale"
 _LOOK_SECONDS = 0.05

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from piip_scale.checkpoint.origin import STATE_FILE
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import keep_images_per_step
-from piip_scale.engine.checkpointing import STATE_FILE, TrainingState
+from piip_scale.engine.checkpointing import TrainingState
 from piip_scale.engine.collective import on_main
-from piip_scale.engine.versions import check_format, warn_of_other_versions
+from piip_scale.engine.versions import FROM_WEIGHTS, check_format, warn_of_other_versions
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.restoring import restore
 from piip_scale.errors import CheckpointError
@@ -144,13 +145,27 @@ def read_state(checkpoint: Path) -> TrainingState:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         check_format(path, content)
-        return TrainingState(**content)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return _checked(TrainingState(**content))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}",
+            f"{path} cannot be read: {type(error).__name__}: {error}",
             rule="this version of piip-scale writes one into every checkpoint",
-            fix="resume with the version that wrote it, or convert its weights",
+            fix=f"resume with the version that wrote it, or train a new run from its weights: {FROM_WEIGHTS}",
         ) from error
+
+
+def _checked(state: TrainingState) -> TrainingState:
+    """Refuses what is not of the types that are written: a checkpoint comes from wherever it was copied from."""
+    for name in ("step", "num_ranks", "stage", "images_per_step", "steps_per_epoch"):
+        if type(getattr(state, name)) is not int or getattr(state, name) < 0:
+            raise ValueError(f"{name} is {getattr(state, name)!r}")
+    names = [name for group in state.groups for name in group]
+    texts = (state.precision, state.sets, *state.versions, *state.versions.values(), *state.shapes, *names)
+    sizes = [size for shape in state.shapes.values() for size in shape]
+    if not all(isinstance(text, str) for text in texts) or not all(type(size) is int for size in sizes):
+        raise ValueError("a name is no text, or a size no number")
+    _ = state.config["train"]["seed"], _num_streams(state)
+    return state
 
 
 def warn_of_other_sets(path: Path, before: str, here: str) -> None:
@@ -193,6 +208,7 @@ def _check(path: Path, saved: TrainingState, now: TrainingState) -> None:
     ):
         if before != here:
             raise _changed(path, meaning, before, here, "a run resumes as it was; only the ranks and zero may change")
+    _check_trained(path, saved, now)
     if saved.groups != now.groups:
         raise CheckpointError(
             f"checkpoint {path} has other optimiser groups ({len(saved.groups)} against {len(now.groups)})",
@@ -201,11 +217,27 @@ def _check(path: Path, saved: TrainingState, now: TrainingState) -> None:
         )
 
 
+def _check_trained(path: Path, saved: TrainingState, now: TrainingState) -> None:
+    """Other parameters that are trained: another cause than other rates, and another thing to mend."""
+    before, here = ({name for group in state.groups for name in group} for state in (saved, now))
+    problems = [
+        _named("trained in the checkpoint and frozen here", sorted(before - here)),
+        _named("frozen in the checkpoint and trained here", sorted(here - before)),
+    ]
+    if any(problems):
+        raise CheckpointError(
+            f"checkpoint {path} was trained with other parts frozen: {'; '.join(filter(None, problems))}",
+            rule="frozen, frozen_blocks and the like decide which parameters have optimiser state",
+            fix="set model.branches.N.frozen_blocks and what else freezes as it was, or train a new run from its "
+            f"weights: {FROM_WEIGHTS}",
+        )
+
+
 def _changed(path: Path, meaning: str, before: object, here: object, rule: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint {path} was written with {meaning} {before!r}, this run has {here!r}",
         rule=rule,
-        fix=f"start it with {before!r} again, or convert it and start a new run from its weights",
+        fix=f"start it with {before!r} again, or train a new run from its weights: {FROM_WEIGHTS}",
     )
 
 

@@ -14,6 +14,12 @@ from piip_scale.logging import get_logger
 STATE_FORMAT = 2
 """Of a checkpoint's description; format 1 did not say its number."""
 
+FROM_WEIGHTS = (
+    "piip-scale convert RUN OUT.safetensors, then piip-scale train with --set model.pretrained=OUT.safetensors (neck "
+    "and heads start afresh)"
+)
+"""What to do with the weights of a run that cannot be resumed."""
+
 _OURS = "piip-scale"
 
 
@@ -38,7 +44,7 @@ def check_format(path: Path, content: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path} is of format {found}, written by {_OURS} {writer}",
             rule=f"{_OURS} {__version__} reads format {STATE_FORMAT}",
-            fix="resume with the version that wrote it, or convert its weights",
+            fix=f"resume with the version that wrote it, or train a new run from its weights: {FROM_WEIGHTS}",
         )
 
 

@@ -44,6 +44,8 @@ _NOT_OF_A_BRANCH = re.compile(
 _MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.")
 """Scales that this pretraining had none of start at the config's value."""
 _PROBLEMS_SHOWN = 20
+_SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\.(safetensors|bin|pth|pt)")
+"""What an index may name: from wherever the folder came, never a way out of it."""
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
@@ -106,7 +108,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise _absent(path)
     if path.suffix == ".json":
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        shards = _indexed(path)
         return {name: tensor for shard in shards for name, tensor in read_weights(path.parent / shard).items()}
     if path.suffix == ".safetensors":
         return _map_safetensors(path)
@@ -157,7 +159,8 @@ def fit_weights(
 
 
 def _network_weights(trunk: Trunk, path: Path) -> dict[str, Tensor]:
-    weights, wanted = read_weights(path), trunk.state_dict()
+    wanted = trunk.state_dict()
+    weights = _of_network(read_weights(path), wanted, path.name)
     problems = [f"missing {name}" for name in wanted if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in wanted]
     problems += [
@@ -173,6 +176,18 @@ def _network_weights(trunk: Trunk, path: Path) -> dict[str, Tensor]:
             fix="use a config of the same network, or import the file again",
         )
     return weights
+
+
+def _of_network(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The network's part of a file, by the network's own names: a converted checkpoint of a run has heads as well."""
+    some = next(iter(wanted))
+    prefixes = [name.removesuffix(some) for name in weights if name.endswith(f".{some}")]
+    prefix = next((prefix for prefix in prefixes if all(f"{prefix}{name}" in weights for name in wanted)), "")
+    if not prefix or some in weights:
+        return weights
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    _LOG.info("%s is a whole model: its network is taken, %d other tensors are not", where, len(weights) - len(own))
+    return own
 
 
 def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Tensor]:
@@ -260,6 +275,23 @@ def _map_safetensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(
             "pretrained weights cannot be read", value=str(path), rule=str(error), fix="download it again"
         ) from None
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that an index names, which lie beside it and are no indexes."""
+    try:
+        shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            "pretrained weights: the index cannot be read", value=str(path), rule=f"{type(error).__name__}: {error}"
+        ) from None
+    wrong = [shard for shard in shards if not (isinstance(shard, str) and _SHARD_FILE.fullmatch(shard))]
+    if wrong or not shards:
+        raise ModelError(
+            f"pretrained weights: the index {path} names {wrong[0]!r}" if wrong else f"the index {path} names nothing",
+            rule="an index names .safetensors or .bin files beside it",
+        )
+    return sorted(shards)
 
 
 def _absent(path: Path) -> ModelError:

@@ -7,7 +7,7 @@ import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from piip_scale.files import atomic_file
@@ -130,6 +130,13 @@ def _place(folder: Path, rank: int) -> Path:
 
 
 def _read(path: Path) -> Beat | None:
-    with suppress(OSError, ValueError, TypeError):
-        return Beat(**json.loads(path.read_text()))
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        beat = Beat(**json.loads(path.read_text(encoding="utf-8")))
+        if all(_has_type(getattr(beat, field.name), field.type) for field in fields(Beat)):
+            return beat
     return None
+
+
+def _has_type(value: object, type_name: object) -> bool:
+    wanted = {"int": (int,), "float": (int, float), "str": (str,)}[str(type_name)]
+    return type(value) in wanted

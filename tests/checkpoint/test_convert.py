@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,13 @@ from safetensors.torch import load_file
 from zero_files import write_checkpoint
 
 from piip_scale.checkpoint.convert import INDEX, convert
+from piip_scale.checkpoint.origin import STATE_FILE, own_config
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.config.loading import check_config, config_text, load_config
 from piip_scale.errors import CheckpointError
+
+CONFIG = load_config(Path(__file__).parents[2] / "configs" / "demo" / "digits.py")
 
 
 def make_run(run_dir, numel=64, num_weights=4, num_ranks=2):
@@ -29,8 +34,10 @@ def make_run(run_dir, numel=64, num_weights=4, num_ranks=2):
     buffers = {"table": torch.arange(3), "mean": torch.randn(3).bfloat16(), "seen": torch.tensor(True)}
     store = CheckpointStore(run_dir / "checkpoints", keep=1)
     write_checkpoint(store.begin(7) / "zero", 3, num_ranks, [weights], frozen, buffers)
+    (store.staging(7) / STATE_FILE).write_text(json.dumps({"config": CONFIG.model_dump(mode="json")}))
     store.commit(7)
-    (run_dir / "config.py").write_text('task = "detection"\n')
+    # Whatever lies two folders up is not the checkpoint's.
+    (run_dir / "config.py").write_text('password = "hunter2"\n')
     return weights, frozen, buffers
 
 
@@ -55,13 +62,72 @@ def test_one_file(tmp_path, dtype):
             "format": "pt",
             "piip_scale_format": "1",
             "step": "7",
-            "config": 'task = "detection"\n',
+            "config": config_text(CONFIG),
         }
-    assert (report.step, report.files) == (7, (out,))
+    assert (report.step, report.files, report.notes) == (7, (out,), ())
     assert report.num_parameters == 4 * 64 + 15
     assert told[-1] == (report.num_bytes, report.num_bytes)
     assert all(a < b for (a, _), (b, _) in itertools.pairwise(told))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", "model.safetensors"]
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_a_checkpoint_without_a_config_publishes_none_and_says_so(tmp_path):
+    make_run(tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "step_00000007"
+    (checkpoint / STATE_FILE).unlink()
+    (checkpoint / "manifest.json").unlink()
+    report = convert(checkpoint / "zero", tmp_path / "model.safetensors")
+    assert metadata_of(tmp_path / "model.safetensors") == {"format": "pt", "piip_scale_format": "1", "step": "0"}
+    assert [note.partition(":")[0] for note in report.notes] == [
+        "no manifest of ours",
+        "the checkpoint holds no config, so the file has none in its metadata",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("location", "published"),
+    [
+        ("s3://AKIAKEY:hunter2@bucket/train", "s3://bucket/train"),
+        ("https://me:hunter2@host/train", "https://host/train"),
+        ("https://host/{name}?X-Amz-Signature=hunter2", "https://host/{name}"),
+        ("pipe:curl -H 'Authorization: Bearer hunter2' https://host/{name}", "pipe:removed"),
+        ("pipe:true\nhunter2", "pipe:removed"),
+        ("/data/train", "/data/train"),
+        ("s3://bucket/train", "s3://bucket/train"),
+    ],
+)
+def test_secrets_of_a_location_are_not_published(tmp_path, location, published):
+    values = CONFIG.model_dump(mode="json")
+    values["data"] |= {"train_shards": location, "val_shards": "/data/val"}
+    (tmp_path / STATE_FILE).write_text(json.dumps({"config": values}))
+    own = own_config(tmp_path)
+    assert "hunter2" not in own.text + own.note
+    assert ("data.train_shards" in own.note) == (location != published)
+    values["data"]["train_shards"] = published
+    assert own.text == config_text(check_config(values))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"config": 3}', '{"config": {"passwort": "hunter2"}}', "[" * 99999]
+)
+def test_a_description_that_is_none_publishes_nothing(tmp_path, content):
+    (tmp_path / STATE_FILE).write_text(content)
+    assert own_config(tmp_path).text == ""
+    assert "cannot be read" in own_config(tmp_path).note
+
+
+@pytest.mark.parametrize("name", ["best", "step_00000120", "epoch=3 (copy)"])
+def test_a_renamed_checkpoint_is_known_by_its_manifest(tmp_path, name):
+    weights, *_ = make_run(tmp_path)
+    renamed = (tmp_path / "checkpoints" / "step_00000007").rename(tmp_path / "checkpoints" / name)
+    for index, named in enumerate((renamed, renamed / "zero", tmp_path)):
+        assert convert(named, tmp_path / f"{index}.safetensors").step == 7
+    assert len(load_file(tmp_path / "0.safetensors")) >= len(weights)
 
 
 def test_several_files_as_on_the_hub(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from zero_saver import NOT_FOR_THE_ORACLE, VARIANTS
 
+from piip_scale.checkpoint import layout
 from piip_scale.checkpoint.store import resolve_checkpoint
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.errors import CheckpointError
@@ -128,6 +129,31 @@ def test_shapes_that_do_not_fit_are_refused(copied, shapes):
     torch.save(content, victim)
     with pytest.raises(CheckpointError, match="flat tensor"):
         ZeroCheckpoint(copied)
+
+
+def test_a_limit_on_virtual_memory_is_no_damage(copied, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("unable to mmap 5000 bytes from file <f>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be mapped.*address space.*ulimit -v") as caught:
+        ZeroCheckpoint(copied)
+    assert "take another checkpoint" not in caught.value.line
+
+
+def test_parameters_dealt_to_ranks_in_turns_are_read_where_they_are(tmp_path):
+    """DeepSpeed's ``round_robin_gradients``: the files say where each parameter is, in whatever order."""
+    shapes = [{"a": (3,), "b": (2, 2), "c": (1,)}]
+    ranges = [[{"a": (0, 3), "c": (3, 1)}], [{"b": (0, 4)}]]
+    slices = layout.slices_of_mappings(shapes, ranges)
+    assert {name: [(s.rank, s.first, s.start, s.length) for s in of] for name, of in slices.items()} == {
+        "a": [(0, 0, 0, 3)],
+        "b": [(1, 0, 0, 4)],
+        "c": [(0, 0, 3, 1)],
+    }
+    for wrong in ([[{"a": (0, 3), "c": (3, 1)}], [{"b": (0, 3)}]], [[{"a": (-1, 3), "c": (3, 1)}], [{"b": (0, 4)}]]):
+        with pytest.raises(CheckpointError):
+            layout.slices_of_mappings(shapes, wrong)
 
 
 def test_a_folder_without_a_checkpoint_says_so(tmp_path):

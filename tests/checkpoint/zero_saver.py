@@ -18,6 +18,7 @@ VARIANTS = {
     "stage1_bf16": ({"stage": 1}, {"bf16": {"enabled": True}}),
     "stage1_bf16_fp32_gradients": ({"stage": 1}, {"bf16": {"enabled": True}} | FP32_GRADIENTS),
     "stage2": ({"stage": 2}, {}),
+    "stage2_round_robin": ({"stage": 2, "round_robin_gradients": True}, {}),
     "stage2_bf16": ({"stage": 2}, {"bf16": {"enabled": True}} | FP32_GRADIENTS),
     "stage3": ({"stage": 3, "stage3_param_persistence_threshold": 10}, {}),
     "stage3_bf16": ({"stage": 3, "stage3_param_persistence_threshold": 10}, {"bf16": {"enabled": True}}),
@@ -27,8 +28,9 @@ VARIANTS = {
         {"bf16": {"enabled": True}, "zero_force_ds_cpu_optimizer": False},
     ),
 }
-# DeepSpeed's own tool refuses these: no ZeRO, and a stage 1 whose files do not say so.
-NOT_FOR_THE_ORACLE = ("stage0", "stage0_bf16", "stage1_bf16_fp32_gradients")
+# DeepSpeed's own tool refuses these: no ZeRO, and a stage 1 whose files do not say so; or reads them wrong: parameters
+# dealt to the ranks in turns.
+NOT_FOR_THE_ORACLE = ("stage0", "stage0_bf16", "stage1_bf16_fp32_gradients", "stage2_round_robin")
 
 
 class Net(nn.Module):

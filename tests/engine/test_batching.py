@@ -1,11 +1,13 @@
 import math
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from ranks import tiny_config
 
+from piip_scale.config.loading import load_config
 from piip_scale.engine.batching import (
     accumulation_for,
     batch_line,
@@ -17,6 +19,7 @@ from piip_scale.engine.schedule import lr_factor
 from piip_scale.errors import ConfigError
 
 small = st.integers(1, 12)
+MIXED = load_config(Path(__file__).parents[2] / "configs" / "demo" / "digit_classes.py")
 
 
 @given(small, small, small)
@@ -62,6 +65,21 @@ def test_a_resumed_run_keeps_its_images_on_any_ranks_that_share_them(accumulatio
             keep_images_per_step(config, images, others)
         named = {int(number) for number in re.findall(r"\d+", caught.value.fix)}
         assert named == {number for number in range(1, images + 1) if images % number == 48 % number == 0}
+
+
+@given(
+    st.integers(1, 6), st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 6, 8, 12]), st.sampled_from([1, 2, 3, 4, 6, 8])
+)
+def test_micro_batches_that_are_mixed_in_pairs_stay_even_on_other_ranks(accumulation, pairs, ranks, others):
+    data = MIXED.data.model_copy(update={"num_streams": 48, "micro_batch_size": 2 * pairs})
+    config = MIXED.model_copy(update={"data": data})
+    assert config.data.augment.mix is not None
+    images = accumulation * 2 * pairs * ranks
+    if images % others == 0 and images // others % 2 == 0:
+        assert keep_images_per_step(config, images, others).data.micro_batch_size % 2 == 0
+    elif images % others == 0:
+        with pytest.raises(ConfigError, match="in pairs"):
+            keep_images_per_step(config, images, others)
 
 
 def test_a_resumed_run_that_is_told_other_images_outright_is_refused():

@@ -11,7 +11,8 @@ import torch
 from ranks import tiny_config
 
 from piip_scale import __version__
-from piip_scale.engine.checkpointing import STATE_FILE, TrainingState
+from piip_scale.checkpoint.origin import STATE_FILE
+from piip_scale.engine.checkpointing import TrainingState
 from piip_scale.engine.resuming import Checkpoint, read_state, warn_of_other_sets
 from piip_scale.engine.versions import STATE_FORMAT, versions, warn_of_other_versions
 from piip_scale.errors import CheckpointError
@@ -78,6 +79,8 @@ def with_seed(seed: int) -> dict:
         ({"shapes": STATE.shapes | {"neck.bias": [1]}}, ["another model", "1 only in this model (neck.bias)"]),
         ({"shapes": STATE.shapes | {"head.bias": [5]}}, ["1 of another shape (head.bias [4] against [5])"]),
         ({"groups": [["head.weight", "head.bias"]]}, ["2 against 1", "weight_decay", "layer_decay"]),
+        ({"groups": [["head.weight"]]}, ["1 trained in the checkpoint and frozen here (head.bias)", "frozen_blocks"]),
+        ({"groups": [["head.weight", "stem.weight"], ["head.bias"]]}, ["1 frozen in the checkpoint and trained here"]),
         ({"precision": "fp32"}, ["train.precision 'bf16', this run has 'fp32'"]),
         ({"images_per_step": 16}, ["images a step 8, this run has 16"]),
         ({"config": with_seed(3)}, ["train.seed 0, this run has 3"]),
