@@ -162,7 +162,11 @@ def decode_map(
 def _decode_jpeg(content: bytes, name: str, max_pixels: int, flaws: list[str]) -> Image:
     import simplejpeg
 
-    height, width, _, _ = simplejpeg.decode_jpeg_header(content, strict=False)
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(content, strict=False)
+    # Of a damaged header it names a number of its own, and no reason.
+    except (ValueError, KeyError):
+        raise ValueError("it is truncated, or its header is damaged") from None
     _check_pixels(height, width, name, max_pixels)
     try:
         return np.asarray(simplejpeg.decode_jpeg(content, "RGB"))

@@ -18,6 +18,7 @@ from piip_scale.data.images import (
     image_facts,
     oriented_size,
     read_file,
+    read_photo,
     resolve_orientation,
     turned,
 )
@@ -94,6 +95,31 @@ def test_jpegs_that_lack_pixels_are_refused():
             decode_image(large[:cut], "x")
         with pytest.raises(ImageError, match="premature end"):
             decode_image(large[:cut] + b"\xff\xd9", "x")
+
+
+def test_photographs_are_read_in_spite_of_flaws_which_are_logged(tmp_path, caplog):
+    contents = {
+        "a.jpg": (JPEG[:-2], "no end mark"),
+        "b.png": (encoded(PHOTO, "PNG", exif=b"Exif\0\0XXgarbage"), "EXIF data"),
+        "c.webp": (encoded(PHOTO, "WEBP", exif=b"Exif\0\0XXgarbage"), "EXIF data"),
+    }
+    for name, (content, flaw) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        caplog.clear()
+        assert read_photo(tmp_path / name).shape == PHOTO.shape
+        assert [flaw in record.getMessage() for record in caplog.records] == [True]
+    (tmp_path / "d.jpg").write_bytes(encoded(PHOTO, "JPEG", orientation=6))
+    assert read_photo(tmp_path / "d.jpg").shape == (13, 9, 3)
+    assert read_photo(tmp_path / "d.jpg", exif="stored").shape == PHOTO.shape
+    for name in (*contents, "d.jpg"):
+        with pytest.raises(ImageError, match="--max-pixels"):
+            read_photo(tmp_path / name, max_pixels=100)
+
+
+@pytest.mark.parametrize("length", [2, 3, 20, 100, 170])
+def test_jpegs_cut_off_in_their_header_say_so(length):
+    with pytest.raises(ImageError, match="truncated, or its header is damaged"):
+        decode_image(JPEG[:length], "x")
 
 
 def test_colours_come_without_words():
