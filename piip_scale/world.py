@@ -206,6 +206,11 @@ def node_name(environment: Mapping[str, str] | None = None) -> str:
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: of a node's, those that its launcher or scheduler bound it to."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def outside_of_job(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables for a command that must not take this process's job for its own, as one that submits another."""
     kept = ("SLURM_CONF", "SLURM_CLUSTERS")

@@ -11,7 +11,8 @@ import typer
 
 from piip_scale import __version__
 from piip_scale.cli import count, demo, detect, jobs, plan, shards, submit, supervise, train, weights
-from piip_scale.errors import PiipError
+from piip_scale.errors import PiipError, WorldError
+from piip_scale.world import read_world
 
 app = typer.Typer(
     name="piip-scale",
@@ -45,11 +46,33 @@ supervise.register(app)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
+# What ranks may do together, or what looks after them; everything else is one process's work.
+_FOR_RANKS = ("train", "supervise", "preflight", "preflight-node", "submit", "jobs")
+
+
 @app.callback(invoke_without_command=True)
-def _version(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+def _before(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand not in _FOR_RANKS:
+        _leave_to_rank_0(context.invoked_subcommand or "")
+
+
+def _leave_to_rank_0(command: str) -> None:
+    """Under torchrun or srun, N processes would do the same N times and write over each other."""
+    try:
+        world = read_world()
+    except WorldError:
+        # Half a world, as some containers set: whoever asks for one process is alone.
+        return
+    if not world.is_main:
+        raise typer.Exit
+    if world.num_ranks > 1:
+        typer.echo(f"piip-scale: {command} is done by one process: rank 0 of {world.num_ranks}", err=True)
 
 
 def main() -> None:

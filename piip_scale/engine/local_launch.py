@@ -18,7 +18,7 @@ from piip_scale.errors import Interrupted, LostRankError, RunError
 from piip_scale.logging import get_logger
 from piip_scale.run.ending import Ending, ending_of
 from piip_scale.run.run_dir import RunDirectory
-from piip_scale.world import World
+from piip_scale.world import World, usable_cores
 
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -110,7 +110,7 @@ class _Ranks:
         self.untold: RunError | None = None
         self._run = run
         self._interrupts = 0
-        port, threads = _free_port(), max(1, _num_cores() // num_procs)
+        port, threads = _free_port(), max(1, usable_cores() // num_procs)
         shared = dict(os.environ) | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         self._processes = []
         for rank in range(num_procs):
@@ -179,7 +179,3 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,12 +35,13 @@ from piip_scale.engine.zero.setup import (
 from piip_scale.errors import Interrupted
 from piip_scale.logging import get_logger
 from piip_scale.run.ending import ending_of
+from piip_scale.run.environment import few_cores_line
 from piip_scale.run.heartbeat import Heartbeat
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task
 from piip_scale.telemetry.telemetry import Telemetry
-from piip_scale.world import World
+from piip_scale.world import World, usable_cores
 
 # The communication library's own limit knows neither ranks nor stacks, so it comes later than the watchdog's.
 _GROUP_MARGIN = timedelta(minutes=10)
@@ -78,6 +80,7 @@ class Session:
         clock.end_phase("imports")
         device = init_distributed(self.world, group_timeout(self.config.train))
         clock.end_phase("join")
+        _warn_of_few_cores(self.world, device)
         found = find_start(self.run)
         config = found.keep_batches(self.config, self.world.num_ranks) if found else self.config
         get_logger(__name__).info(batch_line(config, self.world.num_ranks))
@@ -99,6 +102,13 @@ def group_timeout(train: TrainConfig) -> timedelta:
     So the watchdog ends a run that hangs, from the first message among ranks on.
     """
     return timedelta(minutes=train.slow_hang_minutes) + _GROUP_MARGIN
+
+
+def _warn_of_few_cores(world: World, device: torch.device) -> None:
+    """One line a run, also where only some ranks are bound so. Collective."""
+    line = few_cores_line(usable_cores(), os.cpu_count() or 1)
+    if any_rank(bool(line), device) and world.is_main:
+        get_logger(__name__).warning(line or few_cores_line(1, os.cpu_count() or 2))
 
 
 class _Training:

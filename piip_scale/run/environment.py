@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from piip_scale.world import usable_cores
+
 _LIBRARIES = ("piip-scale", "torch", "torchvision", "deepspeed", "mmdet", "mmcv-lite", "mmengine", "webdataset")
 
 
@@ -26,11 +28,27 @@ def describe_environment() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
+        "cores_of_node": os.cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
         "git_commit": _git_commit(Path(__file__).parent),
     }
+
+
+def few_cores_line(usable: int, of_node: int) -> str:
+    """What a user should know where a rank is bound to one core of a larger node; empty where it is not.
+
+    Args:
+        usable: Cores that the rank may use.
+        of_node: Cores of its node.
+    """
+    if usable > 1 or of_node <= 1:
+        return ""
+    return (
+        f"a rank may use 1 of its node's {of_node} cores, which also have to load the images: ask for more "
+        "(--cpus-per-task, of submit or srun), or start srun with --cpu-bind=none"
+    )
 
 
 def _version(library: str) -> str | None:

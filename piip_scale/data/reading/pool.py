@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from piip_scale.errors import DataError
+from piip_scale.world import usable_cores
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -21,8 +22,8 @@ _WATCH_SECONDS = 0.5
 
 
 def num_processes(workers: int | None, num_items: int) -> int:
-    """Processes worth starting: as many as asked for, or all cores, but no more than there are items."""
-    return max(1, min(workers if workers is not None else os.cpu_count() or 1, num_items))
+    """Processes worth starting: as asked for, or one a core this process may use, but no more than there are items."""
+    return max(1, min(workers if workers is not None else usable_cores(), num_items))
 
 
 def map_in_processes(
