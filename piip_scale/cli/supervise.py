@@ -66,7 +66,7 @@ def supervise(
         spec = spec.model_copy(update=more)
         save_spec(spec)
     executor = _executor(spec)
-    requests = StopRequests(RunDirectory(run_dir), executor.why_ending)
+    requests = StopRequests(RunDirectory(run_dir), executor.why_ending, executor.kill_wait_s)
     requests.install()
     settings = SupervisorSettings(preflight=preflight, preflight_s=preflight_seconds)
     supervisor = Supervisor(spec, executor, requests, settings)

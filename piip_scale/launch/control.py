@@ -40,7 +40,7 @@ def stop_run(run: Run, jobs: list[QueuedJob]) -> str:
     if run.beat is not None and is_alive(run.beat, time.time()):
         _stop_process(run.path, run.beat)
         return f"asked process {run.beat.pid} to save and stop; piip-scale jobs shows when it has"
-    raise RunError(f"nothing of {run.path} runs or waits", value=_told(run), fix="piip-scale jobs lists what does")
+    raise RunError(f"nothing of {run.path} runs or waits", value=_state(run), fix="piip-scale jobs lists what does")
 
 
 def requeue_run(run: Run) -> str:
@@ -76,10 +76,10 @@ def _stop_jobs(run: Run, jobs: list[QueuedJob]) -> str:
             queue.cancel(job)
     for job in begun:
         queue.signal_batch(job, STOP_SIGNAL)
-    told = [f"asked job {job.name} to save and stop" for job in begun]
-    told += [f"took job {job.name} out of the queue" for job in waiting]
-    told += [f"job {job.name} is ending already, and does not come back" for job in ending]
-    return ", ".join(told) + ("; piip-scale jobs shows when it has" if begun else "")
+    actions = [f"asked job {job.name} to save and stop" for job in begun]
+    actions += [f"took job {job.name} out of the queue" for job in waiting]
+    actions += [f"job {job.name} is ending already, and does not come back" for job in ending]
+    return ", ".join(actions) + ("; piip-scale jobs shows when it has" if begun else "")
 
 
 def _requeue_job(run: Run, job: QueuedJob) -> str:
@@ -122,5 +122,5 @@ def _user() -> str:
         return str(os.getuid())
 
 
-def _told(run: Run) -> str:
+def _state(run: Run) -> str:
     return f"{run.status.state} at step {run.step}" if run.status else "no status"

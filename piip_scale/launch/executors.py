@@ -14,7 +14,7 @@ from typing import IO, Protocol
 
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.step_notes import StepNotes, is_note, read_notes
-from piip_scale.launch.time_left import JobTime
+from piip_scale.launch.time_left import USUAL_KILL_WAIT_S, JobTime
 from piip_scale.run.heartbeat import STACK_SIGNAL, read_beats
 from piip_scale.world import node_name
 
@@ -74,11 +74,11 @@ class Executor(Protocol):
         """Which of some nodes somebody wants emptied: better used last."""
         ...
 
-    def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
+    def start(self, args: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts a command of ours on nodes.
 
         Args:
-            words: Its subcommand and arguments.
+            args: Its subcommand and what follows it.
             nodes: Where.
             tasks_per_node: Processes on each.
             number: Of the start within the job: two in a row do not share a port.
@@ -92,6 +92,10 @@ class Executor(Protocol):
 
     def job_time(self) -> JobTime | None:
         """How long the job may run, and still will; ``None`` where it has no limit, or nobody knows."""
+        ...
+
+    def kill_wait_s(self) -> float:
+        """How long a job's processes have from the TERM that ends it to KILL."""
         ...
 
     def is_running(self, job_id: int) -> bool:
@@ -200,10 +204,10 @@ class LocalExecutor:
         """None: there is no other."""
         return ()
 
-    def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
+    def start(self, args: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts one process, which starts its ranks itself."""
-        procs = [f"--procs={tasks_per_node}"] if words[0] == "train" else []
-        command = [*self._spec.rank_command, *words, *procs]
+        procs = [f"--procs={tasks_per_node}"] if args[0] == "train" else []
+        command = [*self._spec.rank_command, *args, *procs]
         return LocalStep(command, with_code(self._spec, os.environ), beats)
 
     def why_ending(self) -> str:
@@ -213,6 +217,10 @@ class LocalExecutor:
     def job_time(self) -> JobTime | None:
         """No limit."""
         return None
+
+    def kill_wait_s(self) -> float:
+        """Nobody ends a local job in two steps."""
+        return USUAL_KILL_WAIT_S
 
     def is_running(self, job_id: int) -> bool:
         """There are no jobs."""

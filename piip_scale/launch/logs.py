@@ -101,7 +101,7 @@ def follow(
 class _Reading:
     """How far a log was read; a letter may be half there."""
 
-    place: int = 0
+    offset: int = 0
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _DECODER(errors="replace"))
 
 
@@ -109,9 +109,9 @@ def _new_text(path: Path, readings: dict[Path, _Reading]) -> Iterator[str]:
     reading = readings.setdefault(path, _Reading())
     with path.open("rb") as file:
         # One that has shrunk was begun anew.
-        file.seek(reading.place if reading.place <= os.fstat(file.fileno()).st_size else 0)
+        file.seek(reading.offset if reading.offset <= os.fstat(file.fileno()).st_size else 0)
         while content := file.read(_BLOCK_BYTES):
-            reading.place = file.tell()
+            reading.offset = file.tell()
             yield reading.decoder.decode(content)
 
 

@@ -75,12 +75,12 @@ def read_save_times(run_dir: Path) -> SaveTimes:
 
 def _saves(content: mmap.mmap) -> Iterator[dict[str, Any]]:
     """The last lines about saves, which may stand far before the end."""
-    place, first = len(content), max(len(content) - _SAVES_WITHIN_BYTES, 0)
+    offset, first = len(content), max(len(content) - _SAVES_WITHIN_BYTES, 0)
     for _ in range(_SAVES_READ):
-        place = content.rfind(_CHECKPOINT, first, place)
-        if place < 0:
+        offset = content.rfind(_CHECKPOINT, first, offset)
+        if offset < 0:
             return
-        begin, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place)
+        begin, end = content.rfind(b"\n", 0, offset) + 1, content.find(b"\n", offset)
         yield from _lines(content[begin : end if end >= 0 else len(content)])
 
 
@@ -117,10 +117,10 @@ def _pace(content: mmap.mmap) -> Pace:
 
 
 def _total_steps(content: mmap.mmap) -> int | None:
-    place = content.rfind(_START)
-    if place < 0:
+    offset = content.rfind(_START)
+    if offset < 0:
         return None
-    begin, end = content.rfind(b"\n", 0, place) + 1, content.find(b"\n", place)
+    begin, end = content.rfind(b"\n", 0, offset) + 1, content.find(b"\n", offset)
     for line in _lines(content[begin : end if end >= 0 else len(content)]):
         total = line.get("total_steps")
         return int(total) if isinstance(total, int) else None

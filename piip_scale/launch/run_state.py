@@ -34,12 +34,12 @@ def state_of(run: Run, alive: bool, now_unix_s: float) -> str:
     """
     if run.problem:
         return "unreadable"
-    told = run.status.state if run.status else None
-    if run.job is not None and told != "done":
+    reported = run.status.state if run.status else None
+    if run.job is not None and reported != "done":
         if run.job.is_waiting:
             return "held" if is_held(run) else "queued"
         return _state_of_begun(run, now_unix_s) if run.job.state == "RUNNING" else run.job.state.lower()
-    if told == "running" and alive:
+    if reported == "running" and alive:
         return "stalled" if standstill(run, now_unix_s) else "running"
     return _state_at_rest(run, now_unix_s)
 
@@ -60,15 +60,15 @@ def _state_of_begun(run: Run, now_unix_s: float) -> str:
 
 def _state_at_rest(run: Run, now_unix_s: float) -> str:
     """Of a run that no job and no process has."""
-    told, last = run.status.state if run.status else None, run.attempts[-1] if run.attempts else None
+    reported, last = run.status.state if run.status else None, run.attempts[-1] if run.attempts else None
     if last is not None and last.end is not None and last.decision and not _spoke_after(run, last):
         return _state_decided(run, last)
     is_older = last is not None and last.end is None and run.status_unix_s < last.started_unix_s
-    if told == "running" or (told not in (None, "done") and is_older):
+    if reported == "running" or (reported not in (None, "done") and is_older):
         return "lost"
-    if told is None and last is not None:
+    if reported is None and last is not None:
         return str(last.end) if last.end in ("stopped", "done") else "failed" if last.end else "lost"
-    return told or _state_unbegun(run, now_unix_s)
+    return reported or _state_unbegun(run, now_unix_s)
 
 
 def _spoke_after(run: Run, last: Attempt) -> bool:
@@ -135,9 +135,9 @@ def event_of(run: Run, state: str, now_unix_s: float) -> str:
     if run.problem:
         return run.problem
     last = run.attempts[-1] if run.attempts else None
-    told = (last.why or last.ending.line) if last else ""
+    outcome = (last.why or last.ending.line) if last else ""
     if run.job is not None and state in ("queued", "held"):
-        return f"waits ({run.job.reason})" + (f" after: {told}" if told else "")
+        return f"waits ({run.job.reason})" + (f" after: {outcome}" if outcome else "")
     if state == "stalled":
         return standstill(run, now_unix_s)
     if state == "running":
@@ -146,20 +146,20 @@ def event_of(run: Run, state: str, now_unix_s: float) -> str:
         return f"starting, attempt {last.attempt}" if last else "starting"
     if state == "stopping" and run.request is not None:
         return f"{run.request.action} was asked for" + f" by {run.request.user}" * bool(run.request.user)
-    return _event_at_rest(run, state, told)
+    return _event_at_rest(run, state, outcome)
 
 
-def _event_at_rest(run: Run, state: str, told: str) -> str:
+def _event_at_rest(run: Run, state: str, outcome: str) -> str:
     if state == "lost":
         return "ended without a word; it goes on with --resume or jobs requeue"
     if state in ("stopped", "cancelled") and was_stopped_while_waiting(run) and run.request is not None:
         return "taken out of the queue" + f" by {run.request.user}" * bool(run.request.user)
     if state == "cancelled" and (not run.attempts or run.attempts[-1].decision == "requeue"):
         return _OUT_OF_QUEUE
-    if state in ("given-up", "cancelled") and told:
-        return told
+    if state in ("given-up", "cancelled") and outcome:
+        return outcome
     if run.status is not None and run.status.line and state in ("failed", "stopped"):
         return run.status.line
-    if run.status is None and not told:
+    if run.status is None and not outcome:
         return "ended before it began to train: see jobs logs" if run.log else "was submitted, has not started"
-    return told or run.pace.event
+    return outcome or run.pace.event

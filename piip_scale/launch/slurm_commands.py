@@ -19,6 +19,7 @@ from piip_scale.launch.slurm_records import (
     parse_nodes,
     parse_partitions,
 )
+from piip_scale.launch.time_left import USUAL_KILL_WAIT_S
 
 _TIMEOUT_S = 90.0
 _TRIES, _PAUSE_S = 30, 10.0
@@ -51,6 +52,14 @@ class Slurm:
         """
         return parse_job(self._run("scontrol", "show", "job", "-o", str(job)), str(job))
 
+    def job_now(self, job: str | int) -> JobRecord:
+        """As ``job``, asked once: for who asks again soon, and has to look after something meanwhile.
+
+        Raises:
+            SlurmError: The controller does not answer, or knows none.
+        """
+        return parse_job(_run_once(("scontrol", "show", "job", "-o", str(job)), self._environment), str(job))
+
     def nodes(self, names: Sequence[str]) -> dict[str, NodeRecord]:
         """What the controller knows of nodes, by name."""
         return parse_nodes(self._run("scontrol", "show", "node", "-o", ",".join(names))) if names else {}
@@ -68,6 +77,11 @@ class Slurm:
         shown = self._run("scontrol", "show", "reservation", "-o", reservation)
         nodes = re.search(r"\bNodes=(\S*)", shown)
         return expand_nodes(nodes[1]) if nodes else ()
+
+    def kill_wait_s(self) -> float:
+        """How long the processes of a job have from Slurm's TERM to its KILL."""
+        found = re.search(r"^KillWait\s*=\s*(\d+)", self._run("scontrol", "show", "config"), re.MULTILINE)
+        return float(found[1]) if found else USUAL_KILL_WAIT_S
 
     def requeue(self, job: str | int) -> None:
         """Puts a job back into the queue; its processes have Slurm's KillWait from then on.

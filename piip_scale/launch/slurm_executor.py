@@ -17,7 +17,7 @@ from piip_scale.launch.slurm_commands import Slurm
 from piip_scale.launch.slurm_records import JobRecord, NodeRecord, usable_nodes
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import note_submitted
-from piip_scale.launch.time_left import JobTime
+from piip_scale.launch.time_left import USUAL_KILL_WAIT_S, JobTime
 from piip_scale.logging import get_logger
 from piip_scale.run.heartbeat import STACK_SIGNAL
 from piip_scale.world import Allocation, World, rendezvous_port
@@ -85,10 +85,16 @@ class SlurmExecutor:
     def job_time(self) -> JobTime | None:
         """What the controller says, which knows of a partition's default too, and of what somebody changed."""
         try:
-            job = self._slurm.job(self._name)
+            job = self._slurm.job_now(self._name)
         except SlurmError:
             return None
         return None if job.limit_s is None else JobTime(job.limit_s, max(job.limit_s - job.run_s, 0))
+
+    def kill_wait_s(self) -> float:
+        """As the site has set it; as it comes, where the controller does not answer."""
+        with suppress(SlurmError):
+            return self._slurm.kill_wait_s()
+        return USUAL_KILL_WAIT_S
 
     def allocated(self) -> tuple[str, ...]:
         """The job's nodes, in order."""
@@ -113,9 +119,9 @@ class SlurmExecutor:
         """Which are being drained."""
         return tuple(record.name for record in self._slurm.nodes(nodes).values() if record.is_doubtful)
 
-    def start(self, words: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
+    def start(self, args: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts one step."""
-        is_training = words[0] == "train"
+        is_training = args[0] == "train"
         command = srun_command(
             self._spec,
             nodes,
@@ -124,7 +130,7 @@ class SlurmExecutor:
             alone=not is_training,
         )
         environment = with_code(self._spec, os.environ) | self._meeting_point(nodes, tasks_per_node, number)
-        return SlurmStep([*command, *self._spec.rank_command, *words], environment, self._slurm, self._name)
+        return SlurmStep([*command, *self._spec.rank_command, *args], environment, self._slurm, self._name)
 
     def _meeting_point(self, nodes: Sequence[str], tasks_per_node: int, number: int) -> dict[str, str]:
         records = self._slurm.nodes(nodes[:1])

@@ -225,7 +225,7 @@ class Supervisor:
         log_line(f"attempt {attempt.attempt}: training from step {attempt.first_step} on {where}")
         number = 2 * attempt.attempt + 1
         step = self._executor.start(
-            self._words(), attempt.nodes, self._spec.ranks_per_node, number, self._run.heartbeats
+            self._training_arguments(), attempt.nodes, self._spec.ranks_per_node, number, self._run.heartbeats
         )
         watch = Watch(step, self._run, self._requests, self._spec.num_ranks, self._settings.poll_s, self._time_left)
         code = watch.wait()
@@ -238,10 +238,10 @@ class Supervisor:
         attempt = replace(attempt, waited_for_save_s=watch.waited_for_save_s)
         return judge(attempt, evidence, self._spec.ranks_per_node, time.time())
 
-    def _words(self) -> list[str]:
+    def _training_arguments(self) -> list[str]:
         resume = ["--resume"] if self._run.status() else []
-        words = ["train", str(self._spec.config), f"--run-dir={self._run.path}", "--no-progress", *resume]
-        return words + [f"--set={override}" for override in self._spec.overrides]
+        arguments = ["train", str(self._spec.config), f"--run-dir={self._run.path}", "--no-progress", *resume]
+        return arguments + [f"--set={override}" for override in self._spec.overrides]
 
     def _evidence(self, attempt: Attempt, code: int, status: Status | None, notes: StepNotes, watch: Watch) -> Evidence:
         is_well = status is not None and status.state in ("done", "stopped")
@@ -327,12 +327,12 @@ class Supervisor:
 
     def _keep_traces(self, ended: Attempt) -> Attempt:
         """Errors and stacks stay beside the history, where the next attempt does not replace them."""
-        kept = self._files.folder / f"attempt-{ended.attempt}"
+        folder = self._files.folder / f"attempt-{ended.attempt}"
         with suppress(OSError):
             for source in (self._run.errors, self._run.stacks):
                 if source.is_dir() and any(source.iterdir()):
-                    shutil.copytree(source, kept / source.name, dirs_exist_ok=True)
-        line = ended.ending.line.replace(str(self._run.stacks), str(kept / "stacks"))
+                    shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
+        line = ended.ending.line.replace(str(self._run.stacks), str(folder / "stacks"))
         return replace(ended, ending=replace(ended.ending, line=line))
 
     def _pause(self, seconds: float) -> None:

@@ -12,8 +12,8 @@ from piip_scale.launch.run_metrics import SaveTimes
 TIME_LIMIT, LATE_SAVE = "time limit", "late save"
 # What a job does after its ranks have ended, or were ended: judging, writing, going back into the queue.
 LEAVING_S = 10.0
-# Slurm kills what is left KillWait after its TERM: 30 s, where a site has not changed it.
-AFTER_TERM_S = 10.0
+# From Slurm's TERM to its KILL, where a site has not changed it.
+USUAL_KILL_WAIT_S = 30.0
 # A save may wait for the one before it, and a shared disk is slower at times than it was when it was measured.
 _SAVES, _SLOWER, _MARGIN_S = 2, 1.5, LEAVING_S + 5.0
 _ASK_EVERY_S = 30.0

@@ -12,7 +12,7 @@ from piip_scale.launch.decide import Asked
 from piip_scale.launch.executors import Step
 from piip_scale.launch.job_log import log_line
 from piip_scale.launch.spec import Request, load_request
-from piip_scale.launch.time_left import AFTER_TERM_S, LEAVING_S, TIME_LIMIT, TimeLeft
+from piip_scale.launch.time_left import LEAVING_S, TIME_LIMIT, USUAL_KILL_WAIT_S, TimeLeft
 from piip_scale.run.heartbeat import Beat, read_beats
 from piip_scale.run.run_dir import RunDirectory
 
@@ -24,6 +24,7 @@ _START_LIMIT_S = 3600.0
 _STACKS_WITHIN_S = 5.0
 _END_AGAIN_AFTER_S = 20.0
 _SAME_TERM_S = 5.0
+_LEAST_GRACE_S = 1.0
 
 
 class StopRequests:
@@ -39,9 +40,16 @@ class StopRequests:
     Args:
         run: Whose requests count; one that is there already is of an earlier job.
         why_ending: Tells what Slurm is about when it sends TERM.
+        kill_wait_s: Tells how long after a last TERM Slurm kills.
     """
 
-    def __init__(self, run: RunDirectory, why_ending: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        why_ending: Callable[[], str],
+        kill_wait_s: Callable[[], float] = lambda: USUAL_KILL_WAIT_S,
+    ) -> None:
+        self._kill_wait_s = kill_wait_s
         self.cause = ""
         self.asked: Asked = ""
         self.is_ending = False
@@ -90,7 +98,7 @@ class StopRequests:
         # may hand on one and the same.
         is_again = now_s - self._term_s > _SAME_TERM_S
         if cause == TIME_LIMIT or (is_again and cause == "preemption"):
-            self.leave_by_s = min(self.leave_by_s, now_s + AFTER_TERM_S)
+            self.leave_by_s = min(self.leave_by_s, now_s + max(self._kill_wait_s() - LEAVING_S, _LEAST_GRACE_S))
         self.end(cause)
 
     def end(self, cause: str) -> None:

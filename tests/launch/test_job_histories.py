@@ -112,7 +112,8 @@ def test_a_controller_that_does_not_answer_leaves_what_was_known():
 
 @pytest.mark.parametrize(("cause", "number_of_terms"), [("time limit", 1), ("preemption", 2)])
 def test_after_its_last_term_the_job_goes_back_before_slurm_kills_it(scene, monkeypatch, cause, number_of_terms):
-    monkeypatch.setattr(watching, "AFTER_TERM_S", 0.05)
+    monkeypatch.setattr(watching, "_LEAST_GRACE_S", 0.05)
+    scene.requests._kill_wait_s = lambda: 5.0
     monkeypatch.setattr(watching, "_SAME_TERM_S", 0.0)
     step, polls = deaf_step(scene), iter(range(10**6))
     scene.executor.reason = cause
