@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from piip_scale.tasks.base import Detections
-from piip_scale.tasks.detection.samples import encode_masks
+from piip_scale.tasks.detection.mask_results import encode_masks
 from piip_scale.tasks.drawing import DrawingStyle, class_colour, contact_sheet, draw_detections, draw_regions
 
 GREY = np.full((60, 80, 3), 90, np.uint8)

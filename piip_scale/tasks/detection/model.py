@@ -15,12 +15,13 @@ from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.piip import PIIP
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detection.heads_config import DetectorPlan, plan_detector
+from piip_scale.tasks.detection.mask_results import encode_when_pasted
 from piip_scale.tasks.detection.samples import data_samples, detections
 from piip_scale.tasks.heads import NetworkWithHeads, call_in_float32, quiet_mmengine
 from piip_scale.tasks.mmlab import MODELS, BaseModule, ConfigDict, DefaultScope, DetDataSample
 from piip_scale.tasks.pixels import network_input
 
-Prediction = dict[str, Tensor]
+Prediction = dict[str, Any]
 
 
 def build_detection_model(config: DetectionRun, num_classes: int, network_device: str | None = None) -> DetectionModel:
@@ -64,6 +65,7 @@ class DetectionHeads(nn.Module):
         plan = plan_detector(config, features, num_classes)
         self.feature_indices, self.has_masks = plan.feature_indices, plan.has_masks
         self.detector = _build(plan)
+        encode_when_pasted(self.detector)
         self.loss_names: tuple[str, ...] = ()
 
     def forward(self, *features: Tensor, samples: list[DetDataSample]) -> Tensor | list[Prediction]:
@@ -76,7 +78,7 @@ class DetectionHeads(nn.Module):
         Returns:
             In training one float32 tensor, the losses that ``loss_names`` names, connected to every feature: ZeRO-3
             counts a leaf's outputs, and ranks whose losses differ in number must not differ in that. Otherwise a dict
-            of ``bboxes`` (N, 4) in px of the stored image, ``scores``, ``labels`` and perhaps ``masks`` per image.
+            of ``bboxes`` (N, 4) in px of the stored image, ``scores``, ``labels`` and perhaps ``masks``, as run lengths, per image.
         """
         with torch.autocast(features[0].device.type, enabled=False):
             if not self.training:

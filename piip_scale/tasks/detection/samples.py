@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pycocotools.mask as coco_mask
 import torch
 from torch import Tensor
 
@@ -33,32 +31,27 @@ def data_samples(batch: DetectionBatch, with_masks: bool) -> list[DetDataSample]
     ]
 
 
-def detections(prediction: dict[str, Tensor], info: ImageInfo) -> Detections:
+def detections(prediction: dict[str, Any], info: ImageInfo) -> Detections:
     """What the heads found in one image, best first, on the CPU.
 
     Args:
-        prediction: ``bboxes`` (N, 4) in px of the stored image, ``scores`` and ``labels`` (N,), and ``masks``
-            (N, height, width) of its size where the detector has them.
+        prediction: ``bboxes`` (N, 4) in px of the stored image, ``scores`` and ``labels`` (N,), and ``masks``,
+            run lengths of its size, where the detector has them.
         info: The image.
     """
     order = prediction["scores"].argsort(descending=True, stable=True)
     height, width = info.original_size_px
     boxes = prediction["bboxes"][order].float().cpu()
     limit = torch.tensor([width, height, width, height], dtype=torch.float32)
-    masks = prediction["masks"][order] if "masks" in prediction else None
+    # An image in which nothing was found has an empty tensor of masks.
+    masks = [prediction["masks"][index] for index in order.tolist()] if "masks" in prediction else None
     return Detections(
         image_id=info.image_id,
         boxes_xyxy_px=boxes.clamp(min=0).minimum(limit),
         scores=prediction["scores"][order].float().cpu(),
         labels=prediction["labels"][order].long().cpu(),
-        masks_rle=None if masks is None else encode_masks(masks),
+        masks_rle=masks,
     )
-
-
-def encode_masks(masks_NHW: Tensor) -> list[dict[str, object]]:
-    """COCO run-length dicts of boolean masks, their counts as text."""
-    columns = np.asfortranarray(masks_NHW.to(torch.uint8).cpu().numpy().transpose(1, 2, 0))
-    return [rle | {"counts": rle["counts"].decode("ascii")} for rle in coco_mask.encode(columns)]
 
 
 def _sample(instances: Instances, info: ImageInfo, padded_px: tuple[int, ...], with_masks: bool) -> DetDataSample:
