@@ -137,13 +137,15 @@ def draw_label_map(
     """
     style = style or DrawingStyle()
     counts = np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)]
-    colours = np.array([class_colour(label) for label in range(len(classes))], np.float32)
-    known = labels < len(classes)
-    mixed = image.astype(np.float32)
-    mixed[known] += _MASK_OPACITY * (colours[labels[known]] - mixed[known])
+    mixed = np.array(image)
+    # A class at a time: in float32 a photograph takes gigabytes.
+    for label in np.flatnonzero(counts).tolist():
+        inside = labels == label
+        blend = (1 - _MASK_OPACITY) * mixed[inside] + _MASK_OPACITY * np.array(class_colour(label))
+        mixed[inside] = blend.astype(np.uint8)
     largest = [int(label) for label in np.argsort(-counts, kind="stable")[:_MOST_NAMES] if counts[label]]
     names = [(label, f"{classes[label]} {counts[label] / labels.size:.0%}") for label in largest]
-    return draw_names(mixed.astype(np.uint8), names, style)
+    return draw_names(mixed, names, style)
 
 
 def contact_sheet(

@@ -10,6 +10,7 @@ from torch import Tensor
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances, Polygons
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Detections
+from piip_scale.tasks.detection.mask_results import encode_masks
 from piip_scale.tasks.detection.mini_masks import MiniMasks
 from piip_scale.tasks.mmlab import DetDataSample, InstanceData, PolygonMasks
 
@@ -36,21 +37,23 @@ def detections(prediction: dict[str, Any], info: ImageInfo) -> Detections:
 
     Args:
         prediction: ``bboxes`` (N, 4) in px of the stored image, ``scores`` and ``labels`` (N,), and ``masks``,
-            run lengths of its size, where the detector has them.
+            run lengths or a tensor (N, height, width) of its size, where the detector has them.
         info: The image.
     """
     order = prediction["scores"].argsort(descending=True, stable=True)
     height, width = info.original_size_px
     boxes = prediction["bboxes"][order].float().cpu()
     limit = torch.tensor([width, height, width, height], dtype=torch.float32)
-    # An image in which nothing was found has an empty tensor of masks.
-    masks = [prediction["masks"][index] for index in order.tolist()] if "masks" in prediction else None
+    masks = prediction.get("masks")
+    if isinstance(masks, Tensor):
+        # Of an image in which nothing was found, or from heads that paste in a way of their own.
+        masks = encode_masks(masks)
     return Detections(
         image_id=info.image_id,
         boxes_xyxy_px=boxes.clamp(min=0).minimum(limit),
         scores=prediction["scores"][order].float().cpu(),
         labels=prediction["labels"][order].long().cpu(),
-        masks_rle=masks,
+        masks_rle=None if masks is None else [masks[index] for index in order.tolist()],
     )
 
 

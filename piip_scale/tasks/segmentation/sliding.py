@@ -99,8 +99,15 @@ def label_map(scores: Tensor, size_px: Size) -> Tensor:
         scores: (num_classes, H, W).
         size_px: Height and width wanted.
     """
-    scaled = interpolate(scores[None], size_px, mode="bilinear", align_corners=False)
-    return scaled[0].argmax(0).to(torch.uint8).cpu()
+    best = torch.full(size_px, -torch.inf, dtype=scores.dtype, device=scores.device)
+    labels = torch.zeros(size_px, dtype=torch.uint8, device=scores.device)
+    # A class at a time: all of them at the size of a photograph are gigabytes.
+    for label, score in enumerate(scores):
+        scaled = interpolate(score[None, None], size_px, mode="bilinear", align_corners=False)[0, 0]
+        better = scaled > best
+        labels[better] = label
+        best = torch.where(better, scaled, best)
+    return labels.cpu()
 
 
 def _cut(pixels: Tensor, windows: Sequence[Window], crop_px: Size) -> Tensor:
