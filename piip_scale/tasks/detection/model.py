@@ -78,8 +78,8 @@ class DetectionHeads(nn.Module):
         Returns:
             In training one float32 tensor, the losses that ``loss_names`` names, connected to every feature: ZeRO-3
             counts a leaf's outputs, and ranks whose losses differ in number must not differ in that. Otherwise a dict
-            of ``bboxes`` (N, 4) in px of the stored image, ``scores``, ``labels`` and perhaps ``masks``, as run lengths,
-            per image.
+            of ``bboxes`` (N, 4) in px of the stored image, ``scores``, ``labels`` and perhaps
+            ``masks`` as run lengths, per image.
         """
         with torch.autocast(features[0].device.type, enabled=False):
             if not self.training:
