@@ -1,34 +1,24 @@
 import os
 import shutil
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from zero_saver import NOT_FOR_THE_ORACLE, VARIANTS
+from preloaded import run_ranks
+from zero_saver import NOT_FOR_THE_ORACLE, VARIANTS, save_all
 
 from piip_scale.checkpoint import layout
 from piip_scale.checkpoint.store import resolve_checkpoint
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.errors import CheckpointError
 
-SAVER = Path(__file__).with_name("zero_saver.py")
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Checkpoints that DeepSpeed wrote on two ranks, one folder per variant."""
     root = tmp_path_factory.mktemp("zero")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, str(SAVER), "2", str(root), str(port)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, save_all, root)
     return root
 
 

@@ -1,11 +1,6 @@
 """Trains a tiny model with DeepSpeed on gloo ranks and saves it in many ways: run by test_zero_reader.py."""
 
-import os
-import sys
-from pathlib import Path
-
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from piip_scale.checkpoint.store import CheckpointStore
@@ -95,33 +90,25 @@ def oracle_weights(folder):
     return {name: torch.as_tensor(value).clone() for name, value in state.items()}
 
 
-def run(rank, num_ranks, root, port):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+def save_all(world, device, root):
+    """Every variant, trained for three steps and saved on the ranks of ``preloaded.run_ranks``."""
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
-    __compatible_ops__["deepspeed_shm_comm"] = False  # else compiled at first use
-    deepspeed.init_distributed("gloo")
     for name, (zero, more) in VARIANTS.items():
         store = CheckpointStore(root / name / "checkpoints", keep=1)
-        engine = train(rank, deepspeed, zero, more)
+        engine = train(world.rank, deepspeed, zero, more)
         live = live_weights(deepspeed, engine, zero["stage"])
-        if rank == 0:
+        if world.is_main:
             store.begin(3)
         torch.distributed.barrier()
         engine.save_checkpoint(
             str(store.staging(3)), tag="zero", save_latest=False, client_state={"piip": {"seed": [1, 2]}}
         )
         torch.distributed.barrier()
-        if rank == 0:
+        if world.is_main:
             path = store.commit(3)
             torch.save(live, root / name / "live.pt")
             if name not in NOT_FOR_THE_ORACLE:
                 torch.save(oracle_weights(path), root / name / "oracle.pt")
         engine.destroy()
     torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    mp.start_processes(run, (int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])), nprocs=int(sys.argv[1]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import preloaded
@@ -49,9 +48,9 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def piip_scale(*arguments, timeout=240):
+def piip_scale(*arguments, timeout=240, cwd=None, **variables):
     """Runs the command to its end."""
-    return preloaded.run(command(*arguments)[1:], env=environment(), timeout=timeout)
+    return preloaded.run(command(*arguments)[1:], env=environment() | variables, timeout=timeout, cwd=cwd)
 
 
 def started(*arguments):
@@ -61,8 +60,7 @@ def started(*arguments):
 
 def without_slurm(*arguments, cwd=None):
     """Runs the command to its end as on a laptop: Slurm's are not there, nor any other."""
-    words, outside = command(*arguments), environment() | {"PATH": "/nonexistent"}
-    return subprocess.run(words, capture_output=True, text=True, timeout=240, env=outside, cwd=cwd, check=False)
+    return piip_scale(*arguments, cwd=cwd, PATH="/nonexistent")
 
 
 def succeeded(done):

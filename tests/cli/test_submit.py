@@ -49,16 +49,8 @@ def test_a_dry_run_prints_the_script_alone(config, tmp_path):
     site = tmp_path / "site.toml"
     site.write_text("gpu_memory_gib = 80\n[sbatch]\npartition = 'slow'\nqos = 'site'\n")
     words = ["--profile", site, "--partition", "gpu", "--set", "train.steps=3", "--run-dir", run_dir, "--spares", 1]
-    done = succeeded(
-        subprocess.run(
-            command("submit", config, *BATCH, *words, "--dry-run"),
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-            env=environment() | {"SBATCH_QOS": "shell", "SBATCH_ACCOUNT": "ann", "SBATCH_EXPORT": "NONE"},
-        )
-    )
+    shell = {"SBATCH_QOS": "shell", "SBATCH_ACCOUNT": "ann", "SBATCH_EXPORT": "NONE"}
+    done = succeeded(piip_scale("submit", config, *BATCH, *words, "--dry-run", **shell))
     lines = done.stdout.splitlines()
     assert lines[0] == "#!/bin/bash"
     assert "of 80 GiB a GPU" in done.stderr

@@ -68,8 +68,8 @@ class SetFiles(Protocol):
         """
         ...
 
-    def mend(self, shard: ShardInfo) -> bool:
-        """Replaces a copy of a shard that is not what was packed; false where there was nothing to mend.
+    def mend(self, shard: ShardInfo) -> None:
+        """Replaces a copy of a shard that is not what was packed.
 
         Raises:
             DataError: The shard does not come again.
@@ -173,9 +173,8 @@ class LocalFiles:
     def fetch(self, shard: ShardInfo, stop: Stop) -> None:
         """Nothing: it is there."""
 
-    def mend(self, shard: ShardInfo) -> bool:
-        """False: it is the only copy."""
-        return False
+    def mend(self, shard: ShardInfo) -> None:
+        """Nothing: it is the only copy."""
 
     def sha256(self, shard: ShardInfo) -> str:
         """As in ``SetFiles``."""
@@ -254,14 +253,13 @@ class RemoteFiles:
         """As in ``SetFiles``."""
         self._opened(shard, stop).close()
 
-    def mend(self, shard: ShardInfo) -> bool:
+    def mend(self, shard: ShardInfo) -> None:
         """As in ``SetFiles``."""
         with self._opened(shard) as file:
             if sha256_of_open(file) == shard.sha256:
-                return False
+                return
         self.cache.drop(_entry(shard))
         self.fetch(shard, NEVER)
-        return True
 
     def sha256(self, shard: ShardInfo) -> str:
         """As in ``SetFiles``: of the copy, which was checked when it came."""

@@ -185,8 +185,10 @@ class ShardSet:
         raw = self._raw(number)
         if not self.files.is_remote or checksum(raw.image, raw.notes, raw.label_map) == raw.crc32:
             return raw
-        # Perhaps only this node's copy of the shard is damaged, and the sample is whole where it comes from.
-        return self._raw(number) if self.files.mend(self._shard(number)) else raw
+        # Perhaps only this node's copy of the shard is damaged, and the sample is whole where it comes from. Another
+        # process may have mended the copy since: it is read again whoever did.
+        self.files.mend(self._shard(number))
+        return self._raw(number)
 
     def _raw(self, number: int) -> RawSample:
         _, image_at, image_bytes, notes_at, notes_bytes, crc32, map_at, map_bytes, *shape = map(

@@ -93,7 +93,7 @@ def test_one_of_many_fetches_and_the_others_wait(tmp_path):
     for thread in threads:
         thread.start()
     for each in (*threads, *readers):
-        each.join(20)
+        each.join(120)
     assert [reader.exitcode for reader in readers] == [0] * 4
     assert log.read_text() == "1\n"
 
@@ -122,22 +122,22 @@ def test_a_process_forked_meanwhile_does_not_keep_the_lock(tmp_path):
     cache, forked = FileCache(tmp_path, LIMIT), []
 
     def fill(file):
-        forked.append(started(time.sleep, 60))
+        forked.append(started(time.sleep, 600))
         filler(1)(file)
 
     cache.open(ENTRIES[1], fill).close()
     cache.drop(ENTRIES[1])
     before = time.monotonic()
     assert content_of(cache, 1) == CONTENTS[1]
-    assert time.monotonic() - before < 30
+    assert time.monotonic() - before < 120  # not until the other ends, however busy the machine
     forked[0].kill()
 
 
 def test_a_lock_goes_with_its_process(tmp_path):
     cache = FileCache(tmp_path, LIMIT)
-    holder = started(content_of, cache, 1, None, 60.0)
+    holder = started(content_of, cache, 1, None, 600.0)
     part = tmp_path / f"{ENTRIES[1].sha256}.part"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (part.exists() and part.stat().st_size == len(CONTENTS[1])):
         assert time.monotonic() < deadline
         time.sleep(0.005)

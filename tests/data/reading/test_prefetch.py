@@ -57,7 +57,7 @@ def test_nodes_that_failed_together_do_not_come_back_together():
     assert len({round(pause_s(3, f"node{n} shard-000001.tar"), 3) for n in range(64)}) > 50
 
 
-def wait_until(true, seconds=10):
+def wait_until(true, seconds=60):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -98,7 +98,7 @@ def test_what_passes_is_left_and_what_does_not_is_told():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_leaving_in_the_middle_of_downloads_leaves_nothing(packed, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(fetching, "FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr(fetching, "FIRST_PAUSE_S", 600.0)
     # Some hang, some are between two tries.
     faults = {n: ("stall", "503")[n % 2] for n in range(4, 24)}
     threads, processes = set(threading.enumerate()), set(psutil.Process().children())
@@ -112,11 +112,11 @@ def test_leaving_in_the_middle_of_downloads_leaves_nothing(packed, tmp_path, wor
         begun = time.monotonic()
         wait_until(lambda: sum(server.faults.values()) >= 2)
         batches.close()
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 120  # not the pause, however busy the machine
     left = {thread.name for thread in set(threading.enumerate()) - threads}
     # fsspec keeps its one thread for the connections of the whole process.
     assert not {name for name in left if name.startswith("prefetch")}
-    assert not psutil.wait_procs(set(psutil.Process().children()) - processes, timeout=5)[1]
+    assert not psutil.wait_procs(set(psutil.Process().children()) - processes, timeout=60)[1]
     assert not list(tmp_path.glob("*.part"))
 
 

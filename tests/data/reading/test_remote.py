@@ -175,6 +175,22 @@ def test_damaged_copies_are_fetched_again(packed, cache, expected):
     assert twice == {"manifest.json", shards[1].name, shards[3].name, shards[2].index_name}
 
 
+def test_a_copy_that_another_process_mended_meanwhile_is_read_again(packed, cache, monkeypatch):
+    with FaultyServer(packed) as server:
+        shards = ShardSet.open(server.url, cache=CacheConfig(**cache))
+        whole = shards.read(0)
+        path = Path(cache["folder"]) / f"{shards.manifest.shards[int(shards.shard_of([0])[0])].sha256}.cached"
+        content, mend = path.read_bytes(), type(shards.files).mend
+        path.write_bytes(bytes(len(content)))
+
+        def after_another(files, shard):
+            path.write_bytes(content)
+            return mend(files, shard)
+
+        monkeypatch.setattr(type(shards.files), "mend", after_another)
+        assert shards.read(0) == whole
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("fault", "reason", "requests"),

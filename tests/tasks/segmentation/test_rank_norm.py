@@ -1,9 +1,8 @@
 """Batch norm over ranks is torch's over the joint batch: outputs, gradients and running statistics."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import torch
 from torch import nn
 
@@ -17,7 +16,7 @@ def test_ranks_normalise_as_one(tmp_path):
     maps, plain = torch.randn(4, 3, 5, 2) * torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1) + 2, nn.BatchNorm2d(3)
     nn.init.normal_(plain.weight)
     torch.save({"maps": maps, "state": plain.state_dict(), "per_step": 1}, tmp_path / "given.pt")
-    ranks = [subprocess.Popen([sys.executable, str(WORKER), str(tmp_path), str(rank), "2"]) for rank in range(2)]
+    ranks = [preloaded.Python([WORKER, tmp_path, rank, 2]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for step in range(2):
