@@ -24,7 +24,7 @@ demo: $(INSTALLED)  ## data, shards, training on two processes, conversion, eval
 	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(BOXES_ONLY),--boxes-only)
 
 test: $(INSTALLED)  ## everything that can be tested without a GPU and Slurm
-	$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-slurm: $(INSTALLED)  ## jobs and their faults on a real Slurm, brought up on this machine by launch/minislurm
 	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
