@@ -38,7 +38,7 @@ WITHIN_LAYER = {
 }
 # Third-party packages that only some modules may import at all.
 WALLS = {
-    "deepspeed": ("engine.zero",),
+    "deepspeed": ("engine.zero.deepspeed_api",),
     "mmdet": ("tasks",),
     "mmseg": ("tasks",),
     "mmcv": ("tasks",),

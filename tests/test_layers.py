@@ -96,7 +96,7 @@ def faults_of(check, module, source):
             rules.wall_faults,
             "piip_scale.tasks.a",
             "def f():\n    import deepspeed.ops",
-            "belongs to engine.zero",
+            "belongs to engine.zero.deepspeed_api",
         ),
         (rules.wall_faults, "piip_scale.engine.zero.deepspeed_api", "import deepspeed", "deepspeed at import time"),
         (rules.wall_faults, "piip_scale.engine.a", "if TYPE_CHECKING:\n    from deepspeed import E", "belongs to"),

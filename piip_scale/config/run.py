@@ -151,7 +151,8 @@ class ZeroConfig(Strict):
         offload_parameters: Where slices of parameters wait for their use, likewise; stage 3 only.
         node_partition: Ranks of a node that between them keep a second copy of the sharded parameters, so that
             gathers of the backward pass stay inside the node (hpZ); 1 keeps none. Stage 3 only.
-        deepspeed: Raw DeepSpeed keys merged on top.
+        deepspeed: Raw DeepSpeed keys on top, of those that are known to leave numbers and checkpoints as they are; the
+            value ``auto`` leaves a key to us.
     """
 
     stage: Literal[0, 1, 2, 3] = 3

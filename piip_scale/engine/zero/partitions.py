@@ -111,11 +111,22 @@ def publish(engine: Engine) -> None:
     if stage == 3:
         # As around DeepSpeed's own loading: what is gathered, the resident parameters too, is stale.
         optimizer.checkpoint_event_prologue()
+        _drop_second_copies(engine)
         for sub_group in (index for index in range(len(optimizer.fp16_groups)) if not is_on_disk(engine, index)):
             optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
         optimizer.checkpoint_event_epilogue()
     elif stage:
         optimizer.update_lp_params()
+
+
+def _drop_second_copies(engine: Engine) -> None:
+    """Has hpZ make its second copies anew, from what the slices are now.
+
+    deepspeed 0.19.8 drops those of trained parameters only, and takes the others for good from the first time they
+    were whole; after a resume that is what stood there before the checkpoint was read.
+    """
+    for parameter in engine.module.parameters():
+        parameter.ds_secondary_tensor = None
 
 
 def _inner_optimizer(engine: Engine) -> torch.optim.Optimizer:

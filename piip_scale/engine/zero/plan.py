@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from piip_scale.config.run import RunConfig, ZeroConfig
+from piip_scale.engine.zero.raw_keys import checked_keys
 from piip_scale.errors import ConfigError, ModelError
 
 _REST = "rest"
@@ -21,36 +22,6 @@ _REST = "rest"
 BUCKET_ELEMENTS = 50_000_000
 # One optimiser step works on so many elements at a time, and needs 4 bytes of gradient for each beside its own state.
 _SUB_GROUP_ELEMENTS = 200_000_000
-
-# Keys of the raw dict that a field of ours decides, with the field to set instead.
-_OWNED = {
-    "zero_optimization.stage": "zero.stage",
-    "zero_optimization.stage3_param_persistence_threshold": "zero.persistence_threshold",
-    "zero_optimization.param_persistence_threshold": "zero.persistence_threshold",
-    "bf16.enabled": "train.precision",
-    "fp16.enabled": "train.precision",
-    "bfloat16.enabled": "train.precision",
-    "gradient_accumulation_steps": "train.gradient_accumulation",
-    "train_batch_size": "data.micro_batch_size",
-    "train_micro_batch_size_per_gpu": "data.micro_batch_size",
-    "gradient_clipping": "optimizer.clip_grad_norm",
-    "zero_optimization.stage3_module_granularity_threshold": "heads_module() of the model",
-    "zero_optimization.module_granularity_threshold": "heads_module() of the model",
-    "zero_optimization.leaf_module": "heads_module() of the model",
-    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
-    "zero_optimization.offload_optimizer.nvme_path": "zero.offload_optimizer",
-    "zero_optimization.cpu_offload": "zero.offload_optimizer",
-    "zero_optimization.offload_param.device": "zero.offload_parameters",
-    "zero_optimization.offload_param.nvme_path": "zero.offload_parameters",
-    "zero_optimization.cpu_offload_param": "zero.offload_parameters",
-    "zero_optimization.zero_hpz_partition_size": "zero.node_partition",
-    "torch_autocast": "train.precision",
-    "data_types.param_dtype": "train.precision",
-    "managed_gradient_accumulation": "train.gradient_accumulation",
-    "zero_force_ds_cpu_optimizer": "optimizer",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-}
 
 
 @dataclass(frozen=True)
@@ -175,7 +146,7 @@ def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int) -> Sharding:
         num_ranks: Data-parallel ranks.
 
     Raises:
-        ConfigError: A raw key in ``zero.deepspeed`` contradicts one of ours, or stage and precision do not go together.
+        ConfigError: A raw key in ``zero.deepspeed`` is not allowed, or stage and precision do not go together.
     """
     if config.zero.stage == 0 and config.train.precision == "bf16":
         raise ConfigError(
@@ -185,8 +156,7 @@ def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int) -> Sharding:
         )
     threshold, reason = _threshold(config, sizes)
     decided = _decided(config, sizes, threshold, num_ranks)
-    _check_owned(config.zero.deepspeed, decided)
-    merged = _merged(decided, config.zero.deepspeed)
+    merged = _merged(decided, checked_keys(config.zero.deepspeed, decided, config.zero))
     averaged = config.train.ema_decay is not None
     return Sharding(merged, threshold, reason, config.train.precision, num_ranks, config.zero, averaged)
 
@@ -272,28 +242,6 @@ def _offload_keys(zero: ZeroConfig, sizes: Sizes, num_ranks: int) -> dict[str, A
 
 def _place(place: str) -> dict[str, Any]:
     return {"device": "cpu"} if place == "cpu" else {"device": "nvme", "nvme_path": place}
-
-
-def _check_owned(raw: Mapping[str, Any], decided: Mapping[str, Any]) -> None:
-    ours = dict(_leaves(decided))
-    for key, value in _leaves(raw):
-        owner = next((field for name, field in _OWNED.items() if key == name or key.startswith(f"{name}.")), None)
-        if owner is None or (key in ours and ours[key] == value):
-            continue
-        raise ConfigError(
-            f"zero.deepspeed.{key}",
-            value=value,
-            rule=f"{owner} decides it" + (f" and makes it {ours[key]!r}" if key in ours else ""),
-            fix=f"leave it out, and change {owner} instead",
-        )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

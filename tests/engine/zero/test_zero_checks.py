@@ -1,4 +1,4 @@
-"""Refusals before a rank starts: each one line, from DeepSpeed's own parser where the raw keys are concerned."""
+"""Refusals before a rank starts: each one line, from the table of raw keys and from DeepSpeed's own parser."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from tiny_task import TinyModel
 
 from piip_scale.engine.zero import extensions
 from piip_scale.engine.zero.checks import checked_plan
+from piip_scale.engine.zero.raw_keys import Key, Rule
+from piip_scale.engine.zero.refused_keys import REFUSED
 from piip_scale.errors import ConfigError, KernelError
 from piip_scale.world import World
+
+ANYTHING = Key("gradient_allreduce_op", Rule("", lambda value: True), "", None)
 
 
 def plan(world=None, **zero):
@@ -50,7 +54,10 @@ def test_an_unknown_raw_key_is_told_with_the_nearest_ones(raw, said):
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"zero_optimization": {"sub_group_size": -4}}, "zero_optimization.sub_group_size: got -4; Input should be"),
+        (
+            {"zero_optimization": {"sub_group_size": -4}},
+            "zero_optimization.sub_group_size: got -4; it is a whole number of at least 1",
+        ),
         ({"zero_optimization": {"mics_shard_size": 4}}, "MiCS ZeRO-3 sharding has been removed"),
         ({"gradient_allreduce_op": "sum"}, "not supported with ZeRO stage 3"),
     ],
@@ -73,6 +80,14 @@ def test_a_removed_key_is_never_suggested():
 )
 def test_keys_that_deepspeed_has_pass(raw):
     assert plan(deepspeed=raw).stage == 3
+
+
+def test_what_deepspeeds_parser_still_refuses_is_one_line(monkeypatch):
+    # A contradiction that no rule of one key can see.
+    monkeypatch.setattr("piip_scale.engine.zero.raw_keys._BY_PATH", {"gradient_allreduce_op": ANYTHING})
+    monkeypatch.delitem(REFUSED, "gradient_allreduce_op")
+    raw = {"gradient_allreduce_op": "sum"}
+    assert "DeepSpeed refuses zero.deepspeed: gradient_allreduce_op='sum'" in refusal(ConfigError, deepspeed=raw)
 
 
 def test_a_part_of_a_node_divides_it():

@@ -129,10 +129,10 @@ def test_what_a_stage_cannot_is_refused_with_the_config(zero, said):
 
 
 def test_raw_keys_go_on_top_and_agreeing_ones_pass():
-    raw = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 4096, "overlap_comm": True}, "zero_allow": 1}
+    raw = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 4096, "overlap_comm": True}, "steps_per_print": 1}
     plan = plan_sharding(tiny_config(zero={"deepspeed": raw}), Sizes((branch("a", 8, 2),)), 1)
     zero = plan.deepspeed["zero_optimization"]
-    assert (zero["reduce_bucket_size"], zero["overlap_comm"], plan.deepspeed["zero_allow"]) == (4096, True, 1)
+    assert (zero["reduce_bucket_size"], zero["overlap_comm"], plan.deepspeed["steps_per_print"]) == (4096, True, 1)
     assert "stage3_param_persistence_threshold" in zero
 
 
