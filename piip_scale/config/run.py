@@ -199,6 +199,11 @@ class TrainConfig(Strict):
             training and ``convert --ema`` use it. 4 bytes a trained parameter, sharded like the optimiser's state.
         ema_warmup: The average follows faster at first: the decay of update n is at most 1 - (1 + n)^(-2/3).
         max_skipped_steps: The run stops when so many steps in a row had a loss or gradient that is not finite.
+        deterministic: Only kernels that give the same bits from run to run, slower; one that has no such form ends the
+            run with its name. On CPUs all do without it: there the same config, ranks and threads give the same bits,
+            resumed or not. On a GPU sums of atomics (the backward passes of deformable attention, RoIAlign and
+            sampling) differ in last digits, so that two runs, or a run and its continuation, part slowly; on other
+            numbers of ranks sums round otherwise everywhere.
         hang_minutes: The run ends, with the stacks of all ranks, when one waits for its data or computes for longer
             than that in a step.
         slow_hang_minutes: The same for what may take longer: the start, the first step with its compiling, a
@@ -220,6 +225,7 @@ class TrainConfig(Strict):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     ema_warmup: bool = False
     max_skipped_steps: Positive = 10
+    deterministic: bool = False
     hang_minutes: PositiveFloat = 10.0
     slow_hang_minutes: PositiveFloat = 60.0
 
@@ -276,6 +282,15 @@ class RunConfig(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
     zero: ZeroConfig = ZeroConfig()
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _kernels_are_deterministic(self) -> RunConfig:
+        if self.train.deterministic and self.model.deform_kernel == "triton":
+            raise ValueError(
+                "train.deterministic=True does not go with model.deform_kernel='triton', whose backward pass adds "
+                "gradients with atomics: set it to auto or reference"
+            )
+        return self
 
     @model_validator(mode="after")
     def _averages_can_be_kept(self) -> RunConfig:

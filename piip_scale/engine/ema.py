@@ -112,7 +112,7 @@ class WeightAverage:
         for master, average in zip(self._masters, self._averages, strict=True):
             parts = (tensor.view(-1).split(_EXCHANGED_ELEMENTS) for tensor in (master, average))
             for weights, averaged in zip(*parts, strict=True):
-                kept = weights.clone()
+                before = weights.clone()
                 weights.copy_(averaged)
-                averaged.copy_(kept)
+                averaged.copy_(before)
         publish(self._engine)

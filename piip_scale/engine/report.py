@@ -87,21 +87,21 @@ def start_report(sizes: Sizes, plan: Sharding) -> list[str]:
 
 
 def _title(plan: Sharding) -> str:
-    words = [f"ZeRO stage {plan.stage} on {plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}", plan.precision]
+    terms = [f"ZeRO stage {plan.stage} on {plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}", plan.precision]
     for name, place in (("optimiser", plan.zero.offload_optimizer), ("parameters", plan.zero.offload_parameters)):
         if place != "none":
-            words.append(f"{name} offloaded to {'host memory' if place == 'cpu' else place}")
+            terms.append(f"{name} offloaded to {'host memory' if place == 'cpu' else place}")
     if plan.zero.node_partition > 1:
-        words.append(f"sharded parameters a second time on every {plan.zero.node_partition} ranks")
-    return ", ".join(words)
+        terms.append(f"sharded parameters a second time on every {plan.zero.node_partition} ranks")
+    return ", ".join(terms)
 
 
 def _row(part: Part, plan: Sharding) -> str:
     sharded = sum(p.numel for p in part.parameters if plan.shards(p))
     frozen = sum(p.numel for p in part.parameters if not p.trainable)
-    kept = bytes_per_rank(part, plan)
+    held = bytes_per_rank(part, plan)
     counts = (f"{count:,}" for count in (part.numel, part.numel - sharded, sharded, frozen))
-    return _cells(part.name, *counts, f"{kept.device / _MIB:,.1f}", f"{kept.host / _MIB:,.1f}")
+    return _cells(part.name, *counts, f"{held.device / _MIB:,.1f}", f"{held.host / _MIB:,.1f}")
 
 
 def _cells(name: str, *others: str) -> str:

@@ -47,10 +47,10 @@ def seed_step(seed: int, *position: int) -> None:
         seed: The run's seed.
         position: Step, and micro-batch among those of all ranks.
     """
-    words = np.random.SeedSequence([seed % 2**32, *position]).generate_state(2, np.uint64)
-    torch.manual_seed(int(words[0]) >> 1)  # also seeds every GPU
-    np.random.seed(int(words[1]) % 2**32)
-    random.seed(int(words[1]))
+    seeds = np.random.SeedSequence([seed % 2**32, *position]).generate_state(2, np.uint64)
+    torch.manual_seed(int(seeds[0]) >> 1)  # also seeds every GPU
+    np.random.seed(int(seeds[1]) % 2**32)
+    random.seed(int(seeds[1]))
 
 
 def train_step(engine: Engine, batches: Iterable[Batch], step: int, seed: int, world: World) -> StepResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.determinism import apply_determinism
 from piip_scale.engine.session import Session, TaskFactory
 from piip_scale.engine.stop import StopFlag, unsaved
 from piip_scale.engine.watchdog import Watchdog
@@ -48,7 +49,8 @@ def train_worker(
         The process's exit code: 0 when done, the error's own otherwise. Leave the process at once with it.
 
     Raises:
-        PiipError: The world does not add up, or the directory cannot be opened; nothing has started then.
+        PiipError: The world does not add up, the directory cannot be opened, or the environment contradicts the
+            config; nothing has started then.
     """
     world = read_world()
     configure_logging(world.rank)
@@ -56,6 +58,7 @@ def train_worker(
         run.open(config_text, resume=resume, restart=restart)
         before = run.status()
         run.write_status("running", before.step if before else 0)
+    apply_determinism(config.train)
     stop = StopFlag()
     stop.install()
     heartbeat = Heartbeat(config.train.hang_minutes * _MINUTE_S, config.train.slow_hang_minutes * _MINUTE_S)

@@ -50,11 +50,40 @@ def deform_attention_reference(value_BHWMD: Tensor, locations_BLMP2: Tensor, wei
     wide = locations_BLMP2.dtype
     maps_NDHW = value_BHWMD.to(wide).permute(0, 3, 4, 1, 2).reshape(batch * heads, channels, height, width)
     grid_NLP2 = (2 * locations_BLMP2 - 1).transpose(1, 2).flatten(0, 1)
-    samples_NDLP = functional.grid_sample(maps_NDHW, grid_NLP2, "bilinear", "zeros", align_corners=False)
+    samples_NDLP = _sample(maps_NDHW, grid_NLP2)
     weights_N1LP = weights_BLMP.to(wide).transpose(1, 2).flatten(0, 1).unsqueeze(1)
     output_NDL = (samples_NDLP * weights_N1LP).sum(-1)
     output_BLMD: Tensor = output_NDL.unflatten(0, (batch, heads)).permute(0, 3, 1, 2)
     return output_BLMD.to(value_BHWMD.dtype)
+
+
+def _sample(maps_NDHW: Tensor, grid_NLP2: Tensor) -> Tensor:
+    if torch.are_deterministic_algorithms_enabled():
+        return sample_by_gathers(maps_NDHW, grid_NLP2)
+    return functional.grid_sample(maps_NDHW, grid_NLP2, "bilinear", "zeros", align_corners=False)
+
+
+def sample_by_gathers(maps_NDHW: Tensor, grid_NLP2: Tensor) -> Tensor:
+    """``grid_sample`` (bilinear, zeros outside, edges at -1 and 1) whose backward pass is deterministic on a GPU too.
+
+    torch's own adds gradients with atomics there and refuses to in deterministic mode; the one of ``gather`` does not.
+
+    Returns:
+        (N, D, L, P).
+    """
+    height, width = maps_NDHW.shape[2:]
+    place_NLP2 = (grid_NLP2 + 1) * grid_NLP2.new_tensor([width, height]) / 2 - 0.5
+    corner_NLP2 = place_NLP2.floor()
+    total: Tensor = maps_NDHW.new_zeros(())
+    for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        at_NLP2 = corner_NLP2 + corner_NLP2.new_tensor([right, below])
+        share_NLP = (1 - (place_NLP2 - at_NLP2).abs()).prod(-1)
+        x_NLP, y_NLP = at_NLP2.long().unbind(-1)
+        inside_NLP = (x_NLP >= 0) & (x_NLP < width) & (y_NLP >= 0) & (y_NLP < height)
+        index_NLP = (y_NLP.clamp(0, height - 1) * width + x_NLP.clamp(0, width - 1)).flatten(1)
+        picked_NDK = maps_NDHW.flatten(2).gather(2, index_NLP.unsqueeze(1).expand(-1, maps_NDHW.shape[1], -1))
+        total = total + picked_NDK.unflatten(2, share_NLP.shape[1:]) * (share_NLP * inside_NLP).unsqueeze(1)
+    return total
 
 
 def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -72,11 +101,17 @@ def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dt
     if name == "reference":
         return name
     if name == "auto":
-        usable = device_type == "cuda" and dtype != torch.float64 and _has_triton()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        usable = device_type == "cuda" and not deterministic and dtype != torch.float64 and _has_triton()
         return "triton" if usable else "reference"
     if name != "triton":
         raise KernelError("unknown deformable attention kernel", value=name, rule="one of auto, reference, triton")
     require_deform_kernel(name)
+    if torch.are_deterministic_algorithms_enabled():
+        raise KernelError(
+            "deformable attention kernel triton is not deterministic: its backward pass adds with atomics",
+            fix="set deform_kernel to auto or reference, or train.deterministic to false",
+        )
     # The meta device computes shapes only, as for torch's own operators.
     if dtype == torch.float64 or (device_type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1"):
         raise KernelError(

@@ -22,7 +22,7 @@ def outline_run(config: RunConfig, num_classes: int, size_px: tuple[int, int] | 
     """
     kernels = {"attention_kernel": "sdpa"}
     if config.model.deform_kernel == "auto":
-        kernels["deform_kernel"] = "triton"
+        kernels["deform_kernel"] = "reference" if config.train.deterministic else "triton"
     config = config.model_copy(update={"model": config.model.model_copy(update=kernels)})
     height, width = size_px or training_size_px(config)
     images_BCHW = torch.empty(config.data.micro_batch_size, 3, height, width, device="meta")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyramid_task import PyramidTask, network, pyramid_config
-from ranks import FORCED_RELEASE
+from ranks import FORCED_RELEASE, run_ranks
 from test_equality import weights_of
 from tiny_task import make_batch
 
@@ -180,7 +182,7 @@ def trained(world, device, root: Path, jobs: Iterable[tuple[Layout, int | None]]
     return found
 
 
-def run_cells(run_ranks, root: Path, cells: Sequence[Cell]) -> dict[Cell, tuple[Trained, Trained]]:
+def run_cells(root: Path, cells: Sequence[Cell]) -> dict[Cell, tuple[Trained, Trained]]:
     """What each cell's run was after going on, and what it was without a break; three launches for all cells."""
     layouts = {num: {cell.layout: None for cell in cells if MOVES[cell.move][0] == num} for num in (1, 2)}
     onward = {num: [(c.layout, MOVES[c.move][0]) for c in cells if MOVES[c.move][1] == num] for num in (1, 2)}
@@ -222,3 +224,16 @@ def table(apart: dict[Cell, tuple[float, float]]) -> list[str]:
 def _worst(values: Sequence[tuple[float, float]]) -> str:
     figures, weights = (max(column) for column in zip(*values, strict=True))
     return "equal" if figures == weights == 0 else f"{figures:.0e}, {weights:.0e}"
+
+
+def main() -> None:
+    """Prints the table of the few cells, or with ``--every`` that of the product, which takes an hour."""
+    chosen = every_cell() if "--every" in sys.argv else covering(every_cell())
+    with tempfile.TemporaryDirectory() as folder:
+        apart = {cell: difference(*pair) for cell, pair in run_cells(Path(folder), chosen).items()}
+    print("\n".join(table(apart)))
+    print(f"{len(chosen)} cells, {sum(not is_equal(cell, values) for cell, values in apart.items())} not equal")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import resume_cells as cells
-from ranks import run_ranks
 
 CHOSEN = cells.covering(cells.every_cell())
 
 
 def differences(root, chosen) -> dict[cells.Cell, tuple[float, float]]:
-    return {cell: cells.difference(*pair) for cell, pair in cells.run_cells(run_ranks, root, chosen).items()}
+    return {cell: cells.difference(*pair) for cell, pair in cells.run_cells(root, chosen).items()}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +33,4 @@ def test_going_on_is_the_run_without_a_break(found, cell):
 @pytest.mark.timeout(3600)
 def test_every_cell_of_the_product_goes_on(tmp_path):
     apart = differences(tmp_path, cells.every_cell())
-    if "EQUALITY_TABLE" in os.environ:
-        Path(os.environ["EQUALITY_TABLE"]).write_text("\n".join(cells.table(apart)) + "\n")
     assert {cell: values for cell, values in apart.items() if not cells.is_equal(cell, values)} == {}

@@ -32,8 +32,6 @@ else:
 TESTED = {"deepspeed": ("0.19.8", "0.19.8"), "torch": ("2.11", "2.15")}
 """Oldest and newest version of each library that the tests have trained with."""
 _REFUSED_FROM = {"deepspeed": (0, 20)}
-# Two parts of a version tell what a library promises; the third mends.
-_RELEASE = 2
 
 PRIVATE_NAMES = (
     "deepspeed.ops:__compatible_ops__",

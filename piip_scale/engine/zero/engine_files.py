@@ -16,7 +16,7 @@ from piip_scale.files import disk_errors
 
 
 def engine_files(
-    engine: Engine, folder: Path, tag: str, client_state: Mapping[str, Any], keep: Callable[[object], Any]
+    engine: Engine, folder: Path, tag: str, client_state: Mapping[str, Any], copy: Callable[[object], Any]
 ) -> dict[str, Any]:
     """This rank's files of a DeepSpeed checkpoint. Collective; writes none of them but offloaded state on disks.
 
@@ -25,7 +25,7 @@ def engine_files(
         folder: Where the checkpoint is to be.
         tag: The folder in it for DeepSpeed's files.
         client_state: Merged into DeepSpeed's own state.
-        keep: What to keep of a file's content: DeepSpeed's tensors change with the next step.
+        copy: Makes what is written of a file's content: DeepSpeed's tensors change with the next step.
 
     Returns:
         Contents for ``torch.save`` by path inside ``folder``.
@@ -33,7 +33,7 @@ def engine_files(
     Raises:
         CheckpointError: The disk refuses what DeepSpeed copies from another: optimiser state that lives on a disk.
     """
-    catch = _Catch(engine, keep)
+    catch = _Catch(engine, copy)
     with disk_errors(CheckpointError, f"write checkpoint {folder}"), _instead_of_writing(engine, catch):
         engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
     return {str(path.relative_to(folder)): content for path, content in catch.files.items()}
@@ -42,12 +42,12 @@ def engine_files(
 class _Catch:
     """Stands in for DeepSpeed's checkpoint engine, with the methods that deepspeed 0.19.8 calls while it saves."""
 
-    def __init__(self, engine: Engine, keep: Callable[[object], Any]) -> None:
+    def __init__(self, engine: Engine, copy: Callable[[object], Any]) -> None:
         self.files: dict[Path, Any] = {}
-        self._engine, self._keep = engine, keep
+        self._engine, self._copy = engine, copy
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        self.files[Path(path)] = self._keep(state_dict | self._off_disk(state_dict))
+        self.files[Path(path)] = self._copy(state_dict | self._off_disk(state_dict))
 
     def _off_disk(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What deepspeed 0.19.8 leaves out of a file where the tensors are on a disk."""

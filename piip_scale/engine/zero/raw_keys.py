@@ -27,7 +27,7 @@ class Rule:
     """What a value must be.
 
     Attributes:
-        text: In words.
+        text: In a sentence.
         holds: Whether it is so.
     """
 
@@ -85,23 +85,23 @@ class Key:
     spelt: str = ""
 
 
-_TELLS = "only prints or writes a log"
+_LOGS = "only prints or writes a log"
 _MESSAGES = "how large messages are and when they are sent; what they sum stays"
 _MEMORY = "when parameters are gathered and released, not what they are"
 _Z = "zero_optimization."
 
 ALLOWED = (
-    Key("steps_per_print", _SIZE, _TELLS, 5, ANY),
-    Key("wall_clock_breakdown", _SWITCH, _TELLS, True, ANY),
-    Key("memory_breakdown", _SWITCH, _TELLS, True, ANY),
-    Key("dump_state", _SWITCH, _TELLS, True, ANY),
-    Key("log_level", _one_of("debug", "info", "warning", "error", "critical"), _TELLS, "error", ANY),
-    Key("comms_logger.enabled", _SWITCH, _TELLS, True, ANY),
-    Key("comms_logger.verbose", _SWITCH, _TELLS, True, ANY),
-    Key("comms_logger.prof_all", _SWITCH, _TELLS, False, ANY),
-    Key("comms_logger.prof_ops", _NAMES, _TELLS, ["all_reduce"], ANY),
-    Key("comms_logger.debug", _SWITCH, _TELLS, True, ANY),
-    Key("timers.throughput.enabled", _SWITCH, _TELLS, False, ANY),
+    Key("steps_per_print", _SIZE, _LOGS, 5, ANY),
+    Key("wall_clock_breakdown", _SWITCH, _LOGS, True, ANY),
+    Key("memory_breakdown", _SWITCH, _LOGS, True, ANY),
+    Key("dump_state", _SWITCH, _LOGS, True, ANY),
+    Key("log_level", _one_of("debug", "info", "warning", "error", "critical"), _LOGS, "error", ANY),
+    Key("comms_logger.enabled", _SWITCH, _LOGS, True, ANY),
+    Key("comms_logger.verbose", _SWITCH, _LOGS, True, ANY),
+    Key("comms_logger.prof_all", _SWITCH, _LOGS, False, ANY),
+    Key("comms_logger.prof_ops", _NAMES, _LOGS, ["all_reduce"], ANY),
+    Key("comms_logger.debug", _SWITCH, _LOGS, True, ANY),
+    Key("timers.throughput.enabled", _SWITCH, _LOGS, False, ANY),
     Key("timers.throughput.synchronized", _SWITCH, "whether its timer waits for the device", False, ANY),
     Key(
         "checkpoint.tag_validation", _one_of("Warn", "Ignore", "Fail"), "our tags are the same everywhere", "Fail", ANY
@@ -138,7 +138,7 @@ ALLOWED = (
     Key(f"{_Z}allgather_sequential", _SWITCH, _MESSAGES, True, (3,), spelt=f"{_Z}stage3_allgather_sequential"),
     Key(f"{_Z}ignore_unused_parameters", _SWITCH, "an unused parameter is an error instead of nothing", False, (2,)),
     Key(f"{_Z}memory_efficient_linear", _SWITCH, "which of two linear layers is used", False, (3,)),
-    Key(f"{_Z}log_trace_cache_warnings", _SWITCH, _TELLS, True, (3,)),
+    Key(f"{_Z}log_trace_cache_warnings", _SWITCH, _LOGS, True, (3,)),
     Key(f"{_Z}enable_sanity_checks", _SWITCH, "checks what must hold anyway", True, (3,)),
     Key(f"{_Z}offload_optimizer.pin_memory", _SWITCH, "where in host memory", False, needs="offload_optimizer"),
     Key(f"{_Z}offload_param.pin_memory", _SWITCH, "where in host memory", False, (3,), needs="offload_parameters"),
@@ -174,7 +174,7 @@ def checked_keys(raw: Mapping[str, Any], decided: Mapping[str, Any], zero: ZeroC
     for path, value in leaves(raw):
         if not _is_known(path):
             raise _unknown(*_first_unknown(path, raw))
-        if value != AUTO and _is_wanted(path, value, ours):
+        if value != AUTO and _is_given(path, value, ours):
             found[_BY_PATH[path].spelt or path] = _checked(path, value, zero)
     return nested(found)
 
@@ -186,7 +186,7 @@ def _is_known(path: str) -> bool:
     return _refused_section(path) is not None
 
 
-def _is_wanted(path: str, value: object, ours: Mapping[str, Any]) -> bool:
+def _is_given(path: str, value: object, ours: Mapping[str, Any]) -> bool:
     """Whether a key goes to DeepSpeed; raises where it contradicts ours or is refused."""
     owner = _owner(path)
     if owner:
@@ -230,12 +230,12 @@ def _check_refines(key: Key, value: object, zero: ZeroConfig) -> None:
     """Refuses a key of an offloading that is not there: DeepSpeed would begin a section for it."""
     place = getattr(zero, key.needs) if key.needs else "/"
     if place == "none" or (key.on_disk and place == "cpu"):
-        wanted = "the path of a folder" if key.on_disk else "cpu or the path of a folder"
+        place_needed = "the path of a folder" if key.on_disk else "cpu or the path of a folder"
         raise ConfigError(
             f"zero.deepspeed.{key.path}",
             value=value,
             rule=f"it refines zero.{key.needs}, which is {place!r}",
-            fix=f"set zero.{key.needs} to {wanted}, or leave the key out",
+            fix=f"set zero.{key.needs} to {place_needed}, or leave the key out",
         )
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.determinism import determinism_lines
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
 from piip_scale.engine.report import start_report
 from piip_scale.engine.zero.building import (
@@ -139,7 +140,7 @@ def build_engine(
     trainable, clock = cast(TrainableModel, model), clock or StartClock()
     sizes, plan = checked_plan(model, config, world)
     prepare_disks(config.zero)
-    for line in start_report(sizes, plan):
+    for line in [*start_report(sizes, plan), *determinism_lines(config.train, choose_device(world))]:
         get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
     (give or give_weights)(model, config, sizes, plan, choose_device(world))
@@ -255,8 +256,8 @@ def gather_residents(engine: Engine) -> None:
 
 def _gather_coalesced(first: nn.Parameter, param_list: Sequence[nn.Parameter] | None = None, **_: object) -> None:
     status = private("deepspeed.runtime.zero.partition_parameters:ZeroParamStatus")
-    wanted: Sequence[Any] = [first] if param_list is None else param_list
-    missing = [param for param in wanted if param.ds_status == status.NOT_AVAILABLE]
+    requested: Sequence[Any] = [first] if param_list is None else param_list
+    missing = [param for param in requested if param.ds_status == status.NOT_AVAILABLE]
     for param in missing:
         # all_gather_coalesced would prefer hpZ's second copy, which at this point is that from before the update.
         param.ds_secondary_tensor = None
@@ -289,5 +290,8 @@ def _check_leaf_output(leaf: nn.Module, _inputs: object, output: object) -> None
 
 
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Engine:
+    # Ranks read their weights for as long as they need. They wait here, in the group with the run's limit, not in
+    # those that DeepSpeed makes now, which have torch's 10 minutes until set_group_timeouts.
+    dist.barrier()
     engine, *_ = load().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return cast("Engine", engine)

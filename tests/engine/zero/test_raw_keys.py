@@ -8,7 +8,7 @@ from dataclasses import is_dataclass
 import pytest
 import resume_cells as cells
 from pydantic import BaseModel
-from ranks import run_ranks, tiny_config
+from ranks import tiny_config
 
 from piip_scale.engine.zero.plan import Parameter, Part, Sizes, plan_sharding
 from piip_scale.engine.zero.raw_keys import ALLOWED, AUTO, nested
@@ -139,7 +139,7 @@ def assert_goes_on(pairs) -> None:
 def trained(tmp_path_factory):
     chosen = [of_stage(stage, option) for option, stage in cells.TOGETHER.items()]
     chosen += [of_stage(stage, "plain") for stage in cells.STAGES]
-    return cells.run_cells(run_ranks, tmp_path_factory.mktemp("keys"), chosen)
+    return cells.run_cells(tmp_path_factory.mktemp("keys"), chosen)
 
 
 @pytest.mark.parametrize("option", cells.TOGETHER)
@@ -155,7 +155,7 @@ def test_all_keys_of_a_stage_train_to_the_same_numbers_and_resume_on_other_ranks
 def test_each_key_alone_trains_and_resumes_on_other_ranks(tmp_path):
     chosen = [of_stage(s, name) for name, key in cells.ALONE.items() for s in key.stages if s and not key.on_disk]
     plain = [of_stage(stage, "plain") for stage in cells.STAGES]
-    found = cells.run_cells(run_ranks, tmp_path, chosen + plain)
+    found = cells.run_cells(tmp_path, chosen + plain)
     for cell in chosen:
         if not cells.ALONE[cell.option].keeps_numbers:
             continue
