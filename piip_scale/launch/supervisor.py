@@ -21,7 +21,7 @@ from piip_scale.launch.outcome import Evidence, judge
 from piip_scale.launch.run_metrics import read_save_times
 from piip_scale.launch.spec import JobFiles, JobSpec, load_request
 from piip_scale.launch.step_notes import StepNotes
-from piip_scale.launch.time_left import TimeLeft, lead_s, too_short
+from piip_scale.launch.time_left import TIME_LIMIT, TimeLeft, lead_s, too_short
 from piip_scale.launch.unfinished import close_unfinished, newest_step, wait_for_ranks
 from piip_scale.launch.watching import StopRequests, Watch
 from piip_scale.run.ending import Ending
@@ -163,6 +163,8 @@ class Supervisor:
         last = {*read_bad_nodes(self._files.bad_nodes, time.time()), *self._executor.doubtful(check.healthy)}
         nodes = choose_nodes(check.healthy, self._spec.num_nodes, last)
         self._requests.look()
+        if self._is_time_over():
+            self._requests.end(TIME_LIMIT)
         if self._requests.cause:
             ending = Ending(cause=self._requests.cause, step=attempt.first_step)
             ended = replace(attempt, end="stopped", ending=ending, last_step=attempt.first_step)
@@ -338,7 +340,7 @@ class Supervisor:
     def _pause(self, seconds: float) -> None:
         log_line(f"waiting {seconds:.0f} s before the next attempt")
         until_s = time.monotonic() + seconds
-        while time.monotonic() < until_s and not self._requests.cause:
+        while time.monotonic() < until_s and not self._requests.cause and not self._is_time_over():
             time.sleep(self._settings.poll_s)
             self._requests.look()
 

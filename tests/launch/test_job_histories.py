@@ -42,13 +42,27 @@ def last_of(scene):
     return scene.history.read()[-1]
 
 
+def supervise_until(scene, step, left_s) -> int:
+    """Supervises a job that has an hour when its ranks begin, and so many seconds when they are looked at."""
+    supervisor, poll = scene.supervisor(), step._on_poll
+    scene.executor.known_time = JobTime(HOUR_S, HOUR_S)
+
+    def pass_time():
+        if scene.executor.known_time.left_s == HOUR_S:
+            scene.executor.known_time = JobTime(HOUR_S, left_s)
+            supervisor._time_left._asked_s = None
+        return poll()
+
+    step._on_poll = pass_time
+    return supervisor.run()
+
+
 # A save that is slower than the time for it
 
 
 def test_what_has_not_saved_in_time_is_ended_while_the_job_can_still_go_back(scene):
     step = deaf_step(scene)
-    scene.executor.known_time = JobTime(HOUR_S, time_left.LEAVING_S + 0.2)
-    assert scene.supervise() == 0
+    assert supervise_until(scene, step, time_left.LEAVING_S + 0.2) == 0
     last = last_of(scene)
     assert (step.asked, step.ended, scene.executor.requeued) == (1, 1, [()])
     assert (last.end, last.ending.reason, last.ending.cause) == ("crashed", "late save", "time limit")
@@ -60,8 +74,7 @@ def test_ranks_that_never_began_are_ended_in_time_too(scene):
     scene.run.heartbeats.mkdir(parents=True, exist_ok=True)
     step = FakeStep(lambda: None, lambda: None)
     scene.executor.steps.append(step)
-    scene.executor.known_time = JobTime(HOUR_S, time_left.LEAVING_S + 0.2)
-    assert scene.supervise() == 0
+    assert supervise_until(scene, step, time_left.LEAVING_S + 0.2) == 0
     assert (step.asked, step.ended, last_of(scene).decision) == (0, 1, "requeue")
     assert "had not begun" in last_of(scene).ending.line
 
@@ -76,11 +89,10 @@ def test_the_lead_follows_from_what_saves_took_and_from_those_that_were_late():
 
 
 def test_ranks_whose_saves_are_slow_are_asked_before_slurm_asks(scene):
-    scene.waiting_step()
+    step = scene.waiting_step()
     line = {"step": 4, "kind": "checkpoint", "checkpoint/stall_seconds": 10.0, "checkpoint/write_seconds": 300.0}
     (scene.run.path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    scene.executor.known_time = JobTime(HOUR_S, 600.0)
-    assert scene.supervise() == 0
+    assert supervise_until(scene, step, 600.0) == 0
     last = last_of(scene)
     assert (last.end, last.ending.cause, last.last_step, last.decision) == ("stopped", "time limit", 7, "requeue")
 
@@ -194,16 +206,19 @@ def test_progress_is_judged_attempt_by_attempt(steps, cause, minutes, action):
     assert decide(history[:3], situation(is_ending=True)).action == "requeue"
 
 
-def test_near_the_end_of_its_time_a_job_starts_nothing_that_it_could_not_save(scene):
-    scene.step(scene.status("running"))
-    scene.executor.known_time = JobTime(HOUR_S, 400.0)
+@pytest.mark.parametrize("crashes", [True, False])
+def test_near_the_end_of_its_time_a_job_starts_nothing_that_it_could_not_save(scene, crashes):
     line = {"step": 4, "kind": "checkpoint", "checkpoint/stall_seconds": 0.0, "checkpoint/write_seconds": 120.0}
     scene.run.path.mkdir(parents=True, exist_ok=True)
     (scene.run.path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    scene.executor.known_time = JobTime(HOUR_S, 300.0)
-    assert scene.supervise() == 0
-    assert len(scene.executor.started) == 1
-    assert last_of(scene).decision == "requeue"
+    step = scene.step(scene.status("running"))
+    if crashes:
+        assert supervise_until(scene, step, 300.0) == 0
+    else:
+        scene.executor.known_time = JobTime(HOUR_S, 300.0)
+        assert scene.supervise() == 0
+    assert len(scene.executor.started) == crashes
+    assert (last_of(scene).decision, len(scene.executor.requeued)) == ("requeue", 1)
 
 
 # Tasks of an array, and jobs that a requeueing brings back

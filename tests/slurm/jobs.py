@@ -205,6 +205,12 @@ class Job:
     def pid(self, rank: int) -> int:
         return self.beats()[rank]["pid"]
 
+    def supervisor_pid(self) -> int:
+        """The supervisor's own process, and not its guard's, which Slurm started."""
+        mine = f"SLURM_JOB_ID={self.job_id}".encode()
+        found = {pid: parent for pid, environment, parent in _processes() if mine in environment and _supervises(pid)}
+        return next(pid for pid, parent in found.items() if parent in found)
+
     def attempts(self):
         return History(self.run_dir / "job" / "attempts.jsonl").read()
 
@@ -330,6 +336,12 @@ def _processes():
                 environment = set((folder / "environ").read_bytes().split(b"\0"))
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
                 yield int(folder.name), environment, parent
+
+
+def _supervises(pid: int) -> bool:
+    with suppress(OSError):
+        return b"supervise" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
 
 
 def _name(pid: int) -> str:

@@ -43,6 +43,21 @@ def test_a_killed_rank_ends_the_step_and_the_run_goes_on_in_the_same_allocation(
     job.check_whole(whole)
 
 
+def test_a_killed_supervisor_sends_its_job_back(job, whole):
+    job.start()
+    job.until_held()
+    os.kill(job.supervisor_pid(), signal.SIGKILL)
+    job.harmed()
+    first = job.ended(0)
+    job.until_released()
+    job.go_on()
+    _, second = job.finished()
+    assert (first.end, first.decision, first.last_step) == ("cut", "requeue", SAVED_AT)
+    assert "its supervisor was killed (SIGKILL)" in first.why
+    assert (second.job_id, second.restart_count, second.first_step) == (first.job_id, 1, SAVED_AT)
+    job.check_whole(whole)
+
+
 def test_a_hanging_rank_leaves_all_stacks_and_the_run_goes_on(job, whole):
     job.start(settings=job.settings(train__hang_minutes=0.2))
     job.until_held()
