@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from piip_scale.errors import PiipError
 
+LACKS_MEMORY_FIX = "raise the limit on virtual memory (ulimit -v unlimited), or run where there is more"
 _FIXES = {
     errno.ENOSPC: "free some space on that disk, then start again",
     errno.EDQUOT: "free some of your quota on that disk, then start again",
@@ -22,7 +23,7 @@ _FIXES = {
     errno.EISDIR: "name a file in it",
     errno.EEXIST: "choose another name",
     errno.EPERM: "choose a folder you may write, or change its permissions",
-    errno.ENOMEM: "raise the limit on virtual memory (ulimit -v unlimited), or run where there is more",
+    errno.ENOMEM: LACKS_MEMORY_FIX,
 }
 
 # A disk or a network says so that may be well again, or emptier, a minute later; a wrong path stays wrong.
@@ -71,10 +72,10 @@ def disk_errors(kind: type[PiipError], action: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         named = f" ({error.filename})" if error.filename else ""
         fix = _FIXES.get(error.errno or 0, "")
-        told = kind(f"cannot {action}: {reason}{named}", fix=fix)
+        refused = kind(f"cannot {action}: {reason}{named}", fix=fix)
         if may_pass(error):
-            told.reason = IO_REASON
-        raise told from error
+            refused.reason = IO_REASON
+        raise refused from error
 
 
 def temporary_folder() -> Path:

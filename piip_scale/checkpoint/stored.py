@@ -12,7 +12,7 @@ from torch import Tensor
 from piip_scale.checkpoint.slices import Slice, whole
 from piip_scale.checkpoint.swapped import SWAPPED, attach_swapped
 from piip_scale.errors import CheckpointError
-from piip_scale.files import lacks_memory
+from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 
 # A mapped file's pages count as this process's memory until it is unmapped: so much for all files together, but at
 # least so much for each.
@@ -209,7 +209,7 @@ def _load(path: Path) -> Any:
             raise CheckpointError(
                 f"{path} cannot be mapped: no room for its {path.stat().st_size} bytes in this process's address space",
                 rule="the file may well be whole",
-                fix="raise the limit on virtual memory (ulimit -v unlimited), or run where there is more",
+                fix=LACKS_MEMORY_FIX,
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} cannot be read: {reason}", fix="take another checkpoint") from error

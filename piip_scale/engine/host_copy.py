@@ -41,8 +41,8 @@ class HostCopies:
             host = hosts.get(storage._cdata)
             if host is None:
                 host = hosts[storage._cdata] = self._copy_storage(storage)
-            place = tensor.storage_offset(), tensor.shape, tensor.stride()
-            copies.append(torch.empty(0, dtype=tensor.dtype).set_(host, *place))
+            geometry = tensor.storage_offset(), tensor.shape, tensor.stride()
+            copies.append(torch.empty(0, dtype=tensor.dtype).set_(host, *geometry))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies
@@ -64,13 +64,13 @@ class _Tensors:
 
     def __init__(self) -> None:
         self.found: list[Tensor] = []
-        self._places: dict[int, int] = {}
+        self._indexes: dict[int, int] = {}
 
-    def place(self, tensor: Tensor) -> int:
-        place = self._places.setdefault(id(tensor), len(self.found))
-        if place == len(self.found):
+    def index_of(self, tensor: Tensor) -> int:
+        index = self._indexes.setdefault(id(tensor), len(self.found))
+        if index == len(self.found):
             self.found.append(tensor)
-        return place
+        return index
 
 
 class _Freezer(pickle.Pickler):
@@ -79,7 +79,7 @@ class _Freezer(pickle.Pickler):
         self._tensors = tensors
 
     def persistent_id(self, value: object) -> int | None:
-        return self._tensors.place(value) if isinstance(value, Tensor) else None
+        return self._tensors.index_of(value) if isinstance(value, Tensor) else None
 
 
 class _Thawer(pickle.Unpickler):
@@ -87,5 +87,5 @@ class _Thawer(pickle.Unpickler):
         super().__init__(file)
         self._copies = copies
 
-    def persistent_load(self, place: int) -> Tensor:
-        return self._copies[place]
+    def persistent_load(self, index: int) -> Tensor:
+        return self._copies[index]

@@ -41,21 +41,21 @@ class Checkpoint:
     state: TrainingState
 
     def keep_batches(self, config: RunConfig, num_ranks: int) -> RunConfig:
-        """The config with steps of as many images as the run's had, on these ranks; tells what that changes.
+        """The config with steps of as many images as the run's had, on these ranks; warns of what that changes.
 
         Raises:
             ConfigError: See ``keep_images_per_step``.
         """
         images = self.state.images_per_step
-        kept = keep_images_per_step(config, images, num_ranks)
-        if kept is not config:
+        resumed = keep_images_per_step(config, images, num_ranks)
+        if resumed is not config:
             get_logger(__name__).warning(
                 "a step keeps its %d images: micro-batches of %d, accumulated as %d ranks need",
                 images,
-                kept.data.micro_batch_size,
+                resumed.data.micro_batch_size,
                 num_ranks,
             )
-        return kept
+        return resumed
 
     def resume(self, engine: Engine, now: TrainingState) -> int:
         """Puts it into an engine on whichever ranks and ZeRO stage; returns its step. Collective.
@@ -173,7 +173,7 @@ def warn_of_other_sets(path: Path, before: str, here: str) -> None:
 
     Args:
         path: The checkpoint.
-        before: The sets that it was trained on, as ``Task.data_id`` says; empty where it does not tell.
+        before: The sets that it was trained on, as ``Task.data_id`` says; empty where it does not say.
         here: Those of this run.
     """
     if before and before != here:

@@ -96,9 +96,9 @@ class Watchdog:
 
     def _beat(self) -> None:
         mark, rank = self._mark, self._world.rank
-        place = (mark.number, count_collectives(), mark.phase, mark.step)
+        position = (mark.number, count_collectives(), mark.phase, mark.step)
         process = (time.time(), socket.gethostname(), os.getpid())
-        beat = Beat(rank, *place, self._waited_s, *process, mark.limit_s, process_start_unix_s())
+        beat = Beat(rank, *position, self._waited_s, *process, mark.limit_s, process_start_unix_s())
         self._leave_to(read_beat(self._run.heartbeats, rank), beat)
         write_beat(self._run.heartbeats, beat)
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig, VitBranchConfig
 from piip_scale.errors import ModelError
+from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 from piip_scale.logging import get_logger
 from piip_scale.models.official_keys import official_branch_name, unwrap
 from piip_scale.models.position_tables import resize_position_table
@@ -124,6 +125,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             rule=str(error).split(". ")[0].splitlines()[0],
             fix="open it where that does no harm, and save its tensors as .safetensors",
         ) from None
+    except Exception as error:  # a damaged or hostile pickle makes torch's parser raise anything
+        raise _unreadable(path, error) from error
 
 
 def fit_weights(
@@ -271,10 +274,14 @@ def _map_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             # Views of the mapped file (seen with safetensors 0.8.0): elements are read when somebody looks at them.
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ModelError(
-            "pretrained weights cannot be read", value=str(path), rule=str(error), fix="download it again"
-        ) from None
+    except (SafetensorError, OSError, MemoryError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: BaseException) -> ModelError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    fix = LACKS_MEMORY_FIX if lacks_memory(error) else "download it again"
+    return ModelError("pretrained weights cannot be read", value=str(path), rule=reason, fix=fix)
 
 
 def _indexed(path: Path) -> list[str]:

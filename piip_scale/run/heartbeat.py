@@ -1,4 +1,4 @@
-"""Where a rank is, told by its training and read by its watchdog and by other ranks'."""
+"""Where a rank is: marked by its training, read by its watchdog and by other ranks'."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STACK_SIGNAL = signal.SIGRTMIN + 7
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in the run that a rank reached.
+    """A point in the run that a rank reached.
 
     Attributes:
         number: Marks before it; ranks pass the same marks in the same order.
@@ -94,8 +94,8 @@ class Beat:
 
 
 def write_beat(folder: Path, beat: Beat) -> None:
-    """Replaces a rank's file. A disk that refuses is not this function's to tell."""
-    with suppress(OSError), atomic_file(_place(folder, beat.rank), durable=False) as file:
+    """Replaces a rank's file. A disk that refuses is not this function's to report."""
+    with suppress(OSError), atomic_file(_path_of(folder, beat.rank), durable=False) as file:
         file.write(json.dumps(asdict(beat)).encode())
 
 
@@ -107,9 +107,9 @@ def late_ranks(beats: Mapping[int, Beat], silent: Sequence[int], num_ranks: int)
         silent: Ranks whose process no longer writes them.
         num_ranks: Ranks in all.
     """
-    places = {rank: (beat.number, beat.collectives) for rank, beat in beats.items()}
-    foremost = max(places.values(), default=(0, 0))
-    return [rank for rank in range(num_ranks) if places.get(rank, (-1, -1)) < foremost or rank in silent]
+    positions = {rank: (beat.number, beat.collectives) for rank, beat in beats.items()}
+    foremost = max(positions.values(), default=(0, 0))
+    return [rank for rank in range(num_ranks) if positions.get(rank, (-1, -1)) < foremost or rank in silent]
 
 
 def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:
@@ -122,10 +122,10 @@ def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:
 
 def read_beat(folder: Path, rank: int) -> Beat | None:
     """A rank's beat; ``None`` where there is none."""
-    return _read(_place(folder, rank))
+    return _read(_path_of(folder, rank))
 
 
-def _place(folder: Path, rank: int) -> Path:
+def _path_of(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.json"
 
 

@@ -249,12 +249,12 @@ class RunDirectory:
         return ending
 
     def _claim(self, ending: Ending) -> None:
-        place = self.errors / "first.json"
+        claim = self.errors / "first.json"
         with suppress(FileNotFoundError):
-            if place.stat().st_mtime < process_start_unix_s():
+            if claim.stat().st_mtime < process_start_unix_s():
                 # Of an earlier launch; the main rank sets it aside with the others, which it may not have done yet.
-                place.replace(self.errors / "first_before.json")
-        with place.open("x", encoding="utf-8") as file:
+                claim.replace(self.errors / "first_before.json")
+        with claim.open("x", encoding="utf-8") as file:
             json.dump(asdict(ending), file)
 
     def replace_ending(self, ending: Ending) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.errors import ModelError
+from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 
 _NUM_NAMED = 3
 
@@ -34,10 +35,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         for file in files:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 state[name].copy_(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"weights {path} cannot be read", value=str(error), fix="convert the checkpoint again"
-        ) from None
+    except (SafetensorError, OSError, MemoryError) as error:
+        fix = LACKS_MEMORY_FIX if lacks_memory(error) else "convert the checkpoint again"
+        raise ModelError(f"weights {path} cannot be read", value=str(error), fix=fix) from None
 
 
 def _files(path: Path) -> list[Path]:

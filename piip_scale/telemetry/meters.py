@@ -1,4 +1,4 @@
-"""Rates over a sliding window and the time left: pure arithmetic on what it is told."""
+"""Rates over a sliding window and the time left: pure arithmetic on what it is given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine tells of one optimiser step."""
+"""Records of what a run logs: steps, its start, checkpoints."""
 
 from __future__ import annotations
 

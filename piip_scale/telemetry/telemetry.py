@@ -1,4 +1,4 @@
-"""Everything a run tells, in one object: events for TensorBoard, JSON lines for scripts, a line for people."""
+"""Everything a run logs, in one object: events for TensorBoard, JSON lines for scripts, a line for people."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Telemetry:
         self._progress = ProgressLine(total_steps, first_step, stream) if show_progress else None
 
     def step(self, record: StepRecord) -> None:
-        """Tells of one optimiser step."""
+        """Logs one optimiser step."""
         self._since_log.add(record.images, record.step_seconds)
         if self._progress is not None:
             self._progress.step(record)
@@ -62,14 +62,14 @@ class Telemetry:
             self._write(record.step, "step", step_scalars(record, self._since_log.rate))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tells of an evaluation after ``step`` steps."""
+        """Logs an evaluation after ``step`` steps."""
         self._write(step, "evaluation", {f"eval/{name}": value for name, value in metrics.items()})
         # Names with a slash are details, such as one class's share: files have them, a line has no room.
         shown = {name: value for name, value in metrics.items() if "/" not in name}
         self._note(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
 
     def start(self, record: StartRecord) -> None:
-        """Tells how the run came to its first step."""
+        """Logs how the run came to its first step."""
         scalars = start_scalars(record)
         with disk_errors(RunError, self._action):
             # How far there is to go, for who reads the run's files alone.
@@ -79,7 +79,7 @@ class Telemetry:
         self.event(record.step, f"{sum(record.seconds.values()):.1f} s from process to first step: {phases}")
 
     def save(self, record: SaveRecord) -> None:
-        """Tells of a checkpoint that is visible now."""
+        """Logs a checkpoint that is visible now."""
         self._write(record.step, "checkpoint", save_scalars(record))
         self.event(
             record.step,

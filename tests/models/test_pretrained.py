@@ -217,6 +217,25 @@ def test_an_index_never_leads_out_of_its_folder_nor_to_itself(tmp_path, shard):
     assert "\n" not in caught.value.line
 
 
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\x80\x02noise", b"PK\x03\x04" + bytes(60)])
+def test_a_damaged_file_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=r"cannot be read|could run any code") as caught:
+        read_weights(tmp_path / name)
+    assert "\n" not in caught.value.line
+
+
+def test_a_limit_on_virtual_memory_is_no_damage(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth")
+    monkeypatch.setattr(
+        torch, "load", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("mmap: Cannot allocate memory"))
+    )
+    with pytest.raises(ModelError, match=r"ulimit -v") as caught:
+        read_weights(tmp_path / "w.pth")
+    assert "download" not in caught.value.line
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 99999])
 def test_an_index_that_is_none_is_one_line(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)

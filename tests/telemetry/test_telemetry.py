@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry import SaveRecord, StepRecord, Telemetry
 from piip_scale.telemetry.jsonl import JsonLines, superseded_path
 from piip_scale.telemetry.memory import peak_memory_bytes
@@ -147,6 +148,11 @@ def test_law_of_resumed_lines(tmp_path_factory, steps, first, cut):
     moved = aside.read_text().splitlines() if aside.exists() else []
     stayed = path.read_text().splitlines()[:-1]
     assert sorted(stayed + [line for line in moved if '"superseded"' not in line]) == sorted(whole.splitlines())
+
+
+def test_superseded_lines_are_where_a_run_directory_looks_for_them(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert superseded_path(run.metrics) == run.superseded_metrics
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
