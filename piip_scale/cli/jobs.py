@@ -22,7 +22,8 @@ app = typer.Typer(help="List runs, read a run's log, stop it, send it through th
 _HEADS = ("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
+# Whether it can be read is told in one line, as of all other runs.
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.", readable=False)]
 
 
 @app.callback(invoke_without_command=True)

@@ -71,7 +71,7 @@ def supervise(
     settings = SupervisorSettings(preflight=preflight, preflight_s=preflight_seconds)
     supervisor = Supervisor(spec, executor, requests, settings)
     # In a batch job; at a terminal there is somebody to see it.
-    if executor.has_queue and not sys.stdin.isatty():
+    if executor.has_queue and not (sys.stdin and sys.stdin.isatty()):
         leave_guard(supervisor.after_kill)
     code = supervisor.run()
     # At once: Slurm may be waiting for this process to be gone, and a thread still reads what srun has to say.

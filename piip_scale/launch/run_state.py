@@ -138,6 +138,8 @@ def event_of(run: Run, state: str, now_unix_s: float) -> str:
     outcome = (last.why or last.ending.line) if last else ""
     if run.job is not None and state in ("queued", "held"):
         return f"waits ({run.job.reason})" + (f" after: {outcome}" if outcome else "")
+    if run.job is not None and not outcome and state == run.job.state.lower() != "running":
+        return f"Slurm calls job {run.job.name} {state}"
     if state == "stalled":
         return standstill(run, now_unix_s)
     if state == "running":
