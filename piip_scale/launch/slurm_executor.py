@@ -88,7 +88,7 @@ class SlurmExecutor:
             job = self._slurm.job_now(self._name)
         except SlurmError:
             return None
-        return None if job.limit_s is None else JobTime(job.limit_s, max(job.limit_s - job.run_s, 0))
+        return time_of(job, time.time())
 
     def kill_wait_s(self) -> float:
         """As the site has set it; as it comes, where the controller does not answer."""
@@ -268,6 +268,16 @@ def successor_options(name: str, job: JobRecord, exclude: Sequence[str]) -> list
     options += [] if required is None else [f"--nodelist={','.join(required)}"]
     # A relative one would begin anew.
     return options + ([f"--deadline={job.deadline}"] if job.deadline else [])
+
+
+def time_of(job: JobRecord, now_unix_s: float) -> JobTime | None:
+    """The time of a job, which ends at its limit or at its deadline; ``None`` where it has neither."""
+    ends: list[float] = [] if job.limit_s is None else [job.limit_s - job.run_s]
+    ends += [] if job.deadline_unix_s is None else [job.deadline_unix_s - now_unix_s]
+    if not ends:
+        return None
+    left_s = max(min(ends), 0.0)
+    return JobTime(job.run_s + left_s if job.limit_s is None else job.limit_s, left_s)
 
 
 def ending(job: JobRecord, restart_count: int) -> str:

@@ -64,6 +64,11 @@ class JobRecord:
     end_unix_s: float | None = None
 
     @property
+    def deadline_unix_s(self) -> float | None:
+        """When it must have ended; ``None`` without."""
+        return _moment(self.deadline)
+
+    @property
     def partition(self) -> str:
         """The first of its partitions."""
         return self.partitions[0] if self.partitions else ""

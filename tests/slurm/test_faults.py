@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 
-from jobs import HELD_AT, SAVED_AT, wait_for
+from jobs import HELD_AT, SAVED_AT, STOPPED_AT, wait_for
 
 
 def fill_up(path, left_bytes):
@@ -54,7 +54,9 @@ def test_a_killed_supervisor_sends_its_job_back(job, whole):
     _, second = job.finished()
     assert (first.end, first.decision, first.last_step) == ("cut", "requeue", SAVED_AT)
     assert "its supervisor was killed (SIGKILL)" in first.why
-    assert (second.job_id, second.restart_count, second.first_step) == (first.job_id, 1, SAVED_AT)
+    assert (second.job_id, second.restart_count) == (first.job_id, 1)
+    # Ranks that Slurm ends for the requeueing may save once more.
+    assert second.first_step in (SAVED_AT, STOPPED_AT)
     job.check_whole(whole)
 
 
