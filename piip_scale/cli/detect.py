@@ -12,6 +12,7 @@ from piip_scale.cli.options import ConfigPath, Overrides, WeightsPath
 from piip_scale.cli.plain import plain
 from piip_scale.cli.progress import progress_bar
 from piip_scale.errors import DataError
+from piip_scale.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,15 +87,21 @@ def evaluate(
     from piip_scale.cli.evaluation import evaluate_weights
     from piip_scale.config import load_config
     from piip_scale.data.reading.files import write_bytes
+    from piip_scale.tasks.absences import absences
 
     changes = list(overrides or [])
     if shards is not None:
         changes.append(f"data.val_shards={shards!r}")
     metrics = evaluate_weights(load_config(config, changes), weights, predictions)
-    # Shown first: a place that cannot be written must not cost the evaluation.
-    Console().print(metrics_table(metrics))
-    if out is not None:
-        write_bytes(out, f"{json.dumps(metrics, indent=2)}\n".encode())
+    try:
+        # Shown first: a place that cannot be written must not cost the evaluation.
+        Console().print(metrics_table(metrics))
+        for note in absences(metrics):
+            typer.echo(printable(note))
+    finally:
+        # Nor a terminal that cannot show a class's name.
+        if out is not None:
+            write_bytes(out, f"{json.dumps(metrics, indent=2)}\n".encode())
 
 
 def predict(
@@ -133,8 +140,8 @@ def predict(
     run = load_config(config, overrides or [])
     found = predict_and_draw(run, weights, images, out, score_threshold, json_out, exif=exif, max_pixels=max_pixels)
     for path, summary in zip(images, found, strict=True):
-        typer.echo(f"{path}: {summary}")
-    typer.echo(f"picture: {out}")
+        typer.echo(printable(f"{path}: {summary}"))
+    typer.echo(printable(f"picture: {out}"))
 
 
 def metrics_table(metrics: dict[str, float]) -> Table:

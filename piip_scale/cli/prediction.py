@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,10 +48,16 @@ def predict_and_draw(
     from piip_scale.tasks.kinds import build_predictor, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    photos = [read_photo(path, exif=exif, max_pixels=max_pixels or config.data.max_pixels) for path in images]
+    read = partial(read_photo, exif=exif, max_pixels=max_pixels or config.data.max_pixels)
+    # Read twice: a damaged one is refused before any is predicted, and no more than one is in memory.
+    for path in images:
+        read(path)
     predictor = build_predictor(config, load_model(config, weights).to(device), min_score)
-    found = [predictor.predict(pixels, number) for number, pixels in enumerate(photos, 1)]
-    pictures = [predictor.draw(pixels, one) for pixels, one in zip(photos, found, strict=True)]
+    found, pictures = [], []
+    for number, path in enumerate(images, 1):
+        pixels = read(path, quiet=True)
+        found.append(predictor.predict(pixels, number))
+        pictures.append(predictor.draw(pixels, found[-1]))
     write_bytes(out, png_bytes(contact_sheet(pictures, ", ".join(path.name for path in images))))
     if json_out is not None:
         entries = [{"image": str(path)} | predictor.entry(one) for path, one in zip(images, found, strict=True)]

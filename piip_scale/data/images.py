@@ -109,8 +109,10 @@ def decode_image(
         return _decode_other(content, name, orientation, max_pixels, flaws)
 
 
-def read_photo(path: Path, *, exif: Exif = "apply", max_pixels: int = MAX_PIXELS) -> Image:
-    """A file's pixels, RGB uint8 (H, W, 3), upright unless they are wanted as ``stored``; flaws are logged.
+def read_photo(path: Path, *, exif: Exif = "apply", max_pixels: int = MAX_PIXELS, quiet: bool = False) -> Image:
+    """A file's pixels, RGB uint8 (H, W, 3), upright unless they are wanted as ``stored``.
+
+    Flaws are logged, unless ``quiet``.
 
     Raises:
         ImageError: The file is absent, or as in ``decode_image``.
@@ -120,6 +122,8 @@ def read_photo(path: Path, *, exif: Exif = "apply", max_pixels: int = MAX_PIXELS
     orientation = resolve_orientation(facts, exif)
     flaws = [facts.flaw] if facts.flaw else []
     pixels = decode_image(content, name, orientation=orientation.number, max_pixels=max_pixels, flaws=flaws)
+    if quiet:
+        return pixels
     for flaw in dict.fromkeys(flaws):
         get_logger(__name__).warning("image %s is read in spite of a flaw: %s", name, flaw)
     if facts.orientation != UPRIGHT:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import pycocotools.mask as coco_mask
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from piip_scale.errors import KernelError
 from piip_scale.tasks.base import Detections
+from piip_scale.tasks.lettering import Font, Lettering, lettering
 
 Pixels = NDArray[np.uint8]
 Rgb = tuple[int, int, int]
@@ -78,9 +78,10 @@ def draw_detections(
     taken: list[_Place] = []
     named = _largest_of_each(boxes, labels) if style.names_once else range(len(shown))
     for index, box, label in ((shown[number], boxes[number], labels[number]) for number in named):
-        text = f"{classes[label]} {found.scores[index].item():.2f}" if style.scores else classes[label]
-        place = _free_place(draw.textlength(text, font=_font(style.text_px)), box, picture.size, style, taken)
-        _write_tag(draw, text, place, class_colour(label), style)
+        score = f" {found.scores[index].item():.2f}" if style.scores else ""
+        name = lettering(classes[label] + score, style.text_px)
+        place = _free_place(name.width_px, box, picture.size, style, taken)
+        _write_tag(draw, name, place, class_colour(label))
         taken.append(place)
     return picture
 
@@ -119,8 +120,9 @@ def draw_names(image: Pixels, names: Sequence[tuple[int, str]], style: DrawingSt
     picture = _scaled(image, style)
     draw = ImageDraw.Draw(picture)
     for row, (label, text) in enumerate(names):
-        width, height = draw.textlength(text, font=_font(style.text_px)) + 6, style.text_px + 5
-        _write_tag(draw, text, (0, row * height, width, height), class_colour(label), style)
+        name = lettering(text, style.text_px)
+        width, height = name.width_px + 6, style.text_px + 5
+        _write_tag(draw, name, (0, row * height, width, height), class_colour(label))
     return picture
 
 
@@ -165,7 +167,8 @@ def contact_sheet(
     cell = max(picture.width for picture in pictures)
     heights = [max(picture.height for picture in row) for row in rows]
     width = columns * (cell + style.gap_px) + style.gap_px
-    lines = list(_broken(caption, width - 2 * style.gap_px, _font(style.text_px)))
+    title = lettering(caption, style.text_px)
+    lines = list(_broken(title.text, width - 2 * style.gap_px, title.font))
     line_px = round(style.text_px * 1.4)
     height = sum(heights) + style.gap_px * (len(rows) + 2) + line_px * len(lines)
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
@@ -175,7 +178,7 @@ def contact_sheet(
             sheet.paste(picture, (style.gap_px + column * (cell + style.gap_px), top))
         top += row_height + style.gap_px
     ImageDraw.Draw(sheet).multiline_text(
-        (style.gap_px, top), "\n".join(lines), fill=_TEXT, font=_font(style.text_px), spacing=line_px - style.text_px
+        (style.gap_px, top), "\n".join(lines), fill=_TEXT, font=title.font, spacing=line_px - style.text_px
     )
     return sheet
 
@@ -230,19 +233,19 @@ def _free_place(
     return (free or places)[0]
 
 
-def _write_tag(draw: ImageDraw.ImageDraw, text: str, place: _Place, colour: Rgb, style: DrawingStyle) -> None:
+def _write_tag(draw: ImageDraw.ImageDraw, name: Lettering, place: _Place, colour: Rgb) -> None:
     x, y, width, height = place
     draw.rectangle((x, y, x + width, y + height), fill=colour)
     luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
     letters = "black" if luminance > 140 else "white"
-    draw.text((x + 3, y + height / 2), text, fill=letters, font=_font(style.text_px), anchor="lm")
+    draw.text((x + 3, y + height / 2), name.text, fill=letters, font=name.font, anchor="lm")
 
 
 def _overlap(one: _Place, other: _Place) -> bool:
     return all(one[axis] < other[axis] + other[axis + 2] and other[axis] < one[axis] + one[axis + 2] for axis in (0, 1))
 
 
-def _broken(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> Iterator[str]:
+def _broken(text: str, width_px: float, font: Font) -> Iterator[str]:
     for paragraph in text.splitlines():
         line = ""
         for word in paragraph.split():
@@ -252,12 +255,3 @@ def _broken(text: str, width_px: float, font: ImageFont.FreeTypeFont) -> Iterato
                 longer = word
             line = longer
         yield line
-
-
-def _font(size_px: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size_px)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise KernelError(
-            "Pillow was built without FreeType", rule="drawing writes names", fix="install Pillow's wheel"
-        )
-    return font

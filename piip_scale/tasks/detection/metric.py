@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from piip_scale.data.batch import Batch
 from piip_scale.data.reading.files import json_bytes, write_bytes
+from piip_scale.logging import get_logger
+from piip_scale.tasks.absences import absences
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.gathering import gathered, is_distributed, is_main_rank
 
@@ -68,6 +70,8 @@ class CocoMetric:
         metrics: list[Any] = [None]
         if is_main_rank():
             metrics = [{key: value for part in self._parts for key, value in self._scores(part, results).items()}]
+            for line in absences(metrics[0]):
+                get_logger(__name__).info(line)
         if is_distributed():
             dist.broadcast_object_list(metrics, src=0)
         scores: dict[str, float] = metrics[0]

@@ -74,7 +74,7 @@ class SegmentationMetric:
         Means are over the classes that occur; NaN where none does. Collective; the same on every rank.
 
         Returns:
-            ``miou``, ``macc``, ``aacc``, and ``per_class/iou/NAME`` for every class that occurs.
+            ``miou``, ``macc``, ``aacc``, and ``per_class/iou/NAME`` for every class that occurs, in truth or found.
         """
         confusion = self.confusion().astype(np.float64)
         right, true, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
