@@ -95,15 +95,15 @@ def demo(
     Without --data it makes its own data set: handwritten digits on photographs. A second call reuses what stands.
     """
     started = time.monotonic()
-    place = Demo(out or Path("runs") / (f"demo-{data.resolve().stem}" if data else "demo"))
-    pair = _step("1/6 data", lambda: _own_scenes(place) if data is None else _user_data(data, images, place))
-    train_set, val_set = _step("2/6 shards", lambda: _pack(pair, place, boxes_only=boxes_only))
+    paths = Demo(out or Path("runs") / (f"demo-{data.resolve().stem}" if data else "demo"))
+    pair = _step("1/6 data", lambda: _own_scenes(paths) if data is None else _user_data(data, images, paths))
+    train_set, val_set = _step("2/6 shards", lambda: _pack(pair, paths, boxes_only=boxes_only))
     config = _config_of(data, train_set)
-    _step("3/6 training", lambda: _train(config, place, list(overrides or [])))
-    _step("4/6 weights", lambda: _convert(place))
-    metrics = _step("5/6 evaluation", lambda: _evaluate(place))
-    _step("6/6 picture", lambda: _draw(pair, place))
-    _report(place, (train_set, val_set), metrics, time.monotonic() - started)
+    _step("3/6 training", lambda: _train(config, paths, list(overrides or [])))
+    _step("4/6 weights", lambda: _convert(paths))
+    metrics = _step("5/6 evaluation", lambda: _evaluate(paths))
+    _step("6/6 picture", lambda: _draw(pair, paths))
+    _report(paths, (train_set, val_set), metrics, time.monotonic() - started)
 
 
 def _step(title: str, action: Callable[[], T]) -> T:
@@ -115,17 +115,17 @@ def _step(title: str, action: Callable[[], T]) -> T:
     return result
 
 
-def _own_scenes(place: Demo) -> CocoPair:
+def _own_scenes(paths: Demo) -> CocoPair:
     from piip_scale.demo.scenes import write_scenes
 
-    made = write_scenes(place.folder / "data", **SCENES)
+    made = write_scenes(paths.folder / "data", **SCENES)
     typer.echo(
         f"      {SCENES['num_train']} + {SCENES['num_val']} scenes of handwritten digits in {made.images.parent}"
     )
     return CocoPair(made.train, made.val, made.images)
 
 
-def _user_data(data: Path, images: Path | None, place: Demo) -> CocoPair:
+def _user_data(data: Path, images: Path | None, paths: Demo) -> CocoPair:
     """The user's own split where there is one, else 80/20 by image."""
     from piip_scale.data.packing.coco import split_coco
 
@@ -134,17 +134,17 @@ def _user_data(data: Path, images: Path | None, place: Demo) -> CocoPair:
     if not data.is_file():
         rule = "a COCO JSON file, or a folder with instances_train.json and instances_val.json"
         raise DataError("--data", value=str(data), rule=rule, fix="check the path")
-    train, val = split_coco(data, place.folder / "data", val_share=VAL_SHARE)
+    train, val = split_coco(data, paths.folder / "data", val_share=VAL_SHARE)
     return CocoPair(train, val, images or data.parent / "images")
 
 
-def _pack(pair: CocoPair, place: Demo, *, boxes_only: bool) -> tuple[Manifest, Manifest]:
+def _pack(pair: CocoPair, paths: Demo, *, boxes_only: bool) -> tuple[Manifest, Manifest]:
     from piip_scale.data.packing.pack import pack_coco
 
     manifests = []
     for split, source in (("train", pair.train), ("val", pair.val)):
         with progress_bar(f"packing {source.name}") as on_progress:
-            out = place.shards(split)
+            out = paths.shards(split)
             made = pack_coco(source, pair.images, out, clip_boxes=True, boxes_only=boxes_only, on_progress=on_progress)
         typer.echo(f"      {split}: {describe(made)}")
         manifests.append(made)
@@ -158,96 +158,96 @@ def _config_of(data: Path | None, train_set: Manifest) -> Path:
     return _CONFIGS / name
 
 
-def _train(config: Path, place: Demo, overrides: list[str]) -> None:
+def _train(config: Path, paths: Demo, overrides: list[str]) -> None:
     from piip_scale.run.run_dir import RunDirectory
 
-    overrides = [f"data.{split}_shards={str(place.shards(split))!r}" for split in ("train", "val")] + overrides
-    run = RunDirectory(place.run_dir)
+    overrides = [f"data.{split}_shards={str(paths.shards(split))!r}" for split in ("train", "val")] + overrides
+    run = RunDirectory(paths.run_dir)
     status = run.status()
     if status is not None:
         wanted = config_text(with_classes(load_config(config, overrides)))
         if run.config.read_text(encoding="utf-8") != wanted:
-            raise RunError(f"{place.run_dir} holds a run of another config", fix="delete it, or choose another --out")
+            raise RunError(f"{paths.run_dir} holds a run of another config", fix="delete it, or choose another --out")
         if status.state == "done":
             typer.echo(f"      done before, {status.step} steps")
             return
         typer.echo(f"      continuing a run that {status.state} at step {status.step}")
-    code = run_training(config, overrides, place.run_dir, procs=NUM_PROCS, resume=status is not None, progress=True)
+    code = run_training(config, overrides, paths.run_dir, procs=NUM_PROCS, resume=status is not None, progress=True)
     if code:
         # The ranks have said why.
         raise typer.Exit(code)
 
 
-def _convert(place: Demo) -> None:
+def _convert(paths: Demo) -> None:
     from piip_scale.checkpoint.convert import convert
 
-    if _is_newer(place.weights, place.run_dir / "status.json"):
-        typer.echo(f"      {place.weights} stands")
+    if _is_newer(paths.weights, paths.run_dir / "status.json"):
+        typer.echo(f"      {paths.weights} stands")
         return
-    report = convert(place.run_dir, place.weights, overwrite=True)
-    typer.echo(f"      {place.weights}: {report.num_parameters:,} parameters, {report.num_bytes / 1e6:.1f} MB")
+    report = convert(paths.run_dir, paths.weights, overwrite=True)
+    typer.echo(f"      {paths.weights}: {report.num_parameters:,} parameters, {report.num_bytes / 1e6:.1f} MB")
 
 
-def _evaluate(place: Demo) -> dict[str, float]:
+def _evaluate(paths: Demo) -> dict[str, float]:
     from piip_scale.cli.evaluation import evaluate_weights
     from piip_scale.data.reading.files import write_bytes
 
-    if not _is_newer(place.metrics, place.weights):
-        metrics = evaluate_weights(load_config(place.run_dir / "config.py"), place.weights)
-        write_bytes(place.metrics, f"{json.dumps(metrics, indent=2)}\n".encode())
-    measured: dict[str, float] = json.loads(place.metrics.read_text(encoding="utf-8"))
+    if not _is_newer(paths.metrics, paths.weights):
+        metrics = evaluate_weights(load_config(paths.run_dir / "config.py"), paths.weights)
+        write_bytes(paths.metrics, f"{json.dumps(metrics, indent=2)}\n".encode())
+    measured: dict[str, float] = json.loads(paths.metrics.read_text(encoding="utf-8"))
     return measured
 
 
-def _draw(pair: CocoPair, place: Demo) -> None:
+def _draw(pair: CocoPair, paths: Demo) -> None:
     from piip_scale.cli.prediction import predict_and_draw
     from piip_scale.data.packing.coco import load_coco_json
 
     entries = load_coco_json(pair.val)["images"][:NUM_PICTURES]
     photos = [pair.images / entry["file_name"] for entry in entries]
-    predict_and_draw(load_config(place.run_dir / "config.py"), place.weights, photos, place.picture, 0.5)
-    typer.echo(f"      {len(photos)} validation images: {place.picture}")
+    predict_and_draw(load_config(paths.run_dir / "config.py"), paths.weights, photos, paths.picture, 0.5)
+    typer.echo(f"      {len(photos)} validation images: {paths.picture}")
 
 
 def _is_newer(path: Path, source: Path) -> bool:
     return path.is_file() and path.stat().st_mtime >= source.stat().st_mtime
 
 
-def _report(place: Demo, sets: Sequence[Manifest], metrics: dict[str, float], seconds: float) -> None:
+def _report(paths: Demo, sets: Sequence[Manifest], metrics: dict[str, float], seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"piip_scale demo, {seconds / 60:.1f} min", show_header=False)
-    for row in _rows(place, sets, metrics):
+    for row in _rows(paths, sets, metrics):
         table.add_row(*map(plain, row))
     console = Console()
     console.print(table)
     console.print("\nThree commands to try next:", highlight=False)
-    for line in _next_commands(place):
+    for line in _next_commands(paths):
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _rows(place: Demo, sets: Sequence[Manifest], metrics: dict[str, float]) -> list[tuple[str, str]]:
+def _rows(paths: Demo, sets: Sequence[Manifest], metrics: dict[str, float]) -> list[tuple[str, str]]:
     rows = [("images", f"{sets[0].num_samples} to train, {sets[1].num_samples} held out")]
-    logged = _logged_steps(place)
+    logged = _logged_steps(paths)
     rate = statistics.median(line["throughput/images_per_second"] for line in logged)
     rows.append(("training", f"{logged[-1]['step']} steps, median {rate:.1f} images/s on {NUM_PROCS} processes"))
     rows.append(("total loss", f"{logged[0]['loss/total']:.2f} -> {logged[-1]['loss/total']:.2f}"))
     for kind in ("box", "mask"):
         if f"{kind}_ap" in metrics:
             rows.append((f"{kind} AP / AP50", f"{metrics[f'{kind}_ap']:.3f} / {metrics[f'{kind}_ap50']:.3f}"))
-    return [*rows, ("weights", str(place.weights)), ("picture", str(place.picture))]
+    return [*rows, ("weights", str(paths.weights)), ("picture", str(paths.picture))]
 
 
-def _logged_steps(place: Demo) -> list[dict[str, float]]:
-    lines = (place.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def _logged_steps(paths: Demo) -> list[dict[str, float]]:
+    lines = (paths.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [entry for entry in map(json.loads, lines) if entry["kind"] == "step"]
 
 
-def _next_commands(place: Demo) -> list[str]:
-    run = f"{shlex.quote(str(place.run_dir / 'config.py'))} {shlex.quote(str(place.weights))}"
+def _next_commands(paths: Demo) -> list[str]:
+    run = f"{shlex.quote(str(paths.run_dir / 'config.py'))} {shlex.quote(str(paths.weights))}"
     return [
-        f".venv/bin/tensorboard --logdir {shlex.quote(str(place.run_dir / 'tensorboard'))}",
+        f".venv/bin/tensorboard --logdir {shlex.quote(str(paths.run_dir / 'tensorboard'))}",
         f".venv/bin/piip-scale predict {run} YOUR_PHOTO.jpg --out out.png",
         "make demo DATA=/path/to/instances.json IMAGES=/path/to/images",
     ]

@@ -94,8 +94,8 @@ def run_lengths(counts: str | bytes) -> Array:
     lengths = last - first + 1
     if lengths.max() > _MOST_CHARACTERS:
         raise ValueError("its run lengths hold a number beyond any image")
-    places = np.arange(len(codes)) - np.repeat(first, lengths)
-    values = np.add.reduceat((codes & (_MORE - 1)) << (_BITS * places), first)
+    digits = np.arange(len(codes)) - np.repeat(first, lengths)
+    values = np.add.reduceat((codes & (_MORE - 1)) << (_BITS * digits), first)
     values -= np.where(codes[last] & _SIGN, np.int64(1) << (_BITS * lengths), 0)
     # From the fourth on each is the difference from the one two before it.
     for parity in (1, 2):
@@ -155,4 +155,4 @@ def _is_count(value: object) -> bool:
 def _is_polygon(value: object, limit: float) -> bool:
     if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
         return False
-    return all(is_number(side) and abs(side) <= limit for side in value)
+    return all(map(is_number, value)) and max(value) <= limit and min(value) >= -limit

@@ -81,9 +81,9 @@ def _mask(segmentation: Any, size_px: tuple[int, ...]) -> np.ndarray[Any, np.dty
     return np.asarray(coco_mask.decode(segmentation), bool)
 
 
-def _link(source: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists():
+def _link(source: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
         # One that leads nowhere, of images that were moved.
-        place.unlink(missing_ok=True)
-        place.symlink_to(source.resolve())
+        link.unlink(missing_ok=True)
+        link.symlink_to(source.resolve())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from piip_scale.data.images import UPRIGHT, Image, decode_map
+from piip_scale.data.images import MAX_PIXELS, UPRIGHT, Image, decode_map
 from piip_scale.data.sample import RawSample, check_bytes, check_size, decode_pixels, parse_notes
 from piip_scale.errors import DataError
 
@@ -53,18 +53,22 @@ def decode_mapped(raw: RawSample, rule: MapRule) -> MappedImage:
     check_bytes(raw)
     notes = parse_notes(raw, "segmentation")
     pixels = decode_pixels(raw)
-    labels = decode_label_map(raw.label_map, rule, raw.key, raw.map_orientation)
+    # The image may be larger than the usual limit, where that was asked for; its map is no larger than it.
+    most = max(MAX_PIXELS, pixels.shape[0] * pixels.shape[1])
+    labels = decode_label_map(raw.label_map, rule, raw.key, raw.map_orientation, max_pixels=most)
     check_size(pixels, labels.shape[0], labels.shape[1], raw.key)
     return MappedImage(raw.key, notes["image_id"], pixels, labels)
 
 
-def decode_label_map(content: bytes, rule: MapRule, name: str, orientation: int = UPRIGHT) -> Image:
+def decode_label_map(
+    content: bytes, rule: MapRule, name: str, orientation: int = UPRIGHT, *, max_pixels: int = MAX_PIXELS
+) -> Image:
     """The classes of all pixels, uint8 (H, W), ``IGNORED`` where there is none.
 
     Raises:
         DataError: The file is no whole image of one channel, or holds a number that is no class.
     """
-    stored = decode_map(content, name, orientation=orientation)
+    stored = decode_map(content, name, orientation=orientation, max_pixels=max_pixels)
     first = 1 if rule.reduce_zero_label else 0
     wrong = (stored != IGNORED) & ((stored < 0) | (stored >= rule.num_classes + first))
     if wrong.any():

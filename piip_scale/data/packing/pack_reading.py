@@ -14,10 +14,11 @@ from piip_scale.data.images import (
     Orientation,
     decode_image,
     image_facts,
+    oriented_size,
     read_file,
     resolve_orientation,
 )
-from piip_scale.data.packing.label_maps import IGNORED, decode_label_map
+from piip_scale.data.packing.label_maps import IGNORED, MapRule, decode_label_map
 from piip_scale.data.packing.pack_plan import LabelMap, PackItem, Reading
 from piip_scale.data.sample import check_size
 from piip_scale.errors import DataError
@@ -57,17 +58,20 @@ def checked_sample(item: PackItem, reading: Reading) -> Checked:
         DataError: One is absent, damaged, too large, or not of the size that is stated.
     """
     name = printable(f"{item.image_id} ({item.path})")
+    label_map = _map_file(item, item.label_map, reading) if item.label_map is not None else None
     content = read_file(item.path)
     flaws: list[str] = []
-    orientation = _orientation(content, name, item, reading)
+    # A label map states the size of the view that it was drawn on, as annotations do.
+    stated = item.size_px if label_map is None else label_map.facts.stored_size_px
+    orientation = _orientation(content, name, stated, reading)
     pixels = decode_image(content, name, orientation=orientation.number, max_pixels=reading.max_pixels, flaws=flaws)
     if item.size_px is not None:
         check_size(pixels, *item.size_px, name)
-    lines = [f"image {name} is read in spite of a flaw: {flaw}" for flaw in flaws] + _said(orientation, name)
-    if item.label_map is None:
+    lines = [f"image {name} is read in spite of a flaw: {flaw}" for flaw in flaws] + _notices(orientation, name)
+    if label_map is None:
         return Checked(content, pixels, orientation.number, flaws=tuple(lines))
-    label_map, turn, counts = _checked_map(item, item.label_map, pixels, orientation, reading)
-    return Checked(content, pixels, orientation.number, label_map, turn, counts, tuple(lines))
+    turn, counts = _checked_map(label_map, pixels, reading)
+    return Checked(content, pixels, orientation.number, label_map.content, turn, counts, tuple(lines))
 
 
 def add_pixels(total: Sequence[int], more: Sequence[int]) -> list[int]:
@@ -75,40 +79,47 @@ def add_pixels(total: Sequence[int], more: Sequence[int]) -> list[int]:
     return [a + b for a, b in zip(total, more, strict=True)] if total else list(more)
 
 
-def _orientation(content: bytes, name: str, item: PackItem, reading: Reading) -> Orientation:
+def _orientation(content: bytes, name: str, size_px: tuple[int, int] | None, reading: Reading) -> Orientation:
     if not any(mark in content for mark in _EXIF_MARKS):
         return Orientation(UPRIGHT)
     facts = image_facts(content, name, max_pixels=reading.max_pixels)
-    return resolve_orientation(facts, reading.exif, item.size_px)
+    return resolve_orientation(facts, reading.exif, size_px)
 
 
-def _said(orientation: Orientation, name: str) -> list[str]:
+def _notices(orientation: Orientation, name: str) -> list[str]:
     if orientation.is_guess:
-        return [
-            f"image {name} is turned as its EXIF data say ({orientation.number}): are its annotations of that view?"
-        ]
-    return [f"image {name} is not turned as its EXIF data say"] if orientation.is_left else []
+        number = orientation.number
+        return [f"image {name} is turned by its EXIF orientation {number}: are its annotations of that view?"]
+    return [f"image {name} is not turned, in spite of its EXIF orientation"] if orientation.is_left else []
 
 
-def _checked_map(
-    item: PackItem, label_map: LabelMap, pixels: Image, orientation: Orientation, reading: Reading
-) -> tuple[bytes, int, tuple[int, ...]]:
-    """A label map's file, of the size of its image, how it is turned, and its pixels by class."""
+@dataclass(frozen=True)
+class _MapFile:
+    """A label map's file, of which only the header was read."""
+
+    name: str
+    content: bytes
+    facts: ImageFacts
+    rule: MapRule
+
+
+def _map_file(item: PackItem, label_map: LabelMap, reading: Reading) -> _MapFile:
     name = printable(f"{item.image_id} ({label_map.path})")
     content = read_file(label_map.path, "label map")
-    facts = image_facts(content, name, max_pixels=reading.max_pixels)
-    turn = _map_orientation(facts, pixels.shape[:2])
-    labels = decode_label_map(content, label_map.rule, name, turn)
-    if labels.shape != pixels.shape[:2]:
+    return _MapFile(name, content, image_facts(content, name, max_pixels=reading.max_pixels), label_map.rule)
+
+
+def _checked_map(label_map: _MapFile, pixels: Image, reading: Reading) -> tuple[int, tuple[int, ...]]:
+    """How a label map is turned to be of the size of its image, and its pixels by class."""
+    size_px, facts = (pixels.shape[0], pixels.shape[1]), label_map.facts
+    # One of the size of its image as it is stored is left so, whatever it says of itself.
+    turn = UPRIGHT if facts.stored_size_px == size_px else facts.orientation
+    if oriented_size(facts.stored_size_px, turn) != size_px:
+        height, width = oriented_size(facts.stored_size_px, turn)
         raise DataError(
-            f"label map {name} is {labels.shape[1]} x {labels.shape[0]} px",
-            rule=f"its image is {pixels.shape[1]} x {pixels.shape[0]}",
+            f"label map {label_map.name} is {width} x {height} px", rule=f"its image is {size_px[1]} x {size_px[0]}"
         )
+    labels = decode_label_map(label_map.content, label_map.rule, label_map.name, turn, max_pixels=reading.max_pixels)
     counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)
     of_classes = counts[: label_map.rule.num_classes].tolist()
-    return content, turn, (*of_classes, int(counts[IGNORED]))
-
-
-def _map_orientation(facts: ImageFacts, size_px: tuple[int, ...]) -> int:
-    """A label map's own orientation; one of the size of its image as it is stored is left so."""
-    return UPRIGHT if facts.stored_size_px == size_px else facts.orientation
+    return turn, (*of_classes, int(counts[IGNORED]))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from piip_scale.data.orientation import UPRIGHT
 from piip_scale.data.packing.pack_plan import PackItem, ShardPlan
 from piip_scale.data.packing.pack_reading import Checked, add_pixels, checked_sample
 from piip_scale.data.reading.files import HashingWriter, sha256_of, whole_file, write_bytes
@@ -42,6 +43,7 @@ class PackedShard:
     Attributes:
         info: For the manifest; ``None`` where the shard was not written.
         num_annotations: In the samples that it holds.
+        num_turned: Images that are turned as their EXIF data say.
         pixels_of_class: Of a segmentation set, in label order, those of no class last.
         broken: Samples that are not in it, and why.
         flaws: What could be overlooked in images, a line each.
@@ -49,6 +51,7 @@ class PackedShard:
 
     info: ShardInfo | None
     num_annotations: int = 0
+    num_turned: int = 0
     pixels_of_class: tuple[int, ...] = ()
     broken: tuple[tuple[PackItem, DataError], ...] = ()
     flaws: tuple[str, ...] = ()
@@ -95,17 +98,25 @@ def _finished(plan: ShardPlan, index: ShardIndex, index_content: bytes) -> Packe
     keys = set(index.keys)
     missing = tuple(item for item in plan.items if item.key not in keys)
     broken = checked_only(ShardPlan(plan.path, missing, plan.reading, "")).broken
-    return PackedShard(_info(plan, index, index_content), index.num_annotations, index.pixels_of_class, broken)
+    return _packed(plan, index, index_content, broken)
 
 
-def _info(plan: ShardPlan, index: ShardIndex, index_content: bytes) -> ShardInfo:
-    return ShardInfo(
+def _packed(
+    plan: ShardPlan,
+    index: ShardIndex,
+    index_content: bytes,
+    broken: tuple[tuple[PackItem, DataError], ...],
+    flaws: tuple[str, ...] = (),
+) -> PackedShard:
+    info = ShardInfo(
         name=plan.path.name,
         num_samples=len(index.keys),
         size_bytes=index.shard_bytes,
         sha256=index.shard_sha256,
         index_sha256=sha256_of(index_content),
     )
+    num_turned = sum(orientation != UPRIGHT for orientation in index.orientations)
+    return PackedShard(info, index.num_annotations, num_turned, index.pixels_of_class, broken, flaws)
 
 
 class _Broken(Exception):
@@ -119,13 +130,7 @@ def _write_shard(plan: ShardPlan, index_path: Path, advance: Callable[[int], Non
             index = writer.write(file)
         index_content = index.model_dump_json(exclude_defaults=True).encode()
         write_bytes(index_path, index_content)
-        return PackedShard(
-            _info(plan, index, index_content),
-            index.num_annotations,
-            index.pixels_of_class,
-            tuple(writer.broken),
-            tuple(writer.flaws),
-        )
+        return _packed(plan, index, index_content, tuple(writer.broken), tuple(writer.flaws))
     return PackedShard(None, broken=tuple(writer.broken), flaws=tuple(writer.flaws))
 
 
@@ -173,7 +178,7 @@ class _ShardWriter:
     def _index(self, writer: HashingWriter) -> ShardIndex:
         # Columns that a set has no use for are left out: its index is what it was before there were any.
         for name in ("orientations", "map_orientations"):
-            if all(value == 1 for value in self._columns[name]):
+            if all(value == UPRIGHT for value in self._columns[name]):
                 self._columns[name] = []
         return ShardIndex(
             shard_bytes=writer.num_bytes,
@@ -193,7 +198,7 @@ def _add_sample(tar: tarfile.TarFile, item: PackItem, checked: Checked, jpeg_qua
     if jpeg_quality is not None:
         smaller, suffix = smaller_image(content, suffix, checked.pixels, jpeg_quality)
         # What is compressed again is compressed as it is seen.
-        orientation = orientation if smaller is content else 1
+        orientation = orientation if smaller is content else UPRIGHT
         content = smaller
     entries = {
         "heights_px": checked.pixels.shape[0],

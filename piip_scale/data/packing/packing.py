@@ -189,6 +189,8 @@ def _manifest(
     infos = tuple(shard.info for shard in shards if shard.info is not None)
     if not infos:
         raise DataError("images of the set", value=0, rule="there must be images that can be packed")
+    num_turned = sum(shard.num_turned for shard in shards)
+    turned = {"num_turned": num_turned} if num_turned else {}
     return Manifest(
         format_version=FORMAT_VERSION,
         kind=facts.kind,
@@ -200,7 +202,7 @@ def _manifest(
         targets=_targets(facts, shards),
         shards=infos,
         input_sha256=input_sha256,
-        made_with={**options, **facts.source, **problems.num_skipped(), "piip_scale": piip_scale.__version__},
+        made_with={**options, **facts.source, **turned, **problems.num_skipped(), "piip_scale": piip_scale.__version__},
     )
 
 

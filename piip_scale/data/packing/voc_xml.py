@@ -87,11 +87,11 @@ def _files(annotations: Path, images: Path, names: Path | None) -> list[Path]:
 def _names(file: Path, annotations: Path) -> set[str]:
     names = set()
     for line in read_lines(file, "list "):
-        words = line.split()
+        parts = line.split()
         # Lists of a single class have 1 or -1 behind each name; other names hold spaces themselves.
-        if len(words) > 1 and not (annotations / f"{line.strip()}.xml").is_file():
-            raise DataError(f"a line of {file}", value=" ".join(words), rule="it holds one name, as in Main/train.txt")
-        names |= {check_file_name(line.strip(), f"list {file}")} if words else set()
+        if len(parts) > 1 and not (annotations / f"{line.strip()}.xml").is_file():
+            raise DataError(f"a line of {file}", value=" ".join(parts), rule="it holds one name, as in Main/train.txt")
+        names |= {check_file_name(line.strip(), f"list {file}")} if parts else set()
     return names
 
 

@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
 from piip_scale.data.packing.coco_maps import write_label_maps
+from piip_scale.data.packing.label_maps import decode_mapped
 from piip_scale.data.packing.pack import pack_voc
 from piip_scale.data.packing.pack_classes import pack_folders, pack_list, read_class_names
 from piip_scale.data.packing.pack_maps import pack_label_maps
+from piip_scale.data.packing.packing import PackOptions
 from piip_scale.data.packing.walking import images_under
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.errors import DataError
@@ -209,3 +211,25 @@ def test_brackets_in_names_and_paths_are_letters(tmp_path):
         assert result.exit_code == 0, result.output
     assert all(f"class {name}" in result.output for name in names.values())
     assert (tmp_path / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize(("size", "turned"), [((48, 64), False), ((64, 48), True)])
+@pytest.mark.parametrize("exif", ["auto", "apply", "stored"])
+def test_a_label_map_states_the_view_that_it_was_drawn_on(tmp_path, size, turned, exif):
+    write_jpeg(tmp_path / "images" / "a.jpg", 48, 64, 0)
+    with PIL.Image.open(tmp_path / "images" / "a.jpg") as image:
+        data = image.getexif()
+        data[0x0112] = 6
+        image.save(tmp_path / "images" / "a.jpg", exif=data)
+    (tmp_path / "maps").mkdir()
+    PIL.Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "maps" / "a.png")
+    files, how = (tmp_path / "images", tmp_path / "maps", tmp_path / "out"), PackOptions(exif=exif)
+    if exif == {True: "stored", False: "apply"}[turned]:
+        with pytest.raises(DataError, match="its image is"):
+            pack_label_maps(*files, classes=["x"], how=how)
+        return
+    manifest = pack_label_maps(*files, classes=["x"], how=how)
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.sizes_px.tolist() == [list(size)]
+    assert decode_mapped(shards.read(0), shards.map_rule).pixels.shape[:2] == size
+    assert manifest.made_with.get("num_turned", 0) == int(turned)
