@@ -81,14 +81,21 @@ def find_start(run: RunDirectory) -> Checkpoint | None:
     """Where a run goes on; ``None`` where it begins, having written no checkpoint yet. Collective.
 
     Raises:
-        CheckpointError: It had checkpoints and none of them is whole; or as ``find_checkpoint``.
+        CheckpointError: It had checkpoints and none of them is whole, or its folder cannot take new ones; or as
+            ``find_checkpoint``.
     """
     found = find_checkpoint(run.checkpoints)
-    if found is None:
-        on_main(lambda: refuse_lost_checkpoints(run))
-    elif dist.get_rank() == 0:
-        run.note_checkpoint(found.state.step)
+    on_main(lambda: _prepare(run, found))
     return found
+
+
+def _prepare(run: RunDirectory, found: Checkpoint | None) -> None:
+    if found is None:
+        refuse_lost_checkpoints(run)
+    else:
+        run.note_checkpoint(found.state.step)
+    # Only now: it makes the folder, where a lost one must not seem to be there.
+    CheckpointStore(run.checkpoints, keep=1).check_writable()
 
 
 def refuse_lost_checkpoints(run: RunDirectory) -> None:
@@ -118,8 +125,7 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
         folder: The run's checkpoints.
 
     Raises:
-        CheckpointError: The newest one was changed after it was saved, or is of another version; or the folder cannot
-            take new ones.
+        CheckpointError: The newest one was changed after it was saved, or is of another version.
     """
     path = on_main(lambda: _newest(folder))
     return Checkpoint(path, read_state(path)) if path else None
@@ -188,7 +194,6 @@ def warn_of_other_sets(path: Path, before: str, here: str) -> None:
 
 def _newest(folder: Path) -> Path | None:
     store = CheckpointStore(folder, keep=1)
-    store.check_writable()
     store.clean()
     newest = store.latest()
     if newest is not None:

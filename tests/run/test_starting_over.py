@@ -2,9 +2,9 @@
 
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
+from tiny_configs import tiny_config
 
 from piip_scale.engine import resuming, worker
 from piip_scale.engine.resuming import refuse_lost_checkpoints
@@ -61,7 +61,6 @@ def superseded(run):
     run.superseded_metrics.write_text('{"step": 30, "kind": "checkpoint", "checkpoint/gib": 1}\n')
 
 
-LIMITS = SimpleNamespace(train=SimpleNamespace(hang_minutes=1, slow_hang_minutes=1))
 SIGNS = [dangling, damaged, dangling_checkpoint, only_latest, noted, stopped, logged, superseded]
 
 
@@ -104,7 +103,7 @@ def test_starting_over_sets_everything_aside_and_begins_as_new(begun, caplog, mo
     monkeypatch.setattr(StopFlag, "install", lambda self: None)
     monkeypatch.setattr(worker, "configure_logging", lambda rank: None)
     monkeypatch.setattr(worker.Session, "train", lambda session, factory: refuse_lost_checkpoints(session.run))
-    assert worker.train_worker(LIMITS, "model = 2\n", begun, None, restart=True) == 0
+    assert worker.train_worker(tiny_config(), "model = 2\n", begun, None, restart=True) == 0
     assert begun.config.read_text() == "model = 2\n"
     assert begun.status().step == begun.status().checkpoint_step == 0
     assert not begun.metrics.exists()
@@ -153,11 +152,22 @@ def test_the_status_keeps_the_checkpoint_it_knows_of(begun):
     assert json.loads(begun.status_file.read_text())["state"] == "failed"
 
 
+def test_a_lost_folder_of_checkpoints_is_not_made_anew(begun, monkeypatch):
+    monkeypatch.setattr(resuming, "on_main", lambda function: function())
+    dangling(begun)
+    before = contents(begun.path)
+    with pytest.raises(CheckpointError, match="is a link to"):
+        resuming.find_start(begun)
+    assert contents(begun.path) == before
+    assert not begun.checkpoints.exists()
+
+
 def test_a_checkpoint_folder_that_cannot_be_written_is_found_at_the_start(begun, monkeypatch):
     monkeypatch.setattr(resuming, "on_main", lambda function: function())
+    monkeypatch.setattr(resuming, "refuse_lost_checkpoints", lambda run: None)
     for left in begun.checkpoints.iterdir():
         left.rmdir()
     begun.checkpoints.rmdir()
     begun.checkpoints.symlink_to("/proc/self")
     with pytest.raises(CheckpointError, match="cannot save checkpoints in"):
-        resuming.find_checkpoint(begun.checkpoints)
+        resuming.find_start(begun)
