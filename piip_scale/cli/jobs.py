@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ import typer
 
 from piip_scale.errors import RunError, SlurmError
 from piip_scale.launch.control import requeue_run, stop_run
-from piip_scale.launch.logs import find_logs, follow, tail
+from piip_scale.launch.logs import find_logs, follow, sizes, tail
 from piip_scale.launch.queue import QueuedJob, has_slurm, queued_jobs
 from piip_scale.launch.runs import Row, Run, describe, find_runs, read_run
 
@@ -74,13 +74,15 @@ def logs(
             f"the job of {run} was submitted by hand", fix="its log is where the batch script's output option says"
         )
     there = find_logs(found.spec)
+    # What comes between this and the following must not be lost.
+    shown = sizes(there)
     if there:
-        text = tail(there[-1], lines)
+        text = tail(there[-1], lines, shown.get(there[-1]))
         typer.echo(text, nl=bool(text) and not keep_on and not text.endswith("\n"))
     elif not keep_on:
         raise RunError(f"{run} has no log yet", value=describe(found).state, fix="add -f to wait for it")
     if keep_on:
-        watch_runs([run], from_start=not there)
+        watch_runs([run], shown)
 
 
 @app.command()
@@ -96,17 +98,19 @@ def requeue(run: RunPath) -> None:
     typer.echo(requeue_run(_read(run, _queue_for(run))))
 
 
-def watch_runs(paths: Sequence[Path], *, from_start: bool = True) -> None:
+def watch_runs(paths: Sequence[Path], shown: Mapping[Path, int] | None = None) -> None:
     """Prints the logs of jobs as they grow until none of them waits or runs, then how each run ended.
+
+    Args:
+        paths: Directories of the runs.
+        shown: How many bytes of each log have been printed already.
 
     Raises:
         RunError: A run ended otherwise than done.
     """
     specs = [spec for path in paths if (spec := _read(path, []).spec) is not None]
     try:
-        pieces = follow(
-            lambda: [log for spec in specs for log in find_logs(spec)], _all_over(paths), from_start=from_start
-        )
+        pieces = follow(lambda: [log for spec in specs for log in find_logs(spec)], _all_over(paths), shown=shown)
         for piece in pieces:
             typer.echo(piece, nl=False)
     except KeyboardInterrupt:

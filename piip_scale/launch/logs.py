@@ -6,7 +6,8 @@ import codecs
 import glob
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,23 +42,37 @@ def log_glob(spec: JobSpec) -> str:
     return _filled(spec.log, {"j": "[0-9]*", "A": "[0-9]*", "a": str(spec.array_task)}, glob.escape)
 
 
-def tail(path: Path, num_lines: int) -> str:
+def sizes(paths: Iterable[Path]) -> dict[Path, int]:
+    """How long files are by now, those that are gone left out."""
+    found = {}
+    for path in paths:
+        with suppress(OSError):
+            found[path] = path.stat().st_size
+    return found
+
+
+def tail(path: Path, num_lines: int, size: int | None = None) -> str:
     r"""The last lines of a file, read from its end: a log may be of gigabytes.
 
     Only ``\n`` ends a line; a progress bar, which redraws itself by ``\r``, is part of one. Of a line of many MiB the
     end comes.
+
+    Args:
+        path: The file.
+        num_lines: How many.
+        size: So many bytes of it; all where ``None``.
     """
     blocks: list[bytes] = []
     with path.open("rb") as file:
-        left, num_ends, since_end = file.seek(0, os.SEEK_END), 0, 0
+        left, num_ends, since_end = file.seek(0, os.SEEK_END) if size is None else size, 0, 0
         # One more than asked for: that of the line before.
         while left and num_lines and num_ends <= num_lines and since_end < _MOST_OF_LINE:
-            size = min(_BLOCK_BYTES, left)
-            left -= size
+            block = min(_BLOCK_BYTES, left)
+            left -= block
             file.seek(left)
-            blocks.append(file.read(size))
+            blocks.append(file.read(block))
             ends = blocks[-1].count(b"\n")
-            num_ends, since_end = num_ends + ends, 0 if ends else since_end + size
+            num_ends, since_end = num_ends + ends, 0 if ends else since_end + block
     lines = b"".join(reversed(blocks)).split(b"\n")
     last = lines.pop()
     lines = [line + b"\n" for line in lines] + ([last] if last else [])
@@ -68,7 +83,7 @@ def follow(
     logs: Callable[[], list[Path]],
     is_over: Callable[[], bool],
     *,
-    from_start: bool = True,
+    shown: Mapping[Path, int] | None = None,
     poll_s: float = _POLL_S,
     ask_every_s: float = _ASK_EVERY_S,
 ) -> Iterator[str]:
@@ -77,11 +92,11 @@ def follow(
     Args:
         logs: The files there are by now.
         is_over: Whether nothing will be written any more; asked seldom, since it asks the controller.
-        from_start: Begin with what is in them already.
+        shown: How many bytes of each have been shown already; none of the others.
         poll_s: How often to look into the files.
         ask_every_s: How often to ask whether it is over.
     """
-    readings = {} if from_start else {path: _Reading(path.stat().st_size) for path in logs()}
+    readings = {path: _Reading(size) for path, size in (shown or {}).items()}
     asked_s = -float("inf")
     over = False
     while True:

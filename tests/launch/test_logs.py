@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from piip_scale.cli import jobs as command
 from piip_scale.cli.main import app
 from piip_scale.launch import logs
-from piip_scale.launch.logs import follow, tail
+from piip_scale.launch.logs import follow, sizes, tail
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,13 @@ def test_the_command_ends_its_last_line(tmp_path, monkeypatch, content):
     (run / "job" / "log-12.txt").write_text(content)
     done = CliRunner().invoke(app, ["jobs", "logs", "-n", "9", str(run)])
     assert (done.exit_code, done.stdout) == (0, content if content.endswith("\n") else f"{content}\n")
+
+
+def test_nothing_is_lost_between_the_end_of_a_log_and_what_follows(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"a\nb\n")
+    shown = sizes([log, tmp_path / "gone"])
+    with log.open("ab") as file:
+        file.write(b"c\n")
+    assert tail(log, 1, shown[log]) == "b\n"
+    assert "".join(follow(lambda: [log], lambda: True, shown=shown, poll_s=0.0)) == "c\n"
