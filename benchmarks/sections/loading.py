@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from piip_scale.config.detection import DetectionData
-from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World
 from sections.mmdet_loading import JITTER, MULTI_SCALE, mmdet_set

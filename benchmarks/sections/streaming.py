@@ -18,21 +18,21 @@ import numpy as np
 
 from piip_scale.config.detection import DetectionData
 from piip_scale.config.run import CacheConfig
-from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.data.reading.files import json_bytes, sha256_of, write_bytes
-from piip_scale.data.reading.shards import (
+from piip_scale.data.reading.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Category,
     Manifest,
     ShardIndex,
     ShardInfo,
-    ShardSet,
     index_name,
     shard_name,
 )
-from piip_scale.data.sample import checksum
+from piip_scale.data.reading.raw import checksum
+from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.data.stream import ShardLoader
 from piip_scale.demo.scenes import write_scenes
 from piip_scale.world import World

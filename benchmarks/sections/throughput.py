@@ -11,9 +11,9 @@ import cv2
 import torch
 
 from piip_scale.config.detection import AugmentConfig
-from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.order import random_of
 from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.samples.detection import DetectionSamples
 from sections import mmdet_loading
 from sections.mmdet_loading import CROP_PX, JITTER, JITTER_SCALE, MAX_EDGE_PX, MULTI_SCALE, SHORT_EDGES_PX
 from sections.photos import Photos, packed_photos

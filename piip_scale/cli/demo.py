@@ -22,7 +22,7 @@ from piip_scale.config.loading import config_text
 from piip_scale.errors import ConfigError, DataError, RunError
 
 if TYPE_CHECKING:
-    from piip_scale.data.reading.shards import Manifest
+    from piip_scale.data.reading.manifest import Manifest
 
 NUM_PROCS = 2
 NUM_PICTURES = 4

@@ -11,7 +11,7 @@ from piip_scale.cli.pack_options import Shared, with_shared
 
 if TYPE_CHECKING:
     from piip_scale.data.packing.packing import PackOptions
-    from piip_scale.data.reading.shards import Manifest
+    from piip_scale.data.reading.manifest import Manifest
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -18,8 +18,8 @@ from piip_scale.text import printable
 
 if TYPE_CHECKING:
     from piip_scale.data.packing.packing import PackOptions
-    from piip_scale.data.reading.shards import Manifest
-    from piip_scale.data.targets import Targets
+    from piip_scale.data.reading.manifest import Manifest
+    from piip_scale.data.reading.targets import Targets
     from piip_scale.registry import SetKind
 
 _PANEL = "What all kinds share"
@@ -148,7 +148,7 @@ def describe(manifest: Manifest, most_classes: int = 8) -> str:
 
 def echo_targets(kind: SetKind, classes: Sequence[str], targets: Targets | None) -> None:
     """Prints how much of a set can be trained on, what not and why."""
-    from piip_scale.data.targets import targets_lines
+    from piip_scale.data.reading.targets import targets_lines
 
     for line in targets_lines(kind, classes, targets) if targets is not None else ():
         typer.echo(f"  {printable(line)}")

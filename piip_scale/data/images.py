@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from piip_scale.data.orientation import UPRIGHT as UPRIGHT
-from piip_scale.data.orientation import Exif as Exif
-from piip_scale.data.orientation import ImageFacts as ImageFacts
-from piip_scale.data.orientation import Orientation as Orientation
-from piip_scale.data.orientation import oriented_size as oriented_size
-from piip_scale.data.orientation import reoriented, turned
-from piip_scale.data.orientation import resolve_orientation as resolve_orientation
+from piip_scale.data.orientation import (
+    UPRIGHT,
+    Exif,
+    ImageFacts,
+    oriented_size,
+    reoriented,
+    resolve_orientation,
+    turned,
+)
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 

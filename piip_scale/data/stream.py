@@ -34,8 +34,8 @@ from piip_scale.data.order import (
 from piip_scale.data.reading.broken import BrokenSample, BrokenSamples
 from piip_scale.data.reading.cache import GIB
 from piip_scale.data.reading.prefetch import Prefetcher, ShardUse, shard_use
+from piip_scale.data.reading.raw import RawSample
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import RawSample
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.world import World

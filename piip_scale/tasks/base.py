@@ -17,7 +17,7 @@ from piip_scale.models.rules import ParameterRule
 if TYPE_CHECKING:
     import PIL.Image
 
-    from piip_scale.data.sample import Image
+    from piip_scale.data.images import Image
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By the config key ``train.precision``."""

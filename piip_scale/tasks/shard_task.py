@@ -14,8 +14,8 @@ from torch import nn
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
 from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.reading.targets import check_trainable, targets_lines
 from piip_scale.data.stream import SampleMaker, ShardLoader
-from piip_scale.data.targets import check_trainable, targets_lines
 from piip_scale.logging import get_logger
 from piip_scale.registry import row_of
 from piip_scale.tasks.base import Metric, Outline

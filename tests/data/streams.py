@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from piip_scale.config.detection import AugmentConfig, DetectionData
-from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World
 

@@ -5,10 +5,10 @@ import pytest
 from made_sets import write_jpeg
 
 from piip_scale.config.detection import AugmentConfig, DetectionData
-from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.data.reading.files import json_bytes
 from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World
 

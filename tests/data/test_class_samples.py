@@ -11,10 +11,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from piip_scale.config.classification import ClassificationData, ImageAugmentConfig, MixConfig
-from piip_scale.data.classification import ClassificationSamples, training_transform
 from piip_scale.data.packing.pack_classes import pack_folders
 from piip_scale.data.packing.packing import PackOptions
 from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.samples.classification import ClassificationSamples, training_transform
 from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World
 

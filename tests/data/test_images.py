@@ -11,17 +11,8 @@ import PIL.ImageOps
 import pytest
 from image_files import PHOTO, encoded, png_of_bits, tiff_of_bits
 
-from piip_scale.data.images import (
-    ImageError,
-    decode_image,
-    decode_map,
-    image_facts,
-    oriented_size,
-    read_file,
-    read_photo,
-    resolve_orientation,
-    turned,
-)
+from piip_scale.data.images import ImageError, decode_image, decode_map, image_facts, read_file, read_photo
+from piip_scale.data.orientation import oriented_size, resolve_orientation, turned
 from piip_scale.errors import DataError
 
 JPEG = encoded(PHOTO, "JPEG")

@@ -8,14 +8,14 @@ import pytest
 from image_files import encoded
 
 from piip_scale.data.images import decode_image
-from piip_scale.data.packing.label_maps import decode_mapped
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.data.packing.pack_classes import pack_folders
 from piip_scale.data.packing.pack_maps import pack_label_maps
 from piip_scale.data.packing.packing import PackOptions
 from piip_scale.data.packing.verify import verify_shards
+from piip_scale.data.reading.decoding import decode_labelled, decode_sample
+from piip_scale.data.reading.label_maps import decode_mapped
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import decode_labelled, decode_sample
 
 ORIENTATIONS = (1, 3, 6, 8)
 HEIGHT, WIDTH = 16, 24

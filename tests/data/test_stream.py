@@ -173,7 +173,7 @@ def test_batches_are_pinned_where_there_is_a_device(packed, workers):
 STREAM = """
 import signal, sys, time
 from piip_scale.config.detection import DetectionData
-from piip_scale.data.detection import DetectionSamples
+from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.stream import ShardLoader
 from piip_scale.world import World

@@ -18,10 +18,11 @@ from piip_scale.data.augment.geometry import Geometry, Window
 from piip_scale.data.augment.transforms import apply_geometry
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.data.reading.cache import Entry, FileCache
+from piip_scale.data.reading.decoding import decode_sample
 from piip_scale.data.reading.manifest import Manifest, ShardIndex, parsed
+from piip_scale.data.reading.raw import RawSample, checked_masks, checksum, parse_notes
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.reading.sources import NEVER, ObjectSource, PipeSource, TransferError
-from piip_scale.data.sample import RawSample, checked_masks, checksum, decode_sample, parse_notes
 from piip_scale.errors import DataError
 
 SHARD = "shard-000000"

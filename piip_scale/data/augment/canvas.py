@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from piip_scale.data.packing.label_maps import IGNORED
-from piip_scale.data.sample import Image
+from piip_scale.data.images import Image
+from piip_scale.data.reading.label_maps import IGNORED
 
 
 def blank_canvas(

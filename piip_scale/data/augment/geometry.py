@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from piip_scale.data.sample import Image
+from piip_scale.data.images import Image
 
 Array = npt.NDArray[Any]
 

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 
 from piip_scale.config.segmentation import DistortionConfig, SegmentationAugment
-from piip_scale.data.packing.label_maps import IGNORED
-from piip_scale.data.sample import Image
+from piip_scale.data.images import Image
+from piip_scale.data.reading.label_maps import IGNORED
 
 Size = tuple[int, int]
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from piip_scale.data.augment.coverage import draw_covered
 from piip_scale.data.augment.geometry import Geometry, Window
 from piip_scale.data.batch import MASK_SIZE_PX
-from piip_scale.data.segmentations import check_run_lengths
+from piip_scale.data.reading.mask_checks import check_run_lengths
 from piip_scale.errors import DataError
 
 Array = npt.NDArray[Any]

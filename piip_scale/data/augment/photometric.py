@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from piip_scale.config.detection import PhotometricConfig
-from piip_scale.data.sample import Image
+from piip_scale.data.images import Image
 
 Array = npt.NDArray[Any]
 _LEVELS = np.arange(256, dtype=np.float32)

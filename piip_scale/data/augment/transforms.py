@@ -15,7 +15,7 @@ import numpy.typing as npt
 from piip_scale.config.detection import AugmentConfig, CropFirstConfig
 from piip_scale.data.augment.geometry import Geometry, Window
 from piip_scale.data.augment.masks import Shapes
-from piip_scale.data.sample import Sample
+from piip_scale.data.reading.decoding import Sample
 
 MIN_TARGET_PX = 0.01
 """Boxes that become smaller than this are no targets (as in mmdet's ``FilterAnnotations``)."""

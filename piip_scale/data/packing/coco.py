@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from piip_scale.data.images import Exif
+from piip_scale.data.orientation import Exif
 from piip_scale.data.packing.coco_entries import read_categories, read_entries
 from piip_scale.data.packing.coco_file import load_coco_json as load_coco_json
 from piip_scale.data.packing.coco_file import split_coco as split_coco

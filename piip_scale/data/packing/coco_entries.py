@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from piip_scale.data.images import Exif, image_facts, oriented_size, read_file, resolve_orientation
+from piip_scale.data.images import image_facts, read_file
+from piip_scale.data.orientation import Exif, oriented_size, resolve_orientation
 from piip_scale.data.packing.coco_file import file_error, is_text, unique_ids
 from piip_scale.data.packing.door import check_file_name, chosen_classes, class_name, stored_name, whole_number
 from piip_scale.data.packing.finding import ImageFolder, is_below

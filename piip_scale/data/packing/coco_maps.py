@@ -12,10 +12,10 @@ import numpy as np
 import PIL.Image
 import pycocotools.mask as coco_mask
 
+from piip_scale.data.images import Image
 from piip_scale.data.packing.coco import CocoImage, read_coco
-from piip_scale.data.packing.label_maps import IGNORED
 from piip_scale.data.reading.files import write_bytes
-from piip_scale.data.sample import Image
+from piip_scale.data.reading.label_maps import IGNORED
 from piip_scale.errors import DataError
 
 BACKGROUND = "background"

@@ -11,7 +11,7 @@ from piip_scale.data.packing.coco_entries import Categories, Entry
 from piip_scale.data.packing.coco_file import stray_note
 from piip_scale.data.packing.door import whole_number
 from piip_scale.data.packing.problems import Problems
-from piip_scale.data.segmentations import box_of, checked_segmentation, is_number
+from piip_scale.data.reading.mask_checks import box_of, checked_segmentation, is_number
 from piip_scale.errors import DataError
 
 OVERHANG_TOLERANCE_PX = 1.0

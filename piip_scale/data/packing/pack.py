@@ -12,8 +12,8 @@ from piip_scale.data.packing.pack_plan import PackItem
 from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.packing.voc import read_voc
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
-from piip_scale.data.reading.shards import Category, Manifest
-from piip_scale.data.targets import Counts, annotation_counts
+from piip_scale.data.reading.manifest import Category, Manifest
+from piip_scale.data.reading.targets import Counts, annotation_counts
 
 
 def pack_coco(

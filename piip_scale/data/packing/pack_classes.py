@@ -23,8 +23,8 @@ from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.packing.problems import Problems
 from piip_scale.data.packing.walking import file_sizes, images_under
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
-from piip_scale.data.reading.shards import Category, Manifest
-from piip_scale.data.targets import Counts
+from piip_scale.data.reading.manifest import Category, Manifest
+from piip_scale.data.reading.targets import Counts
 from piip_scale.errors import DataError
 
 Labelled = tuple[str, int]

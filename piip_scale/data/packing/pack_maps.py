@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from piip_scale.data.packing.door import class_names, stored_name
-from piip_scale.data.packing.label_maps import MAX_CLASSES, MapRule
 from piip_scale.data.packing.pack_classes import mixed
 from piip_scale.data.packing.pack_plan import LabelMap, PackItem
 from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.packing.problems import Problems
 from piip_scale.data.packing.walking import file_sizes, images_under
 from piip_scale.data.reading.files import json_bytes
-from piip_scale.data.reading.shards import Category, Manifest
+from piip_scale.data.reading.label_maps import MAX_CLASSES
+from piip_scale.data.reading.manifest import Category, Manifest, MapRule
 from piip_scale.errors import DataError
 
 _RULE = "both have the same name but for the ending"

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from piip_scale.data.images import MAX_PIXELS, Exif
-from piip_scale.data.packing.label_maps import MapRule
+from piip_scale.data.images import MAX_PIXELS
+from piip_scale.data.orientation import Exif
 from piip_scale.data.reading.files import json_bytes
-from piip_scale.data.reading.shards import FORMAT_VERSION, shard_name
+from piip_scale.data.reading.manifest import FORMAT_VERSION, MapRule, shard_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,20 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from piip_scale.data.images import (
-    UPRIGHT,
-    Image,
-    ImageFacts,
-    Orientation,
-    decode_image,
-    image_facts,
-    oriented_size,
-    read_file,
-    resolve_orientation,
-)
-from piip_scale.data.packing.label_maps import IGNORED, MapRule, decode_label_map
+from piip_scale.data.images import Image, decode_image, image_facts, read_file
+from piip_scale.data.orientation import UPRIGHT, ImageFacts, Orientation, oriented_size, resolve_orientation
 from piip_scale.data.packing.pack_plan import LabelMap, PackItem, Reading
-from piip_scale.data.sample import check_size
+from piip_scale.data.reading.decoding import check_size
+from piip_scale.data.reading.label_maps import IGNORED, decode_label_map
+from piip_scale.data.reading.manifest import MapRule
 from piip_scale.errors import DataError
 from piip_scale.text import printable
 

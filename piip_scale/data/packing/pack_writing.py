@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from piip_scale.data.images import Image
 from piip_scale.data.orientation import UPRIGHT
 from piip_scale.data.packing.pack_plan import PackItem, ShardPlan
 from piip_scale.data.packing.pack_reading import Checked, add_pixels, checked_sample
 from piip_scale.data.reading.files import HashingWriter, sha256_of, whole_file, write_bytes
-from piip_scale.data.reading.shards import ShardIndex, ShardInfo, index_name, read_json_model
-from piip_scale.data.sample import Image, checksum
+from piip_scale.data.reading.manifest import ShardIndex, ShardInfo, index_name, read_json_model
+from piip_scale.data.reading.raw import checksum
 from piip_scale.errors import DataError
 
 _COLUMNS = (

@@ -16,27 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import piip_scale
-from piip_scale.data.images import MAX_PIXELS, Exif
+from piip_scale.data.images import MAX_PIXELS
+from piip_scale.data.orientation import Exif
 from piip_scale.data.packing.pack_plan import PackItem, Reading, ShardPlan, plan_shards
 from piip_scale.data.packing.pack_writing import PackedShard, checked_only, finished_or_written
 from piip_scale.data.packing.problems import MOST_SHOWN, Problems
 from piip_scale.data.reading.files import json_bytes, sha256_of, write_bytes
-from piip_scale.data.reading.pool import map_in_processes, num_processes
-from piip_scale.data.reading.shards import (
+from piip_scale.data.reading.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     SHARD_GLOB,
     Category,
     Manifest,
     index_name,
-    read_index,
     read_json_model,
 )
-from piip_scale.data.sample import SetKind
+from piip_scale.data.reading.pool import map_in_processes, num_processes
+from piip_scale.data.reading.shards import read_index
+from piip_scale.data.reading.targets import Counts, Targets, check_targets, pixel_counts, targets_of
 from piip_scale.data.set_kinds import SET_KINDS
-from piip_scale.data.targets import Counts, Targets, check_targets, pixel_counts, targets_of
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
+from piip_scale.registry import SetKind
 
 Progress = Callable[[int, int], None]
 """Called with the number of images packed so far and of all."""

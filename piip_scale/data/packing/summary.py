@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from piip_scale.data.packing.label_maps import IGNORED, decode_label_map
+from piip_scale.data.reading.label_maps import IGNORED, decode_label_map
 from piip_scale.data.reading.shards import ShardSet
 
 SMALL_PX, LARGE_PX = 32, 96

@@ -15,22 +15,16 @@ import numpy as np
 from piip_scale.config.run import CacheConfig
 from piip_scale.data.augment.geometry import Geometry, Window
 from piip_scale.data.augment.transforms import apply_geometry
-from piip_scale.data.packing.label_maps import IGNORED, decode_mapped
+from piip_scale.data.images import Image
+from piip_scale.data.reading.decoding import check_size, decode_labelled, decode_pixels, decode_sample
+from piip_scale.data.reading.label_maps import IGNORED, decode_mapped
 from piip_scale.data.reading.pool import map_in_processes, num_processes
+from piip_scale.data.reading.raw import RawSample, parse_notes
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import (
-    Image,
-    RawSample,
-    SetKind,
-    check_size,
-    decode_labelled,
-    decode_pixels,
-    decode_sample,
-    parse_notes,
-)
+from piip_scale.data.reading.targets import Counts, Targets, check_targets, object_counts, pixel_counts, targets_of
 from piip_scale.data.set_kinds import SET_KINDS
-from piip_scale.data.targets import Counts, Targets, check_targets, object_counts, pixel_counts, targets_of
 from piip_scale.errors import DataError, FetchError
+from piip_scale.registry import SetKind
 
 _DIGEST_BYTES = 16
 _ROUNDING_PX = 1e-6

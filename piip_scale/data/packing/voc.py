@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from piip_scale.data.images import Exif, Image, decode_map
+from piip_scale.data.images import Image, decode_map
+from piip_scale.data.orientation import Exif
 from piip_scale.data.packing.coco import CocoImage, CocoSet
 from piip_scale.data.packing.door import chosen_classes
-from piip_scale.data.packing.label_maps import IGNORED
 from piip_scale.data.packing.problems import Problems
 from piip_scale.data.packing.voc_xml import VocEntry, VocObject, classes_of, read_entries
+from piip_scale.data.reading.label_maps import IGNORED
 from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from piip_scale.data.images import Exif, image_facts, oriented_size, read_file, resolve_orientation
+from piip_scale.data.images import image_facts, read_file
+from piip_scale.data.orientation import Exif, oriented_size, resolve_orientation
 from piip_scale.data.packing.door import check_file_name, class_name, read_lines, whole_number
 from piip_scale.data.packing.finding import IMAGE_SUFFIXES, ImageFolder
 from piip_scale.data.packing.problems import Problems

@@ -6,6 +6,7 @@ one is no set.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,9 +17,9 @@ from typing_extensions import Self
 from piip_scale.config.base import Strict
 from piip_scale.data.reading.files import read_whole
 from piip_scale.data.reading.sources import is_remote
-from piip_scale.data.sample import SetKind
-from piip_scale.data.targets import Targets
+from piip_scale.data.reading.targets import Targets
 from piip_scale.errors import DataError
+from piip_scale.registry import SetKind
 from piip_scale.text import is_unseen
 
 FORMAT_VERSION = 1
@@ -56,6 +57,19 @@ _Crc32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # Those that an index may leave out.
 _LATER_COLUMNS = frozenset({"map_offsets", "map_bytes", "orientations", "map_orientations"})
 _Orientation = Annotated[int, Field(ge=1, le=8)]
+
+
+@dataclass(frozen=True)
+class MapRule:
+    """What the pixels of a set's label maps mean.
+
+    Attributes:
+        num_classes: Of the set.
+        reduce_zero_label: 0 is ignored and the classes count from 1, as in ADE20K.
+    """
+
+    num_classes: int
+    reduce_zero_label: bool
 
 
 class Category(Strict):

@@ -10,24 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from piip_scale.config.run import CacheConfig
-from piip_scale.data.images import MAX_PIXELS, UPRIGHT
-from piip_scale.data.packing.label_maps import MapRule
+from piip_scale.data.images import MAX_PIXELS
+from piip_scale.data.orientation import UPRIGHT
 from piip_scale.data.reading.files import json_bytes, sha256_of
-from piip_scale.data.reading.manifest import FORMAT_VERSION as FORMAT_VERSION
-from piip_scale.data.reading.manifest import MANIFEST as MANIFEST
-from piip_scale.data.reading.manifest import SHARD_GLOB as SHARD_GLOB
-from piip_scale.data.reading.manifest import Category as Category
-from piip_scale.data.reading.manifest import Manifest as Manifest
-from piip_scale.data.reading.manifest import ShardIndex as ShardIndex
-from piip_scale.data.reading.manifest import ShardInfo as ShardInfo
-from piip_scale.data.reading.manifest import index_name as index_name
-from piip_scale.data.reading.manifest import parsed
-from piip_scale.data.reading.manifest import read_json_model as read_json_model
-from piip_scale.data.reading.manifest import shard_name as shard_name
+from piip_scale.data.reading.manifest import FORMAT_VERSION, MANIFEST, Manifest, MapRule, ShardIndex, ShardInfo, parsed
+from piip_scale.data.reading.raw import RawSample, checked_masks, checksum, parse_notes
 from piip_scale.data.reading.set_files import LocalFiles, SetFiles, open_files
 from piip_scale.data.reading.sources import NEVER, Stop, located
-from piip_scale.data.sample import RawSample, SetKind, checked_masks, checksum, parse_notes
 from piip_scale.errors import DataError
+from piip_scale.registry import SetKind
 
 _PLACE_COLUMNS = (
     "image_offsets",

@@ -12,8 +12,8 @@ from torch import nn
 
 from piip_scale.config.classification import ClassificationRun
 from piip_scale.data.batch import ClassificationBatch, ImageInfo
-from piip_scale.data.classification import evaluation_transform
-from piip_scale.data.sample import Image
+from piip_scale.data.images import Image
+from piip_scale.data.samples.classification import evaluation_transform
 from piip_scale.tasks.classification.model import Classification, ClassificationModel
 from piip_scale.tasks.drawing import draw_names
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import PIL.Image
 
+from piip_scale.data.reading.decoding import decode_labelled
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import decode_labelled
 from piip_scale.tasks.drawing import DrawingStyle, draw_names
 
 

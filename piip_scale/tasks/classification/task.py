@@ -6,8 +6,8 @@ from torch import nn
 
 from piip_scale.config.classification import ClassificationRun
 from piip_scale.data.batch import ClassificationBatch
-from piip_scale.data.classification import ClassificationSamples
 from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.samples.classification import ClassificationSamples
 from piip_scale.tasks.classification.metric import AccuracyMetric
 from piip_scale.tasks.classification.model import build_classification_model
 from piip_scale.tasks.shard_task import ShardTask

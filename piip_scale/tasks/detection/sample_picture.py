@@ -8,8 +8,8 @@ import PIL.Image
 import torch
 from pycocotools import mask as coco_mask
 
+from piip_scale.data.reading.decoding import decode_pixels
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import decode_pixels
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.drawing import DrawingStyle, draw_detections, draw_regions
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from piip_scale.config.detection import DetectionRun
 from piip_scale.data.batch import DetectionBatch
-from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.errors import DataError
 from piip_scale.tasks.detection.metric import CocoMetric
 from piip_scale.tasks.shard_task import ShardTask

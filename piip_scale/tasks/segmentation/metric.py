@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from piip_scale.data.batch import SegmentationBatch
-from piip_scale.data.packing.label_maps import IGNORED
 from piip_scale.data.reading.files import json_bytes, write_bytes
+from piip_scale.data.reading.label_maps import IGNORED
 from piip_scale.tasks.base import Segmentation
 from piip_scale.tasks.gathering import gathered, is_distributed, is_main_rank
 

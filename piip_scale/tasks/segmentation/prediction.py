@@ -14,7 +14,7 @@ from piip_scale.config.segmentation import SegmentationAugment, SegmentationRun
 from piip_scale.data.augment.canvas import canvas_of
 from piip_scale.data.augment.map_transforms import resized, resized_px
 from piip_scale.data.batch import ImageInfo, SegmentationBatch
-from piip_scale.data.sample import Image
+from piip_scale.data.images import Image
 from piip_scale.tasks.base import Segmentation
 from piip_scale.tasks.drawing import draw_label_map
 from piip_scale.tasks.segmentation.metric import area_shares

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import PIL.Image
 
-from piip_scale.data.packing.label_maps import decode_mapped
+from piip_scale.data.reading.label_maps import decode_mapped
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.tasks.drawing import DrawingStyle, draw_label_map
 

@@ -7,7 +7,7 @@ from torch import nn
 from piip_scale.config.segmentation import SegmentationRun
 from piip_scale.data.batch import SegmentationBatch
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.segmentation import SegmentationSamples
+from piip_scale.data.samples.segmentation import SegmentationSamples
 from piip_scale.tasks.segmentation.metric import SegmentationMetric
 from piip_scale.tasks.shard_task import ShardTask
 

@@ -6,7 +6,7 @@ import pytest
 from piip_scale.config.segmentation import SegmentationAugment
 from piip_scale.data.augment.canvas import label_canvas_of
 from piip_scale.data.augment.map_transforms import augmented, resized, resized_labels, resized_px
-from piip_scale.data.packing.label_maps import IGNORED
+from piip_scale.data.reading.label_maps import IGNORED
 from piip_scale.tasks import mmcv_ext
 
 

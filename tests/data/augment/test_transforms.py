@@ -15,10 +15,10 @@ from piip_scale.data.augment.geometry import Geometry, Window
 from piip_scale.data.augment.masks import clip_polygon
 from piip_scale.data.augment.transforms import apply_geometry, evaluation_geometry, training_geometry
 from piip_scale.data.batch import MASK_SIZE_PX
-from piip_scale.data.detection import DetectionSamples
 from piip_scale.data.packing.pack import pack_coco
+from piip_scale.data.reading.decoding import Sample
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import Sample
+from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.errors import DataError
 
 GEOMETRIES = {

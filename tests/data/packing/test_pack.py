@@ -16,10 +16,12 @@ import simplejpeg
 import webdataset
 from made_sets import SHARED, make_coco
 
+from piip_scale.data.images import decode_image
 from piip_scale.data.packing.pack import pack_coco
+from piip_scale.data.reading.decoding import decode_sample
 from piip_scale.data.reading.files import sha256_of_file
+from piip_scale.data.reading.raw import parse_notes
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import decode_image, decode_sample, parse_notes
 from piip_scale.errors import DataError
 
 PACK = """

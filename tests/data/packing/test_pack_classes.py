@@ -13,9 +13,10 @@ from piip_scale.data.packing.pack_classes import pack_folders, pack_list, read_c
 from piip_scale.data.packing.packing import PackOptions
 from piip_scale.data.packing.summary import summarise_labels
 from piip_scale.data.packing.verify import verify_shards
+from piip_scale.data.reading.decoding import decode_labelled
 from piip_scale.data.reading.files import json_bytes
+from piip_scale.data.reading.raw import RawSample, checksum
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import RawSample, checksum, decode_labelled
 from piip_scale.errors import DataError
 
 COUNTS = {"cat": 5, "ape": 9, "big dog": 7}

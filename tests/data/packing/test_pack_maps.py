@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
 from piip_scale.data.packing.coco_maps import write_label_maps
-from piip_scale.data.packing.label_maps import IGNORED, MapRule, decode_label_map, decode_mapped
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.data.packing.pack_maps import pack_label_maps
 from piip_scale.data.packing.packing import PackOptions
 from piip_scale.data.packing.summary import summarise_maps
 from piip_scale.data.packing.verify import verify_shards
-from piip_scale.data.reading.shards import MANIFEST, ShardSet, index_name
+from piip_scale.data.reading.label_maps import IGNORED, decode_label_map, decode_mapped
+from piip_scale.data.reading.manifest import MANIFEST, MapRule, index_name
+from piip_scale.data.reading.shards import ShardSet
 from piip_scale.errors import DataError
 from piip_scale.tasks import mmcv_ext
 

@@ -5,7 +5,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from piip_scale.data.augment.masks import decode_run_lengths
-from piip_scale.data.segmentations import box_of, check_run_lengths, checked_segmentation, run_lengths
+from piip_scale.data.reading.mask_checks import box_of, check_run_lengths, checked_segmentation, run_lengths
 from piip_scale.errors import DataError
 
 HEIGHT, WIDTH = 48, 64

@@ -14,7 +14,7 @@ from piip_scale.data.packing.pack_maps import pack_label_maps
 from piip_scale.data.packing.verify import verify_shards
 from piip_scale.data.reading.files import json_bytes
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.targets import Targets, check_trainable, targets_lines
+from piip_scale.data.reading.targets import Targets, check_trainable, targets_lines
 from piip_scale.errors import DataError
 
 

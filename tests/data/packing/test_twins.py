@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
 from piip_scale.data.packing.coco_maps import write_label_maps
-from piip_scale.data.packing.label_maps import decode_mapped
 from piip_scale.data.packing.pack import pack_voc
 from piip_scale.data.packing.pack_classes import pack_folders, pack_list, read_class_names
 from piip_scale.data.packing.pack_maps import pack_label_maps
 from piip_scale.data.packing.packing import PackOptions
 from piip_scale.data.packing.walking import images_under
+from piip_scale.data.reading.label_maps import decode_mapped
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.errors import DataError
 

@@ -8,12 +8,13 @@ import PIL.Image
 import pytest
 from made_sets import SHARED, make_coco
 
+from piip_scale.data.images import decode_image
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.data.packing.summary import summarise
 from piip_scale.data.packing.verify import look_at_objects, verify_shards
 from piip_scale.data.reading.files import json_bytes
+from piip_scale.data.reading.raw import RawSample, checksum
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import RawSample, checksum, decode_image
 from piip_scale.errors import DataError
 
 

@@ -10,8 +10,8 @@ from pycocotools import mask as coco_mask
 
 from piip_scale.data.packing.pack import pack_voc
 from piip_scale.data.packing.verify import verify_shards
+from piip_scale.data.reading.decoding import decode_sample
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import decode_sample
 from piip_scale.errors import DataError
 
 OBJECT = """<object><name>{name}</name><pose>Left</pose><truncated>{truncated}</truncated>

@@ -6,27 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from piip_scale.data.images import MAX_PIXELS, UPRIGHT, Image, decode_map
-from piip_scale.data.sample import RawSample, check_bytes, check_size, decode_pixels, parse_notes
+from piip_scale.data.images import MAX_PIXELS, Image, decode_map
+from piip_scale.data.orientation import UPRIGHT
+from piip_scale.data.reading.decoding import check_size, decode_pixels
+from piip_scale.data.reading.manifest import MapRule
+from piip_scale.data.reading.raw import RawSample, check_bytes, parse_notes
 from piip_scale.errors import DataError
 
 IGNORED = 255
 """The label of pixels that belong to no class: no training target, and no part of a metric."""
 
 MAX_CLASSES = 255
-
-
-@dataclass(frozen=True)
-class MapRule:
-    """What the pixels of a set's label maps mean.
-
-    Attributes:
-        num_classes: Of the set.
-        reduce_zero_label: 0 is ignored and the classes count from 1, as in ADE20K.
-    """
-
-    num_classes: int
-    reduce_zero_label: bool
 
 
 @dataclass(frozen=True)

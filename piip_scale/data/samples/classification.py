@@ -14,8 +14,10 @@ from torch import Tensor
 
 from piip_scale.config.classification import ImageAugmentConfig
 from piip_scale.data.batch import ClassificationBatch, ImageInfo
+from piip_scale.data.images import Image
+from piip_scale.data.reading.decoding import decode_labelled
+from piip_scale.data.reading.raw import RawSample
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import Image, RawSample, decode_labelled
 
 _LARGEST_SEED = 2**63
 

@@ -14,9 +14,10 @@ from piip_scale.data.augment.canvas import canvas_of, label_canvas_of
 from piip_scale.data.augment.map_transforms import augmented, resized_px
 from piip_scale.data.augment.map_transforms import resized as resized_image
 from piip_scale.data.batch import ImageInfo, SegmentationBatch
-from piip_scale.data.packing.label_maps import decode_mapped
+from piip_scale.data.images import Image
+from piip_scale.data.reading.label_maps import decode_mapped
+from piip_scale.data.reading.raw import RawSample
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import Image, RawSample
 
 Prepared = tuple[Image, Image, ImageInfo]
 """Image, label map and where they come from."""

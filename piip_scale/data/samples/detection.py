@@ -15,8 +15,10 @@ from piip_scale.data.augment.geometry import Geometry
 from piip_scale.data.augment.photometric import drawn_colours, recoloured
 from piip_scale.data.augment.transforms import Target, apply_geometry, evaluation_geometry, training_geometry
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances, Polygons
+from piip_scale.data.images import Image
+from piip_scale.data.reading.decoding import decode_sample
+from piip_scale.data.reading.raw import RawSample
 from piip_scale.data.reading.shards import ShardSet
-from piip_scale.data.sample import Image, RawSample, decode_sample
 
 
 @dataclass(frozen=True)

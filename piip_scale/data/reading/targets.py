@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from piip_scale.config.base import Strict
-from piip_scale.data.sample import MIN_BOX_PX
+from piip_scale.data.reading.decoding import MIN_BOX_PX
 from piip_scale.data.set_kinds import SET_KINDS
 from piip_scale.errors import DataError
 from piip_scale.registry import SetKind

@@ -1,0 +1,1 @@
+"""Each task's samples: from stored bytes to batches."""
