@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -131,6 +132,18 @@ class Python:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
         return self.stdout.read(), self.stderr.read()
+
+    def next_line(self, timeout: float = 120) -> str:
+        """The next line of standard output, once it is there whole; what there is of it where the process has ended."""
+        line, deadline = "", time.monotonic() + timeout
+        while not line.endswith("\n"):
+            has_ended = self.poll() is not None
+            line += (more := self.stdout.readline())
+            if has_ended and not more:
+                break
+            assert time.monotonic() < deadline, f"no line of {self.args} within {timeout} s"
+            time.sleep(0 if more else 0.01)
+        return line
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

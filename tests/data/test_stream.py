@@ -2,10 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
+import preloaded
 import psutil
 import pytest
 import torch
@@ -195,12 +194,9 @@ def started(packed):
     processes = []
 
     def start(setup=""):
-        command = [sys.executable, "-c", STREAM.format(setup=setup), str(packed)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        process = preloaded.Python(["-c", STREAM.format(setup=setup), packed], preexec_fn=os.setsid)
         processes.append(process)
-        assert process.stdout.readline() == "batch\n"
+        assert process.next_line() == "batch\n"
         children = psutil.Process(process.pid).children()
         assert len(children) >= 2
         return process, children

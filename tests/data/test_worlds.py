@@ -1,11 +1,9 @@
 """Whole streams, with their processes, on every kind of world: nothing lost, nothing repeated, the same steps."""
 
 import hashlib
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 from made_sets import make_coco
 from sections.faulty_server import FaultyServer
@@ -87,10 +85,10 @@ def test_a_stream_killed_in_mid_download_goes_on_bit_for_bit_on_other_ranks(pack
     expected = [digest(content(batch)) for batch in loader(packed).batches(EPOCH)]
     cache = {"folder": str(tmp_path / "cache")}
     with FaultyServer(packed, seconds_per_piece=0.05) as server:
-        command = [sys.executable, "-c", STREAM, str(Path(__file__).parent), server.url, cache["folder"]]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            before = [process.stdout.readline().strip() for _ in range(3)]
-            process.send_signal(signal.SIGKILL)
+        process = preloaded.Python(["-c", STREAM, Path(__file__).parent, server.url, cache["folder"]])
+        before = [process.next_line().strip() for _ in range(3)]
+        process.kill()
+        process.wait()
         keys = {"num_ranks": num_ranks, "micro_batch_size": 4 // num_ranks, "workers": 1, "cache": cache}
         streams = [loader(server.url, rank=rank, **keys).batches(EPOCH, 3) for rank in range(num_ranks)]
         after = []

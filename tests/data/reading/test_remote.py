@@ -3,14 +3,13 @@
 import json
 import logging
 import os
-import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 from made_sets import make_coco
 from sections.faulty_server import FaultyServer
@@ -236,13 +235,13 @@ for number in range(len(shards)):
 
 def test_a_download_that_was_killed_is_taken_over(packed, cache, expected):
     with FaultyServer(packed, lambda name, n: "stall" if name == "shard-000001.tar" and not n else None) as server:
-        command = [sys.executable, "-c", READ, server.url, cache["folder"]]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            deadline = time.monotonic() + 60
-            while not server.faults["stall"]:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
+        process = preloaded.Python(["-c", READ, server.url, cache["folder"]])
+        deadline = time.monotonic() + 120
+        while not server.faults["stall"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
         (part,) = Path(cache["folder"]).glob("*.part")
         foreign = part.with_name("0" * 64 + ".part")
         foreign.write_bytes(b"of a process that died")
