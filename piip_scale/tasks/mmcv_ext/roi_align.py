@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torchvision  # noqa: F401  # registers the operators
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from piip_scale.errors import KernelError
 
@@ -44,8 +44,9 @@ def roi_align_forward(
         KernelError: ``pool_mode`` asks for max pooling.
     """
     _check_average(pool_mode)
-    size = (aligned_height, aligned_width)
-    output.copy_(roi_align(input.float(), rois.float(), size, spatial_scale, sampling_ratio, aligned))
+    # Not torchvision's function: in deterministic mode that computes the same in Python, all samples in memory.
+    bins = (spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned)
+    output.copy_(torch.ops.torchvision.roi_align(input.float(), rois.float(), *bins))
 
 
 def roi_align_backward(
@@ -64,9 +65,11 @@ def roi_align_backward(
 ) -> None:
     """Gradient of ``roi_align_forward`` towards the features, into ``grad_input`` (B, C, H, W)."""
     _check_average(pool_mode)
+    # On a GPU torchvision adds with atomics, and refuses to in deterministic mode; on the host it adds in order.
+    device = torch.device("cpu") if torch.are_deterministic_algorithms_enabled() else grad_output.device
     grad = torch.ops.torchvision._roi_align_backward(
-        grad_output.float(),
-        rois.float(),
+        grad_output.float().to(device),
+        rois.float().to(device),
         spatial_scale,
         aligned_height,
         aligned_width,

@@ -103,3 +103,16 @@ def test_no_boxes():
 def test_max_pooling_is_refused():
     with pytest.raises(KernelError, match="max pooling"):
         roi_align(torch.randn(1, 3, 4, 4), ROIS[:1], 7, 1.0, 2, "max")
+
+
+def test_deterministic_mode_gives_the_same_from_the_host(monkeypatch):
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 12, 16, requires_grad=True)
+    plain = roi_align(features, ROIS, 3, 0.5, 0)
+    (expected,) = torch.autograd.grad(plain.square().sum(), features)
+    # Where torchvision's own function would leave its kernel; on a CPU nothing else differs.
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    again = roi_align(features, ROIS, 3, 0.5, 0)
+    (found,) = torch.autograd.grad(again.square().sum(), features)
+    assert torch.equal(again, plain)
+    assert torch.equal(found, expected)
