@@ -1,6 +1,7 @@
 """The task over real shards: train, evaluate, save, load, and predict on files."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -68,6 +69,20 @@ def _config(shards, kind="mask_rcnn", train="train", val="val", **more):
     data = {"augment": {"short_edge_px": (96,), "max_edge_px": 128}, "num_streams": 2, "workers": 0}
     data |= {"micro_batch_size": 2, "train_shards": str(shards[train]), "val_shards": str(shards[val])}
     return run_config(kind, **(data | more))
+
+
+def test_a_set_with_nothing_to_train_on_does_not_start(shards, tmp_path, caplog, monkeypatch):
+    source = shards["images"].parent
+    root = json.loads((source / "annotations.json").read_text())
+    (tmp_path / "ann.json").write_text(json.dumps(root | {"annotations": []}))
+    pack_coco(tmp_path / "ann.json", shards["images"], tmp_path / "empty")
+    sets = shards | {"empty": tmp_path / "empty"}
+    with pytest.raises(DataError, match="its 5 images have no objects"):
+        DetectionTask(_config(sets, "faster_rcnn", train="empty"), World()).num_train_batches()
+    monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="piip_scale"):
+        DetectionTask(_config(sets, "faster_rcnn"), World()).num_train_batches()
+    assert "16 of 16 objects can be trained on" in caplog.text
 
 
 def test_a_short_training_lowers_the_loss_and_evaluates(shards):
