@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from io import TextIOWrapper
@@ -77,6 +78,10 @@ def _leave_to_rank_0(command: str) -> None:
 
 def main() -> None:
     """Entry point: exit code 0, or one line on standard error and the error's own code."""
+    for stream in (sys.stdout, sys.stderr):
+        # Paths may hold bytes that are no text, names letters that a terminal's encoding lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdout, TextIOWrapper):
         # Names of files need not be UTF-8, as they may come from anywhere.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -83,9 +83,9 @@ class Shared:
         Raises:
             DataError: As in ``names``.
         """
-        from piip_scale.data.packing.door import chosen_classes
+        from piip_scale.data.packing.door import parted_names
 
-        return self.names() if self.class_names is not None else chosen_classes(self.names())
+        return self.names() if self.class_names is not None else parted_names(self.names())
 
     def pack(self, source: Path, out: Path, packer: Callable[[PackOptions], Manifest]) -> None:
         """Packs under a progress bar and prints what came of it.

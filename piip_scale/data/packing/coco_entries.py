@@ -82,9 +82,8 @@ def read_categories(
 
 
 def _chosen(classes: Sequence[str], names: Collection[str], annotations: Path, subset: bool) -> tuple[str, ...]:
-    chosen = chosen_classes(classes, names)
-    unknown = set(chosen) - set(names)
-    if unknown or (not subset and set(chosen) != set(names)):
+    chosen = chosen_classes(classes, names, str(annotations), subset=subset)
+    if not subset and set(chosen) != set(names):
         raise DataError(
             f"categories of {annotations}",
             value=list(names),

@@ -63,7 +63,29 @@ def class_names(values: Iterable[object], owner: str) -> tuple[str, ...]:
     return names
 
 
-def chosen_classes(values: Sequence[str], known: Collection[str] = ()) -> tuple[str, ...]:
+def chosen_classes(values: Sequence[str], known: Collection[str], owner: str, *, subset: bool) -> tuple[str, ...]:
+    """Classes in the label order wanted.
+
+    Args:
+        values: Their names; of a subset, which is given by hand, also several with commas between them.
+        known: Names that the input has.
+        owner: The input, for the message.
+        subset: They must be some of the known ones.
+
+    Raises:
+        DataError: A name is none, stands twice, or is not known.
+    """
+    if not subset:
+        return class_names(values, owner)
+    chosen = parted_names(values, known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise DataError(
+            f"--class {unknown[0]}", rule=f"{owner} has {', '.join(list(known)[:30])}", fix="name some of them"
+        )
+    return chosen
+
+
+def parted_names(values: Sequence[str], known: Collection[str] = ()) -> tuple[str, ...]:
     """Names given one by one, or several with commas between them; a known name may hold commas itself."""
     names: list[str] = []
     for value in values:

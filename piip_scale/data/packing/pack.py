@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,13 @@ def pack_coco(
         clip_boxes: Clip boxes that stick out of their image and drop those of which nothing is left.
         boxes_only: Leave masks out.
         how: How shards are written.
-        **options: Fields of ``PackOptions``, instead of ``how``.
+        **options: Fields of ``PackOptions`` that replace those of ``how``.
 
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
     annotations, images = Path(annotations), Path(images)
-    how = how or PackOptions(**options)
+    how = replace(how or PackOptions(), **options)
     problems = how.problems()
     found = read_coco(
         annotations,

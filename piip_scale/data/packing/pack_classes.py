@@ -55,9 +55,7 @@ def pack_folders(
     folder, how = Path(folder), how or PackOptions()
     problems = how.problems()
     found = _folders_by_class(folder)
-    chosen = chosen_classes(classes, found) if classes else tuple(found)
-    if subset and (unknown := sorted(set(chosen) - set(found))):
-        raise DataError(f"folders of {folder}", value=list(found)[:30], rule=f"{unknown[0]!r} is none of them")
+    chosen = chosen_classes(classes, found, str(folder), subset=subset) if classes else tuple(found)
     if not subset and (unknown := sorted(set(found) - set(chosen)) if classes else []):
         raise DataError(
             f"{folder} holds folders that are no class", value=unknown[:5], fix="name them, or move them away"

@@ -62,9 +62,7 @@ def read_voc(
     found = classes_of(entries)
     if not (classes or found or gathered.stop):
         raise DataError(f"no file of {annotations} names an object", fix="name the classes, or check the folder")
-    chosen = chosen_classes(classes, found) if classes else tuple(found)
-    if subset and (unknown := sorted(set(chosen) - set(found))):
-        raise DataError(f"classes of {annotations}", value=found[:30], rule=f"{unknown[0]} is none of them")
+    chosen = chosen_classes(classes, found, str(annotations), subset=subset) if classes else tuple(found)
     maker = _Maker(chosen, instance_maps, gathered, clip_boxes=clip_boxes, subset=subset)
     images_or_none = [maker.image(number, entry) for number, entry in enumerate(entries, 1)]
     made = tuple(image for image in images_or_none if image is not None)

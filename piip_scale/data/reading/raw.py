@@ -77,6 +77,8 @@ def parse_notes(raw: RawSample, kind: SetKind = "detection") -> dict[str, Any]:
     missing = SET_KINDS[kind].notes - (notes.keys() if isinstance(notes, dict) else set())
     if missing:
         raise DataError(f"annotations of sample {raw.key} lack {sorted(missing)}", fix="pack the set again")
+    if "label" in notes and not _is_whole(notes["label"]):
+        raise DataError(f"label of sample {raw.key}", value=notes["label"], rule="it is a whole number")
     if problem := next(filter(None, _wrong_notes(notes)), ""):
         raise DataError(f"annotations of sample {raw.key} hold {problem}", fix="pack the set again")
     checked: dict[str, Any] = notes
@@ -113,8 +115,6 @@ def _wrong_notes(notes: dict[str, Any]) -> Iterator[str]:
             yield f"{side} {notes[side]!r:.40}"
     if not _is_whole(notes["image_id"]) or not isinstance(notes["file_name"], str):
         yield f"image_id {notes['image_id']!r:.40}, file_name {notes['file_name']!r:.40}"
-    if "label" in notes and not _is_whole(notes["label"]):
-        yield f"label {notes['label']!r:.40}"
     annotations = notes.get("annotations", [])
     if not isinstance(annotations, list):
         yield f"annotations that are {type(annotations).__name__}"

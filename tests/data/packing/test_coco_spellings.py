@@ -174,7 +174,7 @@ def test_a_subset_of_classes_leaves_others_out(tmp_path):
     assert [c["name"] for c in read_coco(*files, classes=["dog,cat"], subset=True).categories] == ["dog", "cat"]
     with pytest.raises(DataError, match="must be the classes"):
         read_coco(*files, classes=["dog"])
-    with pytest.raises(DataError, match="cow"):
+    with pytest.raises(DataError, match="--class cow"):
         read_coco(*files, classes=["cow"], subset=True)
 
 

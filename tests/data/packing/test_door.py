@@ -9,6 +9,7 @@ from piip_scale.data.packing.door import (
     chosen_classes,
     class_name,
     class_names,
+    parted_names,
     read_lines,
     stored_name,
     whole_number,
@@ -53,8 +54,14 @@ def test_names_that_are_the_same_once_cleaned_are_refused():
 
 
 def test_commas_part_names_that_are_not_known_whole():
-    assert chosen_classes(["a,b", "c"]) == ("a", "b", "c")
-    assert chosen_classes(["door, double", "wall"], ["wall", "door, double"]) == ("door, double", "wall")
+    assert parted_names(["a,b", "c"]) == ("a", "b", "c")
+    known = ["wall", "door, double"]
+    assert chosen_classes(["door, double", "wall"], known, "it", subset=True) == ("door, double", "wall")
+    assert chosen_classes(["door, double,wall"], ["wall", "door", "double"], "it", subset=True)[0] == "door"
+    # Names of a file are whole, whether the input has them or not.
+    assert chosen_classes(["door, double"], ["wall"], "it", subset=False) == ("door, double",)
+    with pytest.raises(DataError, match="--class cow; it has wall"):
+        chosen_classes(["cow"], ["wall"], "it", subset=True)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
