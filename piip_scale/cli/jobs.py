@@ -18,7 +18,14 @@ from piip_scale.launch.logs import find_logs, follow, sizes, tail
 from piip_scale.launch.queue import QueuedJob, has_slurm, queued_jobs
 from piip_scale.launch.runs import Row, Run, describe, find_runs, read_run
 
-app = typer.Typer(help="List runs, read a run's log, stop it, send it through the queue again.")
+app = typer.Typer(
+    help=(
+        "List runs, read a run's log, stop it, send it through the queue again.\n\n"
+        "Of the states, `stalled` runs and stands still; `waiting` is between two attempts; `held` waits for a "
+        "release, which `requeue` gives; `given-up` waits for a person to look; `lost` ended without a word, and goes "
+        "on with `requeue`."
+    )
+)
 _HEADS = ("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
