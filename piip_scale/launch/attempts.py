@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from piip_scale.errors import RunError
 from piip_scale.files import IO_REASON, disk_errors
 from piip_scale.logging import get_logger
-from piip_scale.run.ending import Ending, parse_ending
+from piip_scale.run.ending import Ending, checked, parse_ending
 
 End = Literal["done", "stopped", "crashed", "hang", "lost_node", "preflight", "cut"]
 Action = Literal["finish", "requeue", "restart", "give_up"]
@@ -132,7 +132,7 @@ def parse_attempts(lines: Iterable[str]) -> tuple[Attempt, ...]:
     """Attempts from lines: the last of a number tells all; those that cannot be read are passed over."""
     found = {}
     for line in lines:
-        with suppress(ValueError, TypeError, AttributeError, KeyError):
+        with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):
             attempt = _parse_attempt(json.loads(line))
             found[int(attempt.attempt)] = attempt
     return tuple(found[number] for number in sorted(found))
@@ -141,7 +141,9 @@ def parse_attempts(lines: Iterable[str]) -> tuple[Attempt, ...]:
 def _parse_attempt(values: Mapping[str, Any]) -> Attempt:
     known = {field.name for field in fields(Attempt)} & values.keys()
     own = {key: values[key] for key in known}
-    return Attempt(**own | {"nodes": tuple(own["nodes"]), "ending": parse_ending(own.get("ending", {}))})
+    if own.get("end") not in (None, *get_args(End)) or own.get("decision") not in (None, *get_args(Action)):
+        raise ValueError(f"an end or a decision of another version: {own}")
+    return checked(Attempt(**own | {"nodes": tuple(own["nodes"]), "ending": parse_ending(own.get("ending", {}))}))
 
 
 def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:

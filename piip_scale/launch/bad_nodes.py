@@ -31,7 +31,7 @@ class BadNode:
 def read_bad_nodes(path: Path, now_unix_s: float) -> dict[str, BadNode]:
     """Those of the last day, by name; none where the file is absent or no such file."""
     found = {}
-    with suppress(OSError, ValueError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         for node, values in json.loads(path.read_text(encoding="utf-8")).items():
             bad = BadNode(**values)
             if now_unix_s - bad.unix_time_s < _FORGET_AFTER_S:

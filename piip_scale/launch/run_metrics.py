@@ -130,7 +130,7 @@ def _total_steps(content: mmap.mmap) -> int | None:
 def _lines(text: bytes) -> Iterator[dict[str, Any]]:
     """The JSON objects in it; the first and the last line may be cut."""
     for line in text.splitlines():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             content = json.loads(line)
             if isinstance(content, dict) and isinstance(content.get("step"), int):
                 yield content

@@ -167,7 +167,7 @@ def submitted_jobs(run_dir: Path) -> list[str]:
     try:
         lines = JobFiles(run_dir).submitted.read_text(encoding="utf-8").splitlines()
         return [str(json.loads(line)["job"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 

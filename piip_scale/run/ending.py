@@ -5,11 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from piip_scale.errors import HangError, PiipError
 from piip_scale.run.reasons import reason_of
 from piip_scale.world import node_name
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Record = TypeVar("_Record", bound="DataclassInstance")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "int | None": (int, NoneType),
+    "float | None": (int, float, NoneType),
+}
 
 
 @dataclass(frozen=True)
@@ -70,11 +83,24 @@ def parse_ending(values: Mapping[str, Any]) -> Ending:
     """An ending from a file; keys of other versions are passed over.
 
     Raises:
-        TypeError: The values are no mapping.
-        AttributeError: Likewise.
+        TypeError: The values are no mapping, or one of them is none that its key can have.
+        AttributeError: The values are no mapping.
     """
     known = {field.name for field in fields(Ending)}
-    return Ending(**{key: value for key, value in values.items() if key in known})
+    return checked(Ending(**{key: value for key, value in values.items() if key in known}))
+
+
+def checked(record: _Record) -> _Record:
+    """A record of plain values from a file that somebody may have edited; values of types not named here pass.
+
+    Raises:
+        TypeError: A value has not the type of its field.
+    """
+    for field in fields(record):
+        types, value = _TYPES.get(str(field.type)), getattr(record, field.name)
+        if types is not None and (not isinstance(value, types) or isinstance(value, bool)):
+            raise TypeError(f"{field.name} cannot be {value!r}")
+    return record
 
 
 def error_line(error: BaseException) -> str:

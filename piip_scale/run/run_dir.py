@@ -192,7 +192,7 @@ class RunDirectory:
             if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 return None
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RunError(f"{self.status_file} cannot be read: {error}", fix="choose another --run-dir") from error
 
     def write_status(self, state: State, step: int, ending: Ending | None = None) -> None:
@@ -276,7 +276,7 @@ class RunDirectory:
         try:
             first = parse_ending(json.loads((self.errors / "first.json").read_text(encoding="utf-8")))
             return first if first.unix_time_s >= (since_unix_s or process_start_unix_s()) else None
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
 
 

@@ -279,3 +279,45 @@ def test_a_job_that_is_ending_is_in_nobodys_way_unless_it_returns(run_dir, monke
     else:
         refuse_active([run_dir], run_dir / "job/train.sbatch", queue)
         assert "as job 77" in requeue_run(read_run(run_dir, queue))
+
+
+DEEP = "[" * 100_000
+ODD = {"attempt": 0, "job_id": 1, "restart_count": 0, "nodes": ["n1"], "started_unix_s": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("status.json", DEEP),
+        ("status.json", '{"state": "done", "step": 1, "ending": {"line": 5}}'),
+        ("job/spec.json", DEEP),
+        ("job/request.json", DEEP),
+        ("job/attempts.jsonl", DEEP),
+        *[
+            ("job/attempts.jsonl", json.dumps(ODD | odd))
+            for odd in (
+                {"started_unix_s": "x"},
+                {"attempt": None},
+                {"ended_unix_s": "x", "end": "done"},
+                {"end": "odd"},
+                {"decision": "odd"},
+                {"ending": []},
+                {"ending": {"cause": 3}},
+                {"ending": {"step": "x"}},
+                {"last_step": [], "end": "done"},
+            )
+        ],
+        ("job/submitted.jsonl", DEEP),
+        ("metrics.jsonl", DEEP),
+        ("metrics.jsonl", '{"step": 1, "kind": "step", "time/step_ms": "x", "throughput/images_per_second": []}'),
+        ("heartbeats/rank_0.json", DEEP),
+        ("heartbeats/rank_0.json", "[]"),
+    ],
+)
+def test_no_file_of_a_run_ends_the_list(run_dir, name, content):
+    write_status(run_dir, "running", 1)
+    write_attempt(run_dir, **ended("stopped", "finish"))
+    (run_dir / "heartbeats").mkdir()
+    (run_dir / name).write_text(content)
+    for queue in ([], [job(run_dir)], None):
+        assert describe(read_run(run_dir, queue)).state
