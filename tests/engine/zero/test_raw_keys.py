@@ -139,11 +139,16 @@ def assert_goes_on(pairs) -> None:
 APART = [name for name, key in cells.ALONE.items() if key.needs or not key.keeps_numbers]
 
 
+def apart(option):
+    key = cells.ALONE[option]
+    return of_stage(key.stages[-1], option, precision="fp32" if key.keeps_numbers else "bf16")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     chosen = [of_stage(stage, option) for option, stage in cells.TOGETHER.items()]
     chosen += [of_stage(stage, "plain") for stage in cells.STAGES]
-    chosen += [of_stage(cells.ALONE[name].stages[-1], name) for name in APART]
+    chosen += map(apart, APART)
     return cells.run_cells(tmp_path_factory.mktemp("keys"), chosen)
 
 
@@ -157,14 +162,18 @@ def test_all_keys_of_a_stage_train_to_the_same_numbers_and_resume_on_other_ranks
 
 @pytest.mark.parametrize("option", APART)
 def test_keys_that_are_apart_resume_on_other_ranks(trained, option):
-    cell = of_stage(cells.ALONE[option].stages[-1], option)
-    assert_goes_on({cell: trained[cell]})
+    assert_goes_on({apart(option): trained[apart(option)]})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_each_key_alone_trains_and_resumes_on_other_ranks(tmp_path):
-    chosen = [of_stage(s, name) for name, key in cells.ALONE.items() for s in key.stages if s and not key.on_disk]
+    chosen = [
+        of_stage(stage, name, precision="fp32" if key.keeps_numbers else "bf16")
+        for name, key in cells.ALONE.items()
+        for stage in key.stages
+        if stage
+    ]
     plain = [of_stage(stage, "plain") for stage in cells.STAGES]
     found = cells.run_cells(tmp_path, chosen + plain)
     for cell in chosen:
