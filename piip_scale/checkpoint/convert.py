@@ -27,6 +27,7 @@ INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NO_MANIFEST = "no manifest of ours: sizes and numbers of ranks were checked, checksums could not be"
+_NO_FROZEN = "it was saved without frozen parameters: those of the model that were not trained are not in the file"
 _GB = 10**9  # as the Hugging Face hub counts shards
 
 
@@ -107,8 +108,12 @@ def convert(
         num_parameters=_num_parameters(reader),
         num_bytes=progress.total,
         seconds=time.monotonic() - start,
-        notes=tuple(note for note in ("" if found else _NO_MANIFEST, config.note) if note),
+        notes=tuple(note for note in (*_notes(found, reader), config.note) if note),
     )
+
+
+def _notes(committed: Path | None, reader: ZeroCheckpoint) -> list[str]:
+    return ([] if committed else [_NO_MANIFEST]) + ([_NO_FROZEN] if reader.leaves_out_frozen else [])
 
 
 class _Progress:

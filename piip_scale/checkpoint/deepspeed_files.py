@@ -71,6 +71,12 @@ class DeepSpeedFiles:
         step = self.models[0].get().get("global_steps", 0)
         return step if type(step) is int and step >= 0 else 0
 
+    @property
+    def leaves_out_frozen(self) -> bool:
+        """Whether they were saved with ``exclude_frozen_parameters``: what was frozen is then nowhere in them."""
+        # Below stage 2 DeepSpeed writes none apart either, but has them among the model's own.
+        return self.stage >= 2 and self.models[0].get().get("frozen_param_fragments", {}) is None
+
     def weights(self) -> dict[str, Weight]:
         """Every weight, in the order of the model's state dict.
 

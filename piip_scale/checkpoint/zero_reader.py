@@ -32,6 +32,7 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
         stage: ZeRO stage that wrote them.
         num_ranks: Ranks that wrote them.
         step: Optimiser steps behind them, as DeepSpeed counts; 0 where they do not say.
+        leaves_out_frozen: Parameters that were frozen, if there were any, are not in the files.
         weights: Where each tensor is, by name.
         num_updates: Of the averages.
 
@@ -42,7 +43,7 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
     def __init__(self, folder: Path, *, averaged: bool = False) -> None:
         files = DeepSpeedFiles.open(Path(folder))
         self.folder, self.stage, self.num_ranks = files.folder, files.stage, files.num_ranks
-        self.step = files.step
+        self.step, self.leaves_out_frozen = files.step, files.leaves_out_frozen
         self.weights = files.weights()
         self.num_updates = 0
         if averaged:

@@ -71,7 +71,7 @@ class TrainingState:
 class Checkpointer:
     """Saves one engine. Every method but ``add_part``, ``describe`` and ``close`` is collective.
 
-    A save copies to host memory and returns; ``poll`` after each step tells when the checkpoint is visible.
+    A save copies to host memory and returns; ``poll`` after each step says when the checkpoint is visible.
 
     Args:
         engine: The engine.
@@ -151,7 +151,7 @@ class Checkpointer:
         return self.poll()
 
     def close(self) -> None:
-        """Gives a save that an error overtook a moment to end, and tells what became of it. Not collective."""
+        """Gives a save that an error overtook a moment to end, and logs what became of it. Not collective."""
         job, self._job = self._job, None
         if job is None:
             return

@@ -46,7 +46,7 @@ def launch_local(
 
     Returns:
         The exit code for this process: 0 where every rank ended well, 130 where they stopped as asked, else that of
-        the rank that failed first. The ranks have told the user already.
+        the rank that failed first. The ranks have reported to the user already.
 
     Raises:
         LostRankError: A rank failed without a word of its own, as one killed by the system does.
@@ -74,9 +74,9 @@ def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
     rank, code = ranks.first_failure
     if code == Interrupted.exit_code:
         return Interrupted.exit_code
-    untold = ranks.untold or _silent_failure(rank, code)
-    if ranks.untold or run.record_error(rank, untold):
-        raise _noted(untold, run, run.first_error() or ending_of(untold, rank))
+    unreported = ranks.unreported or _silent_failure(rank, code)
+    if ranks.unreported or run.record_error(rank, unreported):
+        raise _noted(unreported, run, run.first_error() or ending_of(unreported, rank))
     first = run.first_error()
     return first.exit_code if first else code
 
@@ -101,13 +101,13 @@ class _Ranks:
     Attributes:
         first_failure: Rank and return code of the first that ended badly.
         killed_by_user: A second Ctrl-C came.
-        untold: The error of a rank that the system killed, where nobody told the user of it.
+        unreported: The error of a rank that the system killed, where nobody reported it to the user.
     """
 
     def __init__(self, num_procs: int, command: Sequence[str], run: RunDirectory) -> None:
         self.first_failure: tuple[int, int] | None = None
         self.killed_by_user = False
-        self.untold: RunError | None = None
+        self.unreported: RunError | None = None
         self._run = run
         self._interrupts = 0
         port, threads = _free_port(), max(1, usable_cores() // num_procs)
@@ -156,9 +156,9 @@ class _Ranks:
         # Of several in one glance, a rank that a signal took is the cause and the others its echo.
         self.first_failure = min(failed, key=lambda item: item[1] > 0, default=None)
         if self.first_failure and self.first_failure[1] < 0:
-            # Claimed at once: the others, which have lost contact, wait a moment before they tell of it.
+            # Claimed at once: the others, which have lost contact, wait a moment before they report it.
             error = _silent_failure(*self.first_failure)
-            self.untold = error if self._run.record_error(self.first_failure[0], error) else None
+            self.unreported = error if self._run.record_error(self.first_failure[0], error) else None
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

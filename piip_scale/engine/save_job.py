@@ -47,7 +47,7 @@ class SaveFiles:
 class SaveJob:
     """Writes in the background what ``files`` hold; no method is collective.
 
-    The thread takes part in no collective: what ranks tell each other, they tell by files in the staging folder, and
+    The thread takes part in no collective: what ranks let each other know, they do by files in the staging folder, and
     the training's own thread asks ``progress``.
 
     Args:
@@ -126,7 +126,7 @@ def is_saving() -> bool:
 
 
 class _Output:
-    """A new file for ``torch.save`` that remembers what stopped a write: torch tells only where in its zip file."""
+    """A new file for ``torch.save`` that remembers what stopped a write: torch says only where in its zip file."""
 
     def __init__(self, path: Path, cancelled: threading.Event) -> None:
         self._path, self._file, self._cancelled = path, path.open("wb"), cancelled

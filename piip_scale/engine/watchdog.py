@@ -118,7 +118,7 @@ class Watchdog:
             os._exit(1)
 
     def _leave_after_others(self) -> None:
-        """Ends this process some moments after another rank told of an error: it may sit in a collective for ever."""
+        """Ends this process some moments after another rank reported an error: it may sit in a collective for ever."""
         first = self._run.first_error()
         if first is None or first.rank == self._world.rank:
             return

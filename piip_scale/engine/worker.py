@@ -33,7 +33,7 @@ def train_worker(
 ) -> int:
     """Trains as one rank of the world that the environment describes. Collective.
 
-    An error is told by the first rank that meets it, in one line on standard error, and written with its traceback to
+    An error is reported by the first rank that meets it, in one line on standard error, with its traceback in
     ``errors/rank_N.txt`` of the run directory; a watchdog ends ranks that hang, or outlive another's error.
 
     Args:

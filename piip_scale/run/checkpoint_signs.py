@@ -40,7 +40,7 @@ def _in_status(run: RunDirectory) -> str:
     if status is None:
         return ""
     if status.checkpoint_step:
-        return f"{run.status_file.name} tells of the checkpoint of step {status.checkpoint_step}"
+        return f"{run.status_file.name} names the checkpoint of step {status.checkpoint_step}"
     # Both ends save first.
     ended_well = status.state in ("stopped", "done") and status.step > 0
     return f"{run.status_file.name} says {status.state} at step {status.step}" if ended_well else ""
@@ -48,12 +48,12 @@ def _in_status(run: RunDirectory) -> str:
 
 def _in_metrics(*paths: Path) -> str:
     for path in paths:
-        # An empty file cannot be mapped, and tells of nothing.
+        # An empty file cannot be mapped, and logs nothing.
         with (
             suppress(FileNotFoundError, ValueError),
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
             if content.find(_SAVE_LINE) >= 0:
-                return f"{path.name} tells of saved checkpoints"
+                return f"{path.name} logs saved checkpoints"
     return ""

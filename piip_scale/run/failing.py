@@ -1,4 +1,4 @@
-"""The last words of a rank: each error told once, whoever meets it."""
+"""The last words of a rank: each error reported once, whoever meets it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from piip_scale.run.run_dir import RunDirectory
 
 
 def report_failure(run: RunDirectory, rank: int, error: BaseException, step: int = 0) -> int:
-    """Records an error; the first rank that does tells the user in one line, and the status.
+    """Records an error; the first rank that does reports it to the user in one line, and to the status.
 
     Args:
         run: The run's directory.

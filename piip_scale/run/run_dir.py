@@ -210,7 +210,7 @@ class RunDirectory:
         write_text_atomic(self.status_file, json.dumps(asdict(status)) + "\n")
 
     def write_failure(self, ending: Ending) -> None:
-        """Puts how a run failed into the status, at the step the run last told of.
+        """Puts how a run failed into the status, at the step the run last logged.
 
         Raises:
             RunError: The disk refuses, or the status there is none.
@@ -230,7 +230,7 @@ class RunDirectory:
             node: Where the rank ran; this machine where empty.
 
         Returns:
-            How the run ended where no rank failed before, so that exactly one of them tells the user; else ``None``.
+            How the run ended where no rank failed before, so that exactly one reports to the user; else ``None``.
         """
         ending = ending_of(error, rank, step, node)
         with suppress(OSError):
@@ -244,7 +244,7 @@ class RunDirectory:
         except FileExistsError:
             return None
         except OSError:
-            # A full or read-only disk must not swallow the error: better told twice than never.
+            # A full or read-only disk must not swallow the error: better reported twice than never.
             return ending
         return ending
 
@@ -258,7 +258,7 @@ class RunDirectory:
             json.dump(asdict(ending), file)
 
     def replace_ending(self, ending: Ending) -> None:
-        """Has the run's files tell how it ended, where somebody knows more than its ranks; their tracebacks stay.
+        """Has the run's files say how it ended, where somebody knows more than its ranks; their tracebacks stay.
 
         Raises:
             RunError: The disk refuses.
@@ -300,5 +300,5 @@ def _text_of(path: Path) -> str | None:
 
 @cache
 def process_start_unix_s() -> float:
-    """When this process began; where the system does not tell, when it first asked."""
+    """When this process began; where the system does not say, when it first asked."""
     return time.time() - process_age_seconds()

@@ -90,6 +90,18 @@ def test_a_checkpoint_without_a_config_publishes_none_and_says_so(tmp_path):
     ]
 
 
+def test_frozen_parameters_that_were_left_out_are_said(tmp_path):
+    make_run(tmp_path)
+    zero = tmp_path / "checkpoints" / "step_00000007" / "zero"
+    for file in zero.glob("*model_states.pt"):
+        content = torch.load(file)
+        del content["module"]["stem.weight"]
+        torch.save(content | {"frozen_param_shapes": None, "frozen_param_fragments": None}, file)
+    report = convert(zero.rename(tmp_path / "elsewhere"), tmp_path / "model.safetensors")
+    assert "stem.weight" not in load_file(tmp_path / "model.safetensors")
+    assert [note for note in report.notes if "without frozen parameters" in note]
+
+
 @pytest.mark.parametrize(
     ("location", "published"),
     [

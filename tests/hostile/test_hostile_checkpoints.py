@@ -221,7 +221,7 @@ def test_averages(tmp_path, updates):
     assert one_line(caught.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(where=st.floats(0, 1), noise=st.binary(min_size=1, max_size=40), of_model=st.booleans())
 def test_noise_in_a_file_is_one_line_or_other_numbers(tmp_path_factory, where, noise, of_model):
     folder = written(tmp_path_factory.mktemp("noise"))
