@@ -21,9 +21,9 @@ from piip_scale.checkpoint.manifest import (
     num_bytes,
     read_step,
     whole_files,
-    write_manifest,
     write_part,
 )
+from piip_scale.checkpoint.manifest import write_manifest as _write_manifest
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors, sync_file, write_text_atomically
 from piip_scale.logging import get_logger
@@ -123,7 +123,7 @@ class CheckpointStore:
         staging, target = self.staging(step), self.path(step)
         try:
             with disk_errors(CheckpointError, f"save checkpoint {target}"):
-                write_manifest(staging, step)
+                _write_manifest(staging, step)
                 os.rename(staging, target)
                 sync_file(self.folder)
         except CheckpointError:

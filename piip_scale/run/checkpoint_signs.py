@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from piip_scale.run.run_dir import RunDirectory
 
+_OF_CHECKPOINTS = re.compile(r"step_\d{8,}|latest")
 _SAVE_LINE = b'"kind": "checkpoint"'
 
 
@@ -30,8 +32,8 @@ def _in_folder(folder: Path) -> str:
         return f"{folder} is a link to {os.readlink(folder)}, which is not there"
     if folder.exists() and not folder.is_dir():
         return f"{folder} is a file"
-    # Hidden folders are saves that never became visible.
-    left = sorted(name for name in os.listdir(folder) if not name.startswith(".")) if folder.is_dir() else []
+    # Neither hidden folders, saves that never became visible, nor what a fresh disk has, as lost+found.
+    left = sorted(filter(_OF_CHECKPOINTS.fullmatch, os.listdir(folder))) if folder.is_dir() else []
     return f"{folder} holds {left[-1]}" if left else ""
 
 

@@ -65,6 +65,7 @@ SIGNS = [dangling, damaged, dangling_checkpoint, only_latest, noted, stopped, lo
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_at_step_1(begun):
+    (begun.checkpoints / "lost+found").mkdir()
     refuse_lost_checkpoints(begun)
     begun.check(resume=True)
 
