@@ -56,7 +56,7 @@ def test_named_branches_merge_by_name_and_become_a_list_in_the_bases_order(tmp_p
     (tmp_path / "child.py").write_text(
         "_base_ = ['base.py']\n"
         "model = dict(branches=dict(last=dict(resolution_px=256, depth=8, num_heads=2, embed_dim=32),"
-        "small=dict(_delete_=True, preset='deit_small', depth=8, resolution_px=128), large=dict(resolution_px=64)))\n"
+        "small=dict(_delete_=True, preset='deit3_small', depth=8, resolution_px=128), large=dict(resolution_px=64)))\n"
     )
     config = load_config(tmp_path / "child.py", ["model.branches.0.depth=8"])
     found = [(b.resolution_px, b.embed_dim, b.depth) for b in config.model.branches]
