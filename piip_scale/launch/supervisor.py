@@ -149,6 +149,9 @@ class Supervisor:
             if error.reason != IO_REASON or self._refusals > _MOST_REFUSALS:
                 raise
             log_line(error.line)
+            self._requests.look()
+            if self._executor.has_queue and (self._requests.is_ending or self._is_time_over()):
+                return Decision("requeue", error.line)
             return Decision("restart", error.line, pause_s=_REFUSAL_PAUSE_S)
 
     def _attempt(self) -> Decision:

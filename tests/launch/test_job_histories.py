@@ -14,6 +14,7 @@ from scenes import Scene
 from test_outcome import judged
 
 from piip_scale.errors import RunError, WorldError
+from piip_scale.files import IO_REASON
 from piip_scale.launch import time_left, unfinished, watching
 from piip_scale.launch.decide import decide, sick_nodes, was_ended_for_good
 from piip_scale.launch.run_metrics import SaveTimes, read_save_times
@@ -297,6 +298,18 @@ def test_a_run_whose_folder_cannot_be_written_is_one_line(scene):
         scene.supervise()
     assert "\n" not in caught.value.line
     assert scene.executor.started == []
+
+
+def test_a_job_that_ends_while_its_disk_is_full_goes_back_into_the_queue(scene, monkeypatch):
+    def refuse(_self):
+        error = RunError("cannot write: No space left on device")
+        error.reason = IO_REASON
+        raise error
+
+    monkeypatch.setattr(RunDirectory, "clear_traces", refuse)
+    scene.requests._receive(signal.SIGUSR2, None)
+    assert scene.supervise() == 0
+    assert (scene.executor.requeued, scene.executor.started) == ([()], [])
 
 
 def test_an_ending_that_cannot_be_written_does_not_end_the_job(scene, monkeypatch):
