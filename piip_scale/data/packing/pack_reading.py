@@ -16,8 +16,8 @@ from piip_scale.data.reading.manifest import MapRule
 from piip_scale.errors import DataError
 from piip_scale.text import printable
 
-# JPEG, TIFF, PNG and WebP keep EXIF data under these names; without one a header need not be read twice.
-_EXIF_MARKS = (b"Exif", b"eXIf", b"EXIF", b"II*\0", b"MM\0*")
+# JPEG keeps EXIF data under this name; without it a header need not be read twice, which takes longer than to look.
+_JPEG_MARK, _EXIF_MARK = b"\xff\xd8", b"Exif\0"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def add_pixels(total: Sequence[int], more: Sequence[int]) -> list[int]:
 
 
 def _orientation(content: bytes, name: str, size_px: tuple[int, int] | None, reading: Reading) -> Orientation:
-    if not any(mark in content for mark in _EXIF_MARKS):
+    if content.startswith(_JPEG_MARK) and _EXIF_MARK not in content:
         return Orientation(UPRIGHT)
     facts = image_facts(content, name, max_pixels=reading.max_pixels)
     return resolve_orientation(facts, reading.exif, size_px)
