@@ -1,4 +1,4 @@
-"""Focal loss of logits (sigmoid) and of probabilities (softmax), forward and backward by formula.
+"""Focal loss of logits, forward and backward by formula.
 
 Source: Lin et al., Focal Loss for Dense Object Detection, 2017. Logarithms are bounded below at the smallest normal
 float, as mmcv's kernels do.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
 
 
 def sigmoid_focal_loss_forward(
@@ -31,10 +31,10 @@ def sigmoid_focal_loss_forward(
         gamma: Focusing exponent.
         alpha: Weight of the right class; the wrong ones have 1 - alpha.
     """
-    p, is_target = input.float().sigmoid(), _one_hot(target, input.shape[1])
-    right = -alpha * (1 - p) ** gamma * p.clamp(min=_TINY).log()
-    wrong = -(1 - alpha) * p**gamma * (1 - p).clamp(min=_TINY).log()
-    output.copy_(torch.where(is_target, right, wrong) * _row_weight(weight, target)[:, None])
+    p, is_target = input.float().sigmoid(), one_hot(target, input.shape[1])
+    right = -alpha * (1 - p) ** gamma * p.clamp(min=TINY).log()
+    wrong = -(1 - alpha) * p**gamma * (1 - p).clamp(min=TINY).log()
+    output.copy_(torch.where(is_target, right, wrong) * row_weight(weight, target)[:, None])
 
 
 def sigmoid_focal_loss_backward(
@@ -47,52 +47,19 @@ def sigmoid_focal_loss_backward(
     alpha: float,
 ) -> None:
     """Gradient of ``sigmoid_focal_loss_forward``'s sum, into ``grad_input`` (N, C)."""
-    p, is_target = input.float().sigmoid(), _one_hot(target, input.shape[1])
-    right = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * p.clamp(min=_TINY).log())
-    wrong = -(1 - alpha) * p**gamma * (gamma * (1 - p) * (1 - p).clamp(min=_TINY).log() - p)
-    grad_input.copy_(torch.where(is_target, right, wrong) * _row_weight(weight, target)[:, None])
+    p, is_target = input.float().sigmoid(), one_hot(target, input.shape[1])
+    right = -alpha * (1 - p) ** gamma * (1 - p - gamma * p * p.clamp(min=TINY).log())
+    wrong = -(1 - alpha) * p**gamma * (gamma * (1 - p) * (1 - p).clamp(min=TINY).log() - p)
+    grad_input.copy_(torch.where(is_target, right, wrong) * row_weight(weight, target)[:, None])
 
 
-def softmax_focal_loss_forward(
-    softmax: Tensor, target: Tensor, weight: Tensor, output: Tensor, *, gamma: float, alpha: float
-) -> None:
-    """Loss of every row.
-
-    Args:
-        softmax: Probabilities (N, C).
-        target: int64 (N,); a negative one is ignored.
-        weight: (C,), or empty for none.
-        output: (N,), receives the loss.
-        gamma: Focusing exponent.
-        alpha: Weight of the loss.
-    """
-    p = _of_target(softmax, target)
-    loss = -alpha * (1 - p) ** gamma * p.clamp(min=_TINY).log()
-    output.copy_(torch.where(target >= 0, loss * _row_weight(weight, target), 0.0))
-
-
-def softmax_focal_loss_backward(
-    softmax: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, *, gamma: float, alpha: float
-) -> None:
-    """Gradient of ``softmax_focal_loss_forward``'s sum towards the logits, into ``grad_input`` (N, C)."""
-    p = _of_target(softmax, target)
-    rest = 1 - p
-    # At gamma < 1 and p = 1 the second factor is infinite, and its product with log(1) is 0 in the limit.
-    bend = torch.where(rest > 0, gamma * rest ** (gamma - 1) * p * p.clamp(min=_TINY).log(), 0.0)
-    slope = alpha * (bend - rest**gamma) * _row_weight(weight, target)
-    buff.copy_(torch.where(target >= 0, slope, 0.0))
-    grad_input.copy_(buff[:, None].float() * (_one_hot(target, softmax.shape[1]).float() - softmax.float()))
-
-
-def _one_hot(target: Tensor, num_classes: int) -> Tensor:
+def one_hot(target: Tensor, num_classes: int) -> Tensor:
+    """Whether a class is its row's target, bool (N, C)."""
     return target[:, None] == torch.arange(num_classes, device=target.device)
 
 
-def _of_target(softmax: Tensor, target: Tensor) -> Tensor:
-    return softmax.float().gather(1, target.clamp(min=0)[:, None])[:, 0]
-
-
-def _row_weight(weight: Tensor, target: Tensor) -> Tensor:
+def row_weight(weight: Tensor, target: Tensor) -> Tensor:
+    """The weight of each row's class, float32 (N,); 1 of rows without one."""
     if not weight.numel():
         return torch.ones(target.shape, device=target.device)
     has_class = (target >= 0) & (target < len(weight))

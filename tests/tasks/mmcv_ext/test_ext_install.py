@@ -1,8 +1,10 @@
 """The stand-in is found last, names what it lacks, and leaves a compiled mmcv alone."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
+from functools import cache
 
 import pytest
 
@@ -34,6 +36,19 @@ def test_mmdet_imports_on_the_stand_in_and_nothing_says_nms_is_missing():
     """)
     assert done.stdout.splitlines()[-1] == "True True 1", done.stderr
     assert "nms" not in (done.stdout + done.stderr).lower()
+
+
+def test_an_op_in_quarantine_says_so_once(monkeypatch):
+    import torch
+
+    install = importlib.import_module("piip_scale.tasks.mmcv_ext.install")
+    said = []
+    monkeypatch.setattr(install, "_announce", cache(said.append))
+    op = install._announced("nms_match", install._UNMEASURED["nms_match"])
+    for _ in range(2):
+        assert op(torch.tensor([[0.0, 0, 4, 4, 0.9]]), 0.5) == [[0]]
+    assert said == ["nms_match"]
+    assert not install._OPS.keys() & install._UNMEASURED.keys()
 
 
 def test_a_compiled_mmcv_is_used_as_it_is(tmp_path):
