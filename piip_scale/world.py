@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from piip_scale.errors import WorldError
@@ -72,7 +72,9 @@ class World:
 def read_world(environment: Mapping[str, str] | None = None) -> World:
     """Reads the world from torchrun's or Slurm's variables; alone where neither is set.
 
-    torchrun's come first: inside ``srun torchrun ...`` both are there.
+    torchrun's come first: inside ``srun torchrun ...`` both are there. But images for containers set some of them for
+    each task of Slurm's (enroot's hook for PyTorch: RANK, LOCAL_RANK, and WORLD_SIZE from the job's tasks rather than
+    the step's). Those are no launcher's: Slurm's own variables count then.
 
     Args:
         environment: Variables to read instead of the process's own.
@@ -81,7 +83,7 @@ def read_world(environment: Mapping[str, str] | None = None) -> World:
         WorldError: A variable is missing beside its siblings, or cannot be meant.
     """
     env = os.environ if environment is None else environment
-    if "RANK" in env:
+    if "RANK" in env and not _is_named_by_slurm(env):
         return _torchrun_world(env)
     # Seen on Slurm 22.05: a batch script has SLURM_PROCID=0 too, but only srun's tasks have SLURM_STEP_ID. A step of
     # one task is a shell (srun --pty, salloc) or a single process, and may start ranks of its own.
@@ -103,6 +105,12 @@ def claimed_rank(environment: Mapping[str, str] | None = None) -> int | None:
         named = (env.get(name, "") for name in ("RANK", "SLURM_PROCID"))
         return next((int(text) for text in named if text.isdecimal()), 0)
     return None if world.num_ranks == 1 else world.rank
+
+
+def _is_named_by_slurm(env: Mapping[str, str]) -> bool:
+    """Whether RANK is only another name of srun's task, whoever set it."""
+    # torchrun, and launchers in its manner, say how many ranks a node has; hooks do not.
+    return "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and "LOCAL_WORLD_SIZE" not in env
 
 
 def _torchrun_world(env: Mapping[str, str]) -> World:
@@ -213,8 +221,31 @@ def usable_cores() -> int:
 
 def outside_of_job(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables for a command that must not take this process's job for its own, as one that submits another."""
-    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
-    return {name: value for name, value in environment.items() if name in kept or not name.startswith("SLURM")}
+    stays = ("SLURM_CONF", "SLURM_CLUSTERS")
+    return {name: value for name, value in environment.items() if name in stays or not name.startswith("SLURM")}
+
+
+def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for an ``srun`` whose options say how many tasks, nodes and cores its step has.
+
+    What sbatch leaves for srun of the whole job would contradict them: the GPUs of all nodes in a step on some, and the
+    cores of a task once more (``srun: fatal: cpus_per_task set by two different environment variables``).
+    """
+    dropped = {"SLURM_GPUS", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE"}
+    if "cpu" in environment.get("SLURM_TRES_PER_TASK", ""):
+        dropped.add("SLURM_CPUS_PER_TASK")
+    return {name: value for name, value in environment.items() if name not in dropped}
+
+
+def given_meeting_point(names: Collection[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Where the ranks meet, as far as a site says so itself.
+
+    Args:
+        names: Variables that the site sets; others that are there may be left from the shell that submitted.
+        environment: The job's.
+    """
+    own = ("MASTER_ADDR", "MASTER_PORT")
+    return {name: environment[name] for name in own if name in names and environment.get(name)}
 
 
 def rendezvous_port(job_id: int, attempt: int) -> int:

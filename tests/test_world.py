@@ -14,10 +14,12 @@ from piip_scale.world import (
     Allocation,
     World,
     claimed_rank,
+    given_meeting_point,
     outside_of_job,
     read_allocation,
     read_world,
     rendezvous_port,
+    step_environment,
 )
 
 MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
@@ -122,6 +124,59 @@ def test_what_a_world_tells_torch_reads_back(ranks_per_node, num_nodes, data, gr
     assert read_world(slurm_step([1, 1], 0, 0, 0) | environment) == world
 
 
+def hook(environment):
+    """What enroot's hook for PyTorch images sets in each task: the tasks of the job for those of the step."""
+    more = {"MASTER_PORT": "61000", "WORLD_SIZE": environment.get("SLURM_NTASKS", "1")}
+    more |= {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"]}
+    return more | environment
+
+
+@given(TASKS_PER_NODE.filter(lambda tasks: sum(tasks) > 1), st.integers(0, 64), st.integers(0, 6))
+def test_variables_that_a_container_sets_for_each_task_change_nothing(tasks_per_node, more_tasks, kept):
+    """Whichever of them a hook sets, and whatever it takes the number of ranks from."""
+    for node, count in enumerate(tasks_per_node):
+        local = count - 1
+        step = slurm_step(tasks_per_node, node, local, sum(tasks_per_node[:node]) + local)
+        hooked = hook(step | {"SLURM_NTASKS": str(sum(tasks_per_node) + more_tasks)})
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+        for name in names[:kept]:
+            partial = {key: value for key, value in hooked.items() if key not in set(names) - {name}}
+            assert read_world(partial) == read_world(step)
+        assert read_world(hooked) == read_world(step)
+
+
+def test_a_hook_in_a_step_of_one_task_leaves_it_alone():
+    """Also where it takes the ranks of the whole job for the step's."""
+    assert read_world(hook(slurm_step([1], 0, 0, 0) | {"SLURM_NTASKS": "16"})) == World()
+
+
+def test_torchrun_under_srun_counts_its_own_ranks():
+    """Two nodes of two ranks: RANK and SLURM_PROCID agree on the first of them alone."""
+    for node in range(2):
+        for local in range(2):
+            torchrun = {"RANK": str(2 * node + local), "WORLD_SIZE": "4", "LOCAL_RANK": str(local), **MEETING}
+            torchrun |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": str(node), "TORCHELASTIC_RUN_ID": "x"}
+            world = read_world(slurm_step([1, 1], node, 0, node) | torchrun)
+            assert (world.rank, world.num_ranks, world.local_rank, world.launcher) == (
+                2 * node + local, 4, local, "torchrun",
+            )  # fmt: skip
+
+
+def test_what_a_job_leaves_for_srun_does_not_contradict_its_options():
+    job = {"SLURM_GPUS": "16", "SLURM_NTASKS": "24", "SLURM_CPUS_PER_TASK": "4", "SLURM_JOB_ID": "7", "HOME": "/h"}
+    assert step_environment(job) == {"SLURM_CPUS_PER_TASK": "4", "SLURM_JOB_ID": "7", "HOME": "/h"}
+    per_task = job | {"SLURM_TRES_PER_TASK": "cpu:4,gres/gpu:1"}
+    assert "SLURM_CPUS_PER_TASK" not in step_environment(per_task)
+    assert step_environment(per_task)["SLURM_TRES_PER_TASK"] == "cpu:4,gres/gpu:1"
+
+
+def test_only_a_site_says_where_ranks_meet_not_the_shell_that_submitted():
+    shell = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    assert given_meeting_point((), shell) == {}
+    assert given_meeting_point(("OMP_NUM_THREADS", "MASTER_ADDR"), shell) == {"MASTER_ADDR": "localhost"}
+    assert given_meeting_point(("MASTER_ADDR",), {}) == {}
+
+
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"} | MEETING
 SRUN = slurm_step([2], 0, 1, 1)
 
@@ -198,6 +253,8 @@ def test_an_allocation_is_read_from_a_batch_jobs_variables():
     more = {"SLURM_RESTART_COUNT": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "12"}
     again = read_allocation(BATCH | more | {"SLURM_GPUS_ON_NODE": "8", "SLURM_ARRAY_TASK_ID": "0"})
     assert again == Allocation(71, 2, "n[2-3]", 2, "n2", 8, 12, 8, 0)
+    task = read_allocation(BATCH | {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "71"})
+    assert (first.name, again.name, task.name) == ("71", "71", "71_3")
     assert read_allocation({"HOME": "/root"}) is None
     with pytest.raises(WorldError, match="SLURM_JOB_NODELIST is not set"):
         read_allocation({"SLURM_JOB_ID": "71"})

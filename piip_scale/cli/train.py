@@ -15,6 +15,7 @@ from piip_scale.cli.options import ConfigPath, Overrides
 from piip_scale.config import RunConfig, load_config
 from piip_scale.config.loading import config_text
 from piip_scale.errors import PiipError
+from piip_scale.launch.compile_caches import use_local_cache
 from piip_scale.logging import configure_logging
 from piip_scale.registry import row_of
 from piip_scale.world import World, claimed_rank, read_world
@@ -48,6 +49,7 @@ def train(
     """
     folder = run_dir or Path("runs") / config.stem
     try:
+        use_local_cache()
         code = run_training(
             config, overrides or [], folder, procs=procs, resume=resume, restart=restart, progress=progress
         )

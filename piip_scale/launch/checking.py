@@ -1,4 +1,4 @@
-"""Has every node look at itself, and tells which of them can train."""
+"""Has every node look at itself, and finds which of them can train."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from piip_scale.launch.node_facts import (
     summary,
 )
 from piip_scale.launch.spec import JobSpec
+from piip_scale.launch.step_notes import StepNotes
 
 _POLL_S = 0.2
 # Nodes that read the same libraries from the same disk are ready at about the same time.
 _STRAGGLE_S = 60.0
+_LAST_WORDS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,30 +63,61 @@ def check_nodes(
         RunError: The folder cannot be written.
     """
     needs, started_s = Needs(spec.ranks_per_node, spec.gpus_per_node), time.monotonic()
-    answers = _ask(spec, executor, nodes, number, folder, bound_s) if nodes else {}
-    shared = shared_problem(answers)
+    if not nodes:
+        return Check((), line="no nodes to look at")
+    answers, notes, code = _ask(spec, executor, nodes, number, folder, bound_s)
+    seconds = time.monotonic() - started_s
+    if not answers and (failure := _failure(notes, code, nodes, bound_s)):
+        return Check((), shared_problem=failure, line="no node answered", seconds=seconds)
     problems = problems_of_nodes(nodes, answers, needs, bound_s)
+    problems |= {
+        node: f"its preflight ended without an answer ({how})" for node, how in notes.ends if node not in answers
+    }
+    problems |= {node: "it was lost during its preflight" for node in notes.failed_nodes if node in nodes}
     healthy = tuple(node for node in nodes if node not in problems)
+    shared = shared_problem(answers, problems)
     line = f"{len(healthy)} healthy"
-    if healthy:
+    if healthy and not shared:
         line += "; " + summary({node: answers[node] for node in healthy}, needs)
-    return Check(healthy, problems, shared, line, time.monotonic() - started_s)
+    return Check(healthy, problems, shared, line, seconds)
+
+
+def _failure(notes: StepNotes, code: int | None, nodes: Sequence[str], bound_s: float) -> tuple[str, str] | None:
+    """Kind and line of why a preflight could not run, of which no node is to blame; ``None`` where one is.
+
+    Args:
+        notes: What was said of it.
+        code: Its exit code; ``None`` where it did not end by itself.
+        nodes: Where it was to run.
+        bound_s: How long it had.
+    """
+    if notes.refusal:
+        return ("bad config" if notes.is_final else "launch"), f"the preflight could not run: {notes.refusal}"
+    if code is not None:
+        how = notes.first_end.how if notes.first_end else f"exit code {code}"
+        return "launch", f"the preflight could not run: it ended at once on every node ({how}); see the job's log"
+    if len(nodes) > 1:
+        return "launch", f"the preflight could not run: none of {len(nodes)} nodes answered within {bound_s:.0f} s"
+    return None
 
 
 def _ask(
     spec: JobSpec, executor: Executor, nodes: Sequence[str], number: int, folder: Path, bound_s: float
-) -> dict[str, Answer]:
+) -> tuple[dict[str, Answer], StepNotes, int | None]:
+    """The answers, what was said of the step, and its exit code where it ended by itself."""
     with disk_errors(RunError, f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.json"):
             old.unlink()
-    words = ["preflight-node", str(folder), f"--config={spec.config}", f"--gpus={spec.gpus_per_node}"]
-    words += [f"--bound-s={bound_s:g}", *(f"--set={override}" for override in spec.overrides)]
+    arguments = ["preflight-node", str(folder), f"--config={spec.config}", f"--gpus={spec.gpus_per_node}"]
+    arguments += [f"--bound-s={bound_s:g}", *(f"--set={override}" for override in spec.overrides)]
     asked_unix_s = time.time()
-    step = executor.start(words, nodes, 1, 2 * number, folder)
+    step = executor.start(arguments, nodes, 1, 2 * number, folder)
     answers = _collect(step, nodes, folder, asked_unix_s, bound_s)
-    _end(step)
-    return answers
+    code = step.poll()
+    # One of which no node answered has nothing to finish.
+    _end(step, _LAST_WORDS_S if answers else 0.0)
+    return answers, step.notes(), code
 
 
 def _collect(step: Step, nodes: Sequence[str], folder: Path, asked_unix_s: float, bound_s: float) -> dict[str, Answer]:
@@ -108,7 +141,7 @@ def _is_complete(answers: Mapping[str, Answer], nodes: Sequence[str]) -> bool:
     return len(nodes) > 1 and all(node in answers and answers[node].facts.reduction for node in nodes)
 
 
-def _end(step: Step, patience_s: float = 5.0) -> None:
+def _end(step: Step, patience_s: float) -> None:
     """Its resources are needed for the training."""
     until_s = time.monotonic() + patience_s
     while step.poll() is None and time.monotonic() < until_s:

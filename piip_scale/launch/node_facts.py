@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,7 +20,14 @@ _MIN_MEMORY_GIB_PER_RANK = 1.5
 _MIN_FREE_GPU_SHARE = 0.9
 # Below it, times that ranks compare across nodes still come in the right order.
 _MAX_SKEW_S = 3.0
-_COMPARED = {"driver": "driver", "nccl": "NCCL", "torch": "torch", "python": "Python", "package": "piip-scale"}
+_COMPARED = {
+    "gpus": "GPUs",
+    "driver": "driver",
+    "nccl": "NCCL",
+    "torch": "torch",
+    "python": "Python",
+    "package": "piip-scale",
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,8 @@ def problems_of_nodes(
 ) -> dict[str, str]:
     """What is wrong with each node that cannot train; a node that nothing is wrong with is left out.
 
+    What a node has of its own comes first: a sum over all nodes fails on each where one of them is sick.
+
     Args:
         nodes: Those that were asked.
         answers: By node; one without is missing.
@@ -122,25 +131,34 @@ def problems_of_nodes(
         bound_s: How long they had.
     """
     found = {node: f"did not answer within {bound_s:.0f} s" for node in nodes if node not in answers}
-    unable = _reduction_errors(answers)
-    # Where most could not, it takes more than this to say who is to blame.
-    unable = unable if 2 * len(unable) < len(answers) else {}
-    is_shared = all(answer.facts.data_error for answer in answers.values())
-    odd = odd_versions({node: answer.facts.versions for node, answer in answers.items()})
+    own = _problems_by_node(answers, needs)
+    is_shared = all(answer.facts.data_error for node, answer in answers.items() if node not in own)
     for node, answer in answers.items():
-        problems = [*own_problems(answer.facts, needs), *clock_problems(answer), *odd.get(node, [])]
+        problems = list(own.get(node, []))
         if answer.facts.data_error and not is_shared:
             problems.append(answer.facts.data_error)
-        if node in unable:
-            problems.append(f"all-reduce: {unable[node]}")
         if problems:
             found[node] = "; ".join(problems)
-    return found
+    unable = {} if found else _unable(answers)
+    # Where most could not, it takes more than this to say who is to blame.
+    blamed = unable if 2 * len(unable) < len(answers) else {}
+    return found | {node: f"all-reduce: {error}" for node, error in blamed.items()}
+
+
+def _problems_by_node(answers: Mapping[str, Answer], needs: Needs) -> dict[str, list[str]]:
+    odd = odd_versions({node: answer.facts.versions for node, answer in answers.items()})
+    found = {
+        node: [*own_problems(answer.facts, needs), *clock_problems(answer), *odd.get(node, [])]
+        for node, answer in answers.items()
+    }
+    return {node: problems for node, problems in found.items() if problems}
 
 
 def own_problems(facts: NodeFacts, needs: Needs) -> list[str]:
     """What is wrong with a node by itself."""
-    found = _gpu_problems(facts.gpus, needs.gpus_per_node) if needs.gpus_per_node else []
+    # Where none were asked for and there are some, the node was given whole: each rank takes one.
+    wanted_gpus = needs.gpus_per_node or (needs.ranks_per_node if facts.gpus else 0)
+    found = _gpu_problems(facts.gpus, wanted_gpus) if wanted_gpus else []
     found += facts.disk_errors
     for folder, free in facts.free_disk_bytes.items():
         if free < _MIN_FREE_DISK_GIB * _GIB:
@@ -176,7 +194,7 @@ def odd_versions(versions: Mapping[str, Mapping[str, str]]) -> dict[str, list[st
     """Nodes whose versions differ from those of most, with the difference."""
     found: dict[str, list[str]] = {}
     for key, name in _COMPARED.items():
-        of_node = {node: told.get(key, "") for node, told in versions.items()}
+        of_node = {node: facts.get(key, "") for node, facts in versions.items()}
         # Of two that are as frequent, the one of the first node by name counts.
         ranked = Counter(of_node[node] for node in sorted(of_node)).most_common()
         for node, version in of_node.items():
@@ -186,27 +204,41 @@ def odd_versions(versions: Mapping[str, Mapping[str, str]]) -> dict[str, list[st
     return found
 
 
-def shared_problem(answers: Mapping[str, Answer]) -> tuple[str, str] | None:
-    """Kind and line of what no node is to blame for: config or shards on every node, the sum on half of them."""
-    told = [(answer.facts.data_reason, answer.facts.data_error) for answer in answers.values()]
-    if told and all(line for _, line in told):
-        return told[0]
-    unable = _reduction_errors(answers)
+def shared_problem(answers: Mapping[str, Answer], sick: Collection[str] = ()) -> tuple[str, str] | None:
+    """Kind and line of what no node is to blame for: config or shards on every node, the sum on half of them.
+
+    Args:
+        answers: By node.
+        sick: Nodes that are to blame for something, or did not answer: they count for nothing here.
+    """
+    well = {node: answer for node, answer in answers.items() if node not in sick}
+    reports = [(answer.facts.data_reason, answer.facts.data_error) for answer in well.values()]
+    if reports and all(line for _, line in reports):
+        return reports[0]
+    # The sum was over the sick ones too.
+    unable = {} if sick else _unable(answers)
     if unable and 2 * len(unable) >= len(answers):
         node, error = min(unable.items())
         return COMMUNICATION, f"all-reduce on {len(unable)} of {len(answers)} nodes, {node} for one: {error}"
     return None
 
 
-def _reduction_errors(answers: Mapping[str, Answer]) -> dict[str, str]:
+def _unable(answers: Mapping[str, Answer]) -> dict[str, str]:
+    """Nodes that the sum over all of them failed on, or did not come back on."""
     reductions = {node: answer.facts.reduction for node, answer in answers.items()}
-    return {node: one.error for node, one in reductions.items() if one and one.error}
+    if len(answers) == 1:
+        return {}
+    return {
+        node: one.error if one else "it brought no result" for node, one in reductions.items() if not one or one.error
+    }
 
 
 def summary(answers: Mapping[str, Answer], needs: Needs) -> str:
     """Healthy nodes in one line."""
     facts = [answer.facts for answer in answers.values()]
-    gpus = f"{needs.gpus_per_node} GPUs each" if needs.gpus_per_node else "no GPUs asked for, none looked at"
+    least = min((len(one.gpus) for one in facts), default=0)
+    gpus = f"{least} GPUs each, not asked for" if least else "no GPUs asked for, none looked at"
+    gpus = f"{needs.gpus_per_node} GPUs each" if needs.gpus_per_node else gpus
     speeds: list[float] = [one.reduction.gib_s for one in facts if one.reduction]
     reduced = (
         f"all-reduce right, {min(speeds):.2f} GiB/s" if speeds and min(speeds) > 0 else "no all-reduce among one node"

@@ -82,7 +82,9 @@ def _failure(attempt: Attempt, evidence: Evidence, ranks_per_node: int) -> tuple
     # Ranks whose peer is gone only know that they lost contact.
     if killed and (first is None or first.reason == "communication"):
         line = f"rank {killed.rank} on {killed.node} ended by a signal ({killed.how}) before it could say why"
-        return "crashed", blank.failed("lost rank", line, rank=killed.rank, node=killed.node)
+        # Its node is as good as any: what was asked for is too little, or taken too much.
+        reason = "out of host memory" if killed.is_out_of_memory else "lost rank"
+        return "crashed", blank.failed(reason, line, rank=killed.rank, node=killed.node)
     if first:
         return ("hang", _of_late_rank(first, attempt, ranks_per_node)) if first.reason == "hang" else ("crashed", first)
     return "crashed", _silent(blank, notes)
@@ -103,7 +105,8 @@ def _out_of_memory(blank: Ending, end: TaskEnd) -> Ending:
 
 def _silent(blank: Ending, notes: StepNotes) -> Ending:
     if notes.refusal:
-        return blank.failed("launch", f"the ranks did not start: {notes.refusal}")
+        reason = "bad config" if notes.is_final else "launch"
+        return blank.failed(reason, f"the ranks did not start: {notes.refusal}")
     if notes.first_end:
         first = notes.first_end
         who, is_refusal = f"rank {first.rank} on {first.node}", first.how.endswith(_REFUSED)

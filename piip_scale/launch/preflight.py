@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from piip_scale import __version__
 from piip_scale.errors import PiipError, RunError
 from piip_scale.files import named_folder
+from piip_scale.launch.compile_caches import use_local_cache
 from piip_scale.launch.node_facts import GpuFacts, NodeFacts, Reduction, save_facts
 from piip_scale.run.reasons import reason_of
 from piip_scale.world import World, node_name, read_world
@@ -62,10 +63,12 @@ def check_node(folder: Path, config: Path | None, overrides: Sequence[str], gpus
 def _look(config: Path | None, overrides: Sequence[str], gpus: int) -> NodeFacts:
     data_error = _try_data(config, overrides) if config else None
     disks, errors = _look_at_disks()
+    # Also where none were asked for: a node that is given whole comes with its own.
+    found = tuple(_look_at_gpus())
     return NodeFacts(
         node=node_name(),
-        versions=_versions(gpus > 0),
-        gpus=tuple(_look_at_gpus()) if gpus else (),
+        versions=_versions(gpus > 0 or bool(found)) | {"gpus": str(len(found))},
+        gpus=found,
         free_disk_bytes=disks,
         disk_errors=tuple(errors),
         memory_bytes=_available_memory_bytes(),
@@ -79,12 +82,14 @@ def _look(config: Path | None, overrides: Sequence[str], gpus: int) -> NodeFacts
 def _try_data(config: Path, overrides: Sequence[str]) -> PiipError | None:
     from piip_scale.config import load_config
     from piip_scale.data.reading.shards import ShardSet
+    from piip_scale.models.pretrained import check_pretrained
     from piip_scale.registry import row_of
 
     try:
         run = load_config(config, overrides)
         for shards in (run.data.train_shards, run.data.val_shards):
-            ShardSet.open(shards, run.data.classes, row_of(run.task).set_kind)
+            ShardSet.open(shards, run.data.classes, row_of(run.task).set_kind, run.data.cache)
+        check_pretrained(run.model)
     except PiipError as error:
         return error
     return None
@@ -92,6 +97,10 @@ def _try_data(config: Path, overrides: Sequence[str]) -> PiipError | None:
 
 def _look_at_disks() -> tuple[dict[str, int], list[str]]:
     free, errors = {}, []
+    try:
+        use_local_cache()
+    except RunError as error:
+        errors.append(error.line)
     named = {os.environ[name]: name for name in _CACHE_VARIABLES if os.environ.get(name)}
     for folder in dict.fromkeys([tempfile.gettempdir(), *named]):
         try:

@@ -88,6 +88,8 @@ class Profile(Strict):
         modules: For ``module load``.
         setup: Lines of bash that run before anything else of ours.
         environment: Variables of the job; ``${NAME}`` is filled in on the node.
+        local_cache: Folder of each node, ``/tmp`` for example, in which this user's jobs make a private one for what
+            Triton and torch compile; where empty those choose, mostly the home folder that all nodes share.
         srun: Options added to each srun, ``--mpi=none`` for example.
         container: What ranks run in.
         sbatch: Options of the job; those of the command line come first.
@@ -104,6 +106,7 @@ class Profile(Strict):
     modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
     environment: dict[str, str] = {}
+    local_cache: str = ""
     srun: tuple[str, ...] = ()
     container: Container | None = None
     sbatch: dict[str, OptionValue] = {}
@@ -125,6 +128,13 @@ class Profile(Strict):
             if not text or "\n" in text:
                 raise ValueError(f"each entry is one line, got {text!r}")
         return texts
+
+    @field_validator("local_cache")
+    @classmethod
+    def _is_absolute(cls, folder: str) -> str:
+        if folder and not (folder.startswith("/") and folder.isprintable()):
+            raise ValueError(f"it is a folder's whole path, got {folder!r}")
+        return folder
 
     @model_validator(mode="after")
     def _container_has_python(self) -> Profile:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from piip_scale.errors import SlurmError
+from piip_scale.launch.compile_caches import LOCAL_CACHE
 from piip_scale.launch.executors import LostNodes, ProcessStep, Step, with_code
 from piip_scale.launch.job_log import log_line
 from piip_scale.launch.queue import submit_script
@@ -20,7 +21,7 @@ from piip_scale.launch.submitting import note_submitted
 from piip_scale.launch.time_left import USUAL_KILL_WAIT_S, JobTime
 from piip_scale.logging import get_logger
 from piip_scale.run.heartbeat import STACK_SIGNAL
-from piip_scale.world import Allocation, World, rendezvous_port
+from piip_scale.world import Allocation, World, given_meeting_point, rendezvous_port, step_environment
 
 # Slurm's KillWait and UnkillableStepTimeout as they come: 30 and 60 s.
 _KILLED_WITHIN_S, _LOOK_AGAIN_S = 120.0, 5.0
@@ -129,7 +130,10 @@ class SlurmExecutor:
             self._allocation.cpus_per_task if is_training else None,
             alone=not is_training,
         )
-        environment = with_code(self._spec, os.environ) | self._meeting_point(nodes, tasks_per_node, number)
+        environment = step_environment(with_code(self._spec, os.environ))
+        environment |= self._meeting_point(nodes, tasks_per_node, number)
+        if self._spec.local_cache:
+            environment[LOCAL_CACHE] = self._spec.local_cache
         return SlurmStep([*command, *self._spec.rank_command, *args], environment, self._slurm, self._name)
 
     def _meeting_point(self, nodes: Sequence[str], tasks_per_node: int, number: int) -> dict[str, str]:
@@ -137,7 +141,10 @@ class SlurmExecutor:
         # Where Slurm itself reaches the node: its name need not be one that resolves.
         address = records[nodes[0]].address if nodes[0] in records else nodes[0]
         world = World(num_ranks=1, master_address=address, master_port=rendezvous_port(self.job_id, number))
-        names = world.as_environment()
+        given = given_meeting_point(self._spec.site_variables, os.environ)
+        for name, value in given.items():
+            log_line(f"{name}={value}, as the profile sets it")
+        names = world.as_environment() | given
         # Each task of a step finds its own rank; the single task of one does not look for any.
         alone = len(nodes) * tasks_per_node == 1
         return names if alone else {name: value for name, value in names.items() if name.startswith("MASTER")}

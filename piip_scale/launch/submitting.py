@@ -200,6 +200,7 @@ def _site_facts(job: JobSpec, profile: Profile) -> dict[str, Any]:
         "srun_options": (*profile.srun, *(container.srun_options(folders, job.working_dir) if container else ())),
         "command_prefix": container.command_prefix(folders, job.working_dir) if container else (),
         "site_variables": tuple(profile.environment),
+        "local_cache": profile.local_cache,
     }
 
 

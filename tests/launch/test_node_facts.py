@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from fakes import FakeStep, spec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from piip_scale.launch.bad_nodes import add_bad_nodes, choose_nodes, read_bad_nodes
+from piip_scale.launch.checking import check_nodes
 from piip_scale.launch.node_facts import (
     Answer,
     GpuFacts,
@@ -51,7 +55,9 @@ def test_healthy_nodes_have_no_problems_and_one_line():
     line = summary(answers(*HEALTHY), NEEDS)
     assert "2 GPUs each" in line
     assert "9.50 GiB/s" in line
-    assert "none looked at" in summary(answers(facts(reduction=None)), Needs(2, 0))
+    assert "none looked at" in summary(answers(facts(gpus=(), reduction=None)), Needs(2, 0))
+    # A node that is given whole comes with its own.
+    assert "2 GPUs each, not asked for" in summary(answers(facts(reduction=None)), Needs(2, 0))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,104 @@ def test_what_ails_all_nodes_is_nobodys_fault():
     kind, line = shared_problem(answers(*apart))
     assert (kind, "4 of 4 nodes" in line) == ("communication", True)
     assert problems(*apart) == {}
+
+
+def test_a_sick_node_is_blamed_before_the_sum_that_fails_with_it():
+    failed = [replace(one, reduction=Reduction("timed out")) for one in HEALTHY]
+    told = [*failed[:3], replace(failed[3], gpus=(GPU,))]
+    assert problems(*told) == {"n4": "1 GPUs are visible, 2 are needed"}
+    assert shared_problem(answers(*told), {"n4"}) is None
+    # Nor does one that did not answer make the sum everybody's fault.
+    assert problems(*failed[:3], nodes=["n1", "n2", "n3", "n4"]) == {"n4": "did not answer within 120 s"}
+    assert shared_problem(answers(*failed[:3]), {"n4"}) is None
+
+
+def test_what_all_but_sick_nodes_say_is_shared_all_the_same():
+    bad = [replace(one, data_error="config key a", data_reason="bad config") for one in HEALTHY[:3]]
+    told = [*bad, replace(HEALTHY[3], memory_bytes=0)]
+    assert shared_problem(answers(*told), problems(*told)) == ("bad config", "config key a")
+    assert list(problems(*told)) == ["n4"]
+
+
+def test_healthy_takes_an_answer_to_every_question():
+    """n3 told of itself, and did not come back from the sum."""
+    told = [*HEALTHY[:2], replace(HEALTHY[2], reduction=None), HEALTHY[3]]
+    assert problems(*told) == {"n3": "all-reduce: it brought no result"}
+    kind, line = shared_problem(answers(*(replace(one, reduction=None) for one in HEALTHY)))
+    assert (kind, "4 of 4 nodes" in line) == ("communication", True)
+
+
+def test_gpus_of_whole_nodes_count_as_the_ranks_do():
+    whole = Needs(ranks_per_node=2, gpus_per_node=0)
+    versions = VERSIONS | {"gpus": "2"}
+    told = [facts(f"n{index}", versions=versions) for index in (1, 2, 3)]
+    told += [facts("n4", gpus=(GPU,), versions=VERSIONS | {"gpus": "1"})]
+    told += [facts("n5", gpus=(), versions=VERSIONS | {"gpus": "0"})]
+    found = problems_of_nodes([one.node for one in told], answers(*told), whole, 120)
+    assert list(found) == ["n4", "n5"]
+    assert "1 GPUs are visible, 2 are needed" in found["n4"]
+    assert found["n5"] == "GPUs 0, most nodes have 2"
+
+
+class Preflight:
+    """An executor whose step says something, and has some nodes answer."""
+
+    def __init__(self, lines=(), answering=(), code=1) -> None:
+        self.lines, self.answering, self.code = lines, answering, code
+        self.arguments: list[str] = []
+
+    def start(self, arguments, nodes, tasks_per_node, number, beats):
+        self.arguments = list(arguments)
+
+        def poll():
+            for one in self.answering:
+                save_facts(Path(arguments[1]), replace(one, unix_time_s=time.time()))
+            return self.code
+
+        return FakeStep(poll, lambda: 0, self.lines)
+
+
+def check(tmp_path, executor, nodes=("n1", "n2"), bound_s=0.05):
+    job = spec(tmp_path, ranks_per_node=2, gpus_per_node=2)
+    return check_nodes(job, executor, nodes, 0, tmp_path / "answers", bound_s)
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "reason", "words"),
+    [
+        (["srun: unrecognized option '--bogus-option'"], 1, "bad config", "unrecognized option '--bogus-option'"),
+        (["srun: fatal: cpus_per_task set by two different environment variables"], 1, "bad config", "cpus_per_task"),
+        (
+            ["srun: error: Unable to create step for job 7: Requested nodes are busy"],
+            1,
+            "launch",
+            "Requested nodes are",
+        ),
+        (["slurmstepd: error: execve(): apptainer: No such file or directory"], 2, "launch", "execve(): apptainer"),
+        (["srun: error: n[1-2]: tasks 0-1: Exited with exit code 127"], 127, "launch", "Exited with exit code 127"),
+        ([], 3, "launch", "exit code 3"),
+        ([], None, "launch", "none of 2 nodes answered"),
+    ],
+)
+def test_a_preflight_that_could_not_run_says_so_and_blames_no_node(tmp_path, lines, code, reason, words):
+    found = check(tmp_path, Preflight(lines, code=code))
+    assert (found.healthy, found.problems) == ((), {})
+    kind, line = found.shared_problem
+    assert kind == reason
+    assert line.startswith("the preflight could not run: ")
+    assert words in line
+
+
+def test_one_node_alone_that_does_not_answer_is_to_blame(tmp_path):
+    found = check(tmp_path, Preflight(code=None), nodes=["n1"])
+    assert (list(found.problems), found.shared_problem) == (["n1"], None)
+
+
+def test_a_node_whose_look_at_itself_ended_is_named_with_how(tmp_path):
+    lines = ["srun: error: n2: task 1: Bus error"]
+    found = check(tmp_path, Preflight(lines, [HEALTHY[0]]))
+    assert (found.healthy, found.shared_problem) == (("n1",), None)
+    assert found.problems == {"n2": "its preflight ended without an answer (Bus error)"}
 
 
 def test_without_gpus_none_are_looked_for():

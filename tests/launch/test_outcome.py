@@ -28,7 +28,8 @@ REFUSED = "srun: error: Unable to create step for job 6: Requested node configur
 
 def test_srun_tells_who_was_first():
     killed = read_notes(KILLED.splitlines())
-    assert killed == StepNotes(TaskEnd("n2", 1, "Killed"))
+    ends = (("n2", "Killed"), ("n1", "Exited with exit code 1"))
+    assert killed == StepNotes(TaskEnd("n2", 1, "Killed"), ends=ends)
     assert killed.first_end.by_signal
     node = read_notes(NODE.splitlines())
     assert (node.failed_nodes, node.first_end.node) == (("n2",), "n2")
@@ -38,6 +39,121 @@ def test_srun_tells_who_was_first():
     core = read_notes(["srun: error: n3: task 2: Segmentation fault (core dumped)"]).first_end
     assert (core.rank, core.by_signal) == (2, True)
     assert read_notes(["error: n2: task 1: Killed", ""]) == StepNotes()
+
+
+# As srun and slurmstepd of Slurm 22.05 wrote them, or newer ones where the words say so.
+@pytest.mark.parametrize(
+    ("lines", "refusal", "is_final"),
+    [
+        (
+            ["srun: unrecognized option '--bogus-option'", 'Try "srun --help" for more information'],
+            "unrecognized",
+            True,
+        ),
+        (["srun: option '--mpi' requires an argument"], "option '--mpi' requires", True),
+        (
+            ["srun: fatal: --mem, --mem-per-cpu, and --mem-per-gpu are mutually exclusive."],
+            "--mem, --mem-per-cpu",
+            True,
+        ),
+        (
+            [
+                "srun: fatal: cpus_per_task set by two different environment variables "
+                "SLURM_CPUS_PER_TASK=1 != SLURM_TRES_PER_TASK=cpu:2"
+            ],
+            "cpus_per_task set by two",
+            True,
+        ),
+        (['srun: error: Invalid numeric value "abc" for --cpus-per-task.'], "Invalid numeric value", True),
+        (
+            ["srun: error: cannot find mpi plugin for mpi/x", "srun: error: Invalid MPI type 'x', --mpi=list"],
+            "MPI",
+            True,
+        ),
+        (["srun: error: Only allocated 2 nodes asked for 5"], "Only allocated 2", True),
+        (["srun: error: Invalid generic resource (gres) specification"], "generic resource", False),
+        (["srun: error: Application launch failed: Invalid node name specified"], "Application launch failed", False),
+        (["srun: error: Unable to create step for job 6: Job/step already completing"], "Unable to create", False),
+        (
+            ["srun: error: Task launch for StepId=7.0 failed on node n[1-2,07]: Communication connection failure"],
+            "tasks did not start on n1, n2, n07: Communication",
+            False,
+        ),
+        (
+            [
+                "slurmstepd-n1: error: execve(): apptainer: No such file or directory",
+                "srun: error: n1: task 0: Exited with exit code 2",
+            ],
+            "execve(): apptainer: No such file",
+            False,
+        ),
+        (["slurmstepd: error: pyxis: failed to import docker image"], "pyxis: failed to import", False),
+        (["srun: error: some words that no list has"], "some words that no list has", False),
+    ],
+)
+def test_what_keeps_a_step_from_beginning_is_read_whole(lines, refusal, is_final):
+    notes = read_notes(lines)
+    assert refusal in notes.refusal
+    assert notes.is_final == is_final
+    ended = judged(notes=notes)
+    assert ended.ending.reason == ("bad config" if is_final else "launch")
+    assert ended.ending.line.startswith("the ranks did not start: ")
+
+
+def test_ranges_of_nodes_are_the_nodes_they_mean():
+    notes = read_notes(["srun: error: n[1-2,07-08]: tasks 4-7: Out Of Memory", "srun: error: Node failure on n[3-4]"])
+    assert notes.failed_nodes == ("n3", "n4")
+    assert [node for node, _ in notes.ends] == ["n1", "n2", "n07", "n08"]
+    assert (notes.first_end.node, notes.first_end.rank) == ("n1", 4)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["srun: error: n1: task 0: Out Of Memory"],
+        [
+            "slurmstepd-n1: error: Detected 1 oom_kill event in StepId=5.0. Some tasks have been OOM Killed.",
+            "srun: error: n1: task 0: Killed",
+        ],
+        [
+            "srun: error: n1: task 0: Killed",
+            "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=5.0. Some of your processes were killed",
+        ],
+    ],
+)
+def test_a_rank_that_took_too_much_memory_is_no_fault_of_its_node(lines):
+    ended = judged(notes=read_notes(lines))
+    assert (ended.end, ended.ending.reason) == ("crashed", "out of host memory")
+    assert "Out Of Memory" in ended.ending.line
+
+
+@pytest.mark.parametrize(
+    ("how", "by_signal"),
+    [
+        *((f"Exited with exit code {code}", False) for code in (0, 1, 2, 3, 85, 130, 143)),
+        *((f"Exited with exit code {code}", True) for code in (134, 137, 139)),
+        *(
+            (how, True)
+            for how in ("Killed", "Terminated", "Bus error", "Trace/breakpoint trap", "User defined signal 2")
+        ),
+    ],
+)
+def test_every_signal_is_one(how, by_signal):
+    assert TaskEnd("n1", 0, how).by_signal == by_signal
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "slurmstepd-n1: error: couldn't chdir to `/x': No such file or directory: going to /tmp instead",
+        "slurmstepd-n1: error: *** STEP 36.0 ON n1 CANCELLED AT 2026-11-28T08:02:17 ***",
+        "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.",
+        "srun: launch/slurm: _step_signal: Terminating StepId=1.1",
+        "srun: job 7 queued and waiting for resources",
+    ],
+)
+def test_what_is_said_of_steps_that_ran_refuses_none(line):
+    assert read_notes([line]) == StepNotes()
 
 
 def judged(**evidence):

@@ -82,13 +82,28 @@ def test_a_task_of_an_array_gets_its_own_run(tmp_path):
     asked = ORDERS["sweep"]()
     submission = plan_submission(asked)
     script = submission.script.replace('exec "${SUPERVISE[@]}" "$@"', 'printf "%s\\n" "$@"')
-    for setup in ("module load gcc/12 cuda/12.8\n", "ulimit -l unlimited\n"):
-        script = script.replace(setup, "")
+    script = script.replace("module load gcc/12 cuda/12.8\n", "")
     assert script != submission.script
     for spec in submission.specs:
         environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(spec.array_task), "USER": "ann"}
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, check=True)
         assert done.stdout.splitlines() == ["--run-dir", str(spec.run_dir)]
+
+
+@pytest.mark.parametrize("limit", ["unlimited", "64"])
+def test_the_shipped_setup_ends_no_job_where_the_hard_limit_is_low(limit):
+    lines = "\n".join(load_profile("infiniband").setup)
+    script = f"ulimit -l {limit} 2>/dev/null || exit 77\nset -euo pipefail\n{lines}\nulimit -l"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("the hard limit of this process is lower")
+    assert (done.returncode, done.stdout.strip()) == (0, limit)
+
+
+def test_nothing_that_ships_names_a_folder_that_others_can_make_first():
+    for path in (LAUNCH / "profiles").glob("*.toml"):
+        profile = load_profile(str(path))
+        assert [value for value in profile.environment.values() if "/tmp" in value] == []
 
 
 @pytest.mark.parametrize("name", ["a\\b", "a\nb", "a\x1bb", "a\udcffb"])
