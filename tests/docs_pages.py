@@ -19,13 +19,13 @@ _SUFFIXES = (".py", ".sbatch", ".safetensors")
 
 @dataclass(frozen=True)
 class Command:
-    """One command line of a page, in words, without prompt and comment."""
+    """One command line of a page, in arguments, without prompt and comment."""
 
     page: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.page}: {' '.join(self.words)}"
+        return f"{self.page}: {' '.join(self.arguments)}"
 
 
 def commands() -> list[Command]:
@@ -36,8 +36,8 @@ def commands() -> list[Command]:
             lines = block.replace("\\\n", " ").splitlines()
             prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
             if language in ("", "bash", "sh") and not _is_picture(lines):
-                parts = (tuple(shlex.split(line, comments=True)) for line in prompted or lines)
-                found += [Command(page.name, words) for words in parts if words]
+                split = (tuple(shlex.split(line, comments=True)) for line in prompted or lines)
+                found += [Command(page.name, arguments) for arguments in split if arguments]
     return found
 
 
@@ -64,7 +64,7 @@ def anchors(page: Path) -> set[str]:
 def paths(page: Path) -> set[str]:
     """Words in backticks and in blocks that name a file or folder of this repository; ``mine`` is the reader's own."""
     tops = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"runs", "data"}
-    blocks = [word for command in commands() if command.page == page.name for word in command.words]
+    blocks = [word for command in commands() if command.page == page.name for word in command.arguments]
     words = (word for text in [*inline(page), *blocks] for word in re.findall(r"[\w./-]+", text))
     named = {word.rstrip(".") for word in words if word.split("/")[0] in tops and "/" in word}
     return {path for path in named if "mine" not in path}

@@ -135,8 +135,8 @@ def _is_type_checking(node):
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def _inside(name, places):
-    return any(name == place or name.startswith(f"{place}.") for place in places)
+def _inside(name, homes):
+    return any(name == home or name.startswith(f"{home}.") for home in homes)
 
 
 def layer_faults(tree, module):
@@ -158,11 +158,11 @@ def wall_faults(tree, module):
     """Third-party packages outside their walls, or imported where that makes everybody wait."""
     own = module.removeprefix("piip_scale.")
     for imported in imports(tree, module):
-        for package, places in WALLS.items():
-            if _inside(imported.name, [package]) and not _inside(own, places):
-                yield f"{module}:{imported.line} imports {package}, which belongs to {', '.join(places)}"
-        for package, places in HEAVY.items():
-            if imported.at_import_time and _inside(imported.name, [package]) and not _inside(own, places):
+        for package, homes in WALLS.items():
+            if _inside(imported.name, [package]) and not _inside(own, homes):
+                yield f"{module}:{imported.line} imports {package}, which belongs to {', '.join(homes)}"
+        for package, homes in HEAVY.items():
+            if imported.at_import_time and _inside(imported.name, [package]) and not _inside(own, homes):
                 yield f"{module}:{imported.line} imports {package} at import time"
 
 

@@ -29,7 +29,7 @@ from piip_scale.demo.scenes import write_scenes
 from piip_scale.registry import TASKS
 
 COMMANDS = docs_pages.commands()
-OURS = [command for command in COMMANDS if command.words[0] == "piip-scale"]
+OURS = [command for command in COMMANDS if command.arguments[0] == "piip-scale"]
 OTHERS = {"make", "source", "tensorboard", "eval", "launch/minislurm", "sbatch", "torchrun"}
 VOC = """<annotation><filename>{name}.jpg</filename><size><width>64</width><height>64</height><depth>3</depth></size>
 <object><name>digit</name><difficult>0</difficult>
@@ -89,20 +89,20 @@ def _lay_out_maps(desk: Path, photos: list[Path]) -> None:
 def run(desk):
     """Runs one of our commands on the desk, in this process; trainings leave a run as if they had."""
 
-    def run(words):
+    def run(arguments):
         before = Path.cwd()
         os.chdir(desk)
         try:
-            return CliRunner().invoke(app, list(words), catch_exceptions=False)
+            return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
         finally:
             os.chdir(before)
 
     return run
 
 
-def parsed(words):
-    """The innermost command's context, as typer's own app parses these words."""
-    context = get_command(app).make_context("piip-scale", list(words))
+def parsed(arguments):
+    """The innermost command's context, as typer's own app parses these arguments."""
+    context = get_command(app).make_context("piip-scale", list(arguments))
     while hasattr(context.command, "commands") and context._protected_args + context.args:
         name, command, rest = context.command.resolve_command(context, context._protected_args + context.args)
         context = command.make_context(name, rest, parent=context)
@@ -125,32 +125,32 @@ def leave_a_run(desk: Path, config: Path, overrides: list[str], run_dir: Path) -
 
 def test_the_readmes_five_commands_run_one_after_the_other(desk, run, monkeypatch):
     torch.manual_seed(0)
-    shown = [command.words[1:] for command in OURS if command.page == "README.md"]
+    shown = [command.arguments[1:] for command in OURS if command.page == "README.md"]
     monkeypatch.chdir(desk)
-    for words in shown[: next(i for i, words in enumerate(shown) if words[0] == "predict") + 1]:
-        if words[0] == "train":
-            options = parsed(words).params
+    for arguments in shown[: next(i for i, arguments in enumerate(shown) if arguments[0] == "predict") + 1]:
+        if arguments[0] == "train":
+            options = parsed(arguments).params
             leave_a_run(desk, options["config"], options["overrides"], options["run_dir"])
             continue
-        result = run(words)
-        assert result.exit_code == 0, (words, result.output)
+        result = run(arguments)
+        assert result.exit_code == 0, (arguments, result.output)
     assert (desk / "mine.safetensors").stat().st_size > 1e6
     assert cv2.imread(str(desk / "photo.png")) is not None
 
 
 @pytest.mark.parametrize(
-    "words", [c.words[1:] for c in OURS if c.page != "README.md" and c.words[1] == "shards"], ids=" ".join
+    "arguments", [c.arguments[1:] for c in OURS if c.page != "README.md" and c.arguments[1] == "shards"], ids=" ".join
 )
-def test_what_the_docs_show_of_shards_runs(desk, run, words):
-    result = run([word.replace("shards/", "more_shards/") for word in words])
+def test_what_the_docs_show_of_shards_runs(desk, run, arguments):
+    result = run([word.replace("shards/", "more_shards/") for word in arguments])
     assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("command", OURS, ids=str)
 def test_every_command_line_is_one_of_ours_and_its_config_loads(command, desk, monkeypatch):
     monkeypatch.chdir(desk)
-    options = parsed(command.words[1:]).params
-    refused = command.page == "README.md" and "num_heads=5" in command.words[-1]
+    options = parsed(command.arguments[1:]).params
+    refused = command.page == "README.md" and "num_heads=5" in command.arguments[-1]
     if options.get("config") and str(options["config"]).startswith("configs/") and not refused:
         load_config(options["config"], options.get("overrides") or [])
 
@@ -159,14 +159,14 @@ def test_other_commands_exist_too(desk, monkeypatch):
     monkeypatch.chdir(desk)
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in COMMANDS:
-        words = command.words
-        assert words[0] in OTHERS | {"piip-scale"}, command
-        if words[0] == "make":
-            assert words[1] in targets, command
-        if words[0] == "torchrun":
-            parsed(words[words.index("piip_scale.cli.main") + 1 :])
-        if words[0] == "sbatch":
-            parsed(("train", *words[words.index("launch/train.sbatch") + 1 :]))
+        arguments = command.arguments
+        assert arguments[0] in OTHERS | {"piip-scale"}, command
+        if arguments[0] == "make":
+            assert arguments[1] in targets, command
+        if arguments[0] == "torchrun":
+            parsed(arguments[arguments.index("piip_scale.cli.main") + 1 :])
+        if arguments[0] == "sbatch":
+            parsed(("train", *arguments[arguments.index("launch/train.sbatch") + 1 :]))
 
 
 @pages
@@ -176,13 +176,13 @@ def test_inline_commands_name_commands_options_targets_and_extras_that_exist(pag
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     for text in docs_pages.inline(page):
-        words = text.split()
-        if words[0] == "make":
-            assert words[1] in targets, text
+        arguments = text.split()
+        if arguments[0] == "make":
+            assert arguments[1] in targets, text
         for extra in re.findall(r"piip-scale\[(\w+)\]", text):
             assert extra in setup["options.extras_require"], text
         command = root
-        for word in words[1:] if words[0] == "piip-scale" else words:
+        for word in arguments[1:] if arguments[0] == "piip-scale" else arguments:
             if not hasattr(command, "commands") or word not in command.commands:
                 break
             command = command.commands[word]

@@ -30,9 +30,9 @@ def test_there_is_something_to_check():
     assert parts <= rules.LAYERS.keys()
     assert len(parts) >= 9
     for wall in (rules.WALLS, rules.HEAVY):
-        for place in {place for places in wall.values() for place in places}:
-            path = PACKAGE / place.replace(".", "/")
-            assert path.is_dir() or path.with_suffix(".py").is_file(), f"{place} is no module any more"
+        for home in {home for homes in wall.values() for home in homes}:
+            path = PACKAGE / home.replace(".", "/")
+            assert path.is_dir() or path.with_suffix(".py").is_file(), f"{home} is no module any more"
 
 
 @pytest.mark.parametrize(

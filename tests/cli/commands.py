@@ -69,11 +69,11 @@ def succeeded(done):
 
 
 def failed_in_one_line(done, *parts, code=2):
-    """The error is told once, on one line that holds every part, without a traceback."""
-    told = [line for line in done.stderr.splitlines() if "piip-scale: error:" in line]
-    assert len(told) == 1, done.stderr[-3000:]
+    """The error is reported once, on one line that holds every part, without a traceback."""
+    errors = [line for line in done.stderr.splitlines() if "piip-scale: error:" in line]
+    assert len(errors) == 1, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     assert done.returncode == code
     for part in parts:
-        assert part in told[0]
-    return told[0]
+        assert part in errors[0]
+    return errors[0]
