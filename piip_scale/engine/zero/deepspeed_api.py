@@ -45,6 +45,7 @@ PRIVATE_NAMES = (
     "deepspeed.runtime.swap_tensor.partitioned_param_swapper:PartitionedParamStatus",
     "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload.get_param_coordinator",
     "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
+    "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses",
     "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses._set_dtype",
     "deepspeed.runtime.zero.partition_parameters:ZeroParamStatus",
     "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator.reset_step",

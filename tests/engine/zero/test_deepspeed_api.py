@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -62,6 +64,15 @@ def test_a_private_name_that_is_gone_is_one_line(fresh, monkeypatch, name):
     ) as caught:
         deepspeed_api.load()
     assert "\n" not in caught.value.line
+
+
+def test_every_private_name_that_is_asked_for_is_among_those_that_are_checked():
+    room = Path(deepspeed_api.__file__).parent
+    asked = {name for path in room.glob("*.py") for name in re.findall(r"private\(\s*\"([^\"]+)\"", path.read_text())}
+    assert len(asked) > 6
+    assert asked <= set(deepspeed_api.PRIVATE_NAMES)
+    deepspeed_api.load()
+    assert all(deepspeed_api.private(name) is not None for name in asked)
 
 
 @pytest.mark.parametrize("has_public_name", [True, False])
