@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Writes label maps from a COCO file with masks, for `piip-scale shards pack label-maps`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from piip_scale.cli.endings import in_one_line
 from piip_scale.data.packing.coco_maps import write_label_maps
 
 
@@ -21,4 +23,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    in_one_line(partial(typer.run, main), Path(__file__).name)

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Writes a small classification set: handwritten digits, one folder of images for each class."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from piip_scale.cli.endings import in_one_line
 from piip_scale.demo.digits import write_digits
 
 
@@ -19,4 +21,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    in_one_line(partial(typer.run, main), Path(__file__).name)

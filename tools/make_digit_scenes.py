@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Writes the demo's data set: handwritten digits on photographs, as COCO files and JPEGs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from piip_scale.cli.endings import in_one_line
 from piip_scale.demo.scenes import write_scenes
 
 
@@ -22,4 +24,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    in_one_line(partial(typer.run, main), Path(__file__).name)

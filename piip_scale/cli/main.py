@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import io
-import os
-import sys
-from io import TextIOWrapper
-
 import typer
 
 from piip_scale import __version__
 from piip_scale.cli import count, demo, detect, jobs, plan, shards, submit, supervise, train, weights
-from piip_scale.errors import PiipError, WorldError
+from piip_scale.cli.endings import in_one_line
+from piip_scale.errors import WorldError
 from piip_scale.world import read_world
 
 app = typer.Typer(
@@ -43,8 +38,6 @@ count.register(app)
 plan.register(app)
 demo.register(app)
 supervise.register(app)
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 # What ranks may do together, or what looks after them; everything else is one process's work.
@@ -78,32 +71,7 @@ def _leave_to_rank_0(command: str) -> None:
 
 def main() -> None:
     """Entry point: exit code 0, or one line on standard error and the error's own code."""
-    for stream in (sys.stdout, sys.stderr):
-        # Paths may hold bytes that are no text, names letters that a terminal's encoding lacks.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdout, TextIOWrapper):
-        # Names of files need not be UTF-8, as they may come from anywhere.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        app()
-    except PiipError as error:
-        _fail(error.line, error.exit_code)
-    except SystemExit as end:
-        # typer ends a command that Ctrl-C interrupts without a word; a training has told its own.
-        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
-            print("piip-scale: stopped by Ctrl-C before it was done", file=sys.stderr)
-        raise
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        _fail(f"{os.strerror(error.errno or 0)}{where}; free space or choose a writable place, then run again", 1)
-
-
-def _fail(line: str, exit_code: int) -> None:
-    print(f"piip-scale: error: {line}", file=sys.stderr)
-    raise SystemExit(exit_code)
+    in_one_line(app, "piip-scale")
 
 
 if __name__ == "__main__":

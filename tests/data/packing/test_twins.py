@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -10,6 +11,7 @@ import pytest
 from made_sets import write_jpeg
 from typer.testing import CliRunner
 
+from piip_scale.cli.endings import in_one_line
 from piip_scale.cli.main import app
 from piip_scale.data.packing.coco_maps import write_label_maps
 from piip_scale.data.packing.pack import pack_voc
@@ -81,6 +83,13 @@ def test_the_tool_for_label_maps_knows_how_many_classes_8_bits_hold(tmp_path, co
     with pytest.raises(DataError, match="at most 254 categories"):
         write_label_maps(*files, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tool_ends_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        in_one_line(partial(write_label_maps, *coco_of(tmp_path, ["a.png"], 300), tmp_path / "out"), "tool")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[0].startswith("tool: error: ")
 
 
 def write_xml(folder, text, name="a.xml", encoding="utf-8", declare=True):

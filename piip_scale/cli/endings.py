@@ -1,0 +1,47 @@
+"""How a command ends: without a word, or with one line that says what is wrong."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from piip_scale.errors import PiipError
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+
+
+def in_one_line(command: Callable[[], object], name: str) -> None:
+    """Runs a command of typer's; what goes wrong becomes one line on standard error and an exit code.
+
+    Args:
+        command: Parses the arguments of this process, and runs.
+        name: What the line begins with.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Paths may hold bytes that are no text, names letters that a terminal's encoding lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        command()
+    except PiipError as error:
+        _fail(name, error.line, error.exit_code)
+    except SystemExit as end:
+        # typer ends a command that Ctrl-C interrupts without a word; a training has written its own.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            print(f"{name}: stopped by Ctrl-C before it was done", file=sys.stderr)
+        raise
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        line = f"{os.strerror(error.errno or 0)}{where}; free space or choose a writable place, then run again"
+        _fail(name, line, 1)
+
+
+def _fail(name: str, line: str, exit_code: int) -> NoReturn:
+    print(f"{name}: error: {line}", file=sys.stderr)
+    raise SystemExit(exit_code)
