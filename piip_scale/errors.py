@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from piip_scale.text import printable as printable
 
+_MOST_LETTERS = 1000
+
+
+def _shortened(shown: str) -> str:
+    """What a value looks like, up to a length that a line may have: values come from outside, and may be files."""
+    return shown if len(shown) <= _MOST_LETTERS else f"{shown[:_MOST_LETTERS]}... ({len(shown)} characters)"
+
 
 class PiipError(Exception):
     """Base of every error this package raises on purpose.
@@ -34,7 +41,7 @@ class PiipError(Exception):
     @property
     def line(self) -> str:
         """The whole message on one line that any terminal shows as it is."""
-        head = self.problem if self.value is None else f"{self.problem}: got {self.value!r}"
+        head = self.problem if self.value is None else f"{self.problem}: got {_shortened(repr(self.value))}"
         parts = [head, self.rule, self.fix]
         return printable(" ".join("; ".join(part for part in parts if part).split()))
 

@@ -154,7 +154,8 @@ def load_profile(name: str) -> Profile:
     path = _profile_path(name)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    # Brackets in brackets without end are too deep for the reader itself.
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"profile {path} cannot be read: {error}") from None
     try:
         # As JSON, where lists are tuples, dates the text that Slurm reads, and all else stays strict.
