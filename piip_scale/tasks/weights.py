@@ -63,9 +63,9 @@ def _check(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: P
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     if any(problems.values()):
-        told = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names)
+        listed = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names)
         raise ModelError(
-            f"weights {path} are not this config's model: {told}", fix="use the config of the run they come from"
+            f"weights {path} are not this config's model: {listed}", fix="use the config of the run they come from"
         )
 
 

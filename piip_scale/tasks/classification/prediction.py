@@ -52,18 +52,18 @@ class ClassPredictor:
     def draw(self, pixels: Image, found: Classification) -> PIL.Image.Image:
         """The image with the names and probabilities of its best classes."""
         return draw_names(
-            pixels, [(label, text) for label, text, value in self._told(found) if value >= self._min_score]
+            pixels, [(label, text) for label, text, value in self._best(found) if value >= self._min_score]
         )
 
     def entry(self, found: Classification) -> dict[str, Any]:
         """The best classes and their probabilities."""
-        told = zip(found.labels.tolist(), found.probabilities.tolist(), strict=True)
-        return {"classes": [{"class": self._classes[label], "probability": round(value, 4)} for label, value in told]}
+        best = zip(found.labels.tolist(), found.probabilities.tolist(), strict=True)
+        return {"classes": [{"class": self._classes[label], "probability": round(value, 4)} for label, value in best]}
 
     def summary(self, found: Classification) -> str:
         """The best class."""
-        return self._told(found)[0][1]
+        return self._best(found)[0][1]
 
-    def _told(self, found: Classification) -> list[tuple[int, str, float]]:
+    def _best(self, found: Classification) -> list[tuple[int, str, float]]:
         best = zip(found.labels.tolist(), found.probabilities.tolist(), strict=True)
         return [(label, f"{self._classes[label]} {value:.2f}", value) for label, value in best]

@@ -138,7 +138,7 @@ def _dino_values(model: Tree, features: Sequence[FeatureSpec]) -> Tree:
         raise ConfigError(
             "config key detector.overrides.neck.out_channels",
             value=width,
-            rule=f"mmdet's DINO decoder embeds positions in {_DINO_WIDTH} channels, whatever else it is told",
+            rule=f"mmdet's DINO decoder embeds positions in {_DINO_WIDTH} channels, whatever else is set",
             fix="make it smaller by encoder.num_layers, decoder.num_layers and num_queries",
         )
     return {
