@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import collectives, equality, gpu, memory, offloaded_update, saving, starting, step_time
+from sections import collectives, equality, memory, offloaded_update, saving, starting, step_time
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
@@ -22,7 +22,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Saving": saving.section,
     "Starting": starting.section,
     "Starting at 6B": starting.section_6b,
-    "One GPU": gpu.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -11,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from piip_scale.errors import KernelError
+from piip_scale.logging import get_logger
+
+FlashFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 _FLASH_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 """Newest first: FlashAttention 4, 3 and 2."""
@@ -113,14 +118,14 @@ def _plain_attention(query_BHLD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, b
     return output_BHLD.to(query_BHLD.dtype)
 
 
-def _flash_layout(function: Callable[..., Tensor | tuple[Tensor, ...]], *tensors_BHLD: Tensor) -> Tensor:
+def _flash_layout(function: FlashFunction, *tensors_BHLD: Tensor) -> Tensor:
     result = function(*(tensor.transpose(1, 2) for tensor in tensors_BHLD))
     # FlashAttention 2 returns the output; some builds of 3 and 4 return the log-sum-exp beside it.
     output_BLHD = result[0] if isinstance(result, tuple) else result
     return output_BLHD.transpose(1, 2)
 
 
-def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+def _flash_function() -> FlashFunction:
     function = _find_flash()
     if function is None:
         raise KernelError(
@@ -131,14 +136,38 @@ def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]]:
     return function
 
 
+def _find_flash() -> FlashFunction | None:
+    return next(iter(find_flash_functions().values()), None)
+
+
 @lru_cache(maxsize=1)
-def _find_flash() -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+def find_flash_functions() -> dict[str, FlashFunction]:
+    """FlashAttention's functions that are installed and fit this device, by module, newest first.
+
+    One that is installed and cannot be imported, mostly for having been built for another torch, is warned of.
+    """
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _HOPPER
-    for module in _FLASH_MODULES if hopper else _FLASH_MODULES[-1:]:
-        try:
-            found = getattr(importlib.import_module(module), "flash_attn_func", None)
-        except ImportError:
+    found = {}
+    for name in _FLASH_MODULES if hopper else _FLASH_MODULES[-1:]:
+        if not _is_installed(name):
             continue
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-    return None
+        try:
+            function = getattr(importlib.import_module(name), "flash_attn_func", None)
+        except ImportError as error:
+            line = " ".join(str(error).split())
+            get_logger(__name__).warning("attention kernel %s is installed, and cannot be imported: %s", name, line)
+            continue
+        if function is not None:
+            found[name] = function
+    return found
+
+
+def _is_installed(module: str) -> bool:
+    if module in sys.modules:
+        return True
+    parent, _, child = module.partition(".")
+    # To look for a child imports its parent; what that raises is of the parent, which has an entry of its own.
+    try:
+        return importlib.util.find_spec(parent) is not None and (not child or bool(importlib.util.find_spec(module)))
+    except ImportError:
+        return False

@@ -8,7 +8,7 @@ from piip_scale.config.model import PiipConfig
 from piip_scale.models.counting import count_network
 from piip_scale.models.piip import PIIP
 
-CPU_SECONDS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CPU_SECONDS = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

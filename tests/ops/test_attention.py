@@ -89,13 +89,23 @@ def test_a_kernel_that_cannot_serve_raises_one_line(name, device, dtype, part):
 
 def test_flash_named_but_not_installed_raises(monkeypatch):
     monkeypatch.setattr(module, "_FLASH_MODULES", ("a_module_nobody_has",))
-    module._find_flash.cache_clear()
+    module.find_flash_functions.cache_clear()
     resolve_attention_kernel.cache_clear()
     with pytest.raises(KernelError, match="flash is not installed"):
         resolve_attention_kernel("flash", "cuda", torch.bfloat16)
     assert resolve_attention_kernel("auto", "cuda", torch.bfloat16) == "sdpa"
-    module._find_flash.cache_clear()
+    module.find_flash_functions.cache_clear()
     resolve_attention_kernel.cache_clear()
+
+
+def test_a_kernel_that_cannot_be_imported_is_told(monkeypatch, tmp_path, caplog):
+    (tmp_path / "built_for_another_torch.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(module, "_FLASH_MODULES", ("built_for_another_torch",))
+    module.find_flash_functions.cache_clear()
+    assert module.find_flash_functions() == {}
+    module.find_flash_functions.cache_clear()
+    assert "built_for_another_torch is installed, and cannot be imported: undefined symbol" in caplog.text
 
 
 @pytest.mark.parametrize("returns_tuple", [False, True])
@@ -108,10 +118,10 @@ def test_flash_is_called_in_its_own_layout(monkeypatch, returns_tuple):
         return (output, None) if returns_tuple else output
 
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
-    module._find_flash.cache_clear()
+    module.find_flash_functions.cache_clear()
     query, key, value, _ = inputs()
     output = module._flash_layout(module._flash_function(), query, key, value)
-    module._find_flash.cache_clear()
+    module.find_flash_functions.cache_clear()
     torch.testing.assert_close(output, slow_attention(query, key, value, None), atol=1e-10, rtol=0)
 
 

@@ -7,7 +7,7 @@ from piip_scale.ops.windows import join_windows, split_windows
 side = st.integers(1, 9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(height=side, width=side, size=st.integers(1, 6), batch=st.integers(1, 3))
 def test_join_undoes_split(height, width, size, batch):
     grid = torch.randn(batch, height, width, 2)

@@ -4,7 +4,7 @@ import cv2
 import mmcv
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sets import make_coco
 from pycocotools import mask as coco_mask
@@ -183,7 +183,6 @@ def test_box_of_a_cut_object_is_that_of_what_remains(name, kind):
         assert target.boxes_xyxy_px[0] == pytest.approx(expected, abs=0.5 * max(geometry.scale_xy))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000))
 def test_clipped_polygon_covers_what_both_cover(seed):
     rng = np.random.default_rng(seed)
@@ -217,7 +216,6 @@ def test_damaged_run_lengths_are_an_error():
         apply_geometry(sample_of(({"size": [70, 90], "counts": "oooooo"},), [[0, 0, 9, 9]]), GEOMETRIES["whole"])
 
 
-@settings(deadline=None)
 @given(st.integers(5, 3000), st.integers(5, 3000), st.integers(0, 1000))
 def test_sizes_are_mmcvs(height, width, seed):
     augment = AugmentConfig(short_edge_px=(480, 512, 800), max_edge_px=1333)
@@ -230,7 +228,6 @@ def test_sizes_are_mmcvs(height, width, seed):
     assert drawn.window == Window(0, 0, width, height)
 
 
-@settings(deadline=None)
 @given(st.integers(20, 2000), st.integers(20, 2000), st.floats(0.1, 2.0), st.integers(0, 1000))
 def test_jitter_cuts_a_window_of_the_resized_image(height, width, ratio, seed):
     augment = AugmentConfig(jitter_scale=(ratio, ratio), crop_px=(256, 320))
@@ -293,7 +290,6 @@ def plain_detr(size_px, augment: AugmentConfig, rng) -> tuple[np.ndarray, tuple[
     return matrix, size
 
 
-@settings(deadline=None)
 @given(st.integers(30, 1500), st.integers(30, 1500), st.integers(0, 1000))
 def test_two_resizes_and_two_crops_are_one_window_of_the_stored_image(height, width, seed):
     geometry = training_geometry((height, width), DETR, np.random.default_rng(seed))

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sets import make_coco
 from sections.faulty_server import FaultyServer
@@ -26,7 +26,6 @@ def packed(tmp_path_factory):
     return folder / "out"
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=12), st.data())
 def test_use_is_what_a_walk_through_the_batches_finds(batches, data):
     use = shard_use([np.array(batch) for batch in batches])

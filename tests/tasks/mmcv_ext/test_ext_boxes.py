@@ -55,7 +55,7 @@ def _boxes(seed, count):
     return boxes, (rng.permutation(count).astype(np.float32) + 1) / (count + 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(0, 40), st.sampled_from([0.3, 0.5, 0.7]), st.sampled_from([0, 1]))
 def test_nms_is_the_loop(seed, count, threshold, offset):
     boxes, scores = _boxes(seed, count)

@@ -1,0 +1,89 @@
+"""The script that measures one GPU, at toy sizes on a CPU: every section runs, and nothing measured is lost."""
+
+import json
+import sys
+
+import gpu
+import pytest
+import torch
+from sections.gpu import SECTIONS
+from sections.gpu.jobs import Job, is_device_broken, run_jobs
+from sections.gpu.running import Record, run_sections
+
+
+def failures(rows):
+    return {name: values for name, values in rows if "error" in values or values.get("right") is False}
+
+
+@pytest.mark.parametrize("section", [name for name in SECTIONS if name != "machine"])
+def test_every_job_of_a_section_gives_figures(section):
+    threads = torch.get_num_threads()
+    try:
+        rows = list(run_jobs(gpu.section_jobs(section, rehearse=True), (), 600))
+    finally:
+        torch.set_num_threads(threads)
+    assert rows
+    assert failures(rows) == {}
+    assert all(len(values) > 1 for _, values in rows)
+
+
+def test_sections_run_in_processes_of_their_own_and_go_on_where_they_were(tmp_path):
+    shown = []
+    record = Record(tmp_path, rehearse=True)
+    record.add("machine", "what it is", {"device": "known already"})
+    run_sections(record, ["machine"], 120, shown.append)
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == [job.name for job in gpu.section_jobs("machine", rehearse=True)]
+    assert lines[0]["device"] == "known already"
+    assert failures((line["name"], line) for line in lines) == {}
+    page = (tmp_path / "gpu.md").read_text()
+    assert "rehearsed: no figure means anything" in page
+    assert "| copy of 1 GiB |" in page
+    assert Record(tmp_path, rehearse=True).rows == lines
+    assert any(line.startswith("machine: a launch: ") for line in shown)
+
+
+def test_a_job_that_fails_is_a_row_and_the_others_go_on():
+    def fail():
+        raise ValueError("two\nlines")
+
+    jobs = [Job("bad", fail), Job("known", fail), Job("good", lambda: {"ms": 1.0})]
+    rows = dict(run_jobs(jobs, {"known"}, 60))
+    assert rows["bad"]["error"] == "ValueError: two lines"
+    assert rows["good"]["ms"] == 1.0
+    assert list(rows) == ["bad", "good"]
+
+
+def test_no_job_begins_after_the_time_is_out():
+    assert list(run_jobs([Job("late", dict)], (), -1)) == []
+
+
+def test_a_section_that_hangs_is_ended_and_keeps_its_rows(tmp_path, monkeypatch):
+    hanging = (
+        'import sys, time; print(\'ROW {"name": "first", "ms": 2}\', flush=True); print(\'a log line\', flush=True);'
+        "time.sleep(600)"
+    )
+    monkeypatch.setattr("sections.gpu.running._GRACE_S", 0.5)
+    monkeypatch.setattr("sections.gpu.running._command", lambda *_: [sys.executable, "-c", hanging])
+    shown = []
+    record = Record(tmp_path, rehearse=False)
+    run_sections(record, ["machine", "kernels"], 1.2, shown.append)
+    assert record.rows == [{"section": "machine", "name": "first", "ms": 2}]
+    assert "    a log line" in shown
+    assert "machine: its process ended with -9 (out of time)" in shown
+    assert "kernels: no time is left" in shown
+
+
+@pytest.mark.parametrize(
+    "error", ["CUDA error: an illegal memory access was encountered", "device-side assert triggered"]
+)
+def test_a_broken_device_is_known_by_its_error(error):
+    assert is_device_broken({"error": f"RuntimeError: {error}"})
+    assert not is_device_broken({"error": "OutOfMemoryError: CUDA out of memory"})
+
+
+def test_a_machine_without_a_gpu_is_one_line(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(gpu.typer.BadParameter, match="--rehearse runs everything"):
+        gpu.main(out=None, minutes=1)
