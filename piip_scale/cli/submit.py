@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides
-from piip_scale.errors import ConfigError
+from piip_scale.errors import ConfigError, DataError, ModelError
 from piip_scale.launch.logs import log_of
 from piip_scale.launch.options import OptionValue, check_options, merge_options, options_of_environment, parse_options
 from piip_scale.launch.profiles import Profile, load_profile
@@ -24,8 +24,10 @@ from piip_scale.launch.sweeps import Point, choose_points, sweep_points
 
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
+    from piip_scale.world import World
 
 _GIB = 2**30
+_DATA_ON_NODES = "note: shards and weights are looked at by the job's preflight, on its nodes"
 
 
 def register(app: typer.Typer) -> None:
@@ -71,6 +73,10 @@ def submit(
         bool, typer.Option("--restart", help="Start over at step 1; a run that is there is set aside in RUN/earlier.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and send nothing.")] = False,
+    data_on_nodes: Annotated[
+        bool,
+        typer.Option("--data-on-nodes", help="Only the nodes see shards and weights: the job's preflight checks them."),
+    ] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Follow the log until the job ends; Ctrl-C leaves it.")
     ] = False,
@@ -105,19 +111,20 @@ def submit(
     )
     options = _merged(site, {name: value for name, value in named.items() if value}, sbatch or [])
     order = Order(job, site, options, tuple(points), limit)
-    submission = _submitted(order, resume=resume, restart=restart, dry_run=dry_run)
+    submission = _submitted(order, resume=resume, restart=restart, dry_run=dry_run, data_on_nodes=data_on_nodes)
     if watch and not dry_run:
         from piip_scale.cli.jobs import watch_runs
 
         watch_runs([spec.run_dir for spec in submission.specs])
 
 
-def _submitted(order: Order, *, resume: bool, restart: bool, dry_run: bool) -> Submission:
+def _submitted(order: Order, *, resume: bool, restart: bool, dry_run: bool, data_on_nodes: bool = False) -> Submission:
     """Checks the runs, then prints the script of a dry run, or sends it."""
     submission = plan_submission(order)
     if not dry_run:
         refuse_active([spec.run_dir for spec in submission.specs], submission.files.script, queued_jobs())
-    checked = _check_runs(order, submission, resume=resume, restart=restart)
+    unseen = _DATA_ON_NODES if data_on_nodes else None
+    checked = _check_runs(order, submission, resume=resume, restart=restart, may_miss=dry_run, unseen=unseen)
     for line in dict.fromkeys(run.line for run in checked if run.line):
         typer.echo(line, err=True)
     if dry_run:
@@ -170,13 +177,23 @@ class _Checked:
     line: str = ""
 
 
-def _check_runs(order: Order, submission: Submission, *, resume: bool, restart: bool) -> list[_Checked]:
+def _check_runs(
+    order: Order, submission: Submission, *, resume: bool, restart: bool, may_miss: bool, unseen: str | None
+) -> list[_Checked]:
     """What every rank would say at its start, said now, for each run.
+
+    Args:
+        order: What was asked for.
+        submission: What it comes to.
+        resume: The runs go on.
+        restart: The runs are set aside.
+        may_miss: Shards or weights that this machine does not see are a note, not an error.
+        unseen: The note where neither is to be looked at; ``None`` where they are.
 
     Raises:
         PiipError: As ``check_start``.
     """
-    from piip_scale.cli.train import check_start, with_classes
+    from piip_scale.cli.train import check_start
     from piip_scale.config import load_config
     from piip_scale.config.loading import config_text
     from piip_scale.world import World
@@ -184,11 +201,39 @@ def _check_runs(order: Order, submission: Submission, *, resume: bool, restart: 
     world = World(num_ranks=order.job.num_ranks, ranks_per_node=order.job.ranks_per_node)
     checked = []
     for spec in submission.specs:
-        resolved = with_classes(load_config(order.job.source_config, spec.given_overrides))
-        check_start(resolved, spec.run_dir, world, resume=resume and not restart, restart=restart)
-        line = _memory_line(resolved, order) if order.profile.gpu_memory_gib else ""
+        config = load_config(order.job.source_config, spec.given_overrides)
+        resolved, note = (config, unseen) if unseen else _seen_here(config, may_miss=may_miss)
+        if note:
+            _check_without_data(resolved, spec.run_dir, world, resume=resume and not restart, restart=restart)
+        else:
+            check_start(resolved, spec.run_dir, world, resume=resume and not restart, restart=restart)
+        line = _memory_line(resolved, order) if order.profile.gpu_memory_gib and not note else note
         checked.append(_Checked(config_text(resolved), line))
     return checked
+
+
+def _seen_here(config: RunConfig, *, may_miss: bool) -> tuple[RunConfig, str]:
+    """The config with its classes, and a note where shards or weights are not to be seen from here."""
+    from piip_scale.cli.train import with_classes
+    from piip_scale.models.pretrained import check_pretrained
+
+    try:
+        resolved = with_classes(config)
+        check_pretrained(resolved.model)
+    except (DataError, ModelError) as error:
+        if not may_miss:
+            raise
+        return config, f"note: not checked: {error.line}"
+    return resolved, ""
+
+
+def _check_without_data(config: RunConfig, run_dir: Path, world: World, *, resume: bool, restart: bool) -> None:
+    """What can be said of a start by a machine that sees neither shards nor weights."""
+    from piip_scale.engine.batching import scale_to_ranks
+    from piip_scale.run.run_dir import RunDirectory
+
+    RunDirectory(run_dir).check(resume=resume, restart=restart)
+    scale_to_ranks(config, world.num_ranks)
 
 
 def _memory_line(config: RunConfig, order: Order) -> str:

@@ -7,6 +7,9 @@ import subprocess
 
 import pytest
 from commands import command, environment, failed_in_one_line, piip_scale, succeeded, without_slurm
+from typer.testing import CliRunner
+
+from piip_scale.cli.main import app
 
 BATCH = ("--nodes", 2, "--gpus-per-node", 1)
 
@@ -59,6 +62,27 @@ def test_a_dry_run_prints_the_script_alone(config, tmp_path):
     assert f"chdir={os.getcwd()}" in asked
     assert [line for line in lines if "[" in line and line.startswith("# [")] == []
     assert [path.name for path in tmp_path.iterdir()] == ["site.toml"]
+
+
+ABSENT = {
+    "data.train_shards": "not checked: ",
+    "data.val_shards": "not checked: ",
+    "model.pretrained": "not checked: ",
+}
+
+
+@pytest.mark.parametrize("key", ABSENT)
+def test_a_dry_run_renders_where_data_or_weights_are_elsewhere(config, tmp_path, key):
+    words = ["submit", config, *BATCH, "--run-dir", tmp_path / "r", "--set", f"{key}=/nodes/only", "--dry-run"]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert ABSENT[key] in done.stderr
+    assert "/nodes/only" in done.stderr
+    promised = CliRunner().invoke(app, [*map(str, words), "--data-on-nodes"])
+    assert promised.exit_code == 0, promised.output
+    assert "looked at by the job's preflight" in promised.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_jobs_without_any_say_where_to_look(tmp_path):
