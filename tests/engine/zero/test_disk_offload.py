@@ -214,7 +214,7 @@ def test_a_checkpoint_whose_raw_files_are_lost_says_which(root, found, tmp_path)
     folder = next((tmp_path / "copy").glob("step_*"))
     victim = next(folder.rglob("rank00/exp_avg-*.swp"))
     victim.unlink()
-    with pytest.raises(CheckpointError, match=f"cannot be read: .*{victim.name}"):
+    with pytest.raises(CheckpointError, match=f"{victim.name} is not there or too short"):
         ZeroCheckpoint(folder)
 
 
