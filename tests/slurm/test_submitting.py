@@ -91,7 +91,7 @@ def test_a_waiting_job_is_stopped_by_leaving_the_queue(job):
     job.submit("--sbatch", "hold")
     assert "out of the queue" in job.command("jobs", "stop", job.run_dir)
     wait_for(job.log, lambda: job.cluster.state(job.job_id) == "CANCELLED")
-    assert listed(job)[job.run_dir.name]["state"] == "submitted"
+    assert listed(job)[job.run_dir.name]["state"] == "cancelled"
     assert "nothing of" in refused(job, "jobs", "stop", job.run_dir)
 
 
