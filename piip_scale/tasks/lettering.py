@@ -23,6 +23,8 @@ _SUFFIXES = (".ttf", ".ttc", ".otf")
 _MOST_FONTS = 200
 # No font has a letter for it: what is drawn instead is the mark for letters that are not there.
 _NO_LETTER = "\U0010ffff"
+# No letter either, of another block: a font of last resort, as matplotlib brings, draws a sign for each block.
+_NO_LETTER_OF_GREEK = "\u0378"
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,29 @@ def own_font(size_px: int) -> Font:
 
 
 def _has(font: Font, text: str) -> bool:
-    missing = _glyph(font, _NO_LETTER)
-    return all(letter.isspace() or _glyph(font, letter) != missing for letter in dict.fromkeys(text))
+    missing = (_glyph(font, _NO_LETTER), None)
+    return all(letter.isspace() or _glyph(font, letter) not in missing for letter in dict.fromkeys(text))
 
 
 @lru_cache(maxsize=4096)
-def _glyph(font: Font, letter: str) -> tuple[tuple[int, int], bytes]:
-    mask = font.getmask(letter)
+def _glyph(font: Font, letter: str) -> tuple[tuple[int, int], bytes] | None:
+    """How a font draws a letter; ``None`` where it cannot."""
+    try:
+        mask = font.getmask(letter)
+    except ValueError:
+        # libraqm gives up on joiners and variation selectors in fonts that have no space to put for them.
+        return None
     return mask.size, bytes(mask)
 
 
 @lru_cache(maxsize=64)
 def _opened(path: Path, size_px: int) -> Font | None:
     try:
-        return ImageFont.truetype(str(path), size_px)
+        font = ImageFont.truetype(str(path), size_px)
     except OSError:
         # Bitmaps and broken files lie among fonts: the next one is tried.
         return None
+    return font if _glyph(font, _NO_LETTER) == _glyph(font, _NO_LETTER_OF_GREEK) else None
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,7 @@
 """Names of any script are drawn in letters or spelled out, never as squares."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,29 @@ def test_a_font_that_has_the_letters_is_taken(monkeypatch, tmp_path):
     assert found.text == "\u043a\u043e\u0442"
     assert isinstance(found.font, ImageFont.FreeTypeFont)
     assert found.font.path == str(fonts[0])
+
+
+def test_a_font_of_last_resort_has_no_letters(monkeypatch):
+    folder = Path(pytest.importorskip("matplotlib").get_data_path(), "fonts/ttf")
+    fonts = sorted(folder.glob("LastResort*.ttf"))
+    if not fonts:
+        pytest.skip("this matplotlib brings no font of last resort")
+    monkeypatch.setattr(module, "_installed", lambda: tuple(fonts))
+    assert lettering("\u732b", 15).text == "\\u732b"
+
+
+def test_a_letter_that_a_font_cannot_place_is_spelled_out(monkeypatch):
+    own = own_font(15)
+
+    class Stubborn:
+        def getmask(self, letter):
+            if letter == "\ufe0f":
+                raise ValueError("raqm_get_glyphs() failed.")
+            return own.getmask(letter)
+
+    assert not module._has(Stubborn(), "a\ufe0f")
+    assert module._has(Stubborn(), "ab")
+    assert all(lettering(name, 15).text for name in ("\u2764\ufe0f", "\ufe0f", "\U0001f468\u200d\U0001f469"))
 
 
 @pytest.mark.parametrize("name", NAMES)
