@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from piip_scale.data.batch import Batch
 from piip_scale.data.reading.files import json_bytes, write_bytes
+from piip_scale.data.reading.mask_checks import checked_segmentation
+from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.tasks.absences import absences
 from piip_scale.tasks.base import Detections
@@ -36,18 +38,31 @@ class CocoMetric:
     Args:
         ground_truth: A COCO dict with ``images``, ``annotations`` and ``categories``. Categories are in label order.
         with_masks: Score masks too; every annotation then has a ``segmentation``.
+
+    Raises:
+        DataError: Masks are scored, and one is none or does not fill its image.
     """
 
     def __init__(self, ground_truth: dict[str, Any], with_masks: bool) -> None:
         self._categories = ground_truth["categories"]
-        self._ground_truth = ground_truth | {"annotations": _complete(ground_truth["annotations"])}
+        self._sizes_px = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
+        annotations = _complete(ground_truth["annotations"])
+        if with_masks:
+            annotations = [self._with_mask(annotation) for annotation in annotations]
+        self._ground_truth = ground_truth | {"annotations": annotations}
         self._parts = ("box", "mask") if with_masks else ("box",)
         self._results: dict[int, list[Result]] = {}
 
     def update(self, batch: Batch, predictions: Sequence[Detections]) -> None:
-        """Adds one batch's detections; an image seen before, as at a padded end, counts once."""
+        """Adds one batch's detections; an image seen before, as at a padded end, counts once.
+
+        Raises:
+            DataError: A mask is none or does not fill its image.
+        """
         ids = [category["id"] for category in self._categories]
         for found in predictions:
+            for rle in found.masks_rle or ():
+                self._checked_mask(rle, found.image_id, "a detection")
             self._results.setdefault(found.image_id, coco_results(found, ids))
 
     def results(self) -> list[Result]:
@@ -86,6 +101,27 @@ class CocoMetric:
         results = self.results()
         if is_main_rank():
             write_bytes(path, json_bytes(results))
+
+    def _with_mask(self, annotation: dict[str, Any]) -> dict[str, Any]:
+        name = f"annotation {annotation['id']}"
+        mask = self._checked_mask(annotation.get("segmentation"), annotation["image_id"], name)
+        return annotation | {"segmentation": mask}
+
+    def _checked_mask(self, mask: Any, image_id: int, owner: str) -> Any:
+        # Comparing run lengths that fall short never ends, in C code that no signal reaches.
+        try:
+            checked = checked_segmentation(mask, *self._sizes_px[image_id])
+            if checked is None:
+                raise ValueError("it is empty")
+        except (KeyError, ValueError) as error:
+            reason = "the set has no such image" if isinstance(error, KeyError) else str(error)
+            raise DataError(
+                f"mask of {owner} of image {image_id}",
+                value=reason,
+                rule="masks that are scored fill their image",
+                fix="pack the set again, or correct the heads that made it",
+            ) from None
+        return checked
 
     def _scores(self, part: str, results: list[Result]) -> dict[str, float]:
         from faster_coco_eval import COCO, COCOeval_faster

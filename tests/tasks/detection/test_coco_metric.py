@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from piip_scale.data.reading.mask_checks import run_lengths
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detection.metric import CocoMetric
@@ -164,6 +165,68 @@ def test_optional_keys_may_be_missing():
     metric = CocoMetric(truth, with_masks=False)
     metric.update(None, _found(truth, masks=False))
     assert 0 < metric.compute()["box_ap50"] < 1
+
+
+SHORT_MASKS = {
+    "half of the image": {
+        "size": [SIDE, SIDE],
+        "counts": coco_mask.frPyObjects(
+            {"size": [SIDE // 2, SIDE], "counts": [100, 40, SIDE * SIDE // 2 - 140]}, SIDE // 2, SIDE
+        )["counts"].decode(),
+    },
+    "one number": {"size": [SIDE, SIDE], "counts": "1"},
+    "below 0": {"size": [SIDE, SIDE], "counts": "O" * 20},
+    "cut off": {"size": [SIDE, SIDE], "counts": "P" * 20},
+    "no numbers": {"size": [SIDE, SIDE], "counts": ""},
+    "not packed": {"size": [SIDE, SIDE], "counts": [100, 40]},
+    "of another size": {"size": [10, 10], "counts": coco_mask.encode(np.ones((10, 10), np.uint8, "F"))["counts"]},
+    "no mask": {},
+}
+
+
+@pytest.fixture
+def no_foreign_code(monkeypatch):
+    """What would hang fails at once instead."""
+
+    def called(*_, **__):
+        raise AssertionError("the evaluator was called")
+
+    monkeypatch.setattr("faster_coco_eval.COCOeval_faster.run", called)
+
+
+@pytest.mark.parametrize("mask", SHORT_MASKS.values(), ids=SHORT_MASKS)
+def test_a_mask_that_does_not_fill_its_image_never_reaches_the_evaluator(mask, no_foreign_code):
+    truth = _truth()
+    damaged = copy.deepcopy(truth)
+    damaged["annotations"][1]["segmentation"] = mask
+    with pytest.raises(DataError, match=r"^mask of annotation 2 of image 1: got ") as error:
+        CocoMetric(damaged, with_masks=True)
+    assert "\n" not in str(error.value)
+    metric, found = CocoMetric(truth, with_masks=True), _found(truth)
+    found[3].masks_rle[0] = mask
+    with pytest.raises(DataError, match=r"^mask of a detection of image 4: got "):
+        metric.update(None, found)
+
+
+def test_masks_that_are_not_scored_are_never_looked_at():
+    truth = _truth()
+    for annotation in truth["annotations"]:
+        annotation["segmentation"] = SHORT_MASKS["half of the image"]
+    metric = CocoMetric(truth, with_masks=False)
+    metric.update(None, _found(truth, masks=False))
+    assert 0 < metric.compute()["box_ap50"] < 1
+
+
+def test_run_lengths_as_a_list_score_as_packed_ones():
+    truth, listed = _truth(), _truth()
+    for annotation in listed["annotations"]:
+        annotation["segmentation"]["counts"] = run_lengths(annotation["segmentation"]["counts"]).tolist()
+    scores = []
+    for each in (truth, listed):
+        metric = CocoMetric(each, with_masks=True)
+        metric.update(None, _found(truth))
+        scores.append(metric.compute())
+    assert scores[0] == scores[1]
 
 
 def _rank(rank, num_ranks, port, queue):
