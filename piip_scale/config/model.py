@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from piip_scale.config.base import Strict
 from piip_scale.config.presets import expand_preset
-
-GROUPS = 32
-"""Groups of every group norm."""
-
-_STEM_PX = 4
-"""Pixels per cell of ConvNeXt's stem; each later stage doubles them."""
+from piip_scale.geometry import (
+    GROUPS,
+    NetworkGeometry,
+    Section,
+    Sections,
+    block_windows,
+    convnext_sections,
+    depth_of,
+    last_blocks,
+    scaled_width,
+    section_at,
+    stage_blocks,
+    stages_of_levels,
+)
 
 _SCALES = (4.0, 2.0, 1.0, 0.5)
 """Sizes over the source's grid that a pyramid can make."""
@@ -48,12 +55,6 @@ class _BranchConfig(Strict):
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     drop_path_mode: DropPathMode = "zero"
     checkpoint_blocks: bool = False
-
-    def drop_path_rate_of(self, index: int, depth: int) -> float:
-        """The rate of block ``index`` of ``depth``."""
-        if self.drop_path_schedule == "constant" or depth == 1:
-            return self.drop_path_rate
-        return self.drop_path_rate * index / (depth - 1)
 
 
 class VitBranchConfig(_BranchConfig):
@@ -115,20 +116,17 @@ class VitBranchConfig(_BranchConfig):
 
     @model_validator(mode="after")
     def _windows_agree(self) -> VitBranchConfig:
-        windows = self.window_size_tokens or (0,) * self.depth
+        windows = block_windows(self.window_size_tokens, self.depth)
         if self.class_token and any(windows):
             raise ValueError("class_token needs full attention: leave window_size_tokens empty")
         if self.relative_position_bias and not all(windows):
             raise ValueError("relative_position_bias needs a window in every block: set window_size_tokens")
         return self
 
-    def width_after(self, block: int) -> int:
-        """Channels after a block."""
-        return self.embed_dim
-
-    def stride_after_px(self, block: int) -> int:
-        """Pixels of this branch's input per cell after a block."""
-        return self.patch_size_px
+    @property
+    def sections(self) -> Sections:
+        """Its blocks, all of one width and stride."""
+        return (Section(self.depth, self.embed_dim, self.patch_size_px),)
 
 
 class ConvNextBranchConfig(_BranchConfig):
@@ -149,40 +147,18 @@ class ConvNextBranchConfig(_BranchConfig):
     def _numbers_agree(self) -> ConvNextBranchConfig:
         if not self.depths or len(self.depths) != len(self.widths):
             raise ValueError(f"depths={list(self.depths)} and widths={list(self.widths)} must name the same stages")
-        if self.blocks_per_stage and sum(self.blocks_per_stage) != self.depth:
+        depth = depth_of(self.sections)
+        if self.blocks_per_stage and sum(self.blocks_per_stage) != depth:
             raise ValueError(
-                f"blocks_per_stage={list(self.blocks_per_stage)} must add up to {self.depth}, the layers of "
+                f"blocks_per_stage={list(self.blocks_per_stage)} must add up to {depth}, the layers of "
                 f"depths={list(self.depths)} and {len(self.depths) - 1} downsamplings"
             )
         return self
 
     @property
-    def depth(self) -> int:
-        """Layers, downsampling included."""
-        return sum(self.depths) + len(self.depths) - 1
-
-    @property
-    def embed_dim(self) -> int:
-        """Channels after the last layer."""
-        return self.widths[-1]
-
-    @property
-    def patch_size_px(self) -> int:
-        """Pixels of this branch's input per cell after the last layer."""
-        return self.stride_after_px(self.depth - 1)
-
-    def stage_of(self, block: int) -> int:
-        """Which of its own stages a layer belongs to; a downsampling opens its stage."""
-        lasts = accumulate(self.depths, lambda total, depth: total + depth + 1)
-        return sum(block >= last for last in lasts)
-
-    def width_after(self, block: int) -> int:
-        """Channels after a layer."""
-        return self.widths[self.stage_of(block)]
-
-    def stride_after_px(self, block: int) -> int:
-        """Pixels of this branch's input per cell after a layer."""
-        return _STEM_PX << self.stage_of(block)
+    def sections(self) -> Sections:
+        """Its own stages, each later one's downsampling included."""
+        return convnext_sections(self.depths, self.widths)
 
 
 BranchConfig = Annotated[VitBranchConfig | ConvNextBranchConfig, Field(discriminator="kind")]
@@ -260,6 +236,18 @@ class PiipConfig(Strict):
     attention_kernel: Literal["auto", "math", "sdpa", "flash"] = "auto"
     deform_kernel: Literal["auto", "reference", "triton"] = "auto"
 
+    @property
+    def geometry(self) -> NetworkGeometry:
+        """Stages, widths, strides and levels that these values make."""
+        stages, pyramid = self.interaction.num_stages, self.pyramid
+        return NetworkGeometry(
+            resolutions_px=tuple(b.resolution_px for b in self.branches),
+            sections=tuple(b.sections for b in self.branches),
+            blocks_per_stage=tuple(stage_blocks(b.blocks_per_stage, b.sections, stages) for b in self.branches),
+            level_stages=stages_of_levels(pyramid.stages, len(pyramid.scales), stages),
+            level_scales=pyramid.scales,
+        )
+
     @field_validator("branches", mode="before")
     @classmethod
     def _expand_presets(cls, branches: object) -> object:
@@ -292,30 +280,31 @@ class PiipConfig(Strict):
         return self
 
     def _check_stages(self, index: int, branch: BranchConfig) -> None:
-        stages = self.interaction.num_stages
+        stages, depth = self.interaction.num_stages, depth_of(branch.sections)
         if branch.blocks_per_stage and len(branch.blocks_per_stage) != stages:
             raise ValueError(
                 f"branches.{index}.blocks_per_stage has {len(branch.blocks_per_stage)} stages and must have "
                 f"interaction.num_stages={stages}"
             )
-        if not branch.blocks_per_stage and branch.depth % stages:
+        if not branch.blocks_per_stage and depth % stages:
             raise ValueError(
-                f"interaction.num_stages={stages} must divide branches.{index}.depth={branch.depth}, "
+                f"interaction.num_stages={stages} must divide branches.{index}.depth={depth}, "
                 "or blocks_per_stage must be given"
             )
 
     def _check_frozen(self, index: int, branch: BranchConfig) -> None:
-        if branch.frozen_blocks != "all" and branch.frozen_blocks > branch.depth:
+        depth = depth_of(branch.sections)
+        if branch.frozen_blocks != "all" and branch.frozen_blocks > depth:
             raise ValueError(
-                f"branches.{index}.frozen_blocks={branch.frozen_blocks} must be at most depth={branch.depth}, "
+                f"branches.{index}.frozen_blocks={branch.frozen_blocks} must be at most depth={depth}, "
                 "or 'all' for the whole branch"
             )
 
     def _check_heads(self, index: int, branch: BranchConfig) -> None:
         unit = self.interaction
-        for last in self.last_blocks(index):
-            dim = branch.width_after(last)
-            width = int(dim * (unit.value_ratio if unit.attention == "deform" else 1.0))
+        for last in last_blocks(stage_blocks(branch.blocks_per_stage, branch.sections, unit.num_stages)):
+            dim = section_at(branch.sections, last).width
+            width = scaled_width(dim, unit.value_ratio) if unit.attention == "deform" else dim
             if len(self.branches) > 1 and (width % unit.num_heads or not width):
                 raise ValueError(
                     f"interaction.num_heads={unit.num_heads} must divide {width}, the attention width of "
@@ -323,41 +312,22 @@ class PiipConfig(Strict):
                 )
 
     def _check_pyramid(self) -> None:
-        levels = list(zip(self.level_stages(), self.pyramid.scales, strict=True))
+        geometry = self.geometry
+        levels = list(zip(geometry.level_stages, geometry.level_scales, strict=True))
         if self.pyramid.kind == "regular" and levels[-1][0] != self.interaction.num_stages - 1:
             raise ValueError(
                 f"pyramid.stages={list(self.pyramid.stages)} must end with the last stage, "
                 f"{self.interaction.num_stages - 1}"
             )
         for stage, scale in levels:
-            merged = self.branches[0].width_after(self.last_blocks(0)[stage])
+            merged = geometry.section_after(0, stage).width
             if merged % GROUPS and (len(self.branches) > 1 or scale == 4.0):
                 raise ValueError(
                     f"branches.0.embed_dim={merged} must be a multiple of {GROUPS}, the groups of the merged norms"
                 )
-            stride = self.branches[-1].stride_after_px(self.last_blocks(-1)[stage])
+            stride = geometry.section_after(-1, stage).stride_px
             if (stride / scale) % 1:
                 raise ValueError(f"pyramid.scales={scale} must give a whole stride: the last branch's is {stride} px")
-
-    def coarsest_stride_px(self) -> int:
-        """Stride of the smallest level, in pixels of the network's input."""
-        lasts = self.last_blocks(-1)
-        levels = zip(self.level_stages(), self.pyramid.scales, strict=True)
-        return max(round(self.branches[-1].stride_after_px(lasts[stage]) / scale) for stage, scale in levels)
-
-    def blocks_per_stage(self, branch: int) -> tuple[int, ...]:
-        """Blocks that branch ``branch`` runs in each stage."""
-        config, stages = self.branches[branch], self.interaction.num_stages
-        return config.blocks_per_stage or (config.depth // stages,) * stages
-
-    def last_blocks(self, branch: int) -> tuple[int, ...]:
-        """Index of the last block that branch ``branch`` runs in each stage."""
-        return tuple(total - 1 for total in accumulate(self.blocks_per_stage(branch)))
-
-    def level_stages(self) -> tuple[int, ...]:
-        """The stage after which each level of the pyramid is taken."""
-        last = self.interaction.num_stages - 1
-        return self.pyramid.stages or (last,) * len(self.pyramid.scales)
 
 
 class ClassifierConfig(Strict):

@@ -31,7 +31,7 @@ def check_padding(model: PiipConfig, pad_multiple_px: int) -> None:
     Raises:
         ValueError: A level would end in a part of a cell.
     """
-    stride_px = model.coarsest_stride_px()
+    stride_px = model.geometry.coarsest_stride_px()
     if pad_multiple_px % stride_px:
         raise ValueError(
             f"data.augment.pad_multiple_px={pad_multiple_px} must be a multiple of {stride_px}, the stride of the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from piip_scale.config.model import ConvNextBranchConfig
+from piip_scale.geometry import depth_of, drop_path_rate, is_downsampling, locate
 from piip_scale.models.branch import Branch, BranchState, check_size, run_block
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Mlp, build_norm
 
@@ -25,12 +26,12 @@ class ConvNext(Branch):
     def __init__(self, config: ConvNextBranchConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Stem(config.widths[0], config.stride_after_px(0))
-        self.blocks = nn.ModuleList(_build_layer(config, index) for index in range(config.depth))
+        self.embedding = Stem(config.widths[0], config.sections[0].stride_px)
+        self.blocks = nn.ModuleList(_build_layer(config, index) for index in range(depth_of(config.sections)))
 
     def embed(self, image_BCHW: Tensor) -> BranchState:
         """See ``Branch.embed``."""
-        check_size(image_BCHW, self.config.patch_size_px)
+        check_size(image_BCHW, self.config.sections[-1].stride_px)
         return BranchState(self.embedding(image_BCHW))
 
     def run(self, state: BranchState, first: int, last: int) -> BranchState:
@@ -96,9 +97,9 @@ class Block(nn.Module):
 
 
 def _build_layer(config: ConvNextBranchConfig, index: int) -> nn.Module:
-    stage = config.stage_of(index)
-    if index and stage != config.stage_of(index - 1):
+    sections = config.sections
+    stage, _ = locate(sections, index)
+    if is_downsampling(sections, index):
         return Downsample(config.widths[stage - 1], config.widths[stage])
-    # The rate rises over the blocks proper: the downsamplings before this one do not count.
-    rate = config.drop_path_rate_of(index - stage, sum(config.depths))
+    rate = drop_path_rate(sections, index, config.drop_path_rate, config.drop_path_schedule)
     return Block(config.widths[stage], config.layer_scale_init, DropPath(rate, config.drop_path_mode))

@@ -100,10 +100,12 @@ def feature_maps(config: PiipConfig, height_px: int, width_px: int) -> tuple[tup
     assert isinstance(model, PIIP)
     work = NetworkWork(config, height_px, width_px, AS_COMPUTED, None)
     features = []
-    for spec, stage, scale in zip(model.feature_specs, config.level_stages(), config.pyramid.scales, strict=True):
-        sides = [int(side * scale) for side in work.grids[-1][config.last_blocks(len(config.branches) - 1)[stage]]]
+    geometry = model.geometry
+    grids = geometry.level_grids(height_px, width_px)
+    levels = zip(model.feature_specs, grids, geometry.level_stages, geometry.level_scales, strict=True)
+    for spec, grid, stage, scale in levels:
         trained = work.ends(stage)[-1].upstream or scale > 1
-        features.append((spec, torch.empty(1, spec.channels, *sides, device="meta", requires_grad=trained)))
+        features.append((spec, torch.empty(1, spec.channels, *grid, device="meta", requires_grad=trained)))
     return tuple(features)
 
 
@@ -119,7 +121,7 @@ def _rest(model: Trunk, work: NetworkWork, training: bool) -> list[PartCount]:
     if isinstance(model, PiipClassifier):
         return [part_count("head", model.head, work.class_head(model.head_config), training=training)]
     assert isinstance(model, PIIP)
-    merging = total(map(work.merging, set(config.level_stages())))
+    merging = total(map(work.merging, set(model.geometry.level_stages)))
     parts = [part_count("merging", model.mergings, merging, training=training)] if len(config.branches) > 1 else []
     return [*parts, part_count("pyramid", model.pyramid, work.pyramid(), training=training)]
 

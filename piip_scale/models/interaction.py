@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from piip_scale.config.model import InteractionConfig
+from piip_scale.geometry import scaled_width
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Linear, build_norm
 from piip_scale.ops.attention import attention, join_heads, split_heads
 from piip_scale.ops.deform_attention import deform_attention
@@ -77,7 +78,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: InteractionConfig, dim: int) -> None:
         super().__init__()
-        hidden_dim = int(dim * config.ffn_ratio)
+        hidden_dim = scaled_width(dim, config.ffn_ratio)
         self.norm = build_norm(config.norm, dim)
         self.fc1 = Linear(dim, hidden_dim)
         self.dwconv = Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim)
@@ -128,7 +129,7 @@ class DeformAttention(nn.Module):
     def __init__(self, config: InteractionConfig, dim: int, source_dim: int, kernel: str) -> None:
         super().__init__()
         self.num_heads, self.num_points, self.kernel = config.num_heads, config.num_points, kernel
-        value_dim = int(dim * config.value_ratio)
+        value_dim = scaled_width(dim, config.value_ratio)
         self.offsets = SamplingOffsets(dim, config.num_heads, config.num_points)
         self.weights = ZeroLinear(dim, config.num_heads * config.num_points)
         self.value = XavierLinear(source_dim, value_dim)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.model import GROUPS
+from piip_scale.geometry import GROUPS
 from piip_scale.models.layers import Conv2d, Linear
 from piip_scale.ops.resize import resize_map
 

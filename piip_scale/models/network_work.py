@@ -14,10 +14,19 @@ from piip_scale.config.model import (
     PiipConfig,
     VitBranchConfig,
 )
+from piip_scale.geometry import (
+    Grid,
+    block_windows,
+    depth_of,
+    drop_path_rate,
+    is_downsampling,
+    num_cells,
+    num_frozen_blocks,
+    scaled_width,
+    section_at,
+)
 from piip_scale.models.layers import computed_share
 from piip_scale.models.work import Work, layer, product, total
-
-Grid = tuple[int, int]
 
 MACS_PER_SAMPLE = 5
 """Of a bilinear sample and its weight, for each channel of the query: the convention of the published counts."""
@@ -78,15 +87,19 @@ class NetworkWork:
         self, config: PiipConfig, height_px: int, width_px: int, convention: Convention, training_batch: int | None
     ) -> None:
         self.config, self._convention, self._batch = config, convention, training_batch
-        self.grids = [self._grids(index, height_px, width_px) for index in range(len(config.branches))]
+        self._geometry = config.geometry
+        self._grids = [
+            [self._geometry.grid_after(index, block, height_px, width_px) for block in range(depth_of(branch.sections))]
+            for index, branch in enumerate(config.branches)
+        ]
 
     def branch(self, index: int) -> Work:
         """Of a branch, its embedding included."""
-        config, grids = self.config.branches[index], self.grids[index]
+        config, grids = self.config.branches[index], self._grids[index]
         frozen = _num_frozen(config)
         # No image has a gradient, and the embedding is frozen with the first block.
-        embedding = layer(_embedding_macs(config, grids), trained=not frozen, upstream=False)
-        return embedding + total(self._block(index, block) for block in range(config.depth))
+        embedding = layer(_embedding_macs(config, grids[0]), trained=not frozen, upstream=False)
+        return embedding + total(self._block(index, block) for block in range(len(grids)))
 
     def stage(self, stage: int) -> tuple[Work, Work]:
         """Of a stage's units, and of their sampling."""
@@ -114,7 +127,7 @@ class NetworkWork:
     def pyramid(self) -> Work:
         """Of enlarging the merged map, level by level."""
         work = Work()
-        for stage, scale in zip(self.config.level_stages(), self.config.pyramid.scales, strict=True):
+        for stage, scale in zip(self._geometry.level_stages, self._geometry.level_scales, strict=True):
             ends = self.ends(stage)
             # A doubling has one kernel of 2x2 for each of its outputs' cells: 4 products of channels for each cell.
             for step in range(int(math.log2(scale)) if scale > 1 else 0):
@@ -137,34 +150,26 @@ class NetworkWork:
         return [End(end.cells, end.dim, end.upstream or joined) for end in ends]
 
     def _before_units(self, index: int, stage: int) -> End:
-        last = self.config.last_blocks(index)[stage]
-        branch = self.config.branches[index]
-        upstream = self._upstream(index, last) or last >= _num_frozen(branch)
-        return End(_cells(self.grids[index][last]), branch.width_after(last), upstream)
+        last = self._geometry.last_block(index, stage)
+        upstream = self._upstream(index, last) or last >= _num_frozen(self.config.branches[index])
+        width = self._geometry.section_after(index, stage).width
+        return End(num_cells(self._grids[index][last]), width, upstream)
 
     def _upstream(self, index: int, block: int) -> bool:
         """Whether what enters a block has a gradient: a block below it is trained, or units, which always are."""
         frozen = _num_frozen(self.config.branches[index])
-        met = len(self.config.branches) > 1 and block > self.config.last_blocks(index)[0]
+        met = len(self.config.branches) > 1 and block > self._geometry.last_block(index, 0)
         return frozen == 0 or block > frozen or met
 
-    def _grids(self, index: int, height_px: int, width_px: int) -> list[Grid]:
-        """A branch's grid after each of its blocks."""
-        branch = self.config.branches[index]
-        scale = min(1.0, branch.resolution_px / self.config.branches[-1].resolution_px)
-        sides = [math.floor(side * scale) for side in (height_px, width_px)]
-        strides = [branch.stride_after_px(block) for block in range(branch.depth)]
-        return [(sides[0] // stride, sides[1] // stride) for stride in strides]
-
     def _block(self, index: int, block: int) -> Work:
-        branch, grid = self.config.branches[index], self.grids[index][block]
+        branch, grid = self.config.branches[index], self._grids[index][block]
         trained, upstream = block >= _num_frozen(branch), self._upstream(index, block)
         if isinstance(branch, ConvNextBranchConfig):
-            work, rate = _convnext_work(branch, block, grid, trained, upstream)
+            work = _convnext_work(branch, block, grid, trained, upstream)
         else:
-            window = branch.window_size_tokens[block] if branch.window_size_tokens else 0
+            window = block_windows(branch.window_size_tokens, branch.depth)[block]
             work = _vit_work(branch, grid, window, self._convention, trained, upstream)
-            rate = branch.drop_path_rate_of(block, branch.depth)
+        rate = drop_path_rate(branch.sections, block, branch.drop_path_rate, branch.drop_path_schedule)
         # Frozen blocks drop no paths.
         return work.of_share(self._share(rate if trained else 0.0, branch.drop_path_mode))
 
@@ -191,56 +196,49 @@ class NetworkWork:
         # Trained norms give their outputs a gradient whatever lies below them.
         normed = unit.norm != "none"
         asks, shows = normed or query.upstream, normed or source.upstream
-        dim, hidden = query.dim, int(query.dim * unit.ffn_ratio)
+        dim, hidden = query.dim, scaled_width(query.dim, unit.ffn_ratio)
         ffn = layer(query.cells * (2 * dim * hidden + _FFN_KERNEL**2 * hidden))
         work = ffn.of_share(self._share(unit.drop_path_rate, unit.drop_path_mode))
         if unit.attention == "cross":
             work += layer(query.cells * dim**2, upstream=asks) + layer(query.cells * dim**2)
             work += layer(2 * source.cells * source.dim * dim, upstream=shows)
             return work + product(2 * query.cells * source.cells * dim)
-        value_dim = int(dim * unit.value_ratio)
+        value_dim = scaled_width(dim, unit.value_ratio)
         choices = query.cells * dim * unit.num_heads * unit.num_points * 3
         work += layer(choices, upstream=asks) + layer(source.cells * source.dim * value_dim, upstream=shows)
         return work + layer(query.cells * value_dim * dim)
 
 
 def _num_frozen(branch: BranchConfig) -> int:
-    return branch.depth if branch.frozen_blocks == "all" else branch.frozen_blocks
+    return num_frozen_blocks(branch.sections, branch.frozen_blocks)
 
 
-def _cells(grid: Grid) -> int:
-    return grid[0] * grid[1]
-
-
-def _embedding_macs(branch: BranchConfig, grids: list[Grid]) -> int:
-    patch = branch.stride_after_px(0)
-    return _cells(grids[0]) * 3 * patch**2 * branch.width_after(0)
+def _embedding_macs(branch: BranchConfig, grid: Grid) -> int:
+    first = branch.sections[0]
+    return num_cells(grid) * 3 * first.stride_px**2 * first.width
 
 
 def _vit_work(
     branch: VitBranchConfig, grid: Grid, window: int, convention: Convention, trained: bool, upstream: bool
 ) -> Work:
-    dim, tokens = branch.embed_dim, _cells(grid) + branch.class_token
-    padded = math.prod(-(-side // window) * window for side in grid) if window else tokens
+    dim, tokens = branch.embed_dim, num_cells(grid) + branch.class_token
+    padded = num_cells(grid, window) if window else tokens
     projected = padded if convention.padded_qkv else tokens
     attended = padded if convention.padded_attention else tokens
-    mlp = 2 * tokens * dim * int(dim * branch.mlp_ratio)
+    mlp = 2 * tokens * dim * scaled_width(dim, branch.mlp_ratio)
     # A trained block begins with a trained norm: inside it everything has a gradient.
     inside = trained or upstream
     layers = layer(projected * 3 * dim**2 + tokens * dim**2 + mlp, trained=trained, upstream=inside)
     return layers + product(2 * attended * (window**2 if window else tokens) * dim, upstream=inside)
 
 
-def _convnext_work(
-    branch: ConvNextBranchConfig, block: int, grid: Grid, trained: bool, upstream: bool
-) -> tuple[Work, float]:
-    """Of a layer, and the rate of its stochastic depth."""
-    dim, before = branch.width_after(block), branch.width_after(max(block - 1, 0))
-    inside = trained or upstream
-    if block and branch.stage_of(block) != branch.stage_of(block - 1):
-        return layer(_cells(grid) * 4 * before * dim, trained=trained, upstream=inside), 0.0
+def _convnext_work(branch: ConvNextBranchConfig, block: int, grid: Grid, trained: bool, upstream: bool) -> Work:
+    sections, cells = branch.sections, num_cells(grid)
+    dim, inside = section_at(sections, block).width, trained or upstream
+    if is_downsampling(sections, block):
+        before = section_at(sections, block - 1).width
+        return layer(cells * 4 * before * dim, trained=trained, upstream=inside)
     # Here the norm comes after the convolution.
-    convolution = layer(_cells(grid) * _CONVNEXT_KERNEL**2 * dim, trained=trained, upstream=upstream)
-    mlp = layer(_cells(grid) * 2 * _CONVNEXT_RATIO * dim**2, trained=trained, upstream=inside)
-    rate = branch.drop_path_rate_of(block - branch.stage_of(block), sum(branch.depths))
-    return convolution + mlp, rate
+    convolution = layer(cells * _CONVNEXT_KERNEL**2 * dim, trained=trained, upstream=upstream)
+    mlp = layer(cells * 2 * _CONVNEXT_RATIO * dim**2, trained=trained, upstream=inside)
+    return convolution + mlp

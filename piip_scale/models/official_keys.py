@@ -11,6 +11,7 @@ from torch import Tensor
 
 from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig
 from piip_scale.errors import ModelError
+from piip_scale.geometry import is_downsampling, locate
 from piip_scale.models.official_config import OfficialModel
 from piip_scale.models.trunk import Trunk
 from piip_scale.models.vit import relative_positions
@@ -143,16 +144,15 @@ def _convnext_layer(rest: str, config: ConvNextBranchConfig) -> str:
     if match is None:
         return rest
     block = int(match[1])
-    stage = config.stage_of(block)
-    layer = block - sum(config.depths[:stage]) - stage
-    place = f"layers.{layer}" if layer >= 0 else "downsample"
-    return f"encoder.stages.{stage}.{place}.{rest[match.end() :]}"
+    stage, index = locate(config.sections, block)
+    layer = "downsample" if is_downsampling(config.sections, block) else f"layers.{index - bool(stage)}"
+    return f"encoder.stages.{stage}.{layer}.{rest[match.end() :]}"
 
 
 def _merging_name(rest: str, config: PiipConfig) -> str:
     index, _, branch, kind, *layer = rest.split(".")
     number = int(branch) + 1
-    stage = sorted(set(config.level_stages()))[int(index)]
+    stage = sorted(set(config.geometry.level_stages))[int(index)]
     prefix = "" if stage == config.interaction.num_stages - 1 else f"intermediate_merging_{stage}_"
     if kind == "weight":
         return f"{prefix}w{number}"

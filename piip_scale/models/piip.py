@@ -28,10 +28,10 @@ class PIIP(Trunk):
 
     def __init__(self, config: PiipConfig) -> None:
         super().__init__(config)
-        self._level_stages = config.level_stages()
-        stages = sorted(set(self._level_stages))
+        levels = self.geometry.level_stages
+        stages = sorted(set(levels))
         self.mergings = nn.ModuleList(self._build_merging(stage) for stage in stages)
-        self.pyramid = Pyramid(config.pyramid, [self._merged_spec(stage) for stage in self._level_stages])
+        self.pyramid = Pyramid(config.pyramid, [self._merged_spec(stage) for stage in levels])
 
     @property
     def feature_specs(self) -> tuple[FeatureSpec, ...]:
@@ -53,9 +53,9 @@ class PIIP(Trunk):
         """
         merged: dict[int, Tensor] = {}
         for stage, states in enumerate(self.walk(image_BCHW)):
-            if stage in self._level_stages:
+            if stage in self.geometry.level_stages:
                 merged[stage] = self._merge(len(merged), states)
-        features: tuple[Tensor, ...] = self.pyramid(*(merged[stage] for stage in self._level_stages))
+        features: tuple[Tensor, ...] = self.pyramid(*(merged[stage] for stage in self.geometry.level_stages))
         return features
 
     def _merge(self, index: int, states: list[BranchState]) -> Tensor:

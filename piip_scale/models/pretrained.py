@@ -20,6 +20,7 @@ from torch.nn import functional
 from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig, VitBranchConfig
 from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
+from piip_scale.geometry import depth_of
 from piip_scale.logging import get_logger
 from piip_scale.models.official_keys import official_branch_name, unwrap
 from piip_scale.models.position_tables import resize_position_table
@@ -201,7 +202,7 @@ def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[s
         renamed[name] = tensor
     if _SHARED_TABLE in renamed:
         # One table for all blocks in pretraining; each block's own from here on.
-        for block in range(config.depth):
+        for block in range(depth_of(config.sections)):
             renamed[f"blocks.{block}.attn.relative_position_bias_table"] = renamed[_SHARED_TABLE]
     return renamed
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from piip_scale.config.model import GROUPS, PyramidConfig
+from piip_scale.config.model import PyramidConfig
 from piip_scale.errors import ModelError
+from piip_scale.geometry import GROUPS, level_stride_px
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.layers import NORM_EPS, ConvTranspose2d
 
@@ -29,7 +30,7 @@ class Pyramid(nn.Module):
             _level(scale, source.channels, config.norm) for scale, source in zip(config.scales, sources, strict=True)
         )
         self.feature_specs = tuple(
-            FeatureSpec(source.channels, int(source.stride_px / scale))
+            FeatureSpec(source.channels, level_stride_px(source.stride_px, scale))
             for scale, source in zip(config.scales, sources, strict=True)
         )
 

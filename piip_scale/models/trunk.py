@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig
+from piip_scale.geometry import num_frozen_blocks
 from piip_scale.models.branch import Branch, BranchState, FeatureSpec
 from piip_scale.models.convnext import ConvNext
 from piip_scale.models.interaction import InteractionUnit
@@ -35,11 +36,11 @@ class Trunk(nn.Module):
         super().__init__()
         require_attention_kernel(config.attention_kernel)
         require_deform_kernel(config.deform_kernel)
-        self.config = config
+        self.config, self.geometry = config, config.geometry
         self.branches = nn.ModuleList(_build_branch(branch, config.attention_kernel) for branch in config.branches)
         self.interactions = nn.ModuleList(self._build_units(stage) for stage in range(config.interaction.num_stages))
         for branch, numbers in zip(self._branches, config.branches, strict=True):
-            _freeze(branch, numbers.frozen_blocks)
+            _freeze(branch, num_frozen_blocks(numbers.sections, numbers.frozen_blocks))
 
     def walk(self, image_BCHW: Tensor) -> Iterator[list[BranchState]]:
         """The branches' states after each stage.
@@ -67,11 +68,8 @@ class Trunk(nn.Module):
 
     def specs_after(self, stage: int) -> list[FeatureSpec]:
         """Every branch's width and stride after a stage, the stride in pixels of the branch's own input."""
-        lasts = [self.config.last_blocks(index)[stage] for index in range(len(self.config.branches))]
-        return [
-            FeatureSpec(branch.width_after(last), branch.stride_after_px(last))
-            for branch, last in zip(self.config.branches, lasts, strict=True)
-        ]
+        sections = [self.geometry.section_after(index, stage) for index in range(len(self.config.branches))]
+        return [FeatureSpec(section.width, section.stride_px) for section in sections]
 
     @property
     def num_layers(self) -> int:
@@ -114,8 +112,8 @@ class Trunk(nn.Module):
     def _run_blocks(self, states: list[BranchState], stage: int) -> list[BranchState]:
         advanced = []
         for index, (branch, state) in enumerate(zip(self._branches, states, strict=True)):
-            bounds = [0, *accumulate(self.config.blocks_per_stage(index))]
-            advanced.append(branch.run(state, bounds[stage], bounds[stage + 1]))
+            end = self.geometry.last_block(index, stage) + 1
+            advanced.append(branch.run(state, end - self.geometry.blocks_per_stage[index][stage], end))
         return advanced
 
     def _build_units(self, stage: int) -> nn.ModuleList:
@@ -136,8 +134,7 @@ def _build_branch(config: BranchConfig, attention_kernel: str) -> Branch:
     return Vit(config, attention_kernel)
 
 
-def _freeze(branch: Branch, frozen_blocks: int | str) -> None:
-    num_blocks = len(branch.blocks) if frozen_blocks == "all" else int(frozen_blocks)
+def _freeze(branch: Branch, num_blocks: int) -> None:
     frozen = [*branch.embedding_modules(), *branch.blocks[:num_blocks]] if num_blocks else []
     for module in frozen:
         module.requires_grad_(False)

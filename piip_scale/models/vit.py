@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.config.model import VitBranchConfig
+from piip_scale.geometry import block_windows, drop_path_rate, scaled_width
 from piip_scale.models.branch import Branch, BranchState, check_size, run_block
 from piip_scale.models.layers import LINEAR_STD, Conv2d, DropPath, Linear, Mlp, build_layer_scale, build_norm
 from piip_scale.ops.attention import attention, join_heads, split_heads
@@ -125,9 +126,10 @@ class Block(nn.Module):
         self.attn = Attention(config, index, attention_kernel)
         self.ls1 = build_layer_scale(dim, config.layer_scale_init)
         self.norm2 = build_norm(config.norm, dim, config.norm_eps)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.activation)
+        self.mlp = Mlp(dim, scaled_width(dim, config.mlp_ratio), config.activation)
         self.ls2 = build_layer_scale(dim, config.layer_scale_init)
-        self.drop_path = DropPath(config.drop_path_rate_of(index, config.depth), config.drop_path_mode)
+        rate = drop_path_rate(config.sections, index, config.drop_path_rate, config.drop_path_schedule)
+        self.drop_path = DropPath(rate, config.drop_path_mode)
 
     def forward(self, tokens_BLC: Tensor, height: int, width: int) -> Tensor:
         """Tokens (B, [1 +] height * width, C), rows first, to the same shape."""
@@ -143,7 +145,7 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.num_heads = config.num_heads
-        self.window = config.window_size_tokens[index] if config.window_size_tokens else 0
+        self.window = block_windows(config.window_size_tokens, config.depth)[index]
         self.kernel = kernel
         self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias and config.key_bias)
         self.qv_bias = QueryValueBias(dim) if config.qkv_bias and not config.key_bias else nn.Identity()

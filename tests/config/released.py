@@ -27,7 +27,7 @@ def expanded(config: PiipConfig):
     """Every number of a network; what is left to be divided evenly is divided."""
     values = config.model_dump()
     for index, branch in enumerate(values["branches"]):
-        branch["blocks_per_stage"] = config.blocks_per_stage(index)
+        branch["blocks_per_stage"] = config.geometry.blocks_per_stage[index]
         del branch["pretrained"]
     if len(config.branches) == 1:
         # Only ratios between branches matter, and released baselines leave the size out.

@@ -67,7 +67,7 @@ def test_network_is_the_released_one(name, recipes):
     files = [Path(branch.pop("pretrained")).name for branch in ours["branches"]]
     theirs = official.config.model_dump()
     for index, branch in enumerate(ours["branches"]):
-        branch["blocks_per_stage"] = run.model.blocks_per_stage(index)
+        branch["blocks_per_stage"] = run.model.geometry.blocks_per_stage[index]
         theirs["branches"][index].pop("pretrained")
     assert ours == theirs
     assert run.classifier.separate == official.head.separate

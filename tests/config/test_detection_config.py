@@ -41,4 +41,4 @@ def test_what_makes_no_sense_is_refused(changes, told):
 def test_padding_follows_the_smallest_level():
     config = values(augment={"pad_multiple_px": 16})
     config["model"]["pyramid"] = {"scales": (2.0, 1.0)}
-    assert check_config(config).model.coarsest_stride_px() == 16
+    assert check_config(config).model.geometry.coarsest_stride_px() == 16

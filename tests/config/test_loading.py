@@ -34,7 +34,7 @@ def test_file_becomes_typed_config(base):
     config = load_config(base)
     assert [branch.embed_dim for branch in config.model.branches] == [96, 64]
     assert config.model.branches[0].kind == "vit"
-    assert config.model.blocks_per_stage(0) == (1, 1, 1, 1)
+    assert config.model.geometry.blocks_per_stage[0] == (1, 1, 1, 1)
 
 
 def test_base_files_merge_and_delete_replaces(base, tmp_path):

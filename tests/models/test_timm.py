@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from piip_scale.config.model import ConvNextBranchConfig, VitBranchConfig
+from piip_scale.geometry import section_at
 from piip_scale.models.convnext import ConvNext
 from piip_scale.models.vit import Attention, Vit
 
@@ -124,8 +125,9 @@ def test_convnext_stage_by_stage():
     for last, truth in zip(ends, expected, strict=True):
         state = model.run(state, first, last)
         torch.testing.assert_close(state.grid_BHWC.permute(0, 3, 1, 2), truth, **TOLERANCE)
-        assert model.config.width_after(last - 1) == truth.shape[1]
-        assert model.config.stride_after_px(last - 1) == 64 // truth.shape[2]
+        section = section_at(model.config.sections, last - 1)
+        assert section.width == truth.shape[1]
+        assert section.stride_px == 64 // truth.shape[2]
         first = last
 
 
