@@ -12,6 +12,7 @@ from typing import Any
 
 from piip_scale.data.reading.manifest import MAX_NAME_LETTERS
 from piip_scale.errors import DataError
+from piip_scale.logging import get_logger
 from piip_scale.text import is_unseen
 
 _ENCODINGS = (
@@ -22,6 +23,8 @@ _ENCODINGS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 """By their marks at the start of a file; UTF-32's begins like UTF-16's, and is tried before it."""
+
+_logged: set[tuple[str, str]] = set()
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
@@ -42,6 +45,8 @@ def class_name(value: object, owner: str) -> str:
         # macOS writes names decomposed: the same class would be two.
         text = unicodedata.normalize("NFC", _BREAKS.sub(" ", text.replace("\ufeff", "")).strip())
         if text and len(text) <= MAX_NAME_LETTERS and not any(map(is_unseen, text)):
+            if not isinstance(value, int) and text != value:
+                _log_cleaned(str(value), text, owner)
             return text
     raise DataError(
         f"class name in {owner}",
@@ -49,6 +54,13 @@ def class_name(value: object, owner: str) -> str:
         rule=f"it is text of 1 to {MAX_NAME_LETTERS} letters, none of them a control character or half of a pair",
         fix="correct it",
     )
+
+
+def _log_cleaned(value: str, text: str, owner: str) -> None:
+    # Of VOC's many files each may hold the same name: once is enough.
+    if (value, text) not in _logged:
+        _logged.add((value, text))
+        get_logger(__name__).warning(f"class name in {owner}: {value!a} is written {text!a}")
 
 
 def class_names(values: Iterable[object], owner: str) -> tuple[str, ...]:

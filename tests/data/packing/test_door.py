@@ -1,5 +1,6 @@
 """Text from outside: cleaned where nothing is ambiguous, else refused; and never obeyed by a terminal."""
 
+import logging
 import os
 import unicodedata
 
@@ -94,3 +95,14 @@ def test_errors_and_lines_hold_nothing_that_a_terminal_obeys():
     assert error.line == "file \\x1b[2J\\ud800: got '\\x07'; a b\\u202ec"
     error.line.encode()
     assert printable("plain 猫 [b]") == "plain 猫 [b]"
+
+
+def test_a_name_that_is_cleaned_is_told_once(caplog):
+    with caplog.at_level(logging.WARNING, logger="piip_scale"):
+        for owner in ("a.xml", "b.xml"):
+            assert class_name("told\nonce ", owner) == "told once"
+        assert class_name("told as it is", "a.xml") == "told as it is"
+        assert class_name(7, "a.xml") == "7"
+    assert [record.getMessage() for record in caplog.records] == [
+        "class name in a.xml: 'told\\nonce ' is written 'told once'"
+    ]
