@@ -191,6 +191,8 @@ def _manifest(
     if not infos:
         raise DataError("images of the set", value=0, rule="there must be images that can be packed")
     num_turned = sum(shard.num_turned for shard in shards)
+    if num_turned:
+        get_logger(__name__).info("%d images are turned as their EXIF data say", num_turned)
     turned = {"num_turned": num_turned} if num_turned else {}
     return Manifest(
         format_version=FORMAT_VERSION,

@@ -224,7 +224,8 @@ def test_brackets_in_names_and_paths_are_letters(tmp_path):
 
 @pytest.mark.parametrize(("size", "turned"), [((48, 64), False), ((64, 48), True)])
 @pytest.mark.parametrize("exif", ["auto", "apply", "stored"])
-def test_a_label_map_states_the_view_that_it_was_drawn_on(tmp_path, size, turned, exif):
+def test_a_label_map_states_the_view_that_it_was_drawn_on(tmp_path, size, turned, exif, caplog):
+    caplog.set_level("INFO")
     write_jpeg(tmp_path / "images" / "a.jpg", 48, 64, 0)
     with PIL.Image.open(tmp_path / "images" / "a.jpg") as image:
         data = image.getexif()
@@ -242,3 +243,4 @@ def test_a_label_map_states_the_view_that_it_was_drawn_on(tmp_path, size, turned
     assert shards.sizes_px.tolist() == [list(size)]
     assert decode_mapped(shards.read(0), shards.map_rule).pixels.shape[:2] == size
     assert manifest.made_with.get("num_turned", 0) == int(turned)
+    assert ("1 images are turned as their EXIF data say" in caplog.text) == turned
