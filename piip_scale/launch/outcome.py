@@ -76,15 +76,13 @@ def _failure(attempt: Attempt, evidence: Evidence, ranks_per_node: int) -> tuple
         return "hang", blank.failed("hang", evidence.silence)
     if evidence.late_save and (first is None or first.reason == "communication"):
         return "crashed", blank.failed("late save", evidence.late_save)
-    if notes.first_end and "out of memory" in notes.first_end.how.lower():
+    if notes.first_end and notes.first_end.is_out_of_memory:
         return "crashed", _out_of_memory(blank, notes.first_end)
     killed = notes.first_end if notes.first_end and notes.first_end.by_signal else None
     # Ranks whose peer is gone only know that they lost contact.
     if killed and (first is None or first.reason == "communication"):
         line = f"rank {killed.rank} on {killed.node} ended by a signal ({killed.how}) before it could say why"
-        # Its node is as good as any: what was asked for is too little, or taken too much.
-        reason = "out of host memory" if killed.is_out_of_memory else "lost rank"
-        return "crashed", blank.failed(reason, line, rank=killed.rank, node=killed.node)
+        return "crashed", blank.failed("lost rank", line, rank=killed.rank, node=killed.node)
     if first:
         return ("hang", _of_late_rank(first, attempt, ranks_per_node)) if first.reason == "hang" else ("crashed", first)
     return "crashed", _silent(blank, notes)
@@ -99,8 +97,9 @@ def _of_late_rank(first: Ending, attempt: Attempt, ranks_per_node: int) -> Endin
 
 def _out_of_memory(blank: Ending, end: TaskEnd) -> Ending:
     # Not "lost rank": it is the run that needs so much, and its node is as good as any.
-    line = f"rank {end.rank} on {end.node} was killed, as its job ran out of memory; raise --mem or lower data.workers"
-    return blank.failed("out of memory", line, rank=end.rank, node=end.node)
+    what = f"rank {end.rank} on {end.node} was killed ({end.how}): its job took too much host memory"
+    line = f"{what}; raise --mem or lower data.workers"
+    return blank.failed("out of host memory", line, rank=end.rank, node=end.node)
 
 
 def _silent(blank: Ending, notes: StepNotes) -> Ending:

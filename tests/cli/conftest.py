@@ -53,7 +53,7 @@ def small_disk(tmp_path):
     def mount(size):
         folder = tmp_path / f"disk{len(mounted)}"
         folder.mkdir()
-        options = f"size={size},mode=0777"
+        options = f"size={size},mode=1777"
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
         )

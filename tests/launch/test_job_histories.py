@@ -264,7 +264,7 @@ def test_a_job_that_runs_out_of_memory_blames_no_node():
     ended = judged(notes=read_notes(OOM), seen_step=30)
     assert (ended.end, ended.ending.reason, ended.ending.node, ended.ending.step) == (
         "crashed",
-        "out of memory",
+        "out of host memory",
         "n2",
         30,
     )
