@@ -78,7 +78,7 @@ def test_a_job_that_waits_is_frozen_refuses_a_second_and_can_be_taken_back(job):
     (checkout / "piip_scale" / "cli" / "main.py").write_text("raise SystemExit('the edited checkout ran')\n")
     (checkout / "piip_scale" / "engine" / "worker.py").write_text("raise SystemExit('the edited checkout ran')\n")
     config.write_text("model = 'edited'\n")
-    assert listed(job)[job.run_dir.name]["state"] == "queued"
+    assert listed(job)[job.run_dir.name]["state"] == "held"
     assert "was held" in job.command("jobs", "requeue", job.run_dir)
     assert [attempt.end for attempt in job.finished()] == ["done"]
     assert job.status()["step"] == STEPS
