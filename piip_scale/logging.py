@@ -32,5 +32,6 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record."""
-        self.setStream(sys.stderr)
+        # Not by setStream, which flushes the stream before: that may be closed, and each record was flushed already.
+        self.stream = sys.stderr
         super().emit(record)

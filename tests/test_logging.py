@@ -1,3 +1,4 @@
+import io
 import logging
 import sys
 
@@ -44,3 +45,19 @@ def test_messages_follow_standard_error(monkeypatch, capsys):
     get_logger().info("above the bar")
     assert "".join(lines) == "above the bar\n"
     assert capsys.readouterr().err == ""
+
+
+def test_a_stream_that_was_closed_meanwhile_is_no_loss(monkeypatch):
+    first, second = io.StringIO(), io.StringIO()
+    logger = get_logger()
+    before = logger.handlers[:], logger.level, logger.propagate
+    try:
+        configure_logging()
+        monkeypatch.setattr("sys.stderr", first)
+        logger.warning("one")
+        first.close()
+        monkeypatch.setattr("sys.stderr", second)
+        logger.warning("two")
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before
+    assert second.getvalue() == "two\n"
