@@ -48,7 +48,7 @@ def test_messages_follow_standard_error(monkeypatch, capsys):
 
 
 def test_a_stream_that_was_closed_meanwhile_is_no_loss(monkeypatch):
-    first, second = io.StringIO(), io.StringIO()
+    first, second = io.TextIOWrapper(io.BytesIO()), io.StringIO()
     logger = get_logger()
     before = logger.handlers[:], logger.level, logger.propagate
     try:
