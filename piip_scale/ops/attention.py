@@ -51,7 +51,7 @@ def attention(
     if kernel == "auto" and (bias_HLS is not None or query_BHLD.shape[-1] not in _FLASH_HEAD_SIZES):
         chosen = "sdpa"
     if chosen == "flash" and bias_HLS is None:
-        return _flash_layout(_flash_function(), query_BHLD, key_BHSD, value_BHSD)
+        return call_flash(_flash_function(), query_BHLD, key_BHSD, value_BHSD)
     if chosen == "flash":
         raise KernelError("flash attention cannot add a position bias", fix="set attention_kernel to sdpa or auto")
     if chosen == "math":
@@ -118,7 +118,8 @@ def _plain_attention(query_BHLD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor, b
     return output_BHLD.to(query_BHLD.dtype)
 
 
-def _flash_layout(function: FlashFunction, *tensors_BHLD: Tensor) -> Tensor:
+def call_flash(function: FlashFunction, *tensors_BHLD: Tensor) -> Tensor:
+    """Calls a function of FlashAttention, whose layout is (B, L, heads, D), with queries, keys and values in ours."""
     result = function(*(tensor.transpose(1, 2) for tensor in tensors_BHLD))
     # FlashAttention 2 returns the output; some builds of 3 and 4 return the log-sum-exp beside it.
     output_BLHD = result[0] if isinstance(result, tuple) else result

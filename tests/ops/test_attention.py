@@ -120,7 +120,7 @@ def test_flash_is_called_in_its_own_layout(monkeypatch, returns_tuple):
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     module.find_flash_functions.cache_clear()
     query, key, value, _ = inputs()
-    output = module._flash_layout(module._flash_function(), query, key, value)
+    output = module.call_flash(module._flash_function(), query, key, value)
     module.find_flash_functions.cache_clear()
     torch.testing.assert_close(output, slow_attention(query, key, value, None), atol=1e-10, rtol=0)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from piip_scale.ops.attention import attention, find_flash_functions
+from piip_scale.ops.attention import FlashFunction, attention, call_flash, find_flash_functions
 from sections.gpu.jobs import Setting
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -129,12 +128,10 @@ def _torchs(name: str) -> Attend:
     return attend
 
 
-def _flash(function: Callable[..., object]) -> Attend:
+def _flash(function: FlashFunction) -> Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
             raise ValueError("flash attention adds no bias")
-        found = function(*(part.transpose(1, 2) for part in (query, key, value)))
-        output = cast("Tensor", found[0] if isinstance(found, tuple) else found)
-        return output.transpose(1, 2)
+        return call_flash(function, query, key, value)
 
     return attend

@@ -16,23 +16,9 @@ from piip_scale.data.orientation import UPRIGHT
 from piip_scale.data.packing.pack_plan import PackItem, ShardPlan
 from piip_scale.data.packing.pack_reading import Checked, add_pixels, checked_sample
 from piip_scale.data.reading.files import HashingWriter, sha256_of, whole_file, write_bytes
-from piip_scale.data.reading.manifest import ShardIndex, ShardInfo, index_name, read_json_model
+from piip_scale.data.reading.manifest import SAMPLE_COLUMNS, ShardIndex, ShardInfo, index_name, read_json_model
 from piip_scale.data.reading.raw import checksum
 from piip_scale.errors import DataError
-
-_COLUMNS = (
-    "heights_px",
-    "widths_px",
-    "image_offsets",
-    "image_bytes",
-    "notes_offsets",
-    "notes_bytes",
-    "crc32s",
-    "map_offsets",
-    "map_bytes",
-    "orientations",
-    "map_orientations",
-)
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 
@@ -140,7 +126,7 @@ class _ShardWriter:
 
     def __init__(self, plan: ShardPlan, advance: Callable[[int], None] | None) -> None:
         self._plan, self._advance = plan, advance
-        self._columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
+        self._columns: dict[str, list[int]] = {name: [] for name in SAMPLE_COLUMNS}
         self._items: list[PackItem] = []
         self._pixels: list[int] = []
         self.broken: list[tuple[PackItem, DataError]] = []

@@ -135,6 +135,22 @@ class Manifest(Strict):
         return self
 
 
+SAMPLE_COLUMNS = (
+    "image_offsets",
+    "image_bytes",
+    "notes_offsets",
+    "notes_bytes",
+    "crc32s",
+    "map_offsets",
+    "map_bytes",
+    "orientations",
+    "map_orientations",
+    "heights_px",
+    "widths_px",
+)
+"""Columns of ``ShardIndex`` that say where a sample lies and how it is turned, in the order that readers take them."""
+
+
 class ShardIndex(Strict):
     """Where each sample of a shard lies, as columns of equal length.
 

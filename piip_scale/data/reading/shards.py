@@ -13,26 +13,22 @@ from piip_scale.config.run import CacheConfig
 from piip_scale.data.images import MAX_PIXELS
 from piip_scale.data.orientation import UPRIGHT
 from piip_scale.data.reading.files import json_bytes, sha256_of
-from piip_scale.data.reading.manifest import FORMAT_VERSION, MANIFEST, Manifest, MapRule, ShardIndex, ShardInfo, parsed
+from piip_scale.data.reading.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    SAMPLE_COLUMNS,
+    Manifest,
+    MapRule,
+    ShardIndex,
+    ShardInfo,
+    parsed,
+)
 from piip_scale.data.reading.raw import RawSample, checked_masks, checksum, parse_notes
 from piip_scale.data.reading.set_files import LocalFiles, SetFiles, open_files
 from piip_scale.data.reading.sources import NEVER, Stop, located
 from piip_scale.errors import DataError
 from piip_scale.registry import SetKind
 
-_PLACE_COLUMNS = (
-    "image_offsets",
-    "image_bytes",
-    "notes_offsets",
-    "notes_bytes",
-    "crc32s",
-    "map_offsets",
-    "map_bytes",
-    "orientations",
-    "map_orientations",
-    "heights_px",
-    "widths_px",
-)
 # What a column stands for that an index leaves out.
 _ABSENT = {"orientations": UPRIGHT, "map_orientations": UPRIGHT}
 
@@ -64,7 +60,7 @@ class ShardSet:
         ).astype(np.int32)
         places = [
             [getattr(index, name) or (_ABSENT.get(name, 0),) * len(index.keys) for index in indexes]
-            for name in _PLACE_COLUMNS
+            for name in SAMPLE_COLUMNS
         ]
         shards = np.repeat(np.arange(len(indexes)), self.num_samples_of_shard)
         self._places = np.stack([shards, *map(_column, places)], axis=1)
