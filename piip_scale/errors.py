@@ -25,7 +25,7 @@ class PiipError(Exception):
         exit_code: What a process that ends with it exits with.
         reason: What kind of end it is, for whoever restarts runs: ``error``, or a kind of its own. An instance may
             have another than its class, where it knows more.
-        is_echo: It was raised here because another rank raised it, and that rank tells of it.
+        is_echo: It was raised here because another rank raised it, and that rank reports it.
         details: More than a line has room for; ``errors/`` of a run directory keeps it.
     """
 

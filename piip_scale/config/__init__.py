@@ -1,4 +1,4 @@
-"""What a run can be told, and the checks it must pass before any process starts."""
+"""The settings of a run, and the checks it must pass before any process starts."""
 
 from piip_scale.config.classification import ClassHeadConfig, ClassificationData, ClassificationRun, ImageAugmentConfig
 from piip_scale.config.detection import AugmentConfig, DetectionData, DetectionRun, DetectorConfig

@@ -99,7 +99,7 @@ class ClassificationData(DataConfig):
 
 
 class ClassHeadConfig(Strict):
-    """The head and its loss; the shards tell how many classes there are.
+    """The head and its loss; the shards hold how many classes there are.
 
     Attributes:
         separate: A norm and a linear head for every branch, logits averaged; otherwise one head over the mean of the

@@ -269,7 +269,7 @@ class TrainConfig(Strict):
 
 
 class RunConfig(Strict):
-    """What every training is told, whatever its task: a config file describes it, a run directory keeps it.
+    """The settings of every training, whatever its task: a config file describes it, a run directory keeps it.
 
     Attributes:
         task: What is trained; each has a config of its own, which adds the heads and how images are augmented.

@@ -89,6 +89,6 @@ def count_collectives() -> int:
     """Messages among ranks that this process has begun, in all groups; 0 before there are any."""
     if not dist.is_initialized():
         return 0
-    # torch 2.15 keeps both private; the flight recorder, which tells as much, is NCCL's only.
+    # torch 2.15 keeps both private; the flight recorder, which reports as much, is NCCL's only.
     groups: tuple[Any, ...] = tuple(dist.distributed_c10d._world.pg_map)
     return sum(group._get_sequence_number_for_group() for group in groups)

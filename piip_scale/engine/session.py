@@ -58,7 +58,7 @@ class Session:
         run: Its directory.
         world: The ranks.
         stop: The flag that signals set.
-        heartbeat: Tells the watchdog where this rank is.
+        heartbeat: Reports this rank's progress to the watchdog.
         show_progress: Draw a progress line on the main rank.
     """
 

@@ -69,7 +69,7 @@ class Trainer:
         device: This rank's.
         stop: The flag that signals set.
         hooks: What happens beside the steps, in this order.
-        heartbeat: Is told where this rank is.
+        heartbeat: Where this rank reports its progress.
         first_step: Steps done before.
     """
 

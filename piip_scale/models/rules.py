@@ -1,4 +1,4 @@
-"""What a model tells the optimiser about its parameters."""
+"""What the optimiser needs to know of a model's parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a training ended: one record, made by whoever ended it and embedded as it is in every file that tells of it."""
+"""How a training ended: one record, made by whoever ended it and embedded as it is in every file that reports it."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Telemetry:
         )
 
     def event(self, step: int, text: str) -> None:
-        """Tells of anything else worth a line: a sample skipped, a run resumed."""
+        """Logs anything else worth a line: a sample skipped, a run resumed."""
         with disk_errors(RunError, self._action):
             self._lines.write(step, "event", {"text": text})
             self._board.text(step, text)

@@ -57,7 +57,7 @@ def run_jobs(jobs: Sequence[Job], done: Collection[str], seconds: float) -> Iter
         seconds: No job begins later.
 
     Yields:
-        Name and values of each; of one that failed the error, since the others may still tell something.
+        Name and values of each; of one that failed the error, since the others may still hold results.
     """
     started = time.monotonic()
     for job in jobs:

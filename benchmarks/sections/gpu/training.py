@@ -22,7 +22,7 @@ _LIMIT_S = 600
 
 
 def jobs(setting: Setting) -> list[Job]:
-    """One training, told in one row."""
+    """One training, one row."""
     return [Job("digits, killed and resumed", partial(_train, setting))]
 
 

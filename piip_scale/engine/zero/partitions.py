@@ -151,7 +151,7 @@ def _own_slice(engine: Engine, name: str, parameter: Any, start: int = 0) -> Sli
 
 
 def _cut_group(engine: Engine, group: Sequence[Any]) -> Iterator[Slice]:
-    """Stages 1 and 2: the parameters lie end to end and the whole is cut; DeepSpeed tells where each one's part is."""
+    """Stages 1 and 2: the parameters lie end to end and the whole is cut; DeepSpeed knows where each one's part is."""
     for parameter in group:
         mapping = parameter._hp_mapping
         if mapping is not None:

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, decided from the model's sizes and the config: nothing here touches DeepSpeed.
+"""DeepSpeed's config, decided from the model's sizes and the config: nothing here touches DeepSpeed.
 
 Parameter-inverted sharding: the largest branch holds most of the parameters and runs at the lowest resolution, so
 its matrices are gathered on use and released; everything smaller stays whole on every rank.

@@ -129,7 +129,7 @@ def build_engine(
             ZeRO-3 each rank's share only.
         config: The run.
         world: The ranks.
-        clock: Is told the end of the phases ``weights`` and ``shard``.
+        clock: Notes the end of the phases ``weights`` and ``shard``.
         give: Gives what is on the meta device its values: ``give_weights``, or ``give_blanks`` before resuming.
 
     Raises:
