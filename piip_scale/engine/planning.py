@@ -156,7 +156,7 @@ class Planner:
     def changes(self, config: RunConfig, num_ranks: int) -> list[Change]:
         """Knobs to turn one after the other until the run fits, the cheapest first; those that change nothing left out.
 
-        More GPUs are reported as another way: the knobs after them are turned without. Empty where the run fits as it is.
+        More GPUs are another way: the knobs after them are turned without. Empty where the run fits as it is.
 
         Args:
             config: The run.

@@ -99,7 +99,7 @@ def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
 def _poisoned(loss: Tensor) -> Tensor:
     """The loss, or NaN with NaN gradients where it is not finite.
 
-    The gradient reduction then carries it to every rank, which spares a collective and, on a GPU, a wait for the device;
+    The gradient reduction carries it to every rank: that spares a collective and, on a GPU, a wait for the device;
     alone it would not, since an infinite loss can have finite gradients.
     """
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
