@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import io
 import os
@@ -77,6 +78,8 @@ def run_ranks(num_ranks: int, function, *args, timeout_s: float = 240):
 def _rank_main(results, rank: int, num_ranks: int, port: int, function, args) -> None:
     from piip_scale.engine.zero.setup import init_distributed
 
+    # DeepSpeed collects garbage whenever it reports memory, 20 times an engine: each time through all that was imported.
+    gc.freeze()
     try:
         torch.set_num_threads(1)
         world = World(rank, num_ranks, rank, num_ranks, "127.0.0.1", port, "torchrun" if num_ranks > 1 else "single")

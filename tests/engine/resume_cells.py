@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -176,9 +177,11 @@ def _mean(value, world) -> float:
 def trained(world, device, root: Path, jobs: Iterable[tuple[Layout, int | None]]) -> dict:
     """Every job; a source is a number of ranks."""
     found = {}
-    for layout, source in jobs:
-        one = train(world, device, root, layout, source)
-        found[layout, source] = one if world.is_main else None
+    # DeepSpeed collects garbage 20 times an engine, before reports of memory: a third of all the time here.
+    with mock.patch("gc.collect"):
+        for layout, source in jobs:
+            one = train(world, device, root, layout, source)
+            found[layout, source] = one if world.is_main else None
     return found
 
 
@@ -211,14 +214,27 @@ def is_equal(cell: Cell, apart: tuple[float, float]) -> bool:
     return all(value <= limit for value, limit in zip(apart, limits, strict=True))
 
 
-def table(apart: dict[Cell, tuple[float, float]]) -> list[str]:
-    """Markdown: a row for each stage and option, a column for each move; the worst of all its cells."""
-    lines = ["| stage, option | " + " | ".join(MOVES) + " |", "| --- |" + " --- |" * len(MOVES)]
-    for stage, option in dict.fromkeys((cell.stage, cell.option) for cell in apart):
-        cells = [cell for cell in apart if (cell.stage, cell.option) == (stage, option)]
-        row = [_worst([apart[cell] for cell in cells if cell.move == move]) for move in MOVES]
-        lines.append(f"| {stage}, {option} | " + " | ".join(row) + " |")
-    return lines
+def rows_of(cells: Sequence[Cell]) -> dict[tuple[int, str], list[Cell]]:
+    """The cells of each stage and option."""
+    rows: dict[tuple[int, str], list[Cell]] = {}
+    for cell in cells:
+        rows.setdefault((cell.stage, cell.option), []).append(cell)
+    return rows
+
+
+def differences(cells: Sequence[Cell]) -> dict[Cell, tuple[float, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return {cell: difference(*pair) for cell, pair in run_cells(Path(folder), cells).items()}
+
+
+def _row(apart: dict[Cell, tuple[float, float]]) -> str:
+    """A column for each move: whether all are equal, or the largest differences, those of fp32 before bf16's."""
+    columns = []
+    for move in MOVES:
+        found = {kind: [v for c, v in apart.items() if (c.move, c.precision) == (move, kind)] for kind in TOLERANCES}
+        worst = {kind: _worst(values) for kind, values in found.items() if values}
+        columns.append(" / ".join(dict.fromkeys(worst.values())))
+    return " | ".join([str(len(apart)), *columns])
 
 
 def _worst(values: Sequence[tuple[float, float]]) -> str:
@@ -227,12 +243,15 @@ def _worst(values: Sequence[tuple[float, float]]) -> str:
 
 
 def main() -> None:
-    """Prints the table of the few cells, or with ``--every`` that of the product, which takes an hour."""
+    """Prints a row as soon as it is known, of the few cells; with ``--every`` of the product, which takes an hour."""
     chosen = every_cell() if "--every" in sys.argv else covering(every_cell())
-    with tempfile.TemporaryDirectory() as folder:
-        apart = {cell: difference(*pair) for cell, pair in run_cells(Path(folder), chosen).items()}
-    print("\n".join(table(apart)))
-    print(f"{len(chosen)} cells, {sum(not is_equal(cell, values) for cell, values in apart.items())} not equal")
+    print("| stage, option | cells | " + " | ".join(MOVES) + " |\n| --- | ---: |" + " --- |" * len(MOVES), flush=True)
+    unequal = []
+    for (stage, option), cells in rows_of(chosen).items():
+        apart = differences(cells)
+        unequal += [f"{cell}: {values}" for cell, values in apart.items() if not is_equal(cell, values)]
+        print(f"| {stage}, {option} | {_row(apart)} |", flush=True)
+    print(f"{len(chosen)} cells, {len(unequal)} not equal", *unequal, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Where a packed set lies, and how the bytes of its files come from there.
 
 A location is a folder, ``http(s)://``, ``s3://`` or ``gs://`` through fsspec, or ``pipe:`` and a shell command. In it
-``{name}`` stands for the name of a file of the set; a location without it is a folder, and the name follows it.
+``{name}`` stands for the name of a file of the set; a location without it is a folder, and the name follows it. A
+command gets the name by its environment, so that it is one word in any quotes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import IO, Any, Protocol
 
+from piip_scale.data.reading.pipe_commands import NAME, VARIABLE, taking_name
 from piip_scale.errors import DataError
 
 PIPE = "pipe:"
-NAME = "{name}"
 
 Stop = threading.Event
 """Set when nobody waits for a transfer any more."""
@@ -37,7 +38,8 @@ _PIPE_BYTES = 1 << 20
 _POLL_S = 0.1
 # Statuses of a client's fault that may pass: a timeout, too early, too many requests.
 _PASSING = {408, 425, 429}
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+# No path, and nothing that a command takes for an option, however it is quoted.
+_FILE_NAME = re.compile(r"(?!-)(?!\.{1,2}\Z)[^/\0\ud800-\udfff]+")
 _NO_SUCH_COMMAND = (126, 127)
 _GCSFS_GRPC = "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"
 # What fsspec needs for each kind of location, and the extra of this package that brings it.
@@ -226,7 +228,7 @@ class PipeSource:
     """Files that a shell command writes to its standard output, as webdataset's ``pipe:`` does.
 
     Raises:
-        DataError: The command does not say where the file's name goes.
+        DataError: The command has no place for the file's name, or one where it could not stay one word.
     """
 
     resumes = False
@@ -239,11 +241,11 @@ class PipeSource:
                 rule=f"the command reads one file of the set; {NAME} stands for its name",
                 fix=f"write it as in {PIPE}curl -sf https://host/train/{NAME}",
             )
+        self._command = taking_name(location.removeprefix(PIPE))
 
     def stream(self, name: str, begin: int, num_bytes: int | None, stop: Stop) -> Iterator[bytes]:
         """As in ``Source``; always from the start."""
-        command = located(self.location.removeprefix(PIPE), _of_plain_letters(name))
-        with tempfile.TemporaryFile() as errors, _running(command, errors) as process:
+        with tempfile.TemporaryFile() as errors, _running(self._command, name, errors) as process:
             assert process.stdout is not None
             yield from self._output(process.stdout, stop)
             code = process.wait(self._stall_s)
@@ -266,17 +268,6 @@ class PipeSource:
                 elif time.monotonic() - last > self._stall_s:
                     raise TransferError(f"nothing came for {self._stall_s:g} s")
         raise StoppedError
-
-
-def _of_plain_letters(name: str) -> str:
-    """A file's name that means itself in a shell, quoted in any way or not at all.
-
-    The command is the user's, and may quote what stands for the name as it likes: quotes of ours could end its own, and
-    what followed would be run. Names of a set's files need none.
-    """
-    if not _PLAIN.fullmatch(name):
-        raise TransferError(f"its name {name!a} holds what a shell may take for something else", is_final=True)
-    return name
 
 
 def _first_line(error: Exception) -> str:
@@ -326,10 +317,13 @@ def _is_final(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _running(command: str, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _running(command: str, name: str, errors: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """A shell that does not outlive the block, nor what it started."""
+    if not _FILE_NAME.fullmatch(name):
+        raise TransferError(f"its name {name!a} is not that of a file in one folder", is_final=True)
     process = subprocess.Popen(
         ["/bin/sh", "-c", command],
+        env=os.environ | {VARIABLE: name},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=errors,
