@@ -78,7 +78,7 @@ def run_ranks(num_ranks: int, function, *args, timeout_s: float = 240):
 def _rank_main(results, rank: int, num_ranks: int, port: int, function, args) -> None:
     from piip_scale.engine.zero.setup import init_distributed
 
-    # DeepSpeed collects garbage whenever it reports memory, 20 times an engine: each time through all that was imported.
+    # DeepSpeed collects garbage for each report of memory, 20 an engine: each time through all that was imported.
     gc.freeze()
     try:
         torch.set_num_threads(1)
