@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures how samples are read and augmented; ``--record`` puts the Markdown into data.md."""
+"""Measures how samples are read and augmented, and results of large images made; ``--record`` puts the Markdown into data.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import aspect, loading, mask_targets, streaming, throughput
+from sections import aspect, large_masks, loading, mask_targets, streaming, throughput
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Memory": loading.memory_section,
     "Aspect": aspect.section,
     "Streaming": streaming.section,
+    "Large masks": large_masks.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."
 

@@ -13,6 +13,7 @@ import pycocotools.mask as coco_mask
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from piip_scale.data.reading.mask_checks import mask_columns
 from piip_scale.tasks.base import Detections
 from piip_scale.tasks.lettering import Font, Lettering, lettering
 
@@ -205,8 +206,19 @@ def _scaled(image: Pixels, style: DrawingStyle) -> Image.Image:
 
 
 def _paint_mask(picture: Image.Image, rle: dict[str, object], colour: Rgb) -> None:
-    mask = Image.fromarray(coco_mask.decode(rle) * round(255 * _MASK_OPACITY))
-    picture.paste(colour, (0, 0), mask.resize(picture.size, Image.Resampling.BILINEAR))
+    """Blends a mask into the picture, reading no more columns of it than it covers."""
+    (height, width), (left, _, across, _) = rle["size"], coco_mask.toBbox(rle)  # type: ignore[misc]  # COCO's lists
+    if not across:
+        return
+    scale = picture.width / width
+    # How far pixels of one side reach into those of the other, in px of the mask.
+    reach = max(1, 1 / scale)
+    first = max(math.floor((left - reach) * scale), 0)
+    last = min(math.ceil((left + across + reach) * scale), picture.width)
+    begin, end = max(math.floor(first / scale - reach), 0), min(math.ceil(last / scale + reach), width)
+    mask = Image.fromarray(mask_columns(rle, begin, end) * np.uint8(round(255 * _MASK_OPACITY)))
+    box = (first / scale - begin, 0, min(last / scale, width) - begin, height)
+    picture.paste(colour, (first, 0), mask.resize((last - first, picture.height), Image.Resampling.BILINEAR, box))
 
 
 def _free_place(

@@ -13,6 +13,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import mmcv.ops  # noqa: E402
 import mmdet.models  # noqa: E402 - registers mmdet's modules
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead  # noqa: E402
 from mmdet.registry import MODELS, TASK_UTILS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmdet.structures.mask import BaseInstanceMasks, BitmapMasks, PolygonMasks  # noqa: E402
@@ -44,6 +45,7 @@ __all__ = [
     "ConfigDict",
     "DefaultScope",
     "DetDataSample",
+    "FCNMaskHead",
     "InstanceData",
     "MMLogger",
     "PolygonMasks",

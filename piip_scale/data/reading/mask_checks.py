@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -117,6 +118,15 @@ def box_of(segmentation: Any) -> list[float] | None:
     return box if min(box[2:]) > 0 else None
 
 
+def mask_columns(segmentation: Any, begin: int, end: int) -> Array:
+    """Some columns of a checked mask of compressed run lengths, 0 and 1, uint8 (H, end - begin)."""
+    height = int(segmentation["size"][0])
+    edges = np.cumsum(run_lengths(segmentation["counts"])).clip(begin * height, end * height)
+    lengths = np.diff(edges, prepend=begin * height)
+    columns = np.repeat(np.arange(len(lengths), dtype=np.uint8) & 1, lengths)
+    return columns.reshape(end - begin, height).T
+
+
 def _checked_runs(value: dict[str, Any], height_px: int, width_px: int) -> dict[str, Any]:
     size, counts = value.get("size"), value.get("counts")
     if not (isinstance(size, list) and len(size) == 2 and size == [height_px, width_px]):
@@ -129,16 +139,21 @@ def _checked_runs(value: dict[str, Any], height_px: int, width_px: int) -> dict[
     return checked
 
 
-def _compressed(counts: list[Any], height_px: int, width_px: int) -> str:
+def compressed_runs(counts: Sequence[int] | Array, height_px: int, width_px: int) -> str:
+    """Run lengths that fill an image as COCO's text: pixels outside, inside, outside, ... by columns."""
     from pycocotools import mask as coco_mask
 
+    packed = coco_mask.frPyObjects({"size": [height_px, width_px], "counts": counts}, height_px, width_px)
+    return str(packed["counts"].decode("ascii"))
+
+
+def _compressed(counts: list[Any], height_px: int, width_px: int) -> str:
     if not all(_is_count(count) for count in counts):
         raise ValueError("its run lengths are not whole numbers from 0")
     numbers = [int(count) for count in counts]
     if sum(numbers) != height_px * width_px:
         raise ValueError(f"its run lengths add up to {sum(numbers)} px, the image has {height_px * width_px}")
-    packed = coco_mask.frPyObjects({"size": [height_px, width_px], "counts": numbers}, height_px, width_px)
-    return str(packed["counts"].decode("ascii"))
+    return compressed_runs(numbers, height_px, width_px)
 
 
 def _check_sum(numbers: Array, height_px: int, width_px: int) -> None:

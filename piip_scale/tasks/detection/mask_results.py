@@ -1,4 +1,4 @@
-"""Masks of whole images, pasted and encoded a few at a time: all of them at once are 4 bytes a mask and pixel."""
+"""Masks of whole images as run lengths, made inside their boxes: an image's size costs no time and no memory."""
 
 from __future__ import annotations
 
@@ -7,32 +7,119 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pycocotools.mask as coco_mask
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from piip_scale.data.reading.mask_checks import compressed_runs
+from piip_scale.errors import ConfigError
+from piip_scale.tasks.mmlab import FCNMaskHead
+
 Rle = dict[str, object]
+Positions = npt.NDArray[np.int64]
 
 _PIXELS_AT_ONCE = 1 << 24
-"""Of the masks that are pasted together: some 50 of COCO's images, one of a photograph."""
+"""Of the masks of heads that have whole ones: some 50 of COCO's images, one of a photograph."""
+
+# Of a box, sampled and searched in one go. On a CPU more would not fit into its caches; a GPU waits for launches.
+_CPU_STRIP_PX, _GPU_STRIP_PX = 1 << 19, 1 << 24
 
 
 def encode_when_pasted(detector: nn.Module) -> None:
     """Has mask heads return run lengths of masks in place of the masks.
 
     ``_predict_by_feat_single`` is where mmdet (3.3.0) pastes an image's masks, and every mask head it has inherits it
-    or the way it is called; it has no option for less than all of them. What it returns goes into the results as it is.
+    or the way it is called; it has no option for less than whole images. What it returns goes into the results as it
+    is.
 
     Args:
         detector: Of mmdet, changed in place.
+
+    Raises:
+        ConfigError: Masks are cut at a score that is none.
     """
     for module in detector.modules():
+        _check_threshold(getattr(module, "test_cfg", None) or {})
         paste = getattr(module, "_predict_by_feat_single", None)
-        if paste is not None and hasattr(module, "loss_mask"):
-            module._predict_by_feat_single = partial(_pasted, paste)  # type: ignore[assignment]  # a plain attribute
+        if paste is None or not hasattr(module, "loss_mask"):
+            continue
+        is_fcn = isinstance(module, FCNMaskHead) and paste.__func__ is FCNMaskHead._predict_by_feat_single
+        encode = partial(_encoded_in_boxes, module.class_agnostic) if is_fcn else partial(_encoded_whole, paste)
+        module._predict_by_feat_single = encode  # type: ignore[assignment]  # a plain attribute
 
 
-def _pasted(
+def encode_masks(masks_NHW: Tensor) -> list[Rle]:
+    """COCO run-length dicts of boolean masks, their counts as text."""
+    return [_encoded(mask) for mask in masks_NHW.to(torch.uint8).cpu().numpy()]
+
+
+def paste_and_encode(scores_HW: Tensor, box_xyxy_px: Tensor, size_px: tuple[int, int], threshold: float) -> Rle:
+    """The run lengths of a mask that was predicted on a grid over a box.
+
+    Scores are interpolated at the centres of pixels, in the box and one pixel around it, as mmdet does on CPUs; it
+    takes strips of columns, of which each pixel is what it is in the whole.
+
+    Args:
+        scores_HW: float32, 0 to 1.
+        box_xyxy_px: What the grid covers, in px of the image, float32 (4,), on the same device.
+        size_px: Height and width of the image.
+        threshold: The least score of a pixel inside.
+
+    Returns:
+        COCO's ``{"size", "counts"}``.
+    """
+    height, width = size_px
+    left, top, right, bottom = box_xyxy_px.tolist()
+    rows, columns = _pixels_around(top, bottom, height), _pixels_around(left, right, width)
+    strip = max(1, (_GPU_STRIP_PX if scores_HW.is_cuda else _CPU_STRIP_PX) // max(1, len(rows)))
+    positions = [
+        _changes(_pasted(scores_HW, box_xyxy_px, rows, some) >= threshold, rows, some, height)
+        for some in (columns[start : start + strip] for start in range(0, len(columns), strip))
+    ]
+    return {"size": [height, width], "counts": _counts(positions, height, width)}
+
+
+def _check_threshold(settings: dict[str, Any]) -> None:
+    threshold = settings.get("mask_thr_binary", 0.5)
+    if not 0 < threshold <= 1:
+        raise ConfigError(
+            "mask_thr_binary of the detector",
+            value=threshold,
+            rule="a pixel belongs to a mask from this score on, above 0 and up to 1",
+            fix="correct test_cfg.rcnn.mask_thr_binary in detector.overrides",
+        )
+
+
+def _encoded_in_boxes(
+    is_class_agnostic: bool,
+    mask_preds: Tensor,
+    bboxes: Tensor,
+    labels: Tensor,
+    img_meta: dict[str, Any],
+    rcnn_test_cfg: Any,
+    rescale: bool = False,
+    activate_map: bool = False,
+) -> list[Rle]:
+    """In place of mmdet's method of the same arguments; boxes are rescaled in place, as there."""
+    scale = bboxes.new_tensor(img_meta["scale_factor"]).repeat((1, 2))
+    height, width = img_meta["ori_shape"][:2]
+    if rescale:
+        bboxes /= scale
+    else:
+        horizontal, vertical = scale[0, :2].tolist()
+        width, height = round(width * horizontal), round(height * vertical)
+    scores = mask_preds if activate_map else mask_preds.sigmoid()
+    scores = scores[:, 0] if is_class_agnostic else scores[torch.arange(len(scores), device=scores.device), labels]
+    threshold = rcnn_test_cfg.mask_thr_binary
+    return [
+        paste_and_encode(grid.float(), box, (height, width), threshold)
+        for grid, box in zip(scores, bboxes, strict=True)
+    ]
+
+
+def _encoded_whole(
     paste: Callable[..., Tensor],
     mask_preds: Tensor,
     bboxes: Tensor,
@@ -51,9 +138,43 @@ def _pasted(
     return found
 
 
-def encode_masks(masks_NHW: Tensor) -> list[Rle]:
-    """COCO run-length dicts of boolean masks, their counts as text."""
-    return [_encoded(mask) for mask in masks_NHW.to(torch.uint8).cpu().numpy()]
+def _pixels_around(low: float, high: float, limit: int) -> range:
+    """Rows or columns of a box and one around it, inside the image."""
+    return range(max(int(np.floor(low)) - 1, 0), min(int(np.ceil(high)) + 1, limit))
+
+
+def _pasted(scores_HW: Tensor, box_xyxy_px: Tensor, rows: range, columns: range) -> Tensor:
+    """Scores at the centres of some of the image's pixels, float32 (rows, columns)."""
+    x, y = (_on_grid(pixels, *box_xyxy_px[axis::2]) for axis, pixels in enumerate((columns, rows)))
+    grid = torch.stack([x[None].expand(len(rows), -1), y[:, None].expand(-1, len(columns))], -1)
+    return F.grid_sample(scores_HW[None, None], grid[None], align_corners=False)[0, 0]
+
+
+def _on_grid(pixels: range, low: Tensor, high: Tensor) -> Tensor:
+    """Where centres of pixels lie between the edges of a box, -1 to 1."""
+    centres = torch.arange(pixels.start, pixels.stop, device=low.device).to(torch.float32) + 0.5
+    places = (centres - low) / (high - low) * 2 - 1
+    # Of a box without an extent, as mmdet has it.
+    return places.masked_fill_(places.isinf(), 0)
+
+
+def _changes(inside: Tensor, rows: range, columns: range, height: int) -> Positions:
+    """Positions, column by column, at which a run of pixels inside begins or ends, in turn; every column ends its."""
+    padded = F.pad(inside.T, (1, 1))
+    column, row = (padded[:, 1:] != padded[:, :-1]).nonzero(as_tuple=True)
+    positions: Positions = ((column + columns.start) * height + row + rows.start).cpu().numpy()
+    return positions
+
+
+def _counts(positions: list[Positions], height: int, width: int) -> str:
+    """Compressed run lengths; a run that goes on at the top of the next column is one."""
+    edges = np.concatenate([*positions, np.zeros(0, np.int64)])
+    goes_on = edges[1:-1:2] == edges[2::2]
+    is_edge = np.ones(len(edges), bool)
+    is_edge[1:-1:2], is_edge[2::2] = ~goes_on, ~goes_on
+    counts = np.diff(np.concatenate([[0], edges[is_edge], [height * width]]))
+    # The first run, of pixels outside, may have no length; the last has one.
+    return compressed_runs(counts[:-1] if len(counts) > 1 and not counts[-1] else counts, height, width)
 
 
 def _encoded(mask_HW: Any) -> Rle:
