@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures how samples are read and augmented, and results of large images made; ``--record`` puts the Markdown into data.md."""
+"""Measures reading and augmenting, and results of large images; ``--record`` puts the Markdown into data.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instance masks of large photographs: pasted whole as mmdet does and encoded, and made as run lengths in their boxes."""
+"""Instance masks of large photographs: pasted whole as mmdet does, and as run lengths made in their boxes."""
 
 from __future__ import annotations
 

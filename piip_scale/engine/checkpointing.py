@@ -16,7 +16,6 @@ from piip_scale.checkpoint.origin import STATE_FILE
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import images_per_step
-from piip_scale.engine.collective import on_main
 from piip_scale.engine.host_copy import HostCopies
 from piip_scale.engine.save_job import LAST_SECONDS, Progress, SaveFiles, SaveJob
 from piip_scale.engine.versions import STATE_FORMAT, versions
@@ -24,6 +23,7 @@ from piip_scale.engine.zero.deepspeed_api import Engine, real_shape
 from piip_scale.engine.zero.engine_files import engine_files
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
+from piip_scale.tasks.gathering import on_main
 from piip_scale.telemetry.records import SaveRecord
 from piip_scale.world import World
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piip_scale.errors import PiipError, RunError
-
-T = TypeVar("T")
+from piip_scale.errors import RunError
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -51,38 +49,6 @@ def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
             packed[:, index] = torch.stack([values[name].detach().float().reshape(()), packed.new_ones(())])
     dist.all_reduce(packed)
     return dict(zip(names, (packed[0] / packed[1]).tolist(), strict=True))
-
-
-def on_main(function: Callable[[], T]) -> T:
-    """Runs a function on rank 0 and gives every rank its result, or its error. Collective.
-
-    Args:
-        function: Returns something small that pickles.
-
-    Raises:
-        PiipError: What the function raised on rank 0, the same on every rank, so that nobody waits for the others. An
-            error of another type is raised on rank 0 as it is, and as a ``RunError`` on the others.
-    """
-    result: T
-    if dist.get_rank() == 0:
-        try:
-            result = function()
-        except Exception as error:
-            _send(None, error if isinstance(error, PiipError) else RunError(f"rank 0: {type(error).__name__}: {error}"))
-            raise
-        _send(result, None)
-        return result
-    box: list[Any] = [None, None]
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        box[1].is_echo = True
-        raise box[1]
-    result = box[0]
-    return result
-
-
-def _send(result: object, error: PiipError | None) -> None:
-    dist.broadcast_object_list([result, error], src=0)
 
 
 def count_collectives() -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from piip_scale.engine.collective import any_rank
 from piip_scale.engine.zero.deepspeed_api import Engine, begin_pass
-from piip_scale.tasks.base import Task
+from piip_scale.tasks.base import Metric, Task
+from piip_scale.tasks.gathering import LocalFault
 
 
 def evaluate(engine: Engine, task: Task, device: torch.device, goes_on: Callable[[], bool]) -> dict[str, float] | None:
@@ -25,18 +28,42 @@ def evaluate(engine: Engine, task: Task, device: torch.device, goes_on: Callable
 
     Returns:
         The metrics, or ``None`` where ``goes_on`` ended it.
+
+    Raises:
+        PiipError: A rank's data or predictions cannot be used, on every rank; on that one, an error of any type. What
+            the network itself raises is raised on its rank alone: the others are in the midst of its collectives.
     """
-    metric = task.build_metric()
     engine.eval()
-    with torch.no_grad(), warnings.catch_warnings():
-        # DeepSpeed's backward hooks sit on every module, also where there is no backward pass to hook.
-        warnings.filterwarnings("ignore", message="For backward hooks to be called")
-        for batch in task.val_batches():
-            if not goes_on():
-                engine.train()
-                return None
-            moved = batch.to(device)
-            begin_pass(engine)
-            metric.update(moved, engine.module.predict(moved))
-    engine.train()
-    return metric.compute()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # DeepSpeed's backward hooks sit on every module, also where there is no backward pass to hook.
+            warnings.filterwarnings("ignore", message="For backward hooks to be called")
+            metric = _predicted(engine, task, device, goes_on)
+    finally:
+        engine.train()
+    return None if metric is None else metric.compute()
+
+
+def _predicted(engine: Engine, task: Task, device: torch.device, goes_on: Callable[[], bool]) -> Metric | None:
+    """The metric with all predictions; ``None`` where ``goes_on`` ended it."""
+    fault, metric = LocalFault(), None
+    batches: Iterator[Any] = iter(())
+    with fault.caught():
+        metric, batches = task.build_metric(), iter(task.val_batches())
+    while True:
+        batch = None
+        with fault.caught():
+            batch = next(batches, None)
+            batch = None if batch is None else batch.to(device)
+        # A flag first: errors are seldom, and gathering objects takes a message for their lengths as well.
+        if any_rank(bool(fault), device):
+            fault.raise_together()
+        if batch is None:
+            return metric
+        if not goes_on():
+            return None
+        begin_pass(engine)
+        predictions = engine.module.predict(batch)
+        with fault.caught():
+            assert metric is not None
+            metric.update(batch, predictions)

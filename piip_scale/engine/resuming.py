@@ -15,7 +15,6 @@ from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import keep_images_per_step
 from piip_scale.engine.checkpointing import TrainingState
-from piip_scale.engine.collective import on_main
 from piip_scale.engine.versions import FROM_WEIGHTS, check_format, warn_of_other_versions
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.restoring import restore
@@ -24,6 +23,7 @@ from piip_scale.files import disk_errors
 from piip_scale.logging import get_logger
 from piip_scale.run.checkpoint_signs import sign_of_checkpoints
 from piip_scale.run.run_dir import RunDirectory
+from piip_scale.tasks.gathering import on_main
 
 _NAMES_SHOWN = 3
 

@@ -1,10 +1,14 @@
-"""Bringing together what the ranks found, for metrics."""
+"""Bringing together what the ranks found, for metrics: values, and errors that one rank alone met."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from piip_scale.errors import PiipError, RunError
 
 _Value = TypeVar("_Value")
 
@@ -26,3 +30,72 @@ def gathered(value: _Value) -> list[_Value]:
     values: list[_Value | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # each place is filled
+
+
+def on_main(function: Callable[[], _Value]) -> _Value:
+    """Runs a function on rank 0 and gives every rank its result, or its error. Collective.
+
+    Args:
+        function: Returns something small that pickles.
+
+    Raises:
+        PiipError: What the function raised on rank 0, the same on every rank, so that nobody waits for the others. An
+            error of another type is raised on rank 0 as it is, and as a ``RunError`` on the others.
+    """
+    fault = LocalFault()
+    results: list[_Value] = []
+    with fault.caught():
+        if is_main_rank():
+            results.append(function())
+    box = [results[0] if results else None, fault.to_send]
+    if is_distributed():
+        dist.broadcast_object_list(box, src=0)
+    fault.raise_any([box[1]])
+    return box[0]  # type: ignore[return-value]  # rank 0's
+
+
+class LocalFault:
+    """The error that this rank met between two collectives: kept until the others are there to hear of it.
+
+    A rank that raised at once would leave the others waiting in a collective that it never joins.
+    """
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    def __bool__(self) -> bool:
+        return self._error is not None
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Keeps an error of the block; of several the first."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - of any kind, since none may part the ranks
+            self._error = self._error or error
+
+    @property
+    def to_send(self) -> PiipError | None:
+        """What other ranks are to raise."""
+        if self._error is None or isinstance(self._error, PiipError):
+            return self._error
+        rank = dist.get_rank() if is_distributed() else 0
+        return RunError(f"rank {rank}: {type(self._error).__name__}: {self._error}")
+
+    def raise_together(self) -> None:
+        """Raises where any rank has an error: its own where this one has, else the lowest rank's. Collective.
+
+        Raises:
+            Exception: This rank's error, as it was.
+            PiipError: Another's, marked as an echo.
+        """
+        self.raise_any(gathered(self.to_send))
+
+    def raise_any(self, everyones: list[PiipError | None]) -> None:
+        """Raises this rank's error, or the first of others'."""
+        if self._error is not None:
+            raise self._error
+        for error in everyones:
+            if error is not None:
+                error.is_echo = True
+                raise error

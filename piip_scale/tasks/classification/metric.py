@@ -9,7 +9,7 @@ from pathlib import Path
 from piip_scale.data.batch import ClassificationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.tasks.classification.model import NUM_BEST, Classification
-from piip_scale.tasks.gathering import gathered, is_main_rank
+from piip_scale.tasks.gathering import gathered, on_main
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,11 @@ class AccuracyMetric:
         """Writes every image's class and best guesses, whole or not at all. Collective; rank 0 writes.
 
         Raises:
-            DataError: The disk is full, or the folder cannot be written.
+            DataError: The disk is full, or the folder cannot be written; on every rank.
         """
         merged = self._merged()
-        if is_main_rank():
-            entries = [{"image_id": number, **self._entry(merged[number])} for number in sorted(merged)]
-            write_bytes(path, json_bytes(entries))
+        entries = [{"image_id": number, **self._entry(merged[number])} for number in sorted(merged)]
+        on_main(lambda: write_bytes(path, json_bytes(entries)))
 
     def _entry(self, answer: _Answer) -> dict[str, object]:
         guesses = [self._classes[label] for label in answer.guesses]

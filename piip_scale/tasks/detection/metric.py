@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from piip_scale.data.batch import Batch
 from piip_scale.data.reading.files import json_bytes, write_bytes
@@ -16,7 +15,7 @@ from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.tasks.absences import absences
 from piip_scale.tasks.base import Detections
-from piip_scale.tasks.gathering import gathered, is_distributed, is_main_rank
+from piip_scale.tasks.gathering import gathered, on_main
 
 Result = dict[str, Any]
 
@@ -77,30 +76,24 @@ class CocoMetric:
 
         Collective: every rank calls it; rank 0 computes, and the result is the same on all.
 
+        Raises:
+            PiipError: Scoring failed, on every rank.
+
         Returns:
             ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_s``, ``box_ap_m``, ``box_ap_l``, and
             ``per_class/box_ap50/NAME`` for every class; with masks the same for ``mask_``.
         """
         results = self.results()
-        metrics: list[Any] = [None]
-        if is_main_rank():
-            metrics = [{key: value for part in self._parts for key, value in self._scores(part, results).items()}]
-            for line in absences(metrics[0]):
-                get_logger(__name__).info(line)
-        if is_distributed():
-            dist.broadcast_object_list(metrics, src=0)
-        scores: dict[str, float] = metrics[0]
-        return scores
+        return on_main(lambda: self._all_scores(results))
 
     def write_results(self, path: Path) -> None:
         """Writes ``results`` as a COCO results file, whole or not at all. Collective; rank 0 writes.
 
         Raises:
-            DataError: The disk is full, or the folder cannot be written.
+            DataError: The disk is full, or the folder cannot be written; on every rank.
         """
         results = self.results()
-        if is_main_rank():
-            write_bytes(path, json_bytes(results))
+        on_main(lambda: write_bytes(path, json_bytes(results)))
 
     def _with_mask(self, annotation: dict[str, Any]) -> dict[str, Any]:
         name = f"annotation {annotation['id']}"
@@ -122,6 +115,12 @@ class CocoMetric:
                 fix="pack the set again, or correct the heads that made it",
             ) from None
         return checked
+
+    def _all_scores(self, results: list[Result]) -> dict[str, float]:
+        scores = {key: value for part in self._parts for key, value in self._scores(part, results).items()}
+        for line in absences(scores):
+            get_logger(__name__).info(line)
+        return scores
 
     def _scores(self, part: str, results: list[Result]) -> dict[str, float]:
         from faster_coco_eval import COCO, COCOeval_faster

@@ -15,8 +15,9 @@ from torch import Tensor
 from piip_scale.data.batch import SegmentationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.data.reading.label_maps import IGNORED
+from piip_scale.errors import DataError
 from piip_scale.tasks.base import Segmentation
-from piip_scale.tasks.gathering import gathered, is_distributed, is_main_rank
+from piip_scale.tasks.gathering import gathered, is_distributed, on_main
 
 Counts = npt.NDArray[np.int64]
 
@@ -34,7 +35,11 @@ class SegmentationMetric:
         self._areas: dict[int, Counts] = {}
 
     def update(self, batch: SegmentationBatch, predictions: Sequence[Segmentation]) -> None:
-        """Adds one batch; an image seen before, as at a padded end, counts once."""
+        """Adds one batch; an image seen before, as at a padded end, counts once.
+
+        Raises:
+            DataError: A label is none of the classes.
+        """
         for found, truth, info in zip(predictions, batch.labels_BHW, batch.infos, strict=True):
             if found.image_id not in self._pairs:
                 height, width = info.original_size_px
@@ -42,6 +47,14 @@ class SegmentationMetric:
 
     def _add(self, found: Segmentation, truth: Tensor) -> None:
         known = truth != IGNORED
+        # Here and not where pixels are counted: that is between two collectives, where nothing may go wrong.
+        for labels, owner in ((truth[known], "label map"), (found.labels_HW, "prediction")):
+            if labels.numel() and int(labels.max()) >= len(self._classes):
+                raise DataError(
+                    f"{owner} of image {found.image_id}",
+                    value=int(labels.max()),
+                    rule=f"there are {len(self._classes)} classes, from 0",
+                )
         pairs = truth[known].long() * len(self._classes) + found.labels_HW[known].long()
         # An image holds few of the possible pairs: counts of all of them would fill the memory.
         places, numbers = np.unique(pairs.numpy(), return_counts=True)
@@ -88,14 +101,13 @@ class SegmentationMetric:
         """Writes the area of every class in every image, whole or not at all. Collective; rank 0 writes.
 
         Raises:
-            DataError: The disk is full, or the folder cannot be written.
+            DataError: The disk is full, or the folder cannot be written; on every rank.
         """
         merged: dict[int, Counts] = {}
         for part in gathered(self._areas):
             merged = part | merged
         entries = [{"image_id": image_id} | area_shares(merged[image_id], self._classes) for image_id in sorted(merged)]
-        if is_main_rank():
-            write_bytes(path, json_bytes(entries))
+        on_main(lambda: write_bytes(path, json_bytes(entries)))
 
 
 def area_shares(areas_px: Counts, classes: Sequence[str]) -> dict[str, Any]:
