@@ -48,6 +48,8 @@ _MAP_MODES = frozenset({"1", "L", "P", "I", "I;16", "I;16B", "I;16L"})
 # Lossy: the numbers of a map would come back as others.
 _LOSSY = frozenset({"JPEG", "MPO"})
 _JPEG_MARK, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+# What names EXIF data in formats that are common enough to be worth looking for it: Pillow decodes a whole PNG to ask.
+_EXIF_MARKS = {_JPEG_MARK: (b"Exif\0",), b"\x89PNG": (b"eXIf", b"Raw profile type exif", b"Raw profile type APP1")}
 _PIXELS_SURVIVE = "extraneous bytes before marker"
 # Pillow's limit is a global of its module, and one for all formats.
 _PILLOWS_LIMIT = threading.Lock()
@@ -79,9 +81,15 @@ def image_facts(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> I
         ImageError: It is no image that can be read, or has more than ``max_pixels``.
     """
     with _image_errors("image", name, content), _opened(content, name, max_pixels) as (image, notices):
-        orientation, flaw = _orientation_of(image)
+        orientation, flaw = _orientation_of(image) if may_be_turned(content) else (UPRIGHT, "")
         size_px = _stored_size(image, orientation)
         return ImageFacts(image.format or "", image.mode, size_px, orientation, flaw or _first_line(notices))
+
+
+def may_be_turned(content: bytes) -> bool:
+    """Whether an image file may hold an orientation, told without reading its header."""
+    marks = next((marks for start, marks in _EXIF_MARKS.items() if content.startswith(start)), (b"",))
+    return any(mark in content for mark in marks)
 
 
 def decode_image(

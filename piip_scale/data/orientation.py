@@ -14,6 +14,12 @@ UPRIGHT = 1
 Exif = Literal["auto", "apply", "stored"]
 """What becomes of an orientation in a file: turned, as stored, or by the size that annotations state."""
 
+Undecided = Literal["apply", "stored"]
+"""What becomes of an orientation that no size decides, by what the other images of its set show."""
+
+StatedSize = tuple[int | None, int | None]
+"""Height and width in px, either of which may not be stated."""
+
 _INVERSE = {6: 8, 8: 6}
 _SIDES_SWAPPED = frozenset({5, 6, 7, 8})
 
@@ -57,27 +63,43 @@ class Orientation:
     is_left: bool = False
 
 
-def resolve_orientation(facts: ImageFacts, exif: Exif, size_px: tuple[int, int] | None = None) -> Orientation:
+def resolve_orientation(
+    facts: ImageFacts, exif: Exif, size_px: StatedSize | None = None, undecided: Undecided | None = None
+) -> Orientation:
     """How an image is to be turned.
 
     Left to itself it follows the size that the annotations state, where only one of both fits. Where that decides
-    nothing the orientation is applied: it is what annotation tools and viewers show, and what OpenCV's readers, and
-    with them mmdet's and detectron2's, give.
+    nothing it follows the other images of its set, and without them the orientation is applied: it is what annotation
+    tools and viewers show, and what OpenCV's readers, and with them mmdet's and detectron2's, give.
 
     Args:
         facts: Of the file.
         exif: What the user asks for.
-        size_px: Height and width in the annotations; ``None`` where they state none.
+        size_px: Height and width in the annotations, as far as they state them.
+        undecided: What the other images of the set show; ``None`` where they show nothing.
     """
     own = facts.orientation
     if own == UPRIGHT:
         return Orientation(UPRIGHT)
     if exif != "auto":
         return Orientation(own) if exif == "apply" else Orientation(UPRIGHT, is_left=True)
-    fits_stored, fits_upright = size_px == facts.stored_size_px, size_px == facts.upright_size_px
-    if fits_stored and not fits_upright:
+    view = view_of_size(facts, size_px) or undecided
+    if view == "stored":
         return Orientation(UPRIGHT, is_left=True)
-    return Orientation(own, is_guess=not fits_upright or fits_stored)
+    return Orientation(own, is_guess=view is None)
+
+
+def view_of_size(facts: ImageFacts, size_px: StatedSize | None) -> Undecided | None:
+    """Which view of an image the size in its annotations is of: ``apply`` for the turned one; ``None`` for either."""
+    stated = size_px or (None, None)
+    fits_stored, fits_upright = (_fits(stated, size) for size in (facts.stored_size_px, facts.upright_size_px))
+    if fits_stored == fits_upright:
+        return None
+    return "stored" if fits_stored else "apply"
+
+
+def _fits(stated: StatedSize, size_px: tuple[int, int]) -> bool:
+    return all(side is None or side == own for side, own in zip(stated, size_px, strict=True))
 
 
 def turned(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:

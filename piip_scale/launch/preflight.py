@@ -87,8 +87,9 @@ def _try_data(config: Path, overrides: Sequence[str]) -> PiipError | None:
 
     try:
         run = load_config(config, overrides)
-        for shards in (run.data.train_shards, run.data.val_shards):
-            ShardSet.open(shards, run.data.classes, row_of(run.task).set_kind, run.data.cache)
+        data, kind = run.data, row_of(run.task).set_kind
+        for shards in (data.train_shards, data.val_shards):
+            ShardSet.open(shards, data.classes, kind, data.cache, data.max_pixels)
         check_pretrained(run.model)
     except PiipError as error:
         return error

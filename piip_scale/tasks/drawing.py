@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -205,9 +206,10 @@ def _scaled(image: Pixels, style: DrawingStyle) -> Image.Image:
     return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
 
 
-def _paint_mask(picture: Image.Image, rle: dict[str, object], colour: Rgb) -> None:
+def _paint_mask(picture: Image.Image, rle: dict[str, Any], colour: Rgb) -> None:
     """Blends a mask into the picture, reading no more columns of it than it covers."""
-    (height, width), (left, _, across, _) = rle["size"], coco_mask.toBbox(rle)  # type: ignore[misc]  # COCO's lists
+    height, width = rle["size"]
+    left, _, across, _ = coco_mask.toBbox(rle).tolist()
     if not across:
         return
     scale = picture.width / width

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -47,11 +47,12 @@ def on_main(function: Callable[[], _Value]) -> _Value:
     with fault.caught():
         if is_main_rank():
             results.append(function())
-    box = [results[0] if results else None, fault.to_send]
+    box: list[Any] = [results[0] if results else None, fault.to_send]
     if is_distributed():
         dist.broadcast_object_list(box, src=0)
     fault.raise_any([box[1]])
-    return box[0]  # type: ignore[return-value]  # rank 0's
+    result: _Value = box[0]
+    return result
 
 
 class LocalFault:

@@ -95,3 +95,91 @@ def test_label_maps_lie_on_the_image_of_their_size(tmp_path, apply):
         assert sample.labels.shape == sample.pixels.shape[:2]
         assert sample.labels[:2].all()
     assert not verify_shards(tmp_path / "set", workers=1).problems
+
+
+def pack_boxes(tmp_path, orientations, sizes, **options):
+    """A COCO set of photographs of such orientations, and of such sizes in its annotations."""
+    folder = tmp_path / "images"
+    folder.mkdir(parents=True)
+    entries = []
+    for number, (orientation, size_px) in enumerate(zip(orientations, sizes, strict=True)):
+        pixels = photo(number)[:16, :16] if size_px == (16, 16) else photo(number)
+        content = encoded(pixels, "JPEG", orientation=orientation, quality=95)
+        (folder / f"{number}.jpg").write_bytes(content)
+        height, width = size_px
+        entries.append({"id": number, "file_name": f"{number}.jpg", "height": height, "width": width})
+    notes = [
+        {"id": number, "image_id": number, "category_id": 1, "bbox": [1, 2, 3, 4]} for number in range(len(entries))
+    ]
+    root = {"images": entries, "annotations": notes, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "ann.json").write_text(json.dumps(root))
+    how = PackOptions(workers=1, **options)
+    manifest = pack_coco(tmp_path / "ann.json", folder, tmp_path / "set", how=how)
+    shards = ShardSet.open(tmp_path / "set")
+    return [shards.read(number).orientation for number in range(len(shards))], manifest.made_with
+
+
+STORED, TURNED, SQUARE = (HEIGHT, WIDTH), (WIDTH, HEIGHT), (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "orientations", "expected", "guessed", "message"),
+    [
+        (
+            [STORED, STORED, SQUARE],
+            (6, 3, 8),
+            [1, 1, 1],
+            False,
+            "2 of either by their size, which are left as they are",
+        ),
+        (
+            [TURNED, STORED, SQUARE],
+            (6, 3, 8),
+            [6, 3, 8],
+            False,
+            "2 of either by their size, which are turned, as the others",
+        ),
+        (
+            [STORED, STORED, SQUARE],
+            (1, 3, 8),
+            [1, 3, 8],
+            True,
+            "2 of either by their size, which are turned; --exif apply",
+        ),
+        (
+            [STORED, TURNED, SQUARE],
+            (6, 8, 3),
+            [1, 8, 3],
+            True,
+            "1 of the turned view, 1 of the stored one, 1 of either",
+        ),
+        ([(None, None), STORED, SQUARE], (6, 8, 3), [1, 1, 1], False, "1 of the stored one, 2 of either"),
+        ([(None, None), TURNED, SQUARE], (6, 8, 3), [6, 8, 3], False, "1 of the turned view, 2 of either"),
+    ],
+)
+def test_a_set_has_one_view_where_sizes_do_not_decide(
+    tmp_path, caplog, sizes, orientations, expected, guessed, message
+):
+    found, made_with = pack_boxes(tmp_path, orientations, sizes)
+    assert found == expected
+    assert message in caplog.text
+    assert made_with.get("undecided") == ("stored" if expected[1] == 1 else None)
+    guesses = [line for line in caplog.messages if "are its annotations of that view?" in line]
+    assert bool(guesses) == (
+        made_with.get("undecided") is None and "as the others" not in caplog.text and 6 not in found
+    )
+
+
+def test_a_set_without_orientations_is_not_spoken_of(tmp_path, caplog):
+    found, made_with = pack_boxes(tmp_path, (1, 1), [STORED, STORED])
+    assert (found, "undecided" in made_with, caplog.messages) == ([1, 1], False, [])
+
+
+def test_label_maps_of_stored_views_decide_for_those_of_half_turns(tmp_path):
+    images, maps = write_photos(tmp_path / "images"), tmp_path / "maps"
+    maps.mkdir()
+    for number in range(4):
+        PIL.Image.new("L", (WIDTH, HEIGHT), number % 2).save(maps / f"{number}.png")
+    pack_label_maps(images, maps, tmp_path / "set", classes=("a", "b"), how=PackOptions(workers=1))
+    shards = ShardSet.open(tmp_path / "set")
+    assert [shards.read(number).orientation for number in range(4)] == [1] * 4

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from piip_scale.data.orientation import Exif
+from piip_scale.data.images import MAX_PIXELS
+from piip_scale.data.orientation import Exif, Undecided
 from piip_scale.data.packing.coco_entries import read_categories, read_entries
 from piip_scale.data.packing.coco_file import load_coco_json as load_coco_json
 from piip_scale.data.packing.coco_file import split_coco as split_coco
@@ -47,7 +48,8 @@ class CocoSet:
         has_masks: Every annotation has a segmentation.
         num_clipped: Boxes that stuck out and were clipped.
         num_dropped: Boxes of which nothing was left (only with ``clip_boxes``).
-        num_other: Of what else was done to annotations, how often.
+        num_other: Of what else was done to annotations and images, how often.
+        undecided: What becomes of an orientation in a file that no size decides.
     """
 
     images: tuple[CocoImage, ...]
@@ -56,6 +58,7 @@ class CocoSet:
     num_clipped: int
     num_dropped: int
     num_other: Mapping[str, int] = field(default_factory=dict)
+    undecided: Undecided | None = None
 
 
 def read_coco(
@@ -68,6 +71,7 @@ def read_coco(
     clip_boxes: bool = False,
     boxes_only: bool = False,
     exif: Exif = "auto",
+    max_pixels: int = MAX_PIXELS,
     problems: Problems | None = None,
 ) -> CocoSet:
     """Reads a COCO file and checks it against its image folder, without opening the images.
@@ -80,7 +84,8 @@ def read_coco(
         drop_unused: Leave out classes that no annotation has.
         clip_boxes: Clip boxes that stick out by any amount and drop those of which nothing is left.
         boxes_only: Leave masks out.
-        exif: What becomes of orientations in files, where the size is taken from them.
+        exif: What becomes of orientations in files.
+        max_pixels: Images of more are refused.
         problems: Takes what is wrong; raised here where not given.
 
     Raises:
@@ -94,7 +99,8 @@ def read_coco(
         )
     categories = read_categories(root, annotations, classes, subset=subset, drop_unused=drop_unused)
     folder = ImageFolder(images)
-    entries = read_entries(root, annotations, folder, gathered, exif)
+    found = read_entries(root, annotations, folder, gathered, exif, max_pixels)
+    entries = found.images
     checker = NoteChecker(annotations, categories, gathered, clip_boxes=clip_boxes, boxes_only=boxes_only)
     image_ids = {whole_number(image.get("id")) for image in root["images"]}
     by_image = checker.by_image(root["annotations"], entries, image_ids)
@@ -105,18 +111,21 @@ def read_coco(
         CocoImage(entry.image_id, entry.name, *entry.size_px, entry.num_bytes, tuple(by_image[entry.image_id]))
         for entry in entries
     )
-    _log(annotations, checker.report(), folder.num_respelled, categories.unused)
+    _log(annotations, checker.report(), folder.num_respelled, found.num_sized, categories.unused)
     done = checker.done
     other = {f"num_{key}": done[key] for key in sorted(done) if done[key] and key not in ("clipped", "dropped")}
-    return CocoSet(made, categories.chosen, has_masks, done["clipped"], done["dropped"], other)
+    other |= {"num_sized": found.num_sized} if found.num_sized else {}
+    return CocoSet(made, categories.chosen, has_masks, done["clipped"], done["dropped"], other, found.undecided)
 
 
-def _log(annotations: Path, done: str, num_respelled: int, unused: Sequence[str]) -> None:
+def _log(annotations: Path, done: str, num_respelled: int, num_sized: int, unused: Sequence[str]) -> None:
     logger = get_logger(__name__)
     if done:
         logger.warning("%s: %s", annotations, done)
     if num_respelled:
         logger.warning("%s: found %d images under another spelling of their names", annotations, num_respelled)
+    if num_sized:
+        logger.warning("%s: took the sizes of %d images from their files", annotations, num_sized)
     if unused:
         logger.warning("%s: left out categories of no annotation that share a name: %s", annotations, ", ".join(unused))
 

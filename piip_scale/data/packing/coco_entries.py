@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from piip_scale.data.images import image_facts, read_file
-from piip_scale.data.orientation import Exif, oriented_size, resolve_orientation
+from piip_scale.data.images import MAX_PIXELS
+from piip_scale.data.orientation import Exif, StatedSize, Undecided
 from piip_scale.data.packing.coco_file import file_error, is_text, unique_ids
-from piip_scale.data.packing.door import check_file_name, chosen_classes, class_name, stored_name, whole_number
+from piip_scale.data.packing.door import ClassNames, check_file_name, chosen_classes, stored_name, whole_number
 from piip_scale.data.packing.finding import ImageFolder, is_below
+from piip_scale.data.packing.image_views import views_of
 from piip_scale.data.packing.problems import Problems
 from piip_scale.errors import DataError
 
@@ -31,6 +34,21 @@ class Entry:
     name: str
     size_px: tuple[int, int]
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The images of a set.
+
+    Attributes:
+        images: In the file's order.
+        undecided: What becomes of an orientation that no size decides.
+        num_sized: Images whose size was not stated, or one side of it.
+    """
+
+    images: tuple[Entry, ...]
+    undecided: Undecided | None
+    num_sized: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,8 @@ def read_categories(
         DataError: A category has no id or name of its own, or the classes are not among them.
     """
     by_id = unique_ids(root["categories"], "category", annotations)
-    names = {key: class_name(entry.get("name"), f"category {key} of {annotations}") for key, entry in by_id.items()}
+    door = ClassNames()
+    names = {key: door.cleaned(entry.get("name"), f"category {key} of {annotations}") for key, entry in by_id.items()}
     used = {whole_number(note.get("category_id")) for note in root["annotations"]}
     counts = Counter(names.values())
     # Roboflow's files name the whole set as a category 0 of no annotation, at times as one of its classes.
@@ -94,44 +113,82 @@ def _chosen(classes: Sequence[str], names: Collection[str], annotations: Path, s
 
 
 def read_entries(
-    root: dict[str, Any], annotations: Path, folder: ImageFolder, problems: Problems, exif: Exif = "auto"
-) -> list[Entry]:
+    root: dict[str, Any],
+    annotations: Path,
+    folder: ImageFolder,
+    problems: Problems,
+    exif: Exif = "auto",
+    max_pixels: int = MAX_PIXELS,
+) -> Entries:
     """The images of a file that are there, in its order; what is wrong with others goes to ``problems``.
 
     Raises:
         DataError: One has no id, or another's.
     """
-    entries = []
+    found = []
     for image_id, image in unique_ids(root["images"], "image", annotations).items():
         with problems.collected("image"):
-            entries.append(_entry(image_id, image, annotations, folder, exif))
+            name, num_bytes = _found(image_id, image, annotations, folder)
+            found.append(_Found(image_id, name, num_bytes, _stated_size(image_id, image, annotations)))
+    found = _each_file_once(found, annotations, problems)
+    views = views_of(
+        ((folder.path / each.name, partial(_same, each.stated)) for each in found), exif, max_pixels, str(annotations)
+    )
+    entries = []
+    for each in found:
+        with problems.collected("image"):
+            owner = f"{annotations}: image {each.image_id}"
+            size_px = views.size_px(folder.path / each.name, each.stated, owner)
+            entries.append(Entry(each.image_id, each.name, size_px, each.num_bytes))
+    return Entries(tuple(entries), views.undecided, sum(None in each.stated for each in found))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An image whose file is there, of a size that may not be stated."""
+
+    image_id: int
+    name: str
+    num_bytes: int
+    stated: StatedSize
+
+
+def _same(stated: StatedSize) -> StatedSize:
+    return stated
+
+
+def _each_file_once(found: Sequence[_Found], annotations: Path, problems: Problems) -> list[_Found]:
     by_name = defaultdict(list)
-    for entry in entries:
-        by_name[entry.name].append(entry)
+    for each in found:
+        by_name[each.name].append(each)
     doubles = {name for name, of_name in by_name.items() if len(of_name) > 1}
     for name in sorted(doubles):
-        ids = [entry.image_id for entry in by_name[name]]
+        ids = [each.image_id for each in by_name[name]]
         with problems.collected("image"):
             raise DataError(
                 f"{annotations}: images {', '.join(map(str, ids[:5]))} are one file, {stored_name(name)}",
                 rule="its objects would be split over them, and each would train without the others'",
                 fix="give them one id",
             )
-    return [entry for entry in entries if entry.name not in doubles]
+    return [each for each in found if each.name not in doubles]
 
 
-def _entry(image_id: int, image: dict[str, Any], annotations: Path, folder: ImageFolder, exif: Exif) -> Entry:
-    size = tuple(whole_number(image.get(side), least=1) for side in ("height", "width"))
-    stated = [image.get(side) for side in ("height", "width")]
-    found = _found(image_id, image, annotations, folder)
-    if None in size and all(value in (None, 0, "") for value in stated):
-        size = _size_of_file(folder.path / found[0], exif) or size
-    height, width = size
-    if height is None or width is None:
-        raise file_error(
-            annotations, f"has height, width {tuple(stated)} at image {image_id}", "both are positive integers"
-        )
-    return Entry(image_id, found[0], (height, width), found[1])
+def _stated_size(image_id: int, image: dict[str, Any], annotations: Path) -> StatedSize:
+    """Height and width as far as the file states them: many tools leave them out, or at 0."""
+    stated = image.get("height"), image.get("width")
+    height, width = (whole_number(value, least=1) for value in stated)
+    for value, side in zip(stated, (height, width), strict=True):
+        if side is None and not _is_missing(value):
+            raise file_error(
+                annotations, f"has height, width {stated} at image {image_id}", "both are positive integers"
+            )
+    return height, width
+
+
+def _is_missing(value: object) -> bool:
+    is_blank = value is None or value == 0 or (isinstance(value, str) and value.strip() in ("", "0", "null", "None"))
+    # pandas writes NaN where it has nothing.
+    return is_blank or (isinstance(value, float) and math.isnan(value))
 
 
 def _found(image_id: int, image: dict[str, Any], annotations: Path, folder: ImageFolder) -> tuple[str, int]:
@@ -161,12 +218,3 @@ def _names(image: dict[str, Any], owner: str) -> list[str]:
     # LVIS names no file, but where COCO has it: train2017/000000000001.jpg.
     path = check_file_name(urlparse(image["coco_url"]).path.lstrip("/"), owner)
     return [path, path.rpartition("/")[2]] if "/" in path else [path]
-
-
-def _size_of_file(path: Path, exif: Exif) -> tuple[int, int] | None:
-    try:
-        facts = image_facts(read_file(path), str(path))
-    # What is wrong with it shows when it is packed.
-    except DataError:
-        return None
-    return oriented_size(facts.stored_size_px, resolve_orientation(facts, exif).number)

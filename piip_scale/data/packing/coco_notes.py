@@ -120,11 +120,14 @@ class NoteChecker:
         return {"area": area, "iscrowd": int(is_crowd or is_flagged or is_empty)}
 
     def _flag(self, note: dict[str, Any], name: str, key: int) -> bool:
-        # Of the text "0" Python would make a crowd, which training leaves out.
         value = note.get(name)
-        if value not in (0, 1, None):
+        if isinstance(value, bool) or value is None:
+            return bool(value)
+        # Of the text "0" Python would make a crowd, which training leaves out.
+        number = whole_number(value)
+        if number not in (0, 1):
             raise self._error(f"annotation {key} has {name} {value!r}", "it is 0 or 1")
-        return bool(value)
+        return bool(number)
 
     def _box(self, note: dict[str, Any], key: int, image: Entry, mask: Any) -> list[float] | None:
         box = note.get("bbox")

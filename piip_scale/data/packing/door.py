@@ -24,43 +24,62 @@ _ENCODINGS = (
 )
 """By their marks at the start of a file; UTF-32's begins like UTF-16's, and is tried before it."""
 
-_logged: set[tuple[str, str]] = set()
-
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _BREAKS = re.compile(r"\s*[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
-def class_name(value: object, owner: str) -> str:
-    """A class's name on one line, in composed letters (NFC).
+class ClassNames:
+    """Cleans the class names of one set, and logs each that it changes once: VOC's many files may hold the same."""
 
-    Args:
-        value: As it stands in the input.
-        owner: Where, for the message.
+    def __init__(self) -> None:
+        self._logged: set[tuple[str, str]] = set()
 
-    Raises:
-        DataError: It is no text, is empty, or holds characters that cannot be shown.
-    """
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if isinstance(text, str):
-        # macOS writes names decomposed: the same class would be two.
-        text = unicodedata.normalize("NFC", _BREAKS.sub(" ", text.replace("\ufeff", "")).strip())
-        if text and len(text) <= MAX_NAME_LETTERS and not any(map(is_unseen, text)):
-            if not isinstance(value, int) and text != value:
-                _log_cleaned(str(value), text, owner)
-            return text
-    raise DataError(
-        f"class name in {owner}",
-        value=value[:100] if isinstance(value, str) else value,
-        rule=f"it is text of 1 to {MAX_NAME_LETTERS} letters, none of them a control character or half of a pair",
-        fix="correct it",
-    )
+    def cleaned(self, value: object, owner: str) -> str:
+        """A class's name on one line, in composed letters (NFC).
+
+        Args:
+            value: As it stands in the input.
+            owner: Where, for the message.
+
+        Raises:
+            DataError: It is no text, is empty, or holds characters that cannot be shown.
+        """
+        text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        name = _on_one_line(text) if isinstance(text, str) else ""
+        if not name:
+            raise DataError(
+                f"class name in {owner}",
+                value=value[:100] if isinstance(value, str) else value,
+                rule=f"it is text of 1 to {MAX_NAME_LETTERS} letters, none of them a control character or half of a "
+                "pair",
+                fix="correct it",
+            )
+        if isinstance(value, str):
+            self._log(value, name, owner)
+        return name
+
+    def of_folder(self, name: str, owner: str) -> str:
+        """The class that a folder names; bytes of its name that are no UTF-8 become escapes.
+
+        Raises:
+            DataError: As ``cleaned``.
+        """
+        stored = stored_name(name)
+        if stored != name:
+            self._log(name, stored, owner)
+        return self.cleaned(stored, owner)
+
+    def _log(self, value: str, name: str, owner: str) -> None:
+        if name != value and (value, name) not in self._logged:
+            self._logged.add((value, name))
+            get_logger(__name__).warning(f"class name in {owner}: {value!a} is written {name!a}")
 
 
-def _log_cleaned(value: str, text: str, owner: str) -> None:
-    # Of VOC's many files each may hold the same name: once is enough.
-    if (value, text) not in _logged:
-        _logged.add((value, text))
-        get_logger(__name__).warning(f"class name in {owner}: {value!a} is written {text!a}")
+def _on_one_line(text: str) -> str:
+    """The name that a text holds; empty where it cannot be one."""
+    # macOS writes names decomposed: the same class would be two.
+    name = unicodedata.normalize("NFC", _BREAKS.sub(" ", text.replace("\ufeff", "")).strip())
+    return name if len(name) <= MAX_NAME_LETTERS and not any(map(is_unseen, name)) else ""
 
 
 def class_names(values: Iterable[object], owner: str) -> tuple[str, ...]:
@@ -69,7 +88,8 @@ def class_names(values: Iterable[object], owner: str) -> tuple[str, ...]:
     Raises:
         DataError: One is none, or two are the same once they are cleaned.
     """
-    names = tuple(class_name(value, owner) for value in values)
+    door = ClassNames()
+    names = tuple(door.cleaned(value, owner) for value in values)
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
         raise DataError(f"class names of {owner}", value=twice[:5], rule="each must be named once")
     return names

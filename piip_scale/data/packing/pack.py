@@ -61,6 +61,7 @@ def pack_coco(
         clip_boxes=clip_boxes,
         boxes_only=boxes_only,
         exif=how.exif,
+        max_pixels=how.max_pixels,
         problems=problems,
     )
     asked = {"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)} | _if_set(
@@ -112,6 +113,7 @@ def pack_voc(
         subset=subset,
         clip_boxes=clip_boxes,
         exif=how.exif,
+        max_pixels=how.max_pixels,
         problems=problems,
     )
     asked = {"clip_boxes": clip_boxes, "classes": list(classes)} | _if_set({"subset": subset})
@@ -135,6 +137,7 @@ def _facts(found: CocoSet, options: dict[str, Any], source: dict[str, Any]) -> S
         options,
         source | {"num_clipped": found.num_clipped, "num_dropped": found.num_dropped, **found.num_other},
         _counts(found),
+        undecided=found.undecided,
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from piip_scale.data.packing.door import (
+    ClassNames,
     check_file_name,
     chosen_classes,
-    class_name,
     class_names,
     read_lines,
     stored_name,
@@ -75,8 +75,9 @@ def _folders_by_class(folder: Path) -> dict[str, str]:
         raise DataError("image folder not found", value=str(folder), rule="it holds a folder for each class")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     by_class: dict[str, str] = {}
+    door = ClassNames()
     for name in names:
-        cleaned = class_name(name, f"folder {folder}")
+        cleaned = door.of_folder(name, f"folder {folder}")
         if cleaned in by_class:
             raise DataError(
                 f"two folders of {folder} name one class", value=[by_class[cleaned], name], fix="rename one of them"
@@ -160,7 +161,8 @@ def _pack(
     counts: Counts = Counter()
     for item, label in items:
         counts[label, ""] += item.num_annotations
-    facts = SetFacts("classification", categories, False, options={}, source=source, counts=counts)
+    # Of a class any view is one: what can be turned is, without a question.
+    facts = SetFacts("classification", categories, False, {}, source, counts, undecided="apply")
     return pack_items([item for item, _ in items], out, facts, how, problems)
 
 

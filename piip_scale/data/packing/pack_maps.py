@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+from piip_scale.data.images import image_facts, read_file
+from piip_scale.data.orientation import StatedSize
 from piip_scale.data.packing.door import class_names, stored_name
+from piip_scale.data.packing.image_views import StatedOf, views_of
 from piip_scale.data.packing.pack_classes import mixed
 from piip_scale.data.packing.pack_plan import LabelMap, PackItem
 from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
@@ -52,6 +56,7 @@ def pack_label_maps(
     _check_classes(classes)
     names = class_names(classes, f"label maps in {label_maps}")
     pairs = _pairs(images, label_maps, problems)
+    views = views_of(_stated(images, label_maps, pairs, how.max_pixels), how.exif, how.max_pixels, str(images))
     facts = SetFacts(
         "segmentation",
         tuple(Category(id=label, name=name) for label, name in enumerate(names)),
@@ -59,6 +64,7 @@ def pack_label_maps(
         options={"reduce_zero_label": reduce_zero_label},
         source={"images": stored_name(images.name), "label_maps": stored_name(label_maps.name)},
         reduce_zero_label=reduce_zero_label,
+        undecided=views.undecided,
     )
     rule = MapRule(len(names), reduce_zero_label)
     items = list(_items(images, label_maps, pairs, rule, problems))
@@ -126,6 +132,15 @@ def _maps_by_photo(photos: Sequence[str], maps: Sequence[str], problems: Problem
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _stated(images: Path, label_maps: Path, pairs: Sequence[_Pair], max_pixels: int) -> Iterator[tuple[Path, StatedOf]]:
+    """Images, and the sizes of their label maps, which are drawn on one view of them."""
+
+    def size_of(path: Path) -> StatedSize:
+        return image_facts(read_file(path), str(path), max_pixels=max_pixels).stored_size_px
+
+    return ((images / photo, partial(size_of, label_maps / label_map)) for photo, label_map in pairs)
 
 
 def _items(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from piip_scale.data.images import MAX_PIXELS
-from piip_scale.data.orientation import Exif
+from piip_scale.data.orientation import Exif, Undecided
 from piip_scale.data.reading.files import json_bytes
 from piip_scale.data.reading.manifest import FORMAT_VERSION, MapRule, shard_name
 
@@ -68,17 +68,20 @@ class Reading:
         exif: What becomes of an orientation in a file.
         max_pixels: Images of more are refused.
         skip_broken: Samples that cannot be used are left out.
+        undecided: What becomes of an orientation that no size decides, where the rest of the set shows it.
     """
 
     jpeg_quality: int | None = None
     exif: Exif = "auto"
     max_pixels: int = MAX_PIXELS
     skip_broken: bool = False
+    undecided: Undecided | None = None
 
     def options(self) -> dict[str, Any]:
         """What makes another set, for the manifest; defaults are left out: sets packed before stay the same."""
-        default = Reading()
-        return {key: value for key, value in asdict(self).items() if value != getattr(default, key)}
+        # What is undecided is turned by default, whether others show it or not.
+        default = asdict(Reading()) | {"undecided": None if self.undecided is None else "apply"}
+        return {key: value for key, value in asdict(self).items() if value != default[key]}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from piip_scale.data.images import Image, decode_image, image_facts, read_file
+from piip_scale.data.images import Image, decode_image, image_facts, may_be_turned, read_file
 from piip_scale.data.orientation import UPRIGHT, ImageFacts, Orientation, oriented_size, resolve_orientation
 from piip_scale.data.packing.pack_plan import LabelMap, PackItem, Reading
 from piip_scale.data.reading.decoding import check_size
@@ -15,9 +15,6 @@ from piip_scale.data.reading.label_maps import IGNORED, decode_label_map
 from piip_scale.data.reading.manifest import MapRule
 from piip_scale.errors import DataError
 from piip_scale.text import printable
-
-# JPEG keeps EXIF data under this name; without it a header need not be read twice, which takes longer than to look.
-_JPEG_MARK, _EXIF_MARK = b"\xff\xd8", b"Exif\0"
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,11 @@ def add_pixels(total: Sequence[int], more: Sequence[int]) -> list[int]:
 
 
 def _orientation(content: bytes, name: str, size_px: tuple[int, int] | None, reading: Reading) -> Orientation:
-    if content.startswith(_JPEG_MARK) and _EXIF_MARK not in content:
+    # Most have none, and reading their headers twice takes longer than to look.
+    if not may_be_turned(content):
         return Orientation(UPRIGHT)
     facts = image_facts(content, name, max_pixels=reading.max_pixels)
-    return resolve_orientation(facts, reading.exif, size_px)
+    return resolve_orientation(facts, reading.exif, size_px, reading.undecided)
 
 
 def _notices(orientation: Orientation, name: str) -> list[str]:

@@ -61,7 +61,7 @@ def finished_or_written(plan: ShardPlan, advance: Callable[[int], None] | None =
             if advance is not None:
                 advance(len(plan.items))
             return _finished(plan, index, content)
-    # In this order, so that a shard without an index is never one of ours.
+    # In this order, as when they are written the other way round.
     plan.path.unlink(missing_ok=True)
     index_path.unlink(missing_ok=True)
     return _write_shard(plan, index_path, advance)
@@ -115,8 +115,9 @@ def _write_shard(plan: ShardPlan, index_path: Path, advance: Callable[[int], Non
     with contextlib.suppress(_Broken):
         with whole_file(plan.path) as file:
             index = writer.write(file)
-        index_content = index.model_dump_json(exclude_defaults=True).encode()
-        write_bytes(index_path, index_content)
+            index_content = index.model_dump_json(exclude_defaults=True).encode()
+            # Before the shard takes its name: one without an index is none of ours, whenever this is killed.
+            write_bytes(index_path, index_content)
         return _packed(plan, index, index_content, tuple(writer.broken), tuple(writer.flaws))
     return PackedShard(None, broken=tuple(writer.broken), flaws=tuple(writer.flaws))
 

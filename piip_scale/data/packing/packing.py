@@ -1,7 +1,7 @@
 """Samples to shards: parallel, restartable, the same bytes for the same input.
 
-A shard is written aside and renamed, its index after it, the manifest last; whatever is killed in between, a set with
-a manifest is whole, and packing again keeps the shards that are.
+A shard is written aside and takes its name after its index, the manifest comes last; whatever is killed in between, a
+set with a manifest is whole, and packing again keeps the shards that are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import piip_scale
 from piip_scale.data.images import MAX_PIXELS
-from piip_scale.data.orientation import Exif
+from piip_scale.data.orientation import Exif, Undecided
 from piip_scale.data.packing.pack_plan import PackItem, Reading, ShardPlan, plan_shards
 from piip_scale.data.packing.pack_writing import PackedShard, checked_only, finished_or_written
 from piip_scale.data.packing.problems import MOST_SHOWN, Problems
@@ -58,6 +58,7 @@ class SetFacts:
         source: Where it comes from, for people.
         counts: Training targets of all samples; a segmentation set's are counted when they are packed.
         reduce_zero_label: As in ``Manifest``.
+        undecided: As in ``Reading``.
     """
 
     kind: SetKind
@@ -67,6 +68,7 @@ class SetFacts:
     source: dict[str, Any]
     counts: Counts = field(default_factory=Counts)
     reduce_zero_label: bool = False
+    undecided: Undecided | None = None
 
 
 @dataclass(frozen=True)
@@ -108,19 +110,18 @@ class PackOptions:
         if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100:
             raise DataError("JPEG quality", value=self.jpeg_quality, rule="it is 1 to 100")
 
-    @property
-    def reading(self) -> Reading:
+    def reading(self, undecided: Undecided | None) -> Reading:
         """How files are read and stored."""
-        return Reading(self.jpeg_quality, self.exif, self.max_pixels, self.skip_broken)
+        return Reading(self.jpeg_quality, self.exif, self.max_pixels, self.skip_broken, undecided)
 
     def problems(self) -> Problems:
         """Where what is wrong with the input is gathered."""
         return Problems(self.skip_broken, self.report)
 
-    def of_manifest(self) -> dict[str, Any]:
+    def of_manifest(self, reading: Reading) -> dict[str, Any]:
         """What of it makes another set, for the manifest."""
         sizes = {"target_mb": float(self.target_mb), "target_samples": self.target_samples}
-        return sizes | self.reading.options()
+        return sizes | reading.options()
 
 
 def pack_items(
@@ -140,14 +141,14 @@ def pack_items(
     if not samples:
         problems.settle(_source_name(facts))
         raise DataError("images of the set", value=0, rule="there must be images that can be packed")
-    target_bytes = how.target_mb * _MEGABYTE
+    target_bytes, reading = how.target_mb * _MEGABYTE, how.reading(facts.undecided)
     plans = list(
-        plan_shards(samples, out, target_bytes=target_bytes, target_samples=how.target_samples, reading=how.reading)
+        plan_shards(samples, out, target_bytes=target_bytes, target_samples=how.target_samples, reading=reading)
     )
     if problems.stop:
         _gather(_on_all(checked_only, plans, how), problems)
         problems.settle(_source_name(facts))
-    options = how.of_manifest() | facts.options
+    options = how.of_manifest(reading) | facts.options
     categories = [category.model_dump() for category in facts.categories]
     packed = [FORMAT_VERSION, options, categories, facts.has_masks, [plan.sha256 for plan in plans]]
     input_sha256 = sha256_of(json_bytes(packed))

@@ -96,8 +96,10 @@ def summarise_maps(shards: ShardSet) -> MapSummary:
         DataError: A shard is gone or a label map is damaged.
     """
     pixels = np.zeros(IGNORED + 1, np.int64)
-    for number in range(len(shards)):
-        labels = decode_label_map(shards.label_map(number), shards.map_rule, str(shards.keys[number]))
+    for number, (height, width) in enumerate(shards.sizes_px.tolist()):
+        # No map is larger than its image, which was held to the limit.
+        most = height * width
+        labels = decode_label_map(shards.label_map(number), shards.map_rule, str(shards.keys[number]), max_pixels=most)
         pixels += np.bincount(labels.ravel(), minlength=len(pixels))
     total = max(int(pixels.sum()), 1)
     return MapSummary(

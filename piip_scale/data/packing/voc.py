@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from piip_scale.data.images import Image, decode_map
+from piip_scale.data.images import MAX_PIXELS, Image, decode_map
 from piip_scale.data.orientation import Exif
 from piip_scale.data.packing.coco import CocoImage, CocoSet
 from piip_scale.data.packing.door import chosen_classes
@@ -34,6 +34,7 @@ def read_voc(
     subset: bool = False,
     clip_boxes: bool = False,
     exif: Exif = "auto",
+    max_pixels: int = MAX_PIXELS,
     problems: Problems | None = None,
 ) -> CocoSet:
     """Reads VOC's annotations and checks them against their images, of which only headers are read.
@@ -51,32 +52,37 @@ def read_voc(
         classes: Names in the label order wanted; empty takes those that occur, sorted.
         subset: ``classes`` are some of those that occur; objects of others are left out.
         clip_boxes: Clip boxes that stick out by more than rounding, and drop those of which nothing is left.
-        exif: What becomes of orientations in files, where the size is taken from them.
+        exif: What becomes of orientations in files.
+        max_pixels: Images and maps of more are refused.
         problems: Takes what is wrong; raised here where not given.
 
     Raises:
         DataError: What is wrong, or what keeps the whole set from being read.
     """
     gathered = problems if problems is not None else Problems()
-    entries = read_entries(annotations, images, names, gathered, exif)
+    read = read_entries(annotations, images, names, gathered, exif, max_pixels)
+    entries = read.images
     found = classes_of(entries)
     if not (classes or found or gathered.stop):
         raise DataError(f"no file of {annotations} names an object", fix="name the classes, or check the folder")
     chosen = chosen_classes(classes, found, str(annotations), subset=subset) if classes else tuple(found)
-    maker = _Maker(chosen, instance_maps, gathered, clip_boxes=clip_boxes, subset=subset)
+    maker = _Maker(chosen, instance_maps, gathered, clip_boxes=clip_boxes, subset=subset, max_pixels=max_pixels)
     images_or_none = [maker.image(number, entry) for number, entry in enumerate(entries, 1)]
     made = tuple(image for image in images_or_none if image is not None)
     if problems is None:
         gathered.settle(str(annotations))
-    _log(annotations, maker.done)
+    _log(annotations, maker.done, read.num_sized)
     categories = tuple({"id": label, "name": name} for label, name in enumerate(chosen))
     done = maker.done
-    other = {"num_others": done["others"]} if done["others"] else {}
+    counts = {"num_others": done["others"], "num_sized": read.num_sized}
+    other = {name: count for name, count in counts.items() if count}
     has_masks = instance_maps is not None
-    return CocoSet(made, categories, has_masks, done["clipped"], done["dropped"], other)
+    return CocoSet(made, categories, has_masks, done["clipped"], done["dropped"], other, read.undecided)
 
 
-def _log(annotations: Path, done: Counter[str]) -> None:
+def _log(annotations: Path, done: Counter[str], num_sized: int) -> None:
+    if num_sized:
+        get_logger(__name__).warning("%s: took the sizes of %d images from their files", annotations, num_sized)
     if done["clipped"] or done["dropped"]:
         get_logger(__name__).warning(
             "%s: clipped %d boxes that stuck out of their image, dropped %d of which nothing was left",
@@ -103,10 +109,11 @@ class _Maker:
         *,
         clip_boxes: bool,
         subset: bool,
+        max_pixels: int,
     ) -> None:
         self._label_of_name = {name: label for label, name in enumerate(classes)}
         self._instance_maps, self._problems = instance_maps, problems
-        self._clip_boxes, self._subset = clip_boxes, subset
+        self._clip_boxes, self._subset, self._max_pixels = clip_boxes, subset, max_pixels
         self._num_notes = 0
         self.done: Counter[str] = Counter()
 
@@ -115,7 +122,7 @@ class _Maker:
         instances, notes = None, []
         if self._instance_maps is not None:
             with self._problems.collected("image"):
-                instances = _instances(self._instance_maps, entry)
+                instances = _instances(self._instance_maps, entry, self._max_pixels)
             if instances is None:
                 return None
         for position, item in enumerate(entry.objects, 1):
@@ -165,7 +172,7 @@ class _Maker:
         return [left, top, right - left, bottom - top]
 
 
-def _instances(folder: Path, entry: VocEntry) -> Image:
+def _instances(folder: Path, entry: VocEntry, max_pixels: int) -> Image:
     path = folder / f"{entry.path.stem}.png"
     try:
         content = path.read_bytes()
@@ -175,7 +182,7 @@ def _instances(folder: Path, entry: VocEntry) -> Image:
             rule="every image of the set needs one",
             fix="list the images that have one with --voc-list (ImageSets/Segmentation/train.txt)",
         ) from None
-    instances = decode_map(content, str(path))
+    instances = decode_map(content, str(path), max_pixels=max_pixels)
     if instances.shape != entry.size_px:
         height, width = entry.size_px
         raise DataError(f"instance map {path} is {instances.shape[::-1]} px", rule=f"its image is {width} x {height}")

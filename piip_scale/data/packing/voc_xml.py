@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from piip_scale.data.images import image_facts, read_file
-from piip_scale.data.orientation import Exif, oriented_size, resolve_orientation
-from piip_scale.data.packing.door import check_file_name, class_name, read_lines, whole_number
+from piip_scale.data.orientation import Exif, StatedSize, Undecided
+from piip_scale.data.packing.door import ClassNames, check_file_name, read_lines
 from piip_scale.data.packing.finding import IMAGE_SUFFIXES, ImageFolder
+from piip_scale.data.packing.image_views import views_of
 from piip_scale.data.packing.problems import Problems
 from piip_scale.errors import DataError
 
+_DECIMAL = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 _DECLARED = re.compile(rb"^\s*<\?xml[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"'][^>]*\?>", re.DOTALL)
 
 
@@ -47,20 +48,63 @@ class VocEntry:
     objects: tuple[VocObject, ...]
 
 
-def read_entries(annotations: Path, images: Path, names: Path | None, problems: Problems, exif: Exif) -> list[VocEntry]:
+@dataclass(frozen=True)
+class VocEntries:
+    """The images of a set.
+
+    Attributes:
+        images: In the order of their names.
+        undecided: What becomes of an orientation that no size decides.
+        num_sized: Images whose size was not stated, or one side of it.
+    """
+
+    images: tuple[VocEntry, ...]
+    undecided: Undecided | None
+    num_sized: int
+
+
+def read_entries(
+    annotations: Path, images: Path, names: Path | None, problems: Problems, exif: Exif, max_pixels: int
+) -> VocEntries:
     """All annotation files that can be used; what is wrong with others goes to ``problems``.
 
     Raises:
         DataError: There is no folder, no list or no file.
     """
-    folder = _VocImages(images)
-    entries: list[VocEntry] = []
+    folder, door = _VocImages(images), ClassNames()
+    found: list[_Parsed] = []
     for path in _files(annotations, images, names):
         with problems.collected("image"):
-            entries.append(_entry(path, folder, exif))
+            found.append(_parsed_entry(path, folder, door))
+    found = _each_image_once(found, annotations, problems)
+    views = views_of(((images / each.name, each.stated_size) for each in found), exif, max_pixels, str(annotations))
+    entries = []
+    for each in found:
+        with problems.collected("image"):
+            size_px = views.size_px(images / each.name, each.stated, f"annotation file {each.path}")
+            entries.append(VocEntry(each.path, each.name, size_px, each.num_bytes, each.objects))
+    return VocEntries(tuple(entries), views.undecided, sum(None in each.stated for each in found))
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """An annotation file whose image is there, of a size that may not be stated."""
+
+    path: Path
+    name: str
+    num_bytes: int
+    stated: StatedSize
+    objects: tuple[VocObject, ...]
+
+    def stated_size(self) -> StatedSize:
+        """As ``StatedOf``."""
+        return self.stated
+
+
+def _each_image_once(found: Sequence[_Parsed], annotations: Path, problems: Problems) -> list[_Parsed]:
     by_image = defaultdict(list)
-    for entry in entries:
-        by_image[entry.file_name].append(entry.path.name)
+    for each in found:
+        by_image[each.name].append(each.path.name)
     for file_name, of_image in by_image.items():
         if len(of_image) > 1:
             with problems.collected("image"):
@@ -69,7 +113,7 @@ def read_entries(annotations: Path, images: Path, names: Path | None, problems: 
                     rule="its objects would be split over them",
                     fix="name images and annotation files alike",
                 )
-    return [entry for entry in entries if len(by_image[entry.file_name]) == 1]
+    return [each for each in found if len(by_image[each.name]) == 1]
 
 
 def _files(annotations: Path, images: Path, names: Path | None) -> list[Path]:
@@ -132,12 +176,12 @@ class _VocImages:
         )
 
 
-def _entry(path: Path, folder: _VocImages, exif: Exif) -> VocEntry:
+def _parsed_entry(path: Path, folder: _VocImages, door: ClassNames) -> _Parsed:
     root = _parsed(path)
     name, num_bytes = folder.find(path, root.findtext("filename", "").strip())
-    size = _size(root) or _size_of_file(folder.folder.path / name, exif)
-    objects = tuple(_object(node, f"object {i} of {path}") for i, node in enumerate(root.iter("object"), 1))
-    return VocEntry(path, name, size, num_bytes, objects)
+    height, width = (_side(root.findtext(f"size/{side}", ""), f"{side} of {path}") for side in ("height", "width"))
+    objects = tuple(_object(node, f"object {i} of {path}", door) for i, node in enumerate(root.iter("object"), 1))
+    return _Parsed(path, name, num_bytes, (height, width), objects)
 
 
 def _parsed(path: Path) -> ElementTree.Element:
@@ -158,25 +202,19 @@ def _parsed(path: Path) -> ElementTree.Element:
         raise DataError(f"annotation file {path} is no XML", value=str(error), fix="export it again") from None
 
 
-def _size(root: ElementTree.Element) -> tuple[int, int] | None:
-    """Height and width, where the file states them: many tools leave them out, or at 0."""
-    height, width = (_side(root.findtext(f"size/{side}", "")) for side in ("height", "width"))
-    return (height, width) if height and width else None
+def _side(text: str, owner: str) -> int | None:
+    """A side in px; ``None`` where it is left out, or 0, as many tools do."""
+    text = text.strip()
+    number = float(text) if _DECIMAL.fullmatch(text) else 0.0
+    if text and not (_DECIMAL.fullmatch(text) and number.is_integer()):
+        raise DataError(owner, value=text, rule="it is a whole number of pixels", fix="correct it, or leave it empty")
+    return int(number) or None
 
 
-def _side(text: str) -> int | None:
-    return whole_number(text) or whole_number(text.strip().removesuffix(".0"))
-
-
-def _size_of_file(path: Path, exif: Exif) -> tuple[int, int]:
-    facts = image_facts(read_file(path), str(path))
-    return oriented_size(facts.stored_size_px, resolve_orientation(facts, exif).number)
-
-
-def _object(node: ElementTree.Element, owner: str) -> VocObject:
+def _object(node: ElementTree.Element, owner: str, door: ClassNames) -> VocObject:
     if not node.findtext("name", "").strip():
         raise DataError(f"{owner} has no name", fix="correct or remove it")
-    name = class_name(node.findtext("name", ""), owner)
+    name = door.cleaned(node.findtext("name", ""), owner)
     left, top, right, bottom = (_number(node, f"bndbox/{side}", owner) for side in ("xmin", "ymin", "xmax", "ymax"))
     difficult = node.findtext("difficult", "0").strip()
     if difficult not in ("", "0", "1"):

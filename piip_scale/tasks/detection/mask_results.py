@@ -46,7 +46,7 @@ def encode_when_pasted(detector: nn.Module) -> None:
         if paste is None or not hasattr(module, "loss_mask"):
             continue
         is_fcn = isinstance(module, FCNMaskHead) and paste.__func__ is FCNMaskHead._predict_by_feat_single
-        encode = partial(_encoded_in_boxes, module.class_agnostic) if is_fcn else partial(_encoded_whole, paste)
+        encode = partial(_encoded_in_boxes, bool(module.class_agnostic)) if is_fcn else partial(_encoded_whole, paste)
         module._predict_by_feat_single = encode  # type: ignore[assignment]  # a plain attribute
 
 

@@ -49,7 +49,7 @@ BAD = {
     "image twice": (image_with(id=0), ["image id 0 twice"]),
     "image absent": (image_with(file_name="gone.jpg"), ["gone.jpg", "image 1", "not there"]),
     "path escapes": (image_with(file_name="../up.jpg"), ["../up.jpg", "below the folder"]),
-    "size absent": (image_with(width=None), ["image 1", "positive integers"]),
+    "size below 0": (image_with(width=-1), ["image 1", "positive integers"]),
     "text id": (image_with(id="a"), ["image id 'a'", "whole numbers"]),
     "same name": (lambda root: root["categories"][0].update(name="cat"), ["category names"]),
     "no images": (lambda root: root["images"].clear(), ["has no images"]),
@@ -62,7 +62,7 @@ BAD = {
     "polygon of 400 digits": (note_with(segmentation=[[1, 2, 3, 4, 5, 10**400]]), ["annotation 11", "3 points"]),
     "size of 400 digits": (image_with(width=10**400), ["image 1", "positive integers"]),
     "id beyond int64": (image_with(id=2**63), [str(2**63), "whole numbers"]),
-    "text for a crowd": (note_with(iscrowd="0"), ["annotation 11", "iscrowd '0'", "0 or 1"]),
+    "word for a crowd": (note_with(iscrowd="no"), ["annotation 11", "iscrowd 'no'", "0 or 1"]),
     "part has masks": (note_with(segmentation=[[5, 6, 9, 6, 9, 9]]), ["1 of 3", "is 10", "--boxes-only"]),
 }
 
@@ -75,6 +75,11 @@ def test_bad_file_is_one_line(tmp_path, case):
     assert "\n" not in str(caught.value)
     for fragment in [*fragments, "ann.json"]:
         assert fragment in str(caught.value)
+
+
+def test_an_image_that_is_none_has_no_size_to_take(tmp_path):
+    with pytest.raises(DataError, match=r"1.jpg cannot be decoded"):
+        read_coco(*make_set(tmp_path, image_with(width=None)))
 
 
 @pytest.mark.parametrize(

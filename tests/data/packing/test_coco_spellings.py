@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import logging
 import unicodedata
 
+import numpy as np
 import pytest
+from image_files import encoded
 from made_sets import write_jpeg
 
 from piip_scale.data.packing import coco_file
@@ -101,10 +104,52 @@ def test_ids_and_sizes_may_be_text_or_floats(tmp_path, as_written):
     assert (image.annotations[0]["id"], image.annotations[0]["category_id"]) == (5, 3)
 
 
-@pytest.mark.parametrize("sizes", [{"width": None, "height": None}, {"width": 0, "height": 0}])
-def test_sizes_are_the_images_where_none_are_stated(tmp_path, sizes):
-    image = only_image(write(tmp_path, root_of(**sizes)))
+MISSING = [None, 0, 0.0, "", "0", float("nan")]
+
+
+@pytest.mark.parametrize("absent", MISSING)
+@pytest.mark.parametrize("sides", [("width", "height"), ("width",), ("height",)])
+def test_sizes_that_are_not_stated_are_the_images(tmp_path, caplog, absent, sides):
+    files = write(tmp_path, root_of(**dict.fromkeys(sides, absent)))
+    with caplog.at_level(logging.WARNING):
+        image = only_image(files)
     assert (image.height_px, image.width_px) == (48, 64)
+    assert "took the sizes of 1 images from their files" in caplog.text
+    assert read_coco(*files).num_other == {"num_sized": 1}
+
+
+def test_a_side_that_is_stated_must_be_the_files(tmp_path):
+    root = root_of(width=63)
+    del root["images"][0]["height"]
+    with pytest.raises(
+        DataError, match=r"image 1 has height, width \(None, 63\); its file is 64 px wide and 48 px high"
+    ):
+        read_coco(*write(tmp_path, root))
+
+
+def test_one_side_decides_an_orientation(tmp_path):
+    files = write(tmp_path, root_of())
+    (files[1] / "a.jpg").write_bytes(encoded(np.zeros((48, 64, 3), np.uint8), "JPEG", orientation=6))
+    for side, size_px in (("width", (64, 48)), ("height", (48, 64))):
+        root = root_of(width=None, height=None)
+        root["images"][0][side] = 48
+        files[0].write_text(json.dumps(root))
+        image = only_image(files)
+        assert (image.height_px, image.width_px) == size_px
+
+
+def test_the_limit_of_pixels_holds_where_sizes_are_read(tmp_path):
+    files = write(tmp_path, root_of(width=None))
+    with pytest.raises(DataError, match="raise --max-pixels"):
+        read_coco(*files, max_pixels=3000)
+    with pytest.raises(DataError, match="raise --max-pixels"):
+        pack_coco(*files, tmp_path / "out", max_pixels=3000)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("0", 0), ("1", 1), (0.0, 0), (True, 1), (None, 0)])
+def test_flags_may_be_text_or_floats(tmp_path, flag, value):
+    (note,) = only_image(write(tmp_path, note_with(iscrowd=flag))).annotations
+    assert note["iscrowd"] == value
 
 
 def test_a_box_is_its_masks_where_none_is_stated(tmp_path):
@@ -153,8 +198,8 @@ def test_what_mmdet_leaves_out_is_ignored(tmp_path, keys):
 
 
 def test_a_flag_that_is_neither_is_refused(tmp_path):
-    with pytest.raises(DataError, match="ignore '1'"):
-        read_coco(*write(tmp_path, note_with(ignore="1")))
+    with pytest.raises(DataError, match="ignore 'yes'"):
+        read_coco(*write(tmp_path, note_with(ignore="yes")))
 
 
 def with_dog(used):

@@ -7,8 +7,8 @@ import unicodedata
 import pytest
 
 from piip_scale.data.packing.door import (
+    ClassNames,
     chosen_classes,
-    class_name,
     class_names,
     parted_names,
     read_lines,
@@ -36,7 +36,7 @@ from piip_scale.text import printable
     ],
 )
 def test_names_are_cleaned(text, name):
-    assert class_name(text, "it") == name
+    assert ClassNames().cleaned(text, "it") == name
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_names_are_cleaned(text, name):
 )
 def test_names_that_cannot_be_shown_are_refused(text):
     with pytest.raises(DataError, match="class name in it") as caught:
-        class_name(text, "it")
+        ClassNames().cleaned(text, "it")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
 
@@ -97,12 +97,18 @@ def test_errors_and_lines_hold_nothing_that_a_terminal_obeys():
     assert printable("plain 猫 [b]") == "plain 猫 [b]"
 
 
-def test_a_name_that_is_cleaned_is_told_once(caplog):
-    with caplog.at_level(logging.WARNING, logger="piip_scale"):
-        for owner in ("a.xml", "b.xml"):
-            assert class_name("told\nonce ", owner) == "told once"
-        assert class_name("told as it is", "a.xml") == "told as it is"
-        assert class_name(7, "a.xml") == "7"
-    assert [record.getMessage() for record in caplog.records] == [
-        "class name in a.xml: 'told\\nonce ' is written 'told once'"
-    ]
+def test_a_name_that_is_cleaned_is_logged_once_a_set(caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            door = ClassNames()
+            for owner in ("a.xml", "b.xml"):
+                assert door.cleaned("logged\nonce ", owner) == "logged once"
+            assert door.cleaned("as it is", "a.xml") == "as it is"
+            assert door.cleaned(7, "a.xml") == "7"
+    assert caplog.messages == ["class name in a.xml: 'logged\\nonce ' is written 'logged once'"] * 2
+
+
+def test_a_folder_of_any_bytes_names_a_class(caplog):
+    name = os.fsdecode("caf\u00e9".encode("latin-1"))
+    assert ClassNames().of_folder(name, "images") == "caf\\xe9"
+    assert caplog.messages == ["class name in images: 'caf\\udce9' is written 'caf\\\\xe9'"]

@@ -112,6 +112,31 @@ def test_images_are_compressed_again_only_when_asked_and_only_to_be_smaller(tmp_
         pack_coco(annotations, images, tmp_path / "c", jpeg_quality=0)
 
 
+def test_packing_that_is_killed_while_a_file_takes_its_name_goes_on(tmp_path, monkeypatch):
+    source, rename = make_coco(tmp_path, 6), os.replace
+    whole = contents_of_packed(source, tmp_path / "whole")
+    num_files = len(list((tmp_path / "whole").iterdir()))
+    for last in range(num_files):
+        out, done = tmp_path / f"killed {last}", []
+
+        def killed(*names, last=last, done=done):
+            if len(done) == last:
+                raise KeyboardInterrupt
+            done.append(names)
+            rename(*names)
+
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pack_coco(*source, out, target_samples=2, workers=1)
+        monkeypatch.setattr(os, "replace", rename)
+        assert contents_of_packed(source, out) == whole
+
+
+def contents_of_packed(source, out):
+    pack_coco(*source, out, target_samples=2, workers=1)
+    return contents(out)
+
+
 def test_two_packers_do_not_share_a_folder(tmp_path):
     source, out = make_coco(tmp_path, 12), tmp_path / "out"
     report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(60))"

@@ -1,6 +1,7 @@
 """Image folders and lists in shards: what torchvision and webdataset read, and what is refused."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -175,3 +176,15 @@ def test_a_set_of_another_kind_is_told(folders, tmp_path):
     for kind, folder in (("detection", "classes"), ("classification", "objects")):
         with pytest.raises(DataError, match=f"this needs a set for {kind}"):
             ShardSet.open(tmp_path / folder, kind=kind)
+
+
+def test_a_class_folder_of_any_bytes_is_packed(tmp_path, caplog):
+    folder = os.fsdecode("caf\u00e9".encode("latin-1"))
+    for name in (folder, "plain"):
+        write_jpeg(tmp_path / "images" / name / "a.jpg", 20, 30, 1)
+    manifest = pack_folders(tmp_path / "images", tmp_path / "set")
+    assert [category.name for category in manifest.categories] == ["caf\\xe9", "plain"]
+    assert "is written 'caf\\\\xe9'" in caplog.text
+    shards = ShardSet.open(tmp_path / "set")
+    assert {shards.notes(number)["file_name"] for number in range(2)} == {"caf\\xe9/a.jpg", "plain/a.jpg"}
+    assert verify_shards(tmp_path / "set", workers=1).problems == ()

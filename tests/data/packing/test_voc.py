@@ -208,3 +208,35 @@ def test_boxes_counted_from_0_are_cut_by_a_pixel_and_others_when_asked(voc):
     assert [note["bbox"] for note in shards.notes(2)["annotations"]] == [[29, 9, 35, 11]]
     made = json.loads((voc / "out" / "manifest.json").read_text())["made_with"]
     assert (made["num_clipped"], made["num_dropped"]) == (1, 1)
+
+
+def test_sides_that_are_not_stated_are_the_images(voc, caplog):
+    write_entry(voc, "2007_b", [], size="<size><width>64.0</width></size>")
+    shards = pack(voc)
+    assert shards.sizes_px.tolist() == [[48, 64]] * 3
+    assert "took the sizes of 2 images from their files" in caplog.text
+    assert shards.manifest.made_with["num_sized"] == 2
+
+
+@pytest.mark.parametrize("width", ["-64", "wide", "63.5", "nan"])
+def test_a_side_is_a_number(voc, width):
+    write_entry(voc, "2007_b", [], size=f"<size><width>{width}</width><height>48</height></size>")
+    with pytest.raises(DataError, match=r"width of .*2007_b.xml"):
+        pack(voc)
+
+
+@pytest.mark.parametrize("inside", ["2007_a.png", "C:\\images\\2007_a.png"])
+def test_of_two_images_of_a_name_the_one_that_the_file_names_is_packed(voc, inside):
+    PIL.Image.new("RGB", (64, 48), "red").save(voc / "JPEGImages" / "2007_a.png")
+    write_entry(voc, "2007_a", [], file_name=inside)
+    assert pack(voc).read(0).image == (voc / "JPEGImages" / "2007_a.png").read_bytes()
+    write_entry(voc, "2007_a", [], file_name="2007_a.jpg")
+    assert pack(voc, "other").read(0).image == (voc / "JPEGImages" / "2007_a.jpg").read_bytes()
+
+
+def test_a_name_that_is_cleaned_is_logged_once_a_set(voc, caplog):
+    for name in ("2007_a", "2007_b"):
+        write_entry(voc, name, [{"name": "black\ncat", "box": (1, 1, 9, 9)}] * 2)
+    for out in ("one", "two"):
+        assert pack(voc, out).classes == ("black cat",)
+    assert sum("is written 'black cat'" in line for line in caplog.messages) == 2
