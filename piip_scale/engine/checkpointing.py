@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from piip_scale.agreement import on_main
 from piip_scale.checkpoint.origin import STATE_FILE
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
@@ -23,7 +24,6 @@ from piip_scale.engine.zero.deepspeed_api import Engine, real_shape
 from piip_scale.engine.zero.engine_files import engine_files
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
-from piip_scale.tasks.gathering import on_main
 from piip_scale.telemetry.records import SaveRecord
 from piip_scale.world import World
 

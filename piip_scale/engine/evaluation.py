@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from piip_scale.agreement import LocalFault
 from piip_scale.engine.collective import any_rank
 from piip_scale.engine.zero.deepspeed_api import Engine, begin_pass
 from piip_scale.tasks.base import Metric, Task
-from piip_scale.tasks.gathering import LocalFault
 
 
 def evaluate(engine: Engine, task: Task, device: torch.device, goes_on: Callable[[], bool]) -> dict[str, float] | None:

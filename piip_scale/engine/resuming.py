@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from piip_scale.agreement import on_main
 from piip_scale.checkpoint.origin import STATE_FILE
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.run import RunConfig
@@ -23,7 +24,6 @@ from piip_scale.files import disk_errors
 from piip_scale.logging import get_logger
 from piip_scale.run.checkpoint_signs import sign_of_checkpoints
 from piip_scale.run.run_dir import RunDirectory
-from piip_scale.tasks.gathering import on_main
 
 _NAMES_SHOWN = 3
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from piip_scale.agreement import gathered, on_main
 from piip_scale.data.batch import ClassificationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.tasks.classification.model import NUM_BEST, Classification
-from piip_scale.tasks.gathering import gathered, on_main
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from piip_scale.agreement import gathered, on_main
 from piip_scale.data.batch import Batch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.data.reading.mask_checks import checked_segmentation
@@ -15,7 +16,6 @@ from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.tasks.absences import absences
 from piip_scale.tasks.base import Detections
-from piip_scale.tasks.gathering import gathered, on_main
 
 Result = dict[str, Any]
 

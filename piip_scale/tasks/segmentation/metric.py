@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from piip_scale.agreement import gathered, is_distributed, on_main
 from piip_scale.data.batch import SegmentationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.data.reading.label_maps import IGNORED
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Segmentation
-from piip_scale.tasks.gathering import gathered, is_distributed, on_main
 
 Counts = npt.NDArray[np.int64]
 

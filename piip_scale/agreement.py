@@ -1,4 +1,4 @@
-"""Bringing together what the ranks found, for metrics: values, and errors that one rank alone met."""
+"""Agreement between ranks: their values, what rank 0 answers for, and errors that one of them alone met."""
 
 from __future__ import annotations
 
