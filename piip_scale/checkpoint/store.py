@@ -136,6 +136,10 @@ class CheckpointStore:
         """Removes what was written of a save that failed; on a disk that refuses, leaves it to ``clean``."""
         shutil.rmtree(self.staging(step), ignore_errors=True)
 
+    def is_saving(self) -> bool:
+        """Whether a save has begun and is not visible yet, on whichever ranks it is still written. Any rank."""
+        return any(self.folder.glob(".saving_*"))
+
     def steps(self) -> list[int]:
         """Steps of the visible checkpoints, damaged ones included, in rising order."""
         if not self.folder.is_dir():

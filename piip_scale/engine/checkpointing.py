@@ -151,11 +151,14 @@ class Checkpointer:
         return self.poll()
 
     def close(self) -> None:
-        """Gives a save that an error overtook a moment to end, and logs what became of it. Not collective."""
+        """Gives a save that an error overtook a moment to end, and logs what became of it. Not collective.
+
+        Also where this rank's own part has ended: a launcher ends the others as soon as this process has.
+        """
         job, self._job = self._job, None
         if job is None:
             return
-        if not job.wait(LAST_SECONDS):
+        if not job.wait_for_all(LAST_SECONDS):
             job.cancel()
             get_logger(__name__).warning("the checkpoint of step %d was still being written: it is lost", job.step)
         elif job.error:

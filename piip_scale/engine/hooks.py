@@ -10,12 +10,13 @@ import torch
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.ema import WeightAverage
+from piip_scale.engine.first_save import FirstSave
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation
 from piip_scale.errors import Interrupted
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.run.starting import StartClock
-from piip_scale.telemetry.memory import peak_memory_bytes
+from piip_scale.telemetry.memory import GIB, peak_memory_bytes
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 from piip_scale.world import World
 
@@ -143,10 +144,16 @@ class LogSteps:
 
 
 class LogStart:
-    """Logs after the process's first step how long each phase up to there took, on this rank."""
+    """Logs after the process's first step how long each phase up to there took, on this rank.
 
-    def __init__(self, sink: Sink, clock: StartClock) -> None:
-        self._sink, self._clock = sink, clock
+    Args:
+        sink: Gets the record.
+        clock: Knows the phases before the first step.
+        first_save: What is known of a save, where the run has none yet.
+    """
+
+    def __init__(self, sink: Sink, clock: StartClock, first_save: FirstSave | None = None) -> None:
+        self._sink, self._clock, self._first_save = sink, clock, first_save
         self._logged = False
 
     def after_step(self, report: StepReport) -> None:
@@ -155,7 +162,11 @@ class LogStart:
             return
         self._logged = True
         first = {"first_batch": report.wait_seconds, "first_step": report.seconds - report.wait_seconds}
-        self._sink.start(StartRecord(report.step, self._clock.seconds | first))
+        foreseen_s = self._first_save.seconds if self._first_save else 0.0
+        self._sink.start(StartRecord(report.step, self._clock.seconds | first, foreseen_s))
+        if self._first_save:
+            size_gib = self._first_save.num_bytes / GIB
+            self._sink.event(report.step, f"a first save of {size_gib:.2f} GiB is expected to take {foreseen_s:.1f} s")
 
     def at_stop(self, step: int) -> None:
         """Nothing."""

@@ -20,7 +20,6 @@ from piip_scale.world import World
 _LOOK_SECONDS = 0.05
 LAST_SECONDS = 5.0
 """What an error leaves of a run's save may take so long to end; srun and launch_local kill the ranks soon after."""
-_THREAD = "save step"
 
 
 class Progress(enum.IntEnum):
@@ -69,7 +68,7 @@ class SaveJob:
         self._store, self._world, self._files = store, world, files
         self._cancelled = threading.Event()
         # A daemon: after an error, a process need not wait for gigabytes.
-        self._thread = threading.Thread(target=self._run, name=f"{_THREAD} {step}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"save step {step}", daemon=True)
         self._thread.start()
 
     @property
@@ -83,6 +82,15 @@ class SaveJob:
         """Waits for the thread, at most so long; whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def wait_for_all(self, seconds: float) -> bool:
+        """Waits for the parts of all ranks, at most so long; whether nothing of the save is under way any more."""
+        until_s = time.monotonic() + seconds
+        while is_open := not self.wait(_LOOK_SECONDS) or self._store.staging(self.step).exists():
+            if time.monotonic() > until_s:
+                break
+            time.sleep(_LOOK_SECONDS)
+        return not is_open
 
     def cancel(self) -> None:
         """Asks the thread to end at its next write, with no checkpoint made."""
@@ -118,11 +126,6 @@ class SaveJob:
             if self._cancelled.wait(_LOOK_SECONDS):
                 raise _abandoned()
         self.num_bytes = num_bytes(self._store.commit(self.step))
-
-
-def is_saving() -> bool:
-    """Whether this process writes its share of a checkpoint at the moment."""
-    return any(thread.name.startswith(_THREAD) for thread in threading.enumerate())
 
 
 class _Output:

@@ -17,6 +17,7 @@ from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import any_rank, require_same
 from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate
+from piip_scale.engine.first_save import FirstSave, foresee_first_save
 from piip_scale.engine.hooks import Average, Evaluate, LogStart, LogSteps, Save, Silence, Sink, ignore_step
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
 from piip_scale.engine.resuming import Checkpoint, find_start
@@ -132,6 +133,9 @@ class _Training:
         first_step = found.resume(self._engine, self._checkpointer.describe(0)) if found else 0
         self._average = build_average(self._engine, config.train, self._checkpointer, found)
         clock.end_phase("resume")
+        # Later saves have been measured, and those are what a job goes by.
+        self._first_save = None if found else self._foresee_save()
+        clock.end_phase("disk")
         self._sink = self._open_sink(stream.total_steps, found)
         self._trainer = Trainer(
             self._engine,
@@ -144,6 +148,11 @@ class _Training:
             session.heartbeat,
             first_step,
         )
+
+    def _foresee_save(self) -> FirstSave:
+        session, averaged = self._session, self._average is not None
+        folder, stage = session.run.checkpoints, self._config.zero.stage
+        return foresee_first_save(self._engine, folder, session.world, stage, averaged=averaged)
 
     def run(self) -> None:
         try:
@@ -196,7 +205,7 @@ class _Training:
                 use,
                 self._task.num_broken_samples,
             ),
-            LogStart(self._sink, clock),
+            LogStart(self._sink, clock, self._first_save),
             Save(self._checkpointer, self._sink, train.checkpoint_every_steps, first_step, note),
             Evaluate(self._evaluate, self._sink, train.evaluate_every_steps),
         ]

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
+from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.engine.collective import count_collectives
-from piip_scale.engine.save_job import LAST_SECONDS, is_saving
+from piip_scale.engine.save_job import LAST_SECONDS
 from piip_scale.errors import HangError
 from piip_scale.logging import get_logger
 from piip_scale.run.failing import report_failure
@@ -29,7 +30,8 @@ _POLLS_PER_LIMIT = 10
 _POLL_RANGE_S = (0.1, 2.0)
 # A rank whose training can still end by itself knows best how, and a stack is written within a moment.
 _LEAVE_AFTER_S = 3.0
-# The rank that failed gives its own share of a save so long, and that is of no use without the shares of the others.
+# The rank that failed gives a save so long, which is of no use without the parts of all ranks: one that has written its
+# own and waits in a collective must not have the launcher end those that still write.
 _LEAVE_SAVING_AFTER_S = LAST_SECONDS + _LEAVE_AFTER_S
 _STACKS_WITHIN_S = 5.0
 _POLLS_COUNTED = 5
@@ -47,6 +49,7 @@ class Watchdog:
 
     def __init__(self, run: RunDirectory, world: World, heartbeat: Heartbeat) -> None:
         self._run, self._world, self._heartbeat = run, world, heartbeat
+        self._store = CheckpointStore(run.checkpoints, keep=1)
         limit_s = heartbeat.step_limit_s / _POLLS_PER_LIMIT
         self._poll_s = min(max(limit_s, _POLL_RANGE_S[0]), _POLL_RANGE_S[1])
         self._stopped = threading.Event()
@@ -123,7 +126,7 @@ class Watchdog:
         if first is None or first.rank == self._world.rank:
             return
         self._failed_since_s = self._failed_since_s or time.monotonic()
-        patience_s = _LEAVE_SAVING_AFTER_S if is_saving() else _LEAVE_AFTER_S
+        patience_s = _LEAVE_SAVING_AFTER_S if self._store.is_saving() else _LEAVE_AFTER_S
         if time.monotonic() - self._failed_since_s > patience_s:
             os._exit(first.exit_code)
 

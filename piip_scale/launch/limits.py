@@ -83,11 +83,6 @@ def check_lead(limits: Sequence[TimeLimit], lead_s: int) -> None:
             )
 
 
-def lead_within(limit_s: int | None, lead_s: int) -> int:
-    """The lead of a job that already runs, whose limit may be shorter than anybody thought: then half of that."""
-    return lead_s if limit_s is None or limit_s > lead_s else limit_s // 2
-
-
 def absolute_moment(text: str, now_unix_s: float) -> str:
     """``now+3days`` as a moment that stays where it is when a script is submitted again; other forms as they are."""
     match = _FROM_NOW.fullmatch(text)

@@ -54,10 +54,12 @@ class SaveTimes:
     Attributes:
         save_s: From the first still moment to the checkpoint being visible.
         step_s: Of the last steps written.
+        expected_save_s: What the ranks expected of a first save, where none was measured.
     """
 
     save_s: float = 0.0
     step_s: float = 0.0
+    expected_save_s: float = 0.0
 
 
 def read_save_times(run_dir: Path) -> SaveTimes:
@@ -69,7 +71,8 @@ def read_save_times(run_dir: Path) -> SaveTimes:
     ):
         saves = [_number(line, "checkpoint/stall_seconds") + _number(line, _WRITE) for line in _saves(content)]
         steps = [_number(line, "time/step_ms") / 1e3 for line in _lines(content[max(len(content) - _TAIL_BYTES, 0) :])]
-        return SaveTimes(max(saves, default=0.0), max(steps[-_STEPS_AVERAGED:], default=0.0))
+        expected_s = 0.0 if saves else _number(_last(content, _START), "checkpoint/expected_seconds")
+        return SaveTimes(max(saves, default=0.0), max(steps[-_STEPS_AVERAGED:], default=0.0), expected_s)
     return SaveTimes()
 
 
@@ -117,14 +120,16 @@ def _pace(content: mmap.mmap) -> Pace:
 
 
 def _total_steps(content: mmap.mmap) -> int | None:
-    offset = content.rfind(_START)
-    if offset < 0:
-        return None
-    begin, end = content.rfind(b"\n", 0, offset) + 1, content.find(b"\n", offset)
-    for line in _lines(content[begin : end if end >= 0 else len(content)]):
-        total = line.get("total_steps")
-        return int(total) if isinstance(total, int) else None
-    return None
+    total = _last(content, _START).get("total_steps")
+    return int(total) if isinstance(total, int) else None
+
+
+def _last(content: mmap.mmap, kind: bytes) -> dict[str, Any]:
+    """The last line of a kind; empty where there is none."""
+    offset = content.rfind(kind)
+    begin, end = content.rfind(b"\n", 0, max(offset, 0)) + 1, content.find(b"\n", max(offset, 0))
+    lines = _lines(content[begin : end if end >= 0 else len(content)]) if offset >= 0 else iter(())
+    return next(lines, {})
 
 
 def _lines(text: bytes) -> Iterator[dict[str, Any]]:

@@ -177,8 +177,8 @@ class Supervisor:
             ended = self._train(replace(attempt, nodes=nodes))
         return self._conclude(replace(ended, ended_unix_s=time.time()), dict(check.problems) | self._gone)
 
-    def _lead_s(self) -> float:
-        return lead_s(read_save_times(self._run.path), since_verdict(self._history.read()))
+    def _lead_s(self, limit_s: float | None) -> float:
+        return lead_s(read_save_times(self._run.path), since_verdict(self._history.read()), limit_s)
 
     def _too_short(self) -> str:
         """Whoever set the limit: the command line, a profile, the partition."""

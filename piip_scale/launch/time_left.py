@@ -32,16 +32,22 @@ class JobTime:
     left_s: float
 
 
-def lead_s(times: SaveTimes, history: Sequence[Attempt]) -> float:
+def lead_s(times: SaveTimes, history: Sequence[Attempt], limit_s: float | None = None) -> float:
     """How long before the end the ranks must be asked to save, by what is known of their saves.
 
     Args:
-        times: What saves and steps of this run took.
+        times: What saves and steps of this run took, or what a first save is expected to.
         history: Earlier attempts: where one could not save in time, the next gets twice that.
+        limit_s: How long the job may run; ``None`` without a limit.
     """
     measured_s = _SLOWER * (_SAVES * times.save_s + times.step_s)
     late_s = [2 * attempt.waited_for_save_s for attempt in history]
-    return max(measured_s, *late_s, 0.0) + _MARGIN_S
+    known_s = max(measured_s, *late_s, 0.0) + _MARGIN_S
+    if times.save_s or max(late_s, default=0.0):
+        return known_s
+    # Only expected: that must not keep a job from training, and half of its time is there to find out.
+    expected_s = _SLOWER * (_SAVES * times.expected_save_s + times.step_s) + _MARGIN_S
+    return max(known_s, expected_s if limit_s is None else min(expected_s, limit_s / 2))
 
 
 def too_short(job_time: JobTime, needed_s: float) -> str:
@@ -59,13 +65,13 @@ class TimeLeft:
 
     Args:
         ask: The job's time; ``None`` where it has no limit, or nobody knows.
-        lead: The present lead in seconds, as ``lead_s`` gives it.
+        lead: The present lead in seconds, as ``lead_s`` gives it for the job's limit.
 
     Attributes:
         lead_s: That, as it was at the last look.
     """
 
-    def __init__(self, ask: Callable[[], JobTime | None], lead: Callable[[], float]) -> None:
+    def __init__(self, ask: Callable[[], JobTime | None], lead: Callable[[float | None], float]) -> None:
         self._ask, self._lead = ask, lead
         self._asked_s: float | None = None
         self._known: JobTime | None = None
@@ -76,8 +82,9 @@ class TimeLeft:
         now_s = time.monotonic()
         if self._asked_s is None or now_s - self._asked_s >= _ASK_EVERY_S:
             # Anew, since somebody may have changed the limit, and a save may have been slower than those before.
-            found, self.lead_s = self._ask(), self._lead()
+            found = self._ask()
             self._asked_s, self._known = time.monotonic(), found or self._counted(now_s)
+            self.lead_s = self._lead(self._known.limit_s if self._known else None)
         return self._counted(now_s)
 
     def _counted(self, now_s: float) -> JobTime | None:

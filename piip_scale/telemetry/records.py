@@ -51,10 +51,12 @@ class StartRecord:
     Attributes:
         step: The first step, as ``StepRecord`` counts.
         seconds: Of each phase, by name, in order.
+        save_seconds: What a first save is expected to take; 0 where the run has saves, or nothing is known.
     """
 
     step: int
     seconds: Mapping[str, float]
+    save_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

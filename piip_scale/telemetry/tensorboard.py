@@ -97,7 +97,8 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
 
 def start_scalars(record: StartRecord) -> dict[str, float]:
     """Every scalar of a start by its TensorBoard tag."""
-    return {f"start/{name}_seconds": seconds for name, seconds in record.seconds.items()}
+    foreseen = {"checkpoint/expected_seconds": record.save_seconds} if record.save_seconds else {}
+    return {f"start/{name}_seconds": seconds for name, seconds in record.seconds.items()} | foreseen
 
 
 def save_scalars(record: SaveRecord) -> dict[str, float]:

@@ -16,9 +16,10 @@ import psutil
 import pytest
 from ranks import free_port
 
+from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.engine import watchdog
 from piip_scale.engine.local_launch import launch_local
-from piip_scale.engine.save_job import LAST_SECONDS, SaveJob
+from piip_scale.engine.save_job import LAST_SECONDS, SaveFiles, SaveJob
 from piip_scale.engine.watchdog import Watchdog, hang_error
 from piip_scale.run.ending import Ending
 from piip_scale.run.heartbeat import COMPUTING, WAITING, Beat, Heartbeat, write_beat
@@ -162,26 +163,37 @@ def test_an_older_process_leaves_its_rank_to_a_later_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("saves", "patience_s"), [(False, 3), (True, LAST_SECONDS + 3)])
-def test_a_rank_leaves_after_anothers_error_but_gives_a_save_its_time(tmp_path, monkeypatch, saves, patience_s):
-    now_s, left, over = [100.0], [], threading.Event()
+def test_a_rank_leaves_after_anothers_error_but_gives_any_ranks_save_its_time(tmp_path, monkeypatch, saves, patience_s):
+    now_s, left = [100.0], []
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(os, "_exit", left.append)
     monkeypatch.setattr(RunDirectory, "first_error", lambda _: Ending(line="rank 1: broken", rank=1, exit_code=2))
     watched = Watchdog(RunDirectory(tmp_path), World(0, 2), Heartbeat())
-    save = SaveJob.__new__(SaveJob)
-    monkeypatch.setattr(SaveJob, "_run", lambda _: over.wait(30))
     if saves:
-        save.__init__(None, 8, World(0, 2), None)
+        CheckpointStore(RunDirectory(tmp_path).checkpoints, keep=1).begin(8)
     for waited_s in (0.0, patience_s - 0.1):
         now_s[0] = 100.0 + waited_s
         watched._leave_after_others()
     assert left == []
     now_s[0] += 0.2
     watched._leave_after_others()
-    over.set()
     assert left == [2]
     # The launcher's kill comes later than either.
     assert patience_s < inspect.signature(launch_local).parameters["grace_s"].default
+
+
+def test_a_rank_that_fails_waits_for_the_other_ranks_parts_of_a_save(tmp_path):
+    """Its end is theirs too, under srun --kill-on-bad-exit."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.begin(8)
+    failing = SaveJob(store, 8, World(1, 2), SaveFiles(texts={"rank_1": "its part"}))
+    assert failing.wait(60)
+    assert not failing.wait_for_all(0.2)
+    slow = SaveJob(store, 8, World(0, 2), SaveFiles(texts={"rank_0": "the other"}))
+    assert failing.wait_for_all(60)
+    assert store.steps() == [8]
+    assert slow.wait(60)
+    assert not store.is_saving()
 
 
 def test_limits_follow_the_phase():

@@ -11,7 +11,7 @@ from orders import order
 from piip_scale.errors import ConfigError, SlurmError
 from piip_scale.launch import queue
 from piip_scale.launch.admission import check_admission
-from piip_scale.launch.limits import absolute_moment, check_lead, given_limits, lead_within
+from piip_scale.launch.limits import absolute_moment, check_lead, given_limits
 from piip_scale.launch.profiles import Profile
 from piip_scale.launch.render import option_lines
 from piip_scale.launch.submitting import plan_submission
@@ -127,10 +127,6 @@ def test_a_limit_down_to_which_slurm_may_shorten_a_job_counts():
     with pytest.raises(ConfigError, match=r"time limit \(--time-min\)"):
         check_lead(given_limits({"time": "1:00:00", "time-min": "5"}), 300)
     check_lead(given_limits({"time": "UNLIMITED"}), 300)
-
-
-def test_the_lead_of_a_job_that_runs_fits_its_limit():
-    assert (lead_within(None, 300), lead_within(301, 300), lead_within(120, 300)) == (300, 300, 60)
 
 
 def test_hold_begin_and_dependency_are_of_the_first_job_alone(monkeypatch):

@@ -89,6 +89,24 @@ def test_the_lead_follows_from_what_saves_took_and_from_those_that_were_late():
     assert lead_s(SaveTimes(), ()) > time_left.LEAVING_S
 
 
+def test_before_a_save_was_measured_the_lead_follows_from_what_one_is_expected_to_take():
+    expected = SaveTimes(step_s=4.0, expected_save_s=400.0)
+    assert lead_s(expected, ()) == lead_s(SaveTimes(save_s=400.0, step_s=4.0), ())
+    # No more than half of the job's time, so that one whose disk was slow for a moment trains at all.
+    assert lead_s(expected, (), 7200.0) == lead_s(expected, ())
+    assert lead_s(expected, (), 600.0) == 300.0
+    assert lead_s(SaveTimes(save_s=2.0, expected_save_s=400.0), ()) == lead_s(SaveTimes(save_s=2.0), ())
+
+
+def test_ranks_whose_first_save_may_be_slow_are_asked_as_early(scene):
+    step = scene.waiting_step()
+    line = {"step": 1, "kind": "start", "checkpoint/expected_seconds": 400.0, "total_steps": 90}
+    (scene.run.path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert supervise_until(scene, step, 1200.0) == 0
+    last = last_of(scene)
+    assert (step.asked, last.end, last.ending.cause, last.decision) == (1, "stopped", "time limit", "requeue")
+
+
 def test_ranks_whose_saves_are_slow_are_asked_before_slurm_asks(scene):
     step = scene.waiting_step()
     line = {"step": 4, "kind": "checkpoint", "checkpoint/stall_seconds": 10.0, "checkpoint/write_seconds": 300.0}
@@ -105,6 +123,11 @@ def test_saves_are_read_however_far_from_the_end(tmp_path):
     lines = [json.dumps(line) for line in [save_line, *broken, *steps]]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert read_save_times(tmp_path) == SaveTimes(32.0, 0.5)
+    start = json.dumps({"step": 1, "kind": "start", "checkpoint/expected_seconds": 7.0})
+    (tmp_path / "metrics.jsonl").write_text("\n".join([start, *lines]))
+    assert read_save_times(tmp_path) == SaveTimes(32.0, 0.5)
+    (tmp_path / "metrics.jsonl").write_text("\n".join([start, *map(json.dumps, steps)]))
+    assert read_save_times(tmp_path) == SaveTimes(0.0, 0.5, 7.0)
     for content in (b"", b"\xff\n", b'"kind": "checkpoint"', b'{"step": 1, "kind": "checkpoint"}\n'):
         (tmp_path / "metrics.jsonl").write_bytes(content)
         assert read_save_times(tmp_path) == SaveTimes()
@@ -113,11 +136,11 @@ def test_saves_are_read_however_far_from_the_end(tmp_path):
 
 def test_a_controller_that_does_not_answer_leaves_what_was_known():
     answers = iter([JobTime(100.0, 50.0), None])
-    left = TimeLeft(lambda: next(answers), lambda: 5.0)
+    left = TimeLeft(lambda: next(answers), lambda _: 5.0)
     assert left.look().left_s <= 50
     left._asked_s -= 40.0
     assert 9 < left.look().left_s <= 10
-    assert TimeLeft(lambda: None, lambda: 5.0).look() is None
+    assert TimeLeft(lambda: None, lambda _: 5.0).look() is None
 
 
 # Signals

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from piip_scale.engine.first_save import FirstSave
 from piip_scale.engine.hooks import LogStart, Silence
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
@@ -40,6 +41,10 @@ def test_the_first_phase_begins_with_the_process():
 class Heard(Silence):
     def __init__(self) -> None:
         self.records: list[StartRecord] = []
+        self.events: list[str] = []
+
+    def event(self, step: int, text: str) -> None:
+        self.events.append(text)
 
     def start(self, record: StartRecord) -> None:
         self.records.append(record)
@@ -49,12 +54,13 @@ def test_a_start_is_told_once_and_its_phases_add_up():
     heard, clock = Heard(), StartClock()
     clock.end_phase("imports")
     clock.end_phase("build")
-    hook = LogStart(heard, clock)
+    hook = LogStart(heard, clock, FirstSave(num_bytes=3 << 29, seconds=40.0))
     for step in (5, 6):
         result = StepResult({}, grad_norm=0.0, applied=True, sizes_px=((32, 32),))
         hook.after_step(StepReport(step, result, lr=0.1, seconds=3.0, wait_seconds=1.0))
     (record,) = heard.records
-    assert record.step == 5
+    assert (record.step, record.save_seconds) == (5, 40.0)
+    assert heard.events == ["a first save of 1.50 GiB is expected to take 40.0 s"]
     assert list(record.seconds) == ["imports", "build", "first_batch", "first_step"]
     assert (record.seconds["first_batch"], record.seconds["first_step"]) == (1.0, 2.0)
     assert clock.seconds == {name: record.seconds[name] for name in ("imports", "build")}
