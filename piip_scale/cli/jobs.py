@@ -15,15 +15,15 @@ import typer
 from piip_scale.errors import RunError, SlurmError
 from piip_scale.launch.control import requeue_run, stop_run
 from piip_scale.launch.logs import find_logs, follow, sizes, tail
-from piip_scale.launch.queue import QueuedJob, has_slurm, queued_jobs
-from piip_scale.launch.runs import Row, Run, describe, find_runs, read_run
+from piip_scale.launch.queue import QueuedJob, ended_states, has_slurm, queued_jobs
+from piip_scale.launch.runs import Row, Run, describe, find_runs, read_run, with_ends
 
 app = typer.Typer(
     help=(
         "List runs, read a run's log, stop it, send it through the queue again.\n\n"
         "Of the states, `stalled` runs and stands still; `waiting` is between two attempts; `held` waits for a "
-        "release, which `requeue` gives; `given-up` waits for a person to look; `lost` ended without a word, and goes "
-        "on with `requeue`."
+        "release, which `requeue` gives; `given-up` waits for a person to look; `lost` ended without a word, as do "
+        "`timeout`, `out-of-memory`, `node-lost` and `preempted`, which Slurm tells; all go on with `requeue`."
     )
 )
 _HEADS = ("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")
@@ -52,7 +52,8 @@ def jobs(
         if not folder.is_dir():
             raise RunError("--runs", value=str(folder), rule="a folder that is there")
     queue, warning = _queue()
-    rows = [describe(read_run(path, queue)) for path in find_runs(folders)]
+    found = [read_run(path, queue) for path in find_runs(folders)]
+    rows = [describe(run) for run in (found if queue is None or not has_slurm() else with_ends(found, ended_states))]
     if as_json:
         for row in rows:
             typer.echo(json.dumps(asdict(row) | {"run": str(row.run)}))

@@ -50,7 +50,7 @@ def plan(
     From the config alone: needs no GPU, no data and no memory for weights. The network's activations are counted by
     running its shapes; those of neck and heads, and 1.5 GiB for libraries, are estimates.
 
-    Example: `piip-scale plan configs/coco/mask_rcnn_h6b_1024_512.py --nodes 2 --gpus-per-node 8`
+    Example: `piip-scale plan configs/coco/mask_rcnn_h6b_1024_512.py --gpus-per-node 8 --gpu-memory-gib 80`
     """
     from piip_scale.config.loading import load_config
     from piip_scale.engine.planning import Planner, change_lines, memory_lines

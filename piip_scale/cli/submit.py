@@ -87,7 +87,7 @@ def submit(
     It survives time limits, preemption, lost nodes and hung ranks: it saves, waits in the queue again and goes on.
     Config, code and environment are put aside in the run directory first: later edits do not change the job.
 
-    Example: `piip-scale submit configs/coco/mask_rcnn_h6b_1024_512.py --nodes 2 --gpus-per-node 8 --profile infiniband`
+    Example: `piip-scale submit configs/coco/mask_rcnn_h6b_1024_512.py --gpus-per-node 8 --profile infiniband`
     """
     site = load_profile(profile) if profile else Profile()
     named = {"partition": partition, "account": account, "qos": qos, "time": time, "constraint": constraint}
@@ -95,12 +95,10 @@ def submit(
     named |= {"cpus-per-task": cpus_per_task, "mem": mem}
     points, limit = _points(sweep or [], array)
     folder = Path(os.path.abspath(run_dir or Path("runs") / config.stem))
-    job = JobSpec(
+    job = JobSpec.of_command(
+        config,
+        folder,
         name=_job_name(job_name) or folder.name,
-        run_dir=folder,
-        working_dir=Path.cwd(),
-        config=config.absolute(),
-        source_config=config.absolute(),
         given_overrides=tuple(overrides or ()),
         num_nodes=nodes,
         ranks_per_node=gpus_per_node,

@@ -61,9 +61,8 @@ def supervise(
     if config is None:
         spec = _submitted(run_dir)
     else:
-        spec = _by_hand(config, overrides or [], run_dir, ranks_per_node, spares)
-        more = {"max_stale_restarts": max_stale_restarts, "signal_lead_s": signal_lead_s}
-        spec = spec.model_copy(update=more)
+        more = {"spares": spares, "max_stale_restarts": max_stale_restarts, "signal_lead_s": signal_lead_s}
+        spec = _by_hand(config, overrides or [], run_dir, ranks_per_node, **more)
         save_spec(spec)
     executor = _executor(spec)
     requests = StopRequests(RunDirectory(run_dir), executor.why_ending, executor.kill_wait_s)
@@ -100,7 +99,7 @@ def preflight(
     configure_logging()
     # Where every node can write its answer.
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=Path.cwd()) as folder:
-        spec = _by_hand(config, overrides or [], Path(folder), ranks_per_node, 0)
+        spec = _by_hand(config, overrides or [], Path(folder), ranks_per_node)
         executor = _executor(spec)
         check = check_nodes(spec, executor, executor.allocated(), 0, Path(folder) / "answers", seconds)
     for node, problem in check.problems.items():
@@ -137,21 +136,19 @@ def _submitted(run_dir: Path) -> JobSpec:
     return spec
 
 
-def _by_hand(config: Path, overrides: list[str], run_dir: Path, ranks_per_node: int | None, spares: int) -> JobSpec:
+def _by_hand(
+    config: Path, overrides: list[str], run_dir: Path, ranks_per_node: int | None, spares: int = 0, **more: int
+) -> JobSpec:
     """The job of a batch script, or of a laptop, that did not come from `submit`."""
     from piip_scale.launch.spec import JobSpec
 
     job = read_allocation()
-    config = config.absolute()
     num_nodes = (job.num_nodes if job else 1) - spares
     if num_nodes < 1:
         raise ConfigError("--spares", value=spares, rule=f"fewer than the {num_nodes + spares} nodes of the allocation")
-    return JobSpec(
-        name=run_dir.name,
-        run_dir=run_dir,
-        working_dir=Path.cwd(),
-        config=config,
-        source_config=config,
+    return JobSpec.of_command(
+        config,
+        run_dir,
         overrides=tuple(overrides),
         num_nodes=num_nodes,
         ranks_per_node=ranks_per_node or _usual_ranks(job),
@@ -159,6 +156,7 @@ def _by_hand(config: Path, overrides: list[str], run_dir: Path, ranks_per_node: 
         python=sys.executable,
         rank_python=sys.executable,
         spares=spares,
+        **more,
     )
 
 

@@ -13,7 +13,7 @@ OptionValue = str | int | bool
 """True stands for a flag; False for one that is left out although a profile has it."""
 
 ALLOWED = (
-    *("account", "acctg-freq", "batch", "bb", "bbf", "begin", "burst-buffer", "cluster-constraint", "clusters"),
+    *("account", "acctg-freq", "batch", "bb", "bbf", "begin", "burst-buffer", "cluster-constraint"),
     *("comment", "constraint", "container", "container-id", "contiguous", "core-spec", "cores-per-socket", "cpu-freq"),
     *("cpus-per-gpu", "cpus-per-task", "deadline", "delay-boot", "dependency", "distribution", "exclude", "exclusive"),
     *("export-file", "extra", "extra-node-info", "gid", "gpu-bind", "gpu-freq", "gpus", "gpus-per-socket"),
@@ -39,9 +39,13 @@ _ALTERNATIVES = (
 # A site's plugins add names that no list has; Slurm itself refuses those it does not know. What looks like one of ours
 # misspelt is refused here, with what was meant.
 _OPTION_NAME, _MISSPELT = re.compile(r"[a-z][a-z0-9]+(?:-[a-z0-9]+)+|[a-z][a-z0-9]{2,}"), 0.75
+# By the option, sbatch alone would go there, and no later command would find the job.
+_ONE_CLUSTER = "SLURM_CLUSTERS, the variable: export SLURM_CLUSTERS=NAME, which all of Slurm's commands follow"
 # What follows from the run, and so would contradict it.
 _OURS = {
     "array": "--sweep",
+    "cluster": _ONE_CLUSTER,
+    "clusters": _ONE_CLUSTER,
     "chdir": "the folder you submit from",
     "error": "the run's directory",
     "export": "--profile, its [environment]",
@@ -73,6 +77,8 @@ _DEFAULTS = {
     "SBATCH_TIMELIMIT": "time",
     "SBATCH_WCKEY": "wckey",
 }
+# What people set for their own eyes: filters of squeue and its like, questions of scancel, the form of times.
+_OF_A_PERSON = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SACCT_", "SINFO_", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN")
 _UNITS_S, _DAY_S = (3600, 60, 1), 86400
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]^-]+")
 
@@ -152,7 +158,13 @@ def options_of_environment(environment: Mapping[str, str]) -> dict[str, OptionVa
 
 def submitting_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables to submit with: none that would change what the script says, none of a job around this process."""
-    return {name: value for name, value in outside_of_job(environment).items() if not name.startswith("SBATCH_")}
+    plain = plain_environment(outside_of_job(environment))
+    return {name: value for name, value in plain.items() if not name.startswith("SBATCH_")}
+
+
+def plain_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for Slurm's commands whose output is read: none that hides jobs, asks back, or writes times anew."""
+    return {name: value for name, value in environment.items() if not name.startswith(_OF_A_PERSON)}
 
 
 def merge_options(*sources: Mapping[str, OptionValue]) -> dict[str, OptionValue]:

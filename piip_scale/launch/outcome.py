@@ -12,6 +12,7 @@ from piip_scale.run.ending import Ending
 from piip_scale.run.run_dir import Status
 
 # What an error of ours exits with where a rank could write it nowhere, and a command line that cannot be read.
+_TOO_MUCH = "its job took too much host memory; raise --mem or lower data.workers"
 _REFUSED = f"exit code {PiipError.exit_code}"
 
 
@@ -97,8 +98,7 @@ def _of_late_rank(first: Ending, attempt: Attempt, ranks_per_node: int) -> Endin
 
 def _out_of_memory(blank: Ending, end: TaskEnd) -> Ending:
     # Not "lost rank": it is the run that needs so much, and its node is as good as any.
-    what = f"rank {end.rank} on {end.node} was killed ({end.how}): its job took too much host memory"
-    line = f"{what}; raise --mem or lower data.workers"
+    line = f"rank {end.rank} on {end.node} was killed ({end.how}): {_TOO_MUCH}"
     return blank.failed("out of host memory", line, rank=end.rank, node=end.node)
 
 
@@ -112,5 +112,8 @@ def _silent(blank: Ending, notes: StepNotes) -> Ending:
         line = f"{who} refused to start, for the reason in the log" if is_refusal else f"{who} ended without a word"
         reason = PiipError.reason if is_refusal else "lost rank"
         return blank.failed(reason, f"{line} ({first.how})", rank=first.rank, node=first.node)
+    if notes.is_out_of_memory:
+        line = f"a rank was killed (exit code {blank.exit_code}): {_TOO_MUCH}"
+        return blank.failed("out of host memory", line)
     line = f"the ranks ended without a word (exit code {blank.exit_code}) before the training was done"
     return blank.failed("lost rank", line)

@@ -16,6 +16,7 @@ from piip_scale.launch.slurm_records import (
     NodeRecord,
     PartitionRecord,
     parse_duration,
+    parse_job,
     parse_nodes,
     parse_partitions,
 )
@@ -84,6 +85,38 @@ def parse_queue(text: str) -> list[QueuedJob]:
         name = number if index is None else f"{array}_{index}"
         jobs.append(QueuedJob(name, int(number), index, state, reason, left, "" if nodes in _NONE else nodes, command))
     return jobs
+
+
+def ended_states(job_ids: Sequence[int]) -> dict[int, str]:
+    """What Slurm calls the ends of jobs that have left the queue, ``NODE_FAIL`` for instance; without those it forgot.
+
+    From its accounts; where a site keeps none, from the controller, which remembers for some minutes.
+    """
+    if not job_ids:
+        return {}
+    try:
+        listed = ",".join(map(str, job_ids))
+        shown = _run(
+            "sacct", "--noheader", "--parsable2", "--allocations", "--format=JobIDRaw,State", f"--jobs={listed}"
+        )
+    except SlurmError:
+        shown = ""
+    found = parse_ends(shown)
+    return {job_id: state for job_id in job_ids if (state := found.get(job_id) or _remembered_state(job_id))}
+
+
+def parse_ends(text: str) -> dict[int, str]:
+    """States by job from sacct's lines of number and state; of a job that ran again, the last counts."""
+    rows = (line.partition("|") for line in text.splitlines())
+    # CANCELLED by 1000
+    return {int(job): state.split()[0] for job, _, state in rows if job.isdecimal() and state.strip()}
+
+
+def _remembered_state(job_id: int) -> str:
+    try:
+        return parse_job(_run("scontrol", "show", "job", "-o", str(job_id)), str(job_id)).state
+    except SlurmError:
+        return ""
 
 
 def check_submission(script: str, folder: Path, options: Sequence[str] = ()) -> str:

@@ -11,6 +11,22 @@ if TYPE_CHECKING:
     from piip_scale.launch.attempts import Attempt
     from piip_scale.launch.runs import Run
 
+LOST = "lost"
+"""It says that it runs, and has neither job nor process."""
+
+# What Slurm calls the ends of jobs, as a state of a run whose supervisor and guard were killed with it.
+_SLURM_ENDS = {
+    "CANCELLED": "cancelled",
+    "TIMEOUT": "timeout",
+    "DEADLINE": "timeout",
+    "OUT_OF_MEMORY": "out-of-memory",
+    "NODE_FAIL": "node-lost",
+    "BOOT_FAIL": "node-lost",
+    "PREEMPTED": "preempted",
+    "REVOKED": "cancelled",
+    "FAILED": "failed",
+}
+_GOES_ON = "it goes on with piip-scale jobs requeue, or --resume"
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 # A rank writes its heartbeat every two seconds, also while it waits; disks and clocks of nodes may be late.
 _SILENT_S = 60.0
@@ -30,7 +46,8 @@ def state_of(run: Run, alive: bool, now_unix_s: float) -> str:
     Returns:
         ``queued``, ``held``; ``running``, ``stalled`` (nothing goes on), ``stopping`` (asked to), ``waiting`` (before
         another attempt); ``done``, ``stopped``, ``cancelled``, ``given-up``, ``failed``; ``lost``: it says that it runs
-        and has neither job nor process; ``submitted``, ``empty``, ``unreadable``; or the queue's own word.
+        and has neither job nor process, and Slurm has forgotten its end, or else ``timeout``, ``out-of-memory``,
+        ``node-lost``, ``preempted``; ``submitted``, ``empty``, ``unreadable``; or the queue's own word.
     """
     if run.problem:
         return "unreadable"
@@ -41,7 +58,8 @@ def state_of(run: Run, alive: bool, now_unix_s: float) -> str:
         return _state_of_begun(run, now_unix_s) if run.job.state == "RUNNING" else run.job.state.lower()
     if reported == "running" and alive:
         return "stalled" if standstill(run, now_unix_s) else "running"
-    return _state_at_rest(run, now_unix_s)
+    state = _state_at_rest(run, now_unix_s)
+    return _SLURM_ENDS.get(run.slurm_end, state) if state == LOST else state
 
 
 def is_held(run: Run) -> bool:
@@ -65,9 +83,9 @@ def _state_at_rest(run: Run, now_unix_s: float) -> str:
         return _state_decided(run, last)
     is_older = last is not None and last.end is None and run.status_unix_s < last.started_unix_s
     if reported == "running" or (reported not in (None, "done") and is_older):
-        return "lost"
+        return LOST
     if reported is None and last is not None:
-        return str(last.end) if last.end in ("stopped", "done") else "failed" if last.end else "lost"
+        return str(last.end) if last.end in ("stopped", "done") else "failed" if last.end else LOST
     return reported or _state_unbegun(run, now_unix_s)
 
 
@@ -85,7 +103,7 @@ def _state_decided(run: Run, last: Attempt) -> str:
     if last.decision == "give_up":
         return "given-up"
     if last.decision == "restart":
-        return "lost"
+        return LOST
     if was_stopped_while_waiting(run):
         return "stopped"
     return "cancelled" if run.queue_known else "waiting"
@@ -152,8 +170,10 @@ def event_of(run: Run, state: str, now_unix_s: float) -> str:
 
 
 def _event_at_rest(run: Run, state: str, outcome: str) -> str:
-    if state == "lost":
-        return "ended without a word; it goes on with --resume or jobs requeue"
+    if run.slurm_end and state in (LOST, *_SLURM_ENDS.values()):
+        return f"Slurm ended its job ({run.slurm_end.lower().replace('_', ' ')}); {_GOES_ON}"
+    if state == LOST:
+        return f"ended without a word; {_GOES_ON}"
     if state in ("stopped", "cancelled") and was_stopped_while_waiting(run) and run.request is not None:
         return "taken out of the queue" + f" by {run.request.user}" * bool(run.request.user)
     if state == "cancelled" and (not run.attempts or run.attempts[-1].decision == "requeue"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from piip_scale.errors import PiipError, RunError
@@ -15,7 +15,7 @@ from piip_scale.launch.attempts import Attempt, History
 from piip_scale.launch.logs import find_logs
 from piip_scale.launch.queue import QueuedJob
 from piip_scale.launch.run_metrics import Pace, read_pace
-from piip_scale.launch.run_state import event_of, state_of
+from piip_scale.launch.run_state import LOST, event_of, state_of
 from piip_scale.launch.spec import JobFiles, JobSpec, Request, load_request, load_spec
 from piip_scale.launch.submitting import is_job_of, submitted_jobs
 from piip_scale.run.heartbeat import Beat, read_beat
@@ -46,6 +46,7 @@ class Run:
         request: What was last asked of its job.
         status_unix_s: When the training last said so.
         submitted_unix_s: When a job was last submitted for it; ``None`` where none was, or by hand.
+        slurm_end: What Slurm calls the end of its last job, where nothing else tells of it; empty where it forgot.
         queue_known: Whether the queue could be asked: without it, a job that is not found may wait there.
     """
 
@@ -62,6 +63,7 @@ class Run:
     status_unix_s: float = 0.0
     submitted_unix_s: float | None = None
     queue_known: bool = True
+    slurm_end: str = ""
 
     @property
     def step(self) -> int:
@@ -152,6 +154,23 @@ def read_run(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
         submitted_unix_s=_modified_unix_s(JobFiles(path).submitted),
         queue_known=queue is not None,
     )
+
+
+def with_ends(runs: Sequence[Run], ask: Callable[[Sequence[int]], Mapping[int, str]]) -> list[Run]:
+    """The runs, and of those that ended without a word what Slurm calls it.
+
+    Args:
+        runs: As they were read.
+        ask: As ``ended_states`` of the queue; called once, and not where no run ended so.
+    """
+    now_s = time.time()
+    lost = {
+        run.path: run.attempts[-1].job_id
+        for run in runs
+        if run.attempts and run.attempts[-1].job_id and state_of(run, is_alive(run.beat, now_s), now_s) == LOST
+    }
+    ends = ask(sorted(set(lost.values()))) if lost else {}
+    return [replace(run, slurm_end=ends.get(lost.get(run.path, 0), "")) for run in runs]
 
 
 def _modified_unix_s(path: Path) -> float | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from piip_scale.errors import SlurmError
 from piip_scale.launch.node_lists import expand_nodes
+from piip_scale.launch.options import plain_environment
 from piip_scale.launch.slurm_records import (
     JobRecord,
     NodeRecord,
@@ -35,7 +36,7 @@ class Slurm:
     """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        self._environment = dict(os.environ if environment is None else environment)
+        self._environment = plain_environment(os.environ if environment is None else environment)
 
     def hostnames(self, node_list: str) -> tuple[str, ...]:
         """The nodes of a list such as ``n[1-3,7]``, in order."""

@@ -23,6 +23,8 @@ from piip_scale.logging import get_logger
 from piip_scale.run.heartbeat import STACK_SIGNAL
 from piip_scale.world import Allocation, World, given_meeting_point, rendezvous_port, step_environment
 
+# Why a job ends whose processes still run, where its state says so already.
+_CAUSES = {"TIMEOUT": "time limit", "DEADLINE": "time limit", "PREEMPTED": "preemption", "CANCELLED": "cancel"}
 # Slurm's KillWait and UnkillableStepTimeout as they come: 30 and 60 s.
 _KILLED_WITHIN_S, _LOOK_AGAIN_S = 120.0, 5.0
 
@@ -298,6 +300,8 @@ def ending(job: JobRecord, restart_count: int) -> str:
         return "preemption" if job.is_preempted else "requeue"
     if job.is_preempted:
         return "preemption"
+    if job.state in _CAUSES:
+        return _CAUSES[job.state]
     if job.state != "COMPLETING":
         return ""
     # Completing with processes alive means that Slurm ends them: because the time is over, or somebody said scancel.

@@ -17,6 +17,8 @@ from piip_scale.launch.node_lists import expand_nodes
 _LOST = {"DOWN", "FAIL", "FAILING", "NOT_RESPONDING", "POWERED_DOWN", "POWERING_DOWN", "REBOOT"}
 _DOUBTFUL = {"DRAIN", "DRAINING", "DRAINED", "MAINT"}
 _ABSENT = ("(null)", "N/A", "None", "Unknown")
+_ENDLESS = ("", "UNLIMITED", "INFINITE", "Partition_Limit", "INVALID", "NOT_SET", "NONE")
+_UNITS_S = (3600, 60, 1)
 _JOB_NAME = re.compile(r" JobName=.*?(?= UserId=\S+\(\d+\) )")
 _GPUS = re.compile(r"gpu(?::[^:,()]+)?:(\d+)")
 
@@ -212,8 +214,8 @@ def parse_partitions(text: str) -> list[PartitionRecord]:
         PartitionRecord(
             name=fields["PartitionName"],
             is_default=fields.get("Default") == "YES",
-            default_s=_limit(fields.get("DefaultTime", "")),
-            longest_s=_limit(fields.get("MaxTime", "")),
+            default_s=parse_duration(fields.get("DefaultTime", "")),
+            longest_s=parse_duration(fields.get("MaxTime", "")),
             qos=fields.get("QoS", ""),
         )
         for fields in lines
@@ -221,22 +223,18 @@ def parse_partitions(text: str) -> list[PartitionRecord]:
 
 
 def parse_duration(text: str) -> int | None:
-    """Seconds of Slurm's ``1-02:03:04`` or ``02:03:04``; ``None`` for one without end.
+    """Seconds of what Slurm shows as ``1-02:03:04`` or ``02:03:04``; ``None`` for one without end, or none yet.
 
     Raises:
         ValueError: It is none.
     """
-    if text in ("UNLIMITED", "INFINITE", "Partition_Limit", "INVALID", "NOT_SET", "NONE"):
+    if text in _ENDLESS:
         return None
-    days, _, clock = text.rpartition("-")
-    seconds = 0
-    for part in clock.split(":"):
-        seconds = seconds * 60 + int(part)
-    return int(days or 0) * 86400 + seconds
-
-
-def _limit(text: str) -> int | None:
-    return parse_duration(text) if text else None
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    # After days, hours come first, however many follow; without days, seconds come last.
+    units = _UNITS_S[: len(parts)] if dash else _UNITS_S[-len(parts) :]
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=True))
 
 
 def _fields(line: str) -> dict[str, str]:

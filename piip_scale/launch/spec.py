@@ -96,6 +96,22 @@ class JobSpec(Strict):
         """Nodes of the allocation, spares included."""
         return self.num_nodes + self.spares
 
+    @classmethod
+    def of_command(cls, config: Path, run_dir: Path, **facts: Any) -> JobSpec:
+        """The job of a command line given here and now.
+
+        Args:
+            config: As it was named, relative to the present folder or absolute.
+            run_dir: Absolute; its name is the job's, unless ``facts`` have another.
+            facts: Any other attributes.
+
+        Raises:
+            ValidationError: A fact that cannot be one.
+        """
+        config, folder = config.absolute(), Path.cwd()
+        given = {"name": run_dir.name, "run_dir": run_dir, "working_dir": folder}
+        return cls.model_validate({**given, "config": config, "source_config": config, **facts})
+
     def with_facts(self, **facts: Any) -> JobSpec:
         """The same job with further facts, checked as at its construction.
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from piip_scale.launch.node_lists import NODE_LIST, expand_nodes
 
 _TASK = re.compile(rf"error: (?P<nodes>{NODE_LIST}): tasks? (?P<rank>\d+)[\d,\[\]-]*: (?P<how>.+)")
-_NODE = re.compile(rf"error: Node failure on (?P<nodes>{NODE_LIST})")
-_LAUNCH = re.compile(rf"error: Task launch for .* failed on nodes? (?P<nodes>{NODE_LIST}): (?P<how>.+)")
+_NODE = re.compile(rf"error: (?:Node failure on|\*\*\* .* DUE TO NODE) (?P<nodes>{NODE_LIST})(?: FAILURE|$)")
+_LAUNCH = re.compile(
+    rf"error: (?:Task launch for .* failed on nodes? (?P<nodes>{NODE_LIST})"
+    rf"|(?P<of>{NODE_LIST}): tasks? [\d,\[\]-]+: launch failed): (?P<how>.+)"
+)
 # What keeps a step from beginning whatever else is said.
 _REFUSED = re.compile(
     r"(?:(?:error|fatal): )?(?P<how>(?:unrecognized option|invalid option|ambiguous option|option .* requires).*"
@@ -69,6 +72,7 @@ class StepNotes:
         refusal: Why the step, or tasks of it, did not start.
         is_final: Whether the same would be refused again, anywhere: options that srun does not take.
         ends: How the first task of each node ended badly, by node.
+        is_out_of_memory: Whether the kernel killed some of it for the memory it took, whatever else is known.
     """
 
     first_end: TaskEnd | None = None
@@ -76,6 +80,7 @@ class StepNotes:
     refusal: str = ""
     is_final: bool = False
     ends: tuple[tuple[str, str], ...] = ()
+    is_out_of_memory: bool = False
 
 
 def read_notes(lines: Iterable[str]) -> StepNotes:
@@ -105,13 +110,14 @@ class _Notes:
     def take(self, text: str, node: str) -> None:
         if _OUT_OF_MEMORY.search(text) and not _TASK.match(text):
             self.memory_nodes[node] = None
+        elif match := _LAUNCH.match(text):
+            nodes = expand_nodes(match["nodes"] or match["of"])
+            self.refusals[f"tasks did not start on {', '.join(nodes)}: {match['how']}"] = None
         elif match := _TASK.match(text):
             for each in expand_nodes(match["nodes"]):
                 self.ends.setdefault(each, TaskEnd(each, int(match["rank"]), match["how"].strip()))
         elif match := _NODE.match(text):
             self.nodes |= dict.fromkeys(expand_nodes(match["nodes"]))
-        elif match := _LAUNCH.match(text):
-            self.refusals[f"tasks did not start on {', '.join(expand_nodes(match['nodes']))}: {match['how']}"] = None
         elif not _ASIDE.search(text) and (match := _REFUSED.match(text) or _FATAL.match(text)):
             self.refusals[match["how"]] = None
         elif not _ASIDE.search(text) and (match := _OTHER.match(text)):
@@ -126,4 +132,5 @@ class _Notes:
         reported = self.refusals or (self.others if not self.ends and not self.nodes else {})
         refusal = "; ".join(reported)[:_MOST_LETTERS]
         ends = tuple((node, end.how) for node, end in self.ends.items())
-        return StepNotes(first, tuple(self.nodes), refusal, bool(_FINAL.search(refusal)), ends)
+        is_out_of_memory = bool(self.memory_nodes) or (first is not None and first.is_out_of_memory)
+        return StepNotes(first, tuple(self.nodes), refusal, bool(_FINAL.search(refusal)), ends, is_out_of_memory)

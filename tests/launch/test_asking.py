@@ -16,6 +16,7 @@ from piip_scale.launch.options import (
     check_options,
     options_of_environment,
     parse_options,
+    plain_environment,
     submitting_environment,
     time_limit_s,
 )
@@ -62,7 +63,11 @@ def test_options_are_read_with_and_without_dashes_and_values():
 def test_no_variable_of_the_shell_changes_what_the_script_says():
     shell = {"SBATCH_PARTITION": "a", "SBATCH_TIMELIMIT": "5", "SBATCH_REQUEUE": "1", "SLURM_JOB_ID": "7"}
     shell |= {"SLURM_CONF": "/etc/x", "HOME": "/h"}
+    # Filters and forms that somebody likes on the screen, a question that scancel asks.
+    shell |= {"SQUEUE_STATES": "all", "SQUEUE_PARTITION": "b", "SCANCEL_INTERACTIVE": "1", "SLURM_TIME_FORMAT": "%s"}
     assert submitting_environment(shell) == {"SLURM_CONF": "/etc/x", "HOME": "/h"}
+    kept = {"SLURM_CONF": "/etc/x", "HOME": "/h", "SLURM_JOB_ID": "7"}
+    assert {name for name in plain_environment(shell) if not name.startswith("SBATCH_")} == kept.keys()
     assert options_of_environment(shell) == {"partition": "a", "time": "5"}
 
 

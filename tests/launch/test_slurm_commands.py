@@ -62,6 +62,11 @@ def test_durations(days, hours, minutes, seconds):
         ({"Restarts=1": "Restarts=2", "RUNNING": "COMPLETING"}, "requeue"),
         ({"RUNNING": "COMPLETING"}, "cancel"),
         ({"RUNNING": "COMPLETING", "1-00:02:00": "00:01:45"}, "time limit"),
+        ({"RUNNING": "COMPLETING", "1-00:02:00": "UNLIMITED"}, "cancel"),
+        *(({"RUNNING": state}, "time limit") for state in ("TIMEOUT", "DEADLINE")),
+        ({"RUNNING": "PREEMPTED"}, "preemption"),
+        ({"RUNNING": "CANCELLED"}, "cancel"),
+        *(({"RUNNING": state}, "") for state in ("SUSPENDED", "CONFIGURING", "NODE_FAIL")),
     ],
 )
 def test_why_a_job_ends(change, cause):

@@ -167,8 +167,20 @@ class Job:
         self._witness = self._witness or Witness(self.run_dir)
 
     def newest_job(self) -> int:
+        return int(self.newest_name())
+
+    def newest_name(self) -> str:
+        """As Slurm's commands take it: ``12``, or ``12_3`` for a task of an array."""
         lines = (self.run_dir / "job" / "submitted.jsonl").read_text().splitlines()
-        return int(json.loads(lines[-1])["job"])
+        return json.loads(lines[-1])["job"]
+
+    def bad_nodes(self) -> dict:
+        path = self.run_dir / "job" / "bad_nodes.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def log_of_array(self) -> str:
+        texts = [path.read_text(errors="replace") for path in sorted((self.run_dir.parent / "job").glob("log-*.txt"))]
+        return "\n".join(text[-2000:] for text in texts) + self.cluster.run("squeue", check=False)
 
     def close(self) -> None:
         """Ends what a failed test may have left."""
@@ -207,9 +219,13 @@ class Job:
 
     def supervisor_pid(self) -> int:
         """The supervisor's own process, and not its guard's, which Slurm started."""
+        return self.supervisor_pids()[0]
+
+    def supervisor_pids(self) -> tuple[int, int]:
+        """The supervisor's process, and its guard's."""
         mine = f"SLURM_JOB_ID={self.job_id}".encode()
         found = {pid: parent for pid, environment, parent in _processes() if mine in environment and _supervises(pid)}
-        return next(pid for pid, parent in found.items() if parent in found)
+        return next((pid, parent) for pid, parent in found.items() if parent in found)
 
     def attempts(self):
         return History(self.run_dir / "job" / "attempts.jsonl").read()

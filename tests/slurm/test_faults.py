@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -58,6 +59,24 @@ def test_a_killed_supervisor_sends_its_job_back(job, whole):
     # Ranks that Slurm ends for the requeueing may save once more.
     assert second.first_step in (SAVED_AT, STOPPED_AT)
     job.check_whole(whole)
+
+
+def test_where_the_guard_is_killed_too_slurm_tells_how_the_run_ended(job):
+    job.submit()
+    job.until_held()
+    supervisor, guard = job.supervisor_pids()
+    # The guard first, which would act.
+    for pid in (guard, supervisor):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(job.log, lambda: not job.cluster.run("squeue", "-h", "-o", "%i").strip())
+    (row,) = map(json.loads, job.command("jobs", "--runs", job.run_dir, "--json").splitlines())
+    assert (row["state"], row["job"]) == ("failed", str(job.job_id))
+    assert row["event"] == "Slurm ended its job (failed); it goes on with piip-scale jobs requeue, or --resume"
+    job.go_on()
+    assert "again, as job" in job.command("jobs", "requeue", job.run_dir)
+    wait_for(job.log, lambda: len(job.attempts()) == 2 and job.attempts()[1].decision)
+    first, second = job.attempts()
+    assert (first.end, second.end, second.first_step) == ("cut", "done", first.last_step)
 
 
 def test_a_hanging_rank_leaves_all_stacks_and_the_run_goes_on(job, whole):
