@@ -225,6 +225,13 @@ def outside_of_job(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name in stays or not name.startswith("SLURM")}
 
 
+def plain_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for Slurm's commands whose output is read: none that hides jobs, asks back, or writes times anew."""
+    # What people set for their own eyes: filters of squeue and its like, questions of scancel, the form of times.
+    own = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SACCT_", "SINFO_", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN")
+    return {name: value for name, value in environment.items() if not name.startswith(own)}
+
+
 def step_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables for an ``srun`` whose options say how many tasks, nodes and cores its step has.
 

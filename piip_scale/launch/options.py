@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from piip_scale.errors import ConfigError
-from piip_scale.world import outside_of_job
+from piip_scale.world import outside_of_job, plain_environment
 
 OptionValue = str | int | bool
 """True stands for a flag; False for one that is left out although a profile has it."""
@@ -77,8 +77,6 @@ _DEFAULTS = {
     "SBATCH_TIMELIMIT": "time",
     "SBATCH_WCKEY": "wckey",
 }
-# What people set for their own eyes: filters of squeue and its like, questions of scancel, the form of times.
-_OF_A_PERSON = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SACCT_", "SINFO_", "SLURM_TIME_FORMAT", "SLURM_BITSTR_LEN")
 _UNITS_S, _DAY_S = (3600, 60, 1), 86400
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]^-]+")
 
@@ -160,11 +158,6 @@ def submitting_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables to submit with: none that would change what the script says, none of a job around this process."""
     plain = plain_environment(outside_of_job(environment))
     return {name: value for name, value in plain.items() if not name.startswith("SBATCH_")}
-
-
-def plain_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for Slurm's commands whose output is read: none that hides jobs, asks back, or writes times anew."""
-    return {name: value for name, value in environment.items() if not name.startswith(_OF_A_PERSON)}
 
 
 def merge_options(*sources: Mapping[str, OptionValue]) -> dict[str, OptionValue]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 from piip_scale.errors import SlurmError
 from piip_scale.launch.node_lists import expand_nodes
-from piip_scale.launch.options import plain_environment
 from piip_scale.launch.slurm_records import (
     JobRecord,
     NodeRecord,
@@ -21,6 +20,7 @@ from piip_scale.launch.slurm_records import (
     parse_partitions,
 )
 from piip_scale.launch.time_left import USUAL_KILL_WAIT_S
+from piip_scale.world import plain_environment
 
 _TIMEOUT_S = 90.0
 _TRIES, _PAUSE_S = 30, 10.0

@@ -69,7 +69,7 @@ class Cell(Layout):
 def _zero_of(option: str) -> dict[str, Any]:
     if option in ALONE:
         key = ALONE[option]
-        return {"deepspeed": nested({key.path: key.sample})} | ({key.needs: "cpu"} if key.needs else {})
+        return {"deepspeed": key.example} | ({key.needs: "cpu"} if key.needs else {})
     if option in TOGETHER:
         keys = [key for key in ALLOWED if TOGETHER[option] in key.stages and key.keeps_numbers]
         return {"deepspeed": nested({key.path: key.sample for key in keys if not (key.needs or key.on_disk)})}

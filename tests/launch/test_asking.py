@@ -16,13 +16,13 @@ from piip_scale.launch.options import (
     check_options,
     options_of_environment,
     parse_options,
-    plain_environment,
     submitting_environment,
     time_limit_s,
 )
 from piip_scale.launch.profiles import load_profile, profile_names
 from piip_scale.launch.submitting import plan_submission
 from piip_scale.launch.sweeps import choose_points, split_values, sweep_points
+from piip_scale.world import plain_environment
 
 
 def error_of(function, *arguments):

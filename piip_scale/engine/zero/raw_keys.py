@@ -72,6 +72,8 @@ class Key:
         on_disk: That field must name a folder.
         keeps_numbers: Training with it gives the same numbers up to rounding in fp32.
         spelt: DeepSpeed's other name for it, under which it is given: of both, DeepSpeed refuses one.
+        without: A switch beside it that must be false, unless the value is ``alone``: DeepSpeed asserts that.
+        alone: The value that says nothing.
     """
 
     path: str
@@ -83,6 +85,13 @@ class Key:
     on_disk: bool = False
     keeps_numbers: bool = True
     spelt: str = ""
+    without: str = ""
+    alone: Any = None
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """``zero.deepspeed`` with the sample, and with what must stand beside it."""
+        return nested({self.path: self.sample} | ({self.without: False} if self.without else {}))
 
 
 _LOGS = "only prints or writes a log"
@@ -109,8 +118,22 @@ ALLOWED = (
     Key("zero_allow_untested_optimizer", _SWITCH, "torch's AdamW is one that DeepSpeed has tested", True, ANY),
     Key("communication_data_type", _TYPE, "rounds what is summed, as its name says", "bf16", keeps_numbers=False),
     Key("data_types.grad_accum_dtype", _TYPE, "rounds gradients, as its name says", "bf16", keeps_numbers=False),
-    Key("prescale_gradients", _SWITCH, "divides before the sum instead of after it", True),
-    Key("gradient_predivide_factor", _FACTOR, "a part of the same division", 2.0),
+    Key(
+        "prescale_gradients",
+        _SWITCH,
+        "divides before the sum instead of after it",
+        True,
+        without=f"{_Z}reduce_scatter",
+        alone=False,
+    ),
+    Key(
+        "gradient_predivide_factor",
+        _FACTOR,
+        "a part of the same division",
+        2.0,
+        without=f"{_Z}reduce_scatter",
+        alone=1.0,
+    ),
     Key(f"{_Z}contiguous_gradients", _SWITCH, "where gradients wait for their message", False, (1, 2)),
     Key(f"{_Z}reduce_scatter", _SWITCH, _MESSAGES, False),
     Key(f"{_Z}reduce_bucket_size", _SIZE, _MESSAGES, 4096),
@@ -170,12 +193,13 @@ def checked_keys(raw: Mapping[str, Any], decided: Mapping[str, Any], zero: ZeroC
     Raises:
         ConfigError: A key that is refused or unknown, that contradicts one of ours, or whose value breaks its rule.
     """
-    ours, found = dict(leaves(decided)), {}
-    for path, value in leaves(raw):
+    ours, given, found = dict(leaves(decided)), dict(leaves(raw)), {}
+    for path, value in given.items():
         if not _is_known(path):
             raise _unknown(*_first_unknown(path, raw))
         if value != AUTO and _is_given(path, value, ours):
             found[_BY_PATH[path].spelt or path] = _checked(path, value, zero)
+            _check_beside(_BY_PATH[path], value, given, zero)
     return nested(found)
 
 
@@ -236,6 +260,16 @@ def _check_refines(key: Key, value: object, zero: ZeroConfig) -> None:
             value=value,
             rule=f"it refines zero.{key.needs}, which is {place!r}",
             fix=f"set zero.{key.needs} to {place_needed}, or leave the key out",
+        )
+
+
+def _check_beside(key: Key, value: object, given: Mapping[str, Any], zero: ZeroConfig) -> None:
+    if key.without and zero.stage and value != key.alone and given.get(key.without, AUTO) is not False:
+        raise ConfigError(
+            f"zero.deepspeed.{key.path}",
+            value=value,
+            rule=f"DeepSpeed takes it only where {key.without} is false",
+            fix=f"set that to False in zero.deepspeed too, or leave {key.path} out",
         )
 
 

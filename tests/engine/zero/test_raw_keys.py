@@ -54,8 +54,19 @@ def test_each_allowed_key_reaches_deepspeed(key):
     if key.path == "zero_allow_untested_optimizer":
         assert planned(nested({key.path: True}))[key.path]
     plain = fields_of(key)
+    beside = nested({key.without: False}) if key.without else {}
     # Prints are read where they are used, and a switch of comms_logger needs the section that it begins.
-    assert parsed(planned(nested({key.path: key.sample}), **plain)) != parsed(planned({}, **plain))
+    assert parsed(planned(key.example, **plain)) != parsed(planned(beside, **plain))
+
+
+@pytest.mark.parametrize("key", [key for key in ALLOWED if key.without], ids=lambda key: key.path)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_key_that_deepspeed_asserts_something_beside_is_refused_without(key, stage):
+    raw = nested({key.path: key.sample})
+    for beside in ({}, nested({key.without: True}), nested({key.without: AUTO})):
+        line = refusal({**raw, **beside}, stage=stage)
+        assert f"DeepSpeed takes it only where {key.without} is false" in line
+    assert planned(nested({key.path: key.alone}), stage=stage)[key.path] == key.alone
 
 
 @pytest.mark.parametrize("key", ALLOWED, ids=lambda key: key.path)
