@@ -1,8 +1,19 @@
 """For all tests: the long ones first, and nothing that hypothesis draws held to a clock, which a busy machine fails."""
 
+import gc
+import os
+import signal
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
+
+# Read when torch and numpy are first imported. Threads of two workers on two cores wait for each other by spinning,
+# which doubles what a small network costs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell's background job has it, which the processes of the tests of Ctrl-C would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
@@ -16,3 +27,8 @@ def pytest_collection_modifyitems(items):
     """Keeps the order within a folder; ``make test`` has its workers take files in this order."""
     ranks = {folder: rank for rank, folder in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.relative_to(TESTS).parts[0], len(LONG)))
+
+
+def pytest_collection_finish():
+    """Takes what was imported out of garbage collection: each full one would go over a million objects that stay."""
+    gc.freeze()

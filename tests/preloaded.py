@@ -29,7 +29,20 @@ import torch.multiprocessing
 
 from piip_scale.world import World
 
-_HEAVY = ["torch", "deepspeed", "piip_scale.engine.session", "piip_scale.tasks.mmlab", "piip_scale.cli.main"]
+_HEAVY = [
+    "torch",
+    "deepspeed",
+    # What DeepSpeed imports for the first engine of a process: torch's compiler, setuptools.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.ops.op_builder.all_ops",
+    "piip_scale.engine.session",
+    "piip_scale.tasks.mmlab",
+    "piip_scale.cli.main",
+    # What the modules of tests import, whose functions are run.
+    "pytest",
+    "hypothesis",
+]
 
 
 def context():
@@ -75,11 +88,15 @@ def run_ranks(num_ranks: int, function, *args, timeout_s: float = 240):
     return [found[rank] for rank in range(num_ranks)]
 
 
+def _leave_imports_to_stay() -> None:
+    """DeepSpeed collects garbage for each report of memory, 20 an engine: each time through all that was imported."""
+    gc.freeze()
+
+
 def _rank_main(results, rank: int, num_ranks: int, port: int, function, args) -> None:
     from piip_scale.engine.zero.setup import init_distributed
 
-    # DeepSpeed collects garbage for each report of memory, 20 an engine: each time through all that was imported.
-    gc.freeze()
+    _leave_imports_to_stay()
     try:
         torch.set_num_threads(1)
         world = World(rank, num_ranks, rank, num_ranks, "127.0.0.1", port, "torchrun" if num_ranks > 1 else "single")
@@ -173,6 +190,7 @@ def run(arguments: Sequence[object], *, timeout: float = 240, check: bool = Fals
 def _main(arguments: list[str], environment: dict[str, str], folder: str, outputs: list[Path], preexec_fn) -> None:
     from piip_scale.engine import local_launch
 
+    _leave_imports_to_stay()
     if preexec_fn is not None:
         preexec_fn()
     os.chdir(folder)

@@ -1,22 +1,15 @@
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 from sections.record import replaced
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, str(FOLDER / f"{script}.py"), *arguments], capture_output=True, text=True, check=False
-    )
-
-
 @pytest.mark.parametrize(("script", "section"), [("engine", "Memory"), ("family", "Golden"), ("data", "Throughput")])
 def test_an_unknown_section_is_told_with_those_there_are(script, section):
-    result = run(script, "Memori")
+    result = preloaded.run([FOLDER / f"{script}.py", "Memori"])
     assert result.returncode == 2
     assert "'Memori'" in result.stderr
     assert section in result.stderr

@@ -1,12 +1,15 @@
 """The script that measures one GPU, at toy sizes on a CPU: every section runs, and nothing measured is lost."""
 
 import json
+import os
 import sys
+from types import SimpleNamespace
 
 import gpu
+import preloaded
 import pytest
 import torch
-from sections.gpu import SECTIONS
+from sections.gpu import SECTIONS, step, training
 from sections.gpu.jobs import Job, is_device_broken, run_jobs
 from sections.gpu.running import Record, run_sections
 
@@ -15,6 +18,24 @@ def failures(rows):
     return {name: values for name, values in rows if "error" in values or values.get("right") is False}
 
 
+def forked(command, *, cwd, env, stdout, stderr, start_new_session, text):
+    """``subprocess.Popen`` of a Python in a session of its own, whose output nobody reads."""
+    return preloaded.Python(command[1:], cwd=cwd, env=env, preexec_fn=os.setsid)
+
+
+def run_forked(command, *, capture_output, text, **settings):
+    """``subprocess.run`` of a Python."""
+    return preloaded.run(command[1:], **settings)
+
+
+@pytest.fixture
+def _processes_are_forked(monkeypatch):
+    """Trainings and ranks that a section starts; the section of the machine is started as any is."""
+    monkeypatch.setattr(step, "run_ranks", preloaded.run_ranks)
+    monkeypatch.setattr(training, "subprocess", SimpleNamespace(Popen=forked, run=run_forked))
+
+
+@pytest.mark.usefixtures("_processes_are_forked")
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name != "machine"])
 def test_every_job_of_a_section_gives_figures(section):
     threads = torch.get_num_threads()

@@ -72,7 +72,7 @@ def test_a_rank_that_hangs_ends_the_run_with_all_stacks(kind, tmp_path):
 
 
 def test_what_may_be_slow_is_no_hang_and_a_signal_there_stops_the_run(tmp_path):
-    options = ("--launch", "2", "--hang-minutes", "0.02", "--slow-evaluation", "2", "--trouble", "signal:1:eval")
+    options = ("--launch", "2", "--hang-minutes", "0.05", "--slow-evaluation", "4", "--trouble", "signal:1:eval")
     code, output, _ = finish(launch(tmp_path, *options), tmp_path)
     assert code == 130, output
     assert "stopped as asked after step 4 of 8, and saved" in output

@@ -7,16 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import FORCED_RELEASE, run_ranks, tiny_config
+from resumed_run import train_to_end
 from tiny_task import TinyTask, make_batch
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
-from piip_scale.engine.batch_stream import BatchStream
-from piip_scale.engine.batching import scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
-from piip_scale.engine.collective import mean_over_ranks
-from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.resuming import find_checkpoint
-from piip_scale.engine.schedule import lr_factor
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.setup import build_engine, build_model
 from piip_scale.telemetry.memory import peak_memory_bytes
@@ -75,26 +71,8 @@ def go_on(world, device, variant, source, saves):
     Returns:
         The losses and gradient norm of each step, and the settings of each optimiser group.
     """
-    config, found = config_of(variant), find_checkpoint(source) if source else None
-    if found:
-        config = found.keep_batches(config, world.num_ranks)
-    config = scale_to_ranks(config, world.num_ranks)
-    task = FrozenTask(config, world, batches=STEPS * IMAGES // world.num_ranks)
-    stream = BatchStream(task, config.train, device)
-    engine, _ = build_engine(build_model(task, 1 if found else 0), config, world)
-    saver = {step: Checkpointer(engine, folder, config, world, STEPS) for step, folder in saves.items()}
-    step = found.resume(engine, saver[STEPS].describe(0)) if found else 0
-    trace = []
-    while True:
-        if step in saver:
-            saver[step].save(step)
-            saver[step].finish()
-        if step == STEPS:
-            return trace, settings_of(engine)
-        set_learning_rate(engine.optimizer.param_groups, config.optimizer.lr * lr_factor(config.schedule, step, STEPS))
-        result = train_step(engine, stream.step(step), step, 0, world)
-        trace.append(mean_over_ranks(result.losses) | {"norm": result.grad_norm})
-        step += 1
+    trace, engine = train_to_end(world, device, config_of(variant), source, saves, FrozenTask)
+    return trace, settings_of(engine)
 
 
 def settings_of(engine) -> list[dict]:

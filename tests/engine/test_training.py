@@ -291,6 +291,7 @@ def test_a_disk_that_turns_read_only_loses_nothing_and_the_run_goes_on(uninterru
 
 def test_torchrun_starts_the_same_worker(tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run([*command, str(WORKER), str(run_dir), "--steps", "2"], check=True, timeout=240)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    # torchrun itself is forked; it starts a new Python for each rank.
+    preloaded.run([*command, WORKER, run_dir, "--steps", "2"], check=True)
     assert RunDirectory(run_dir).status().state == "done"

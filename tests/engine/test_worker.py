@@ -38,21 +38,23 @@ def test_a_second_ctrl_c_is_one_line_and_exit_code_130(tmp_path, monkeypatch, ca
 
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not_listen_and_is_no_success(tmp_path):
-    run, begun = RunDirectory(tmp_path / "run"), tmp_path / "begun"
+    run, begun, asked = RunDirectory(tmp_path / "run"), tmp_path / "begun", tmp_path / "asked"
     run.open("config = 1\n", resume=False)
     run.write_status("running", 3)
 
     def impatient():
-        while not begun.exists():
-            time.sleep(0.05)
-        for _ in range(2):
+        # Signals that come before the first was seen are one.
+        for seen in (begun, asked):
+            while not seen.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.5)
 
     user = threading.Thread(target=impatient)
     user.start()
     with pytest.raises(Interrupted, match="second Ctrl-C") as caught:
-        launch_local(1, ["sh", "-c", f"trap '' INT; touch '{begun}'; sleep 60"], run)
+        launch_local(
+            1, ["sh", "-c", f"trap 'touch {asked}' INT; touch {begun}; while :; do sleep 60 & wait; done"], run
+        )
     user.join()
     assert caught.value.exit_code == 130
     assert (run.status().state, run.status().step) == ("failed", 3)

@@ -77,7 +77,7 @@ def small_disk(tmp_path):
     """A disk of its own, of 64 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=64m,mode=0777", "tmpfs", str(folder)]
+    options = ["-t", "tmpfs", "-o", "size=64m,mode=0700", "tmpfs", str(folder)]
     done = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"mounting a small disk needs root: {done.stderr.strip()}")

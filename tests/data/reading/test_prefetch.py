@@ -119,16 +119,16 @@ def test_leaving_in_the_middle_of_downloads_leaves_nothing(packed, tmp_path, wor
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_the_next_epoch_is_fetched_ahead_too(packed, tmp_path):
+def test_the_next_epoch_is_fetched_ahead_too(packed, tmp_path, monkeypatch):
     with FaultyServer(packed) as server:
-        largest = max(path.stat().st_size for path in packed.glob("*.tar"))
-        # One shard at a time is in use, and three more fit: whatever an epoch ends with, another begins with others.
-        cache = {"folder": str(tmp_path), "limit_gib": 5 * largest / 2**30, "prefetch_shards": 2}
+        cache = {"folder": str(tmp_path), "prefetch_shards": 2}
         stream = loader(server.url, num_streams=1, micro_batch_size=2, cache=cache)
-        use = stream._use(stream._requests(1))
+        fetched, fetch = [], stream.shards.fetch
+        monkeypatch.setattr(stream.shards, "fetch", lambda shard, stop: [fetch(shard, stop), fetched.append(shard)])
+        now, then = (stream._use(stream._requests(epoch)).shards.tolist() for epoch in (0, 1))
         batches = stream.batches(0)
         for _ in range(len(stream) - 1):
             next(batches)
-        first = stream.shards.manifest.shards[int(use.shards[0])]
-        wait_until((tmp_path / f"{first.sha256}.cached").exists)
+        wait_until(lambda: len(fetched) == len(now) + 2)
+        assert sorted(fetched) == sorted(now + then[:2])
         batches.close()

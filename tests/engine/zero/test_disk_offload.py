@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from plain_aio import SMALL_SLICES, use_plain_aio
 from pyramid_task import PyramidTask, network, pyramid_config
 from ranks import FORCED_RELEASE, run_ranks, tiny_config
+from resumed_run import train_to_end
 from test_resuming import assert_same_content, content
 from tiny_task import TinyTask, make_batch
 
@@ -18,7 +20,6 @@ from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.batching import scale_to_ranks
 from piip_scale.engine.checkpointing import Checkpointer
-from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.resuming import find_checkpoint
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero import disk_offload
@@ -65,25 +66,10 @@ def config_of(zero: dict, precision: str, disk: Path, width=WIDTH, **more):
 
 def go_on(world, device, config, source, saves, width=WIDTH) -> list[dict]:
     """Trains to the end from the newest checkpoint of ``source``, or from the start; saves into folders by step."""
-    found = find_checkpoint(source) if source else None
-    config = scale_to_ranks(found.keep_batches(config, world.num_ranks) if found else config, world.num_ranks)
-    task = WideTask(config, world, dim=width, batches=STEPS * IMAGES // world.num_ranks)
-    stream = BatchStream(task, config.train, device)
-    engine, _ = build_engine(build_model(task, 1 if found else 0), config, world)
+    trace, engine = train_to_end(world, device, config, source, saves, partial(WideTask, dim=width))
     if config.zero.optimizer_is_on_disk:
         assert {is_on_disk(engine, index) for index in range(len(engine.optimizer.fp16_groups))} == {True, False}
-    saver = {step: Checkpointer(engine, folder, config, world, STEPS) for step, folder in saves.items()}
-    step = found.resume(engine, saver[STEPS].describe(0)) if found else 0
-    trace = []
-    while True:
-        if step in saver:
-            saver[step].save(step)
-            saver[step].finish()
-        if step == STEPS:
-            return trace
-        result = train_step(engine, stream.step(step), step, 0, world)
-        trace.append(mean_over_ranks(result.losses) | {"norm": result.grad_norm})
-        step += 1
+    return trace
 
 
 def on_two(world, device, root, width):

@@ -3,8 +3,6 @@
 import json
 import logging
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -240,8 +238,3 @@ def test_missing_and_truncated_images_are_one_line(tmp_path, shards):
         with pytest.raises(DataError, match=rf"cut\.{suffix}") as caught:
             read_photo(cut)
         assert "\n" not in str(caught.value)
-
-
-def test_importing_the_task_does_not_import_mmdet():
-    code = "import sys, piip_scale.tasks.detection.task; sys.exit('mmdet' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
