@@ -207,6 +207,8 @@ def _main(arguments: list[str], environment: dict[str, str], folder: str, output
 def _run_python(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ |= environment
+    # Imports asked for it in another environment.
+    tempfile.tempdir = None
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])

@@ -26,6 +26,8 @@ from piip_scale.run.run_dir import RunDirectory
 WORKER = Path(__file__).with_name("tiny_worker.py")
 STEPS = 8
 AVERAGED = ("--ema-decay", "0.9")
+# Neither a compiler nor ninja is there, as on a machine where only wheels were installed.
+WITHOUT_COMPILERS = os.environ | {"PATH": ""}
 
 
 def start(run_dir: Path, *options: str, **settings) -> preloaded.Python:
@@ -38,7 +40,7 @@ def start_anew(run_dir: Path, *options: str, **settings) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
 
 
-def train(run_dir: Path, *options: str, start=start, **settings) -> tuple[int, str]:
+def train(run_dir: Path, *options: str, **settings) -> tuple[int, str]:
     process = start(run_dir, *options, **settings)
     output, _ = process.communicate(timeout=240)
     return process.returncode, output
@@ -95,10 +97,10 @@ def assert_bitwise_equal(run_dir: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
+    """Started by torchrun, which is forked itself and starts a new Python for each rank."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    # No PATH: neither a compiler nor ninja is there, as on a machine where only wheels were installed.
-    code, output = train(run_dir, *AVERAGED, start=start_anew, env=os.environ | {"PATH": ""})
-    assert code == 0, output
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    preloaded.run([*torchrun, WORKER, run_dir, *AVERAGED], env=WITHOUT_COMPILERS, check=True)
     return run_dir
 
 
@@ -152,6 +154,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_for_bit_the_whole_run(uninterru
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
+    """Started by us here, and by torchrun there."""
     code, output = train(tmp_path / "run", *AVERAGED, "--trouble", "signal:1:8")
     assert code == 130, output
     assert output.count("stopped as asked after step 5 of 8") == 1
@@ -189,7 +192,7 @@ def test_ctrl_c_saves_and_stops_every_rank(tmp_path):
 
 
 def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path):
-    process = start_anew(tmp_path / "run", "--steps", "500", "--slow", "0.05")
+    process = start_anew(tmp_path / "run", "--steps", "500", "--slow", "0.05", env=WITHOUT_COMPILERS)
     wait_for_step(tmp_path / "run", 1, process)
     ranks = psutil.Process(process.pid).children()
     process.kill()
@@ -287,11 +290,3 @@ def test_a_disk_that_turns_read_only_loses_nothing_and_the_run_goes_on(uninterru
     code, output = train(checkpoints.parent, *options, "--resume")
     assert code == 0, output
     assert_bitwise_equal(checkpoints.parent, uninterrupted_bf16)
-
-
-def test_torchrun_starts_the_same_worker(tmp_path):
-    run_dir = tmp_path / "run"
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    # torchrun itself is forked; it starts a new Python for each rank.
-    preloaded.run([*command, WORKER, run_dir, "--steps", "2"], check=True)
-    assert RunDirectory(run_dir).status().state == "done"
