@@ -117,8 +117,9 @@ def test_a_run_leaves_status_metrics_and_checkpoints(uninterrupted):
     assert sorted(records(uninterrupted)) == list(range(1, STEPS + 1))
     assert sorted(records(uninterrupted, "evaluation")) == [4, 8]
     (start,) = records(uninterrupted, "start").values()
-    phases = ("imports", "join", "build", "weights", "shard", "resume", "first_batch", "first_step")
-    assert list(start) == ["step", "kind", *(f"start/{phase}_seconds" for phase in phases), "total_steps"]
+    phases = ("imports", "join", "build", "weights", "shard", "resume", "disk", "first_batch", "first_step")
+    seconds = [f"start/{phase}_seconds" for phase in phases]
+    assert list(start) == ["step", "kind", *seconds, "checkpoint/expected_seconds", "total_steps"]
     assert start["total_steps"] == STEPS
     assert sorted(path.name for path in (uninterrupted / "checkpoints").glob("step_*")) == [
         "step_00000006",
