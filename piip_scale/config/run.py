@@ -49,6 +49,7 @@ class CacheConfig(Strict):
         prefetch_shards: Each rank fetches so many shards ahead of those its loader has come to; 0 fetches on need.
         retries: Further tries, with growing pauses, of a download that failed, before the run stops.
         stall_seconds: A download that brings nothing for so long has failed.
+        max_unsized_mib: Most of a file whose length nothing states, as manifests and indexes; a source may never end.
     """
 
     folder: str = "auto"
@@ -56,6 +57,7 @@ class CacheConfig(Strict):
     prefetch_shards: NonNegative = 8
     retries: NonNegative = 6
     stall_seconds: PositiveFloat = 60.0
+    max_unsized_mib: PositiveFloat = 256.0
 
 
 class DataConfig(Strict):

@@ -218,9 +218,11 @@ def _paint_mask(picture: Image.Image, rle: dict[str, Any], colour: Rgb) -> None:
     first = max(math.floor((left - reach) * scale), 0)
     last = min(math.ceil((left + across + reach) * scale), picture.width)
     begin, end = max(math.floor(first / scale - reach), 0), min(math.ceil(last / scale + reach), width)
+    # Turned over its diagonal, as run lengths are: turning all of it would read it across the memory.
     mask = Image.fromarray(mask_columns(rle, begin, end) * np.uint8(round(255 * _MASK_OPACITY)))
-    box = (first / scale - begin, 0, min(last / scale, width) - begin, height)
-    picture.paste(colour, (first, 0), mask.resize((last - first, picture.height), Image.Resampling.BILINEAR, box))
+    box = (0, first / scale - begin, height, min(last / scale, width) - begin)
+    small = mask.resize((picture.height, last - first), Image.Resampling.BILINEAR, box)
+    picture.paste(colour, (first, 0), small.transpose(Image.Transpose.TRANSPOSE))
 
 
 def _free_place(

@@ -122,7 +122,7 @@ def test_a_mask_is_drawn_as_if_it_were_read_whole():
         mask[top:bottom, left:right] = random.random((bottom - top, right - left)) < 0.9
         (rle,) = encode_masks(torch.from_numpy(mask[None]))
         first, last = sorted(random.integers(0, width + 1, 2).tolist())
-        assert np.array_equal(mask_columns(rle, first, last), mask[:, first:last])
+        assert np.array_equal(mask_columns(rle, first, last).T, mask[:, first:last])
         found = Detections(1, torch.zeros(1, 4), torch.ones(1), torch.zeros(1).long(), [rle])
         drawn = draw_detections(np.full((height, width, 3), 90, np.uint8), found, ["a"], DrawingStyle(line_px=0))
         alone = Image.new("L", drawn.size)

@@ -11,7 +11,8 @@ from piip_scale.data.packing.coco_entries import Categories, Entry
 from piip_scale.data.packing.coco_file import stray_note
 from piip_scale.data.packing.door import whole_number
 from piip_scale.data.packing.problems import Problems
-from piip_scale.data.reading.mask_checks import box_of, checked_segmentation, is_number
+from piip_scale.data.reading.decoding import MIN_BOX_PX
+from piip_scale.data.reading.mask_checks import box_of, checked_segmentation, is_number, reaches_into
 from piip_scale.errors import DataError
 
 OVERHANG_TOLERANCE_PX = 1.0
@@ -107,7 +108,15 @@ class NoteChecker:
             self.done["dropped"] += 1
             return None
         checked = {"id": key, "category_id": category, "bbox": box} | self._area_and_crowd(note, key, box)
-        return checked if mask is None or self._boxes_only else checked | {"segmentation": mask}
+        if mask is None or self._boxes_only:
+            return checked
+        is_target = not checked["iscrowd"] and min(box[2:]) >= MIN_BOX_PX
+        if is_target and not reaches_into(mask, box):
+            raise self._error(
+                f"annotation {key} of image {image.image_id} has a mask that does not reach into its box {box}",
+                "a mask and its box are of one object",
+            )
+        return checked | {"segmentation": mask}
 
     def _area_and_crowd(self, note: dict[str, Any], key: int, box: list[float]) -> dict[str, Any]:
         area = note.get("area")

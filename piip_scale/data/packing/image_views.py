@@ -118,15 +118,10 @@ def _head(path: Path) -> bytes:
 def _log(source: str, turned: int, stored: int, open_ones: int, undecided: Undecided | None) -> None:
     if not turned + stored + open_ones:
         return
-    parts = [f"{turned} of the turned view"] * bool(turned) + [f"{stored} of the stored one"] * bool(stored)
+    parts = [f"{turned} are annotated as turned"] * bool(turned) + [f"{stored} as stored"] * bool(stored)
     if open_ones:
-        done = "left as they are stored, as the others" if undecided == "stored" else "turned"
-        done += ", as the others" if undecided == "apply" else ""
-        parts.append(f"{open_ones} of either by their size, which are {done}")
-    advice = "; --exif apply or stored decides it for all" if undecided is None and stored + open_ones else ""
-    get_logger(__name__).warning(
-        "%s: of the images with an EXIF orientation, the annotations are of these views: %s%s",
-        source,
-        ", ".join(parts),
-        advice,
-    )
+        done = "stay as they are stored" if undecided == "stored" else "are turned"
+        parts.append(f"{open_ones} fit both by their size and {done}" + ", as the others" * (undecided is not None))
+    # Where sizes contradict each other, or say nothing, this is a guess.
+    advice = "; --exif apply or stored decides for all" if undecided is None else ""
+    get_logger(__name__).warning("%s: of the images with an EXIF orientation %s%s", source, ", ".join(parts), advice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from piip_scale.data.packing.door import (
     stored_name,
     whole_number,
 )
-from piip_scale.data.packing.finding import ImageFolder
+from piip_scale.data.packing.finding import IMAGE_SUFFIXES, ImageFolder, is_below
 from piip_scale.data.packing.pack_plan import PackItem
 from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.packing.problems import Problems
@@ -26,6 +27,7 @@ from piip_scale.data.reading.files import json_bytes, sha256_of_file
 from piip_scale.data.reading.manifest import Category, Manifest
 from piip_scale.data.reading.targets import Counts
 from piip_scale.errors import DataError
+from piip_scale.text import printable
 
 Labelled = tuple[str, int]
 """An image's path under its folder, and its label."""
@@ -54,7 +56,7 @@ def pack_folders(
     """
     folder, how = Path(folder), how or PackOptions()
     problems = how.problems()
-    found = _folders_by_class(folder)
+    found = _folders_by_class(folder, problems)
     chosen = chosen_classes(classes, found, str(folder), subset=subset) if classes else tuple(found)
     if not subset and (unknown := sorted(set(found) - set(chosen)) if classes else []):
         raise DataError(
@@ -69,11 +71,20 @@ def pack_folders(
     return _pack(folder, labelled, Path(out), chosen, {"folders": stored_name(folder.name)}, how, problems)
 
 
-def _folders_by_class(folder: Path) -> dict[str, str]:
+def _folders_by_class(folder: Path, problems: Problems) -> dict[str, str]:
     """Names of folders by the classes that they name, in the order of the folders' names."""
     if not folder.is_dir():
         raise DataError("image folder not found", value=str(folder), rule="it holds a folder for each class")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    names = [entry.name for entry in entries if entry.is_dir()]
+    for entry in entries:
+        if not entry.is_dir() and (entry.is_symlink() or entry.suffix.lower() in IMAGE_SUFFIXES):
+            with problems.collected("file"):
+                raise DataError(
+                    f"{printable(str(entry))} lies in no class's folder",
+                    rule=f"{folder} holds a folder of images for each class",
+                    fix="remove it, or correct the link" if entry.is_symlink() else "move it into one, or remove it",
+                )
     by_class: dict[str, str] = {}
     door = ClassNames()
     for name in names:
@@ -118,7 +129,10 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         DataError: The file cannot be read, has an empty line, or names a class twice.
     """
     lines = read_lines(file)
+    while lines and not lines[-1].strip():
+        lines.pop()
     for number, line in enumerate(lines, 1):
+        # Skipped, it would give all that follow another label.
         if not line.strip():
             raise DataError(f"line {number} of {file} is empty", rule="each line names a class")
     return class_names(lines, str(file))
@@ -127,6 +141,8 @@ def read_class_names(file: Path) -> tuple[str, ...]:
 def _read_list(file: Path, num_classes: int, folder: ImageFolder, problems: Problems) -> list[Labelled]:
     labelled = []
     for number, line in enumerate(read_lines(file), 1):
+        if not line.strip():
+            continue
         with problems.collected("image"):
             labelled.append(_labelled(line.strip(), f"line {number} of {file}", num_classes, folder))
     return labelled
@@ -139,6 +155,12 @@ def _labelled(line: str, owner: str, num_classes: int, folder: ImageFolder) -> L
     if not path or number is None or number >= num_classes:
         raise DataError(owner, value=line, rule=f"a path, a space, a label of 0-{num_classes - 1}")
     name = check_file_name(line[: len(path)].strip(), owner)
+    if os.path.isabs(name) and Path(name).is_relative_to(folder.path.absolute()):
+        name = str(Path(name).relative_to(folder.path.absolute()))
+    if not is_below(name):
+        raise DataError(
+            f"{owner} names {name!r}", rule=f"it is a path below {folder.path}", fix="name the folder with --images"
+        )
     found = folder.find(name)
     # What is not found under another spelling fails by the name that the list has.
     return (name if found is None else found[0]), number

@@ -177,11 +177,26 @@ class _VocImages:
 
 
 def _parsed_entry(path: Path, folder: _VocImages, door: ClassNames) -> _Parsed:
-    root = _parsed(path)
+    root = _annotation(path)
     name, num_bytes = folder.find(path, root.findtext("filename", "").strip())
     height, width = (_side(root.findtext(f"size/{side}", ""), f"{side} of {path}") for side in ("height", "width"))
     objects = tuple(_object(node, f"object {i} of {path}", door) for i, node in enumerate(root.iter("object"), 1))
     return _Parsed(path, name, num_bytes, (height, width), objects)
+
+
+def _annotation(path: Path) -> ElementTree.Element:
+    root = _parsed(path)
+    for node in root.iter():
+        # Of a file with a namespace every tag begins with it.
+        node.tag = node.tag.rpartition("}")[2]
+    if root.tag != "annotation":
+        # A page of an error, saved as XML, would be an image without objects.
+        raise DataError(
+            f"annotation file {path} holds <{root.tag[:40]}>",
+            rule="VOC's begin with <annotation>",
+            fix="export it again",
+        )
+    return root
 
 
 def _parsed(path: Path) -> ElementTree.Element:

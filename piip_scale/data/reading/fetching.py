@@ -9,7 +9,15 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from piip_scale.data.reading.sources import NEVER, Source, SpoiltError, Stop, StoppedError, TransferError
+from piip_scale.data.reading.sources import (
+    MOST_UNSIZED_BYTES,
+    NEVER,
+    Source,
+    SpoiltError,
+    Stop,
+    StoppedError,
+    TransferError,
+)
 from piip_scale.errors import FetchError
 from piip_scale.logging import get_logger
 
@@ -30,10 +38,12 @@ class Fetcher:
     Attributes:
         source: Where they are.
         retries: Further tries after one that failed without bringing anything new.
+        most_unsized_bytes: Of a file whose length nothing states.
     """
 
     source: Source
     retries: int
+    most_unsized_bytes: int = MOST_UNSIZED_BYTES
 
     def read(self, name: str, sha256: str | None = None, stop: Stop = NEVER) -> bytes:
         """A small file, held to its checksum where that is known.
@@ -55,7 +65,7 @@ class Fetcher:
             FetchError: It did not come, or not as the manifest says it is.
             StoppedError: ``stop`` was set.
         """
-        download = _Download(self.source, name, file, num_bytes, sha256)
+        download = _Download(self.source, name, file, num_bytes, sha256, self.most_unsized_bytes)
         tries = failures = spoilt = 0
         while True:
             before, tries = download.farthest, tries + 1
@@ -104,9 +114,11 @@ class _Download:
         farthest: Bytes that came in the best try so far.
     """
 
-    def __init__(self, source: Source, name: str, file: BinaryIO, num_bytes: int | None, sha256: str | None) -> None:
+    def __init__(
+        self, source: Source, name: str, file: BinaryIO, num_bytes: int | None, sha256: str | None, most_unsized: int
+    ) -> None:
         self._source, self._name, self._file = source, name, file
-        self._num_bytes, self._sha256 = num_bytes, sha256
+        self._num_bytes, self._sha256, self._most_unsized = num_bytes, sha256, most_unsized
         self.farthest = 0
         self._restart()
 
@@ -117,6 +129,10 @@ class _Download:
         for block in self._source.stream(self._name, self._done, self._num_bytes, stop):
             if self._num_bytes is not None and self._done + len(block) > self._num_bytes:
                 self._spoilt(f"more than its {self._num_bytes} bytes came")
+            if self._num_bytes is None and self._done + len(block) > self._most_unsized:
+                mib = self._most_unsized / (1 << 20)
+                reason = f"more than {mib:g} MiB came of it, the most that data.cache.max_unsized_mib allows"
+                raise TransferError(reason, is_final=True)
             self._file.write(block)
             self._digest.update(block)
             self._done += len(block)

@@ -112,19 +112,31 @@ def box_of(segmentation: Any) -> list[float] | None:
 
         box = [float(side) for side in coco_mask.toBbox(segmentation)]
     else:
-        points = np.concatenate([np.array(polygon, np.float64).reshape(-1, 2) for polygon in segmentation])
-        low, high = points.min(axis=0), points.max(axis=0)
-        box = [*low.tolist(), *(high - low).tolist()]
+        # Of lists as JSON has them: arrays of so few numbers cost more to make than to search.
+        left, top = (min(min(part[axis::2]) for part in segmentation) for axis in (0, 1))
+        right, bottom = (max(max(part[axis::2]) for part in segmentation) for axis in (0, 1))
+        box = [float(side) for side in (left, top, right - left, bottom - top)]
     return box if min(box[2:]) > 0 else None
 
 
+def reaches_into(segmentation: Any, box_xywh_px: Sequence[float]) -> bool:
+    """Whether the box around a checked mask overlaps another; pixels are not looked at."""
+    own = box_of(segmentation)
+    if own is None:
+        return False
+    return all(
+        min(own[axis] + own[axis + 2], box_xywh_px[axis] + box_xywh_px[axis + 2]) > max(own[axis], box_xywh_px[axis])
+        for axis in (0, 1)
+    )
+
+
 def mask_columns(segmentation: Any, begin: int, end: int) -> Array:
-    """Some columns of a checked mask of compressed run lengths, 0 and 1, uint8 (H, end - begin)."""
+    """Some columns of a checked mask of compressed run lengths, 0 and 1, uint8 (end - begin, H)."""
     height = int(segmentation["size"][0])
     edges = np.cumsum(run_lengths(segmentation["counts"])).clip(begin * height, end * height)
     lengths = np.diff(edges, prepend=begin * height)
     columns = np.repeat(np.arange(len(lengths), dtype=np.uint8) & 1, lengths)
-    return columns.reshape(end - begin, height).T
+    return columns.reshape(end - begin, height)
 
 
 def _checked_runs(value: dict[str, Any], height_px: int, width_px: int) -> dict[str, Any]:

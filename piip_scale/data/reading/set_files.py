@@ -206,7 +206,9 @@ class RemoteFiles:
 
     def __init__(self, location: str, config: CacheConfig) -> None:
         self.location = location
-        self._fetcher = Fetcher(open_source(location, config.stall_seconds), config.retries)
+        most_unsized = int(config.max_unsized_mib * 2**20)
+        source = open_source(location, config.stall_seconds, most_unsized)
+        self._fetcher = Fetcher(source, config.retries, most_unsized)
         self.cache = FileCache(cache_folder(config.folder), int(config.limit_gib * GIB))
 
     def manifest(self) -> bytes:

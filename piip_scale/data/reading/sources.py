@@ -32,6 +32,9 @@ Stop = threading.Event
 
 NEVER = Stop()
 
+MOST_UNSIZED_BYTES = 256 << 20
+"""Of a file whose length nothing states: a manifest, an index. Those of millions of samples are smaller."""
+
 # A failed try costs at most a block; each is a request of its own, so small ones cost time.
 _BLOCK_BYTES = 8 << 20
 _PIPE_BYTES = 1 << 20
@@ -98,13 +101,20 @@ def is_remote(location: str) -> bool:
     return location.startswith(PIPE) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
 
 
-def open_source(location: str, stall_s: float) -> Source:
+def open_source(location: str, stall_s: float, most_unsized_bytes: int) -> Source:
     """The source at a remote location.
+
+    Args:
+        location: Where.
+        stall_s: A transfer that brings nothing for so long has failed.
+        most_unsized_bytes: Of a file whose length nothing states.
 
     Raises:
         DataError: There is no such kind of location, or what it needs is not installed.
     """
-    return PipeSource(location, stall_s) if location.startswith(PIPE) else ObjectSource(location, stall_s)
+    if location.startswith(PIPE):
+        return PipeSource(location, stall_s)
+    return ObjectSource(location, stall_s, most_unsized_bytes)
 
 
 class ObjectSource:
@@ -118,8 +128,8 @@ class ObjectSource:
 
     resumes = True
 
-    def __init__(self, location: str, stall_s: float) -> None:
-        self.location, self._stall_s = location, stall_s
+    def __init__(self, location: str, stall_s: float, most_unsized_bytes: int = MOST_UNSIZED_BYTES) -> None:
+        self.location, self._stall_s, self._most_unsized_bytes = location, stall_s, most_unsized_bytes
         self._protocol = location.partition("://")[0].lower()
         if self._protocol not in _EXTRAS:
             raise DataError(
@@ -133,11 +143,12 @@ class ObjectSource:
     def stream(self, name: str, begin: int, num_bytes: int | None, stop: Stop) -> Iterator[bytes]:
         """As in ``Source``."""
         if num_bytes is None:
-            yield self._block(name, None, None, stop)
+            # One more than there may be: whoever counts them knows then that there are too many.
+            yield self._block(name, 0, self._most_unsized_bytes + 1, self._most_unsized_bytes + 1, stop)
             return
         while begin < num_bytes:
             end = min(begin + _BLOCK_BYTES, num_bytes)
-            block = self._block(name, begin, end, stop)
+            block = self._block(name, begin, end, num_bytes, stop)
             # A server that knows no ranges sends the whole file, whatever it is asked for.
             if len(block) == num_bytes:
                 block, end = block[begin:], num_bytes
@@ -146,10 +157,14 @@ class ObjectSource:
             yield block
             begin = end
 
-    def _block(self, name: str, begin: int | None, end: int | None, stop: Stop) -> bytes:
+    def _block(self, name: str, begin: int, end: int, most: int, stop: Stop) -> bytes:
         try:
             filesystem = self._filesystem()
-            read = filesystem._cat_file(self._path(filesystem, name), start=begin, end=end, **self._request())
+            path = self._path(filesystem, name)
+            if self._is_http:
+                read = _read_http(filesystem, path, (begin, end), most, self._request())
+            else:
+                read = filesystem._cat_file(path, start=begin, end=end)
             future = asyncio.run_coroutine_threadsafe(read, filesystem.loop)
             return _awaited(future, None if self._is_http else self._stall_s, stop)
         except StoppedError:
@@ -163,9 +178,7 @@ class ObjectSource:
         return self._protocol in ("http", "https")
 
     def _request(self) -> Mapping[str, Any]:
-        """What http is told with every request; the other clients wait for a block as long as for a stall."""
-        if not self._is_http:
-            return {}
+        """Settings of every request of http; the other clients wait for a block as long as for a stall."""
         import aiohttp
 
         wait = aiohttp.ClientTimeout(total=None, sock_connect=self._stall_s, sock_read=self._stall_s)
@@ -277,6 +290,23 @@ def _first_line(error: Exception) -> str:
 def located(location: str, name: str) -> str:
     """The location of a file of the set at ``location``."""
     return location.replace(NAME, name) if NAME in location else f"{location.rstrip('/')}/{name}"
+
+
+async def _read_http(filesystem: Any, url: str, part: tuple[int, int], most: int, request: Mapping[str, Any]) -> bytes:
+    """A part of a file; the first bytes of the whole where the server knows no ranges.
+
+    fsspec (2026.9) reads whatever comes into memory, and a server may send without end.
+    """
+    options = {**filesystem.kwargs, **request}
+    headers = {**options.pop("headers", {}), "Range": f"bytes={part[0]}-{part[1] - 1}"}
+    session, content = await filesystem.set_session(), bytearray()
+    async with session.get(filesystem.encode_url(url), headers=headers, **options) as response:
+        filesystem._raise_not_found_for_status(response, url)
+        async for piece in response.content.iter_any():
+            content += piece
+            if len(content) > most:
+                break
+    return bytes(content)
 
 
 def _filesystem_class(protocol: str) -> Any:

@@ -24,7 +24,7 @@ _PIXELS_AT_ONCE = 1 << 24
 """Of the masks of heads that have whole ones: some 50 of COCO's images, one of a photograph."""
 
 # Of a box, sampled and searched in one go. On a CPU more would not fit into its caches; a GPU waits for launches.
-_CPU_STRIP_PX, _GPU_STRIP_PX = 1 << 19, 1 << 24
+_CPU_STRIP_PX, _GPU_STRIP_PX = 1 << 18, 1 << 24
 
 
 def encode_when_pasted(detector: nn.Module) -> None:
@@ -73,11 +73,17 @@ def paste_and_encode(scores_HW: Tensor, box_xyxy_px: Tensor, size_px: tuple[int,
     height, width = size_px
     left, top, right, bottom = box_xyxy_px.tolist()
     rows, columns = _pixels_around(top, bottom, height), _pixels_around(left, right, width)
-    strip = max(1, (_GPU_STRIP_PX if scores_HW.is_cuda else _CPU_STRIP_PX) // max(1, len(rows)))
-    positions = [
-        _changes(_pasted(scores_HW, box_xyxy_px, rows, some) >= threshold, rows, some, height)
-        for some in (columns[start : start + strip] for start in range(0, len(columns), strip))
-    ]
+    step = max(1, (_GPU_STRIP_PX if scores_HW.is_cuda else _CPU_STRIP_PX) // max(1, len(rows)))
+    strips = [columns[start : start + step] for start in range(0, len(columns), step) if rows]
+    x, y = (_on_grid(pixels, *box_xyxy_px[axis::2]) for axis, pixels in enumerate((columns, rows)))
+    grid = torch.empty(len(rows), min(step, len(columns)), 2, device=scores_HW.device)
+    grid[..., 1] = y[:, None]
+    positions = []
+    for strip in strips:
+        part = grid[:, : len(strip)]
+        part[..., 0] = x[strip.start - columns.start : strip.stop - columns.start]
+        inside = F.grid_sample(scores_HW[None, None], part[None], align_corners=False)[0, 0] >= threshold
+        positions.append(_changes(inside, rows, strip, height))
     return {"size": [height, width], "counts": _counts(positions, height, width)}
 
 
@@ -139,15 +145,9 @@ def _encoded_whole(
 
 
 def _pixels_around(low: float, high: float, limit: int) -> range:
-    """Rows or columns of a box and one around it, inside the image."""
-    return range(max(int(np.floor(low)) - 1, 0), min(int(np.ceil(high)) + 1, limit))
-
-
-def _pasted(scores_HW: Tensor, box_xyxy_px: Tensor, rows: range, columns: range) -> Tensor:
-    """Scores at the centres of some of the image's pixels, float32 (rows, columns)."""
-    x, y = (_on_grid(pixels, *box_xyxy_px[axis::2]) for axis, pixels in enumerate((columns, rows)))
-    grid = torch.stack([x[None].expand(len(rows), -1), y[:, None].expand(-1, len(columns))], -1)
-    return F.grid_sample(scores_HW[None, None], grid[None], align_corners=False)[0, 0]
+    """Rows or columns of a box and one around it, inside the image; none of a box outside of it."""
+    start = max(int(np.floor(low)) - 1, 0)
+    return range(start, max(start, min(int(np.ceil(high)) + 1, limit)))
 
 
 def _on_grid(pixels: range, low: Tensor, high: Tensor) -> Tensor:
@@ -160,10 +160,22 @@ def _on_grid(pixels: range, low: Tensor, high: Tensor) -> Tensor:
 
 def _changes(inside: Tensor, rows: range, columns: range, height: int) -> Positions:
     """Positions, column by column, at which a run of pixels inside begins or ends, in turn; every column ends its."""
-    padded = F.pad(inside.T, (1, 1))
-    column, row = (padded[:, 1:] != padded[:, :-1]).nonzero(as_tuple=True)
-    positions: Positions = ((column + columns.start) * height + row + rows.start).cpu().numpy()
+    # Along the memory, and sorted at last: of all pixels few are edges.
+    row, column = _where(inside[1:] != inside[:-1])
+    top, bottom = (_where(inside[[edge]])[1] for edge in (0, -1))
+    begins = (columns.start + np.arange(len(columns))) * height + rows.start
+    positions: Positions = np.concatenate([begins[column] + row + 1, begins[top], begins[bottom] + len(rows)])
+    positions.sort()
     return positions
+
+
+def _where(is_one_RC: Tensor) -> tuple[Positions, Positions]:
+    """Rows and columns of what is true."""
+    if is_one_RC.is_cuda:
+        row, column = is_one_RC.nonzero(as_tuple=True)
+        return row.cpu().numpy(), column.cpu().numpy()
+    flat = np.flatnonzero(is_one_RC.numpy())
+    return flat // is_one_RC.shape[1], flat % is_one_RC.shape[1]
 
 
 def _counts(positions: list[Positions], height: int, width: int) -> str:

@@ -251,3 +251,13 @@ def test_a_members_name_does_not_follow_the_files(tmp_path, suffix):
         image, notes = tar.getnames()
     assert notes == "000000000001.json"
     assert image in ("000000000001.img", "000000000001.gz")
+
+
+@pytest.mark.parametrize(
+    "polygon", [[100, 100, 120, 100, 120, 120], [5, 5, 40, 5, 5, 5], [40, 30, 60, 30, 60, 45]], ids=str
+)
+def test_a_mask_that_does_not_reach_into_its_box_is_no_target(tmp_path, polygon):
+    files = write(tmp_path, note_with(bbox=[0, 0, 20, 20], segmentation=[polygon]))
+    with pytest.raises(DataError, match="does not reach into its box"):
+        read_coco(*files)
+    assert not read_coco(*files, boxes_only=True).has_masks

@@ -61,7 +61,7 @@ def test_manifest_tells_how_it_was_made(tmp_path):
     root["annotations"][0]["bbox"] = [60, 40, 30, 30]
     root["annotations"][1]["bbox"] = [90, 40, 30, 30]
     annotations.write_text(json.dumps(root))
-    manifest = pack_coco(annotations, images, tmp_path / "out", clip_boxes=True)
+    manifest = pack_coco(annotations, images, tmp_path / "out", clip_boxes=True, boxes_only=True)
     made = ShardSet.open(tmp_path / "out").manifest.made_with
     assert made["annotations_sha256"] == sha256_of_file(annotations)
     assert (made["annotations"], made["clip_boxes"], made["num_clipped"], made["num_dropped"]) == (
@@ -266,7 +266,7 @@ def test_disk_that_takes_no_more(tmp_path, workers):
 
 def test_interrupt_ends_quietly_with_nothing_half_written(tmp_path):
     source, out = make_coco(tmp_path, 30), tmp_path / "out"
-    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(1))"
+    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(60))"
     process = run_pack(source, out, workers=2, progress=report)
     process.stderr.readline()
     children = psutil.Process(process.pid).children(recursive=True)

@@ -104,7 +104,6 @@ def test_a_list_gives_the_labels_it_names(folders, tmp_path):
         ("cat/0.JPEG -1", "line 2"),
         ("cat/0.JPEG one", "line 2"),
         ("cat/0.JPEG", "line 2"),
-        ("", "line 2"),
         ("cat/99.JPEG 1", "99.JPEG cannot be read"),
         ("cat/1.JPEG 2", "each must be named once"),
     ],
@@ -188,3 +187,42 @@ def test_a_class_folder_of_any_bytes_is_packed(tmp_path, caplog):
     shards = ShardSet.open(tmp_path / "set")
     assert {shards.notes(number)["file_name"] for number in range(2)} == {"caf\\xe9/a.jpg", "plain/a.jpg"}
     assert verify_shards(tmp_path / "set", workers=1).problems == ()
+
+
+def problem_of(call):
+    with pytest.raises(DataError) as caught:
+        call()
+    return caught.value.line
+
+
+def test_nothing_beside_the_folders_of_classes_is_passed_over(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "set"
+    write_jpeg(images / "cat" / "a.jpg", 20, 30, 1)
+    (images / "README.txt").write_text("of no class")
+    assert pack_folders(images, out).num_samples == 1
+    write_jpeg(images / "stray.jpg", 20, 30, 1)
+    assert "stray.jpg lies in no class's folder" in problem_of(lambda: pack_folders(images, out))
+    (images / "stray.jpg").unlink()
+    (images / "dog").symlink_to(tmp_path / "moved")
+    assert "dog lies in no class's folder" in problem_of(lambda: pack_folders(images, out))
+    assert pack_folders(images, tmp_path / "rest", how=PackOptions(skip_broken=True)).num_samples == 1
+
+
+def test_a_list_names_images_below_its_folder(tmp_path):
+    write_jpeg(tmp_path / "images" / "a.jpg", 20, 30, 1)
+    write_jpeg(tmp_path / "b.jpg", 20, 30, 1)
+
+    def packed(name):
+        (tmp_path / "list.txt").write_text(f"\n{name} 0\n \n")
+        out = tmp_path / "set"
+        shutil.rmtree(out, ignore_errors=True)
+        return pack_list(tmp_path / "list.txt", tmp_path / "images", out, classes=("cat",)).num_samples
+
+    assert packed("a.jpg") == packed(tmp_path / "images" / "a.jpg") == 1
+    for name in ("../b.jpg", tmp_path / "b.jpg", "/etc/passwd"):
+        assert "it is a path below" in problem_of(lambda name=name: packed(name))
+
+
+def test_blank_lines_after_the_last_class_are_none(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n\n \n")
+    assert read_class_names(tmp_path / "names.txt") == ("cat", "dog")

@@ -240,3 +240,15 @@ def test_a_name_that_is_cleaned_is_logged_once_a_set(voc, caplog):
     for out in ("one", "two"):
         assert pack(voc, out).classes == ("black cat",)
     assert sum("is written 'black cat'" in line for line in caplog.messages) == 2
+
+
+def test_a_file_that_is_no_annotation_is_not_an_image_without_objects(voc):
+    (voc / "Annotations" / "2007_b.xml").write_text("<html><body>404</body></html>")
+    with pytest.raises(DataError, match=r"2007_b.xml holds <html>"):
+        pack(voc)
+
+
+def test_a_namespace_hides_no_objects(voc):
+    path = voc / "Annotations" / "2007_b.xml"
+    path.write_text(path.read_text().replace("<annotation>", "<annotation xmlns='http://example.org'>"))
+    assert len(pack(voc).notes(1)["annotations"]) == 1

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -271,6 +272,26 @@ def test_a_pipe_that_fails_is_one_line(cache, command, reason):
     with pytest.raises(FetchError, match=r"^manifest.json cannot be fetched from pipe:.*" + reason) as caught:
         ShardSet.open(location, cache=CacheConfig(**cache | {"retries": 1}))
     assert "\n" not in caught.value.line
+
+
+def refused_for_its_length(location, cache, most_mib):
+    with pytest.raises(FetchError, match=f"more than {most_mib:g} MiB came of it, .* data.cache.max_unsized_mib"):
+        ShardSet.open(location, cache=CacheConfig(**cache, max_unsized_mib=most_mib))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_of_a_length_that_nothing_states_has_a_limit(packed, cache, tmp_path, ranges):
+    shutil.copytree(packed, tmp_path / "set")
+    manifest = tmp_path / "set" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b" " * 2**20)
+    with FaultyServer(tmp_path / "set", ranges=ranges) as server:
+        refused_for_its_length(server.url, cache, 1)
+        assert server.requests["manifest.json"] == 1
+        assert len(ShardSet.open(server.url, cache=CacheConfig(**cache, max_unsized_mib=2))) == 41
+
+
+def test_a_pipe_without_an_end_has_one(cache):
+    refused_for_its_length("pipe:yes {name}", cache, 0.5)
 
 
 @pytest.mark.parametrize(
