@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import collectives, equality, memory, offloaded_update, saving, starting, step_time
+from sections import collectives, equality, launches, memory, offloaded_update, saving, starting, step_time
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
@@ -17,6 +17,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Equality": equality.section,
     "Memory": memory.section,
     "Collectives": collectives.section,
+    "Launches": launches.section,
     "Step time": step_time.section,
     "Offloaded update": offloaded_update.section,
     "Saving": saving.section,

@@ -32,6 +32,9 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     gpu_memory_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU.")] = 80.0,
+    host_memory_gib: Annotated[
+        float | None, typer.Option(min=1, help="Memory of a node's host, to be checked.")
+    ] = None,
     size: Annotated[str, typer.Option(metavar="HxW", help="Images in px; default: the largest in training.")] = "",
     mfu: Annotated[
         float | None,
@@ -53,7 +56,8 @@ def plan(
     Example: `piip-scale plan configs/coco/mask_rcnn_h6b_1024_512.py --gpus-per-node 8 --gpu-memory-gib 80`
     """
     from piip_scale.config.loading import load_config
-    from piip_scale.engine.planning import Planner, change_lines, memory_lines
+    from piip_scale.engine.checkpoint_choice import leaves_open, settled_line
+    from piip_scale.engine.planning import Planner, change_lines, host_line, kept_blocks_line, memory_lines
     from piip_scale.tasks.counting import likely_classes
     from piip_scale.tasks.outline import outline_run
 
@@ -61,12 +65,17 @@ def plan(
     size_px = read_size(size) if size else None
     outline_of = partial(outline_run, num_classes=likely_classes(run)[1], size_px=size_px)
     planner, ranks = Planner(outline_of, gpu_memory_gib * _GIB), nodes * gpus_per_node
+    settled = [settled_line(planner.settled(run, ranks), int(gpu_memory_gib * _GIB))] if leaves_open(run) else []
+    run = planner.settled(run, ranks)
     found, changes = planner.plan(run, ranks), planner.changes(run, ranks)
     pace = Pace.of(run, found, size_px, None if mfu is None else mfu * peak_tflops * _TERA)
     if as_json:
         typer.echo(json.dumps(_as_json(found, changes, pace), indent=1))
     else:
-        typer.echo("\n".join([*memory_lines(found), *change_lines(found, changes), *pace.lines()]))
+        host = host_line(found, gpus_per_node, None if host_memory_gib is None else host_memory_gib * _GIB)
+        kept = kept_blocks_line(planner.without_checkpoints(run, ranks), pace.recomputed_share)
+        lines = [*settled, *memory_lines(found), *filter(None, [kept, host]), *change_lines(found, changes)]
+        typer.echo("\n".join([*lines, *pace.lines()]))
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Pace:
         flops_per_image: Model FLOPs of the network in a training step, as training logs them and its MFU: as far as
             it is trained, without neck and heads and what checkpointing computes again.
         head_flops_per_image: Those of neck and heads, in float32.
+        recomputed_flops_per_image: What checkpointed blocks compute a second time.
         seconds_per_step: At the speed asked for.
     """
 
@@ -86,18 +96,26 @@ class Pace:
     steps_per_epoch: int | None
     flops_per_image: int
     head_flops_per_image: int
+    recomputed_flops_per_image: int
     seconds_per_step: float | None
 
     @classmethod
     def of(cls, run: RunConfig, plan: MemoryPlan, size_px: tuple[int, int] | None, flops: float | None) -> Pace:
         """The pace of a run whose every GPU does so many FLOP/s; images of ``size_px``, or as large as training's."""
-        from piip_scale.tasks.counting import head_flops, likely_classes, network_flops
+        from piip_scale.tasks.counting import head_flops, likely_classes, network_flops, recomputed_flops
         from piip_scale.tasks.outline import training_size_px
 
         classes, size = likely_classes(run)[1], size_px or training_size_px(run)
         network, heads = network_flops(run, classes, *size), head_flops(run, classes, *size)
         seconds = None if flops is None else network * plan.images_per_step / (plan.num_ranks * flops)
-        return cls(plan.images_per_step, _steps_per_epoch(run, plan), network, heads, seconds)
+        again = recomputed_flops(run, classes, *size)
+        return cls(plan.images_per_step, _steps_per_epoch(run, plan), network, heads, again, seconds)
+
+    @property
+    def recomputed_share(self) -> float:
+        """Of the arithmetic of the network's step, without neck and heads."""
+        again = self.recomputed_flops_per_image
+        return again / (self.flops_per_image + again)
 
     def lines(self) -> list[str]:
         """For the user."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -45,6 +46,8 @@ class _BranchConfig(Strict):
             batch's samples out of the computation, drawn anew for every residual.
         frozen_blocks: So many first blocks, and the embedding below them, are never updated and drop no paths; ``all``
             freezes the whole branch.
+        checkpoint_blocks: Keep each block's input only and compute the block again in the backward pass; ``auto``
+            decides at the start of a training by the plan's memory, and where nothing decides means yes.
     """
 
     resolution_px: Positive
@@ -54,7 +57,7 @@ class _BranchConfig(Strict):
     drop_path_rate: Share = 0.0
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     drop_path_mode: DropPathMode = "zero"
-    checkpoint_blocks: bool = False
+    checkpoint_blocks: bool | Literal["auto"] = False
 
 
 class VitBranchConfig(_BranchConfig):
@@ -221,10 +224,30 @@ class PyramidConfig(Strict):
         return self
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """Names of the implementations that a network computes with.
+
+    Attributes:
+        attention: See ``ops.attention``.
+        deform: See ``ops.deform_attention``.
+        fused: See ``ops.fused``.
+    """
+
+    attention: str = "auto"
+    deform: str = "auto"
+    fused: str = "auto"
+
+
+AUTO_KERNELS = Kernels()
+
+
 class PiipConfig(Strict):
     """A PIIP network: branches with the largest model (lowest resolution) first.
 
     ``deform_kernel`` and ``attention_kernel`` choose an implementation by name; ``auto`` takes the fastest present.
+    ``fused_kernel`` does so for what stands between matrix products: ``plain`` is torch's operators one by one,
+    ``triton`` one kernel for each group of them.
     ``pretrained`` is a file of the whole network's weights to start training from, by the names here; branches' own
     files come after it.
     """
@@ -235,6 +258,12 @@ class PiipConfig(Strict):
     pretrained: str | None = None
     attention_kernel: Literal["auto", "math", "sdpa", "flash"] = "auto"
     deform_kernel: Literal["auto", "reference", "triton"] = "auto"
+    fused_kernel: Literal["auto", "plain", "triton"] = "auto"
+
+    @property
+    def kernels(self) -> Kernels:
+        """Its kernels' names."""
+        return Kernels(self.attention_kernel, self.deform_kernel, self.fused_kernel)
 
     @property
     def geometry(self) -> NetworkGeometry:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.checkpoint_choice import device_bytes
 from piip_scale.engine.planning import GIB, Change, MemoryPlan, Planner, change_lines, memory_lines
 from piip_scale.errors import DeviceMemoryError
 from piip_scale.tasks.base import Task
@@ -33,7 +33,7 @@ def device_memory_error(task: Task, config: RunConfig, world: World, device: tor
         world: The ranks.
         device: The rank's.
     """
-    capacity = _capacity(device)
+    capacity = device_bytes(device)
     planner = Planner(task.outline, capacity)
     plan = planner.plan(config, world.num_ranks)
     changes = planner.within(min(capacity, _MUST_SAVE * plan.total)).changes(config, world.num_ranks)
@@ -64,9 +64,3 @@ def _most(plan: MemoryPlan) -> str:
     }
     ordered = sorted(kinds.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in ordered)
-
-
-def _capacity(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

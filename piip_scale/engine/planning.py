@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,6 +71,7 @@ class MemoryPlan:
         num_ranks: GPUs.
         micro_batch_size: Images of a micro-batch.
         images_per_step: Images of an optimiser step, on all GPUs.
+        host_memory: Of one rank: state offloaded to host memory, and the copy that saves in the background write from.
     """
 
     parts: tuple[PartMemory, ...]
@@ -82,6 +83,7 @@ class MemoryPlan:
     num_ranks: int
     micro_batch_size: int
     images_per_step: int
+    host_memory: float = 0.0
 
     @property
     def total(self) -> float:
@@ -133,16 +135,20 @@ class Planner:
     def plan(self, config: RunConfig, num_ranks: int) -> MemoryPlan:
         """What a run needs of each GPU.
 
+        ``checkpoint_blocks="auto"`` is decided first.
+
         Raises:
             ConfigError: The run cannot be, on so many ranks or as sharded as it says.
         """
+        config = self.settled(config, num_ranks)
         scaled = scale_to_ranks(config, num_ranks)
         rehearsed = self._rehearsed(config)
         sharding = plan_sharding(scaled, rehearsed.sizes, num_ranks)
         share = config.data.micro_batch_size / rehearsed.micro_batch_size
         kept = {name: share * activations for name, activations in rehearsed.kept.items()}
+        parts = tuple(_part_memory(part, sharding, kept.pop(part.name, 0.0)) for part in rehearsed.sizes.parts)
         return MemoryPlan(
-            parts=tuple(_part_memory(part, sharding, kept.pop(part.name, 0.0)) for part in rehearsed.sizes.parts),
+            parts=parts,
             gathered=_gathered(rehearsed.sizes, sharding),
             buckets=_buckets(sharding),
             backward=share * rehearsed.backward + sum(kept.values()),
@@ -151,7 +157,29 @@ class Planner:
             num_ranks=num_ranks,
             micro_batch_size=config.data.micro_batch_size,
             images_per_step=images_per_step(config, num_ranks),
+            host_memory=sum(_host_memory(part, config) for part in parts),
         )
+
+    def settled(self, config: RunConfig, num_ranks: int) -> RunConfig:
+        """The run with ``checkpoint_blocks="auto"`` decided: as few branches compute blocks again as memory allows.
+
+        The narrowest comes first: what a block keeps grows with its width, its arithmetic with the width's square.
+        Where even all are not enough all do.
+        """
+        open_ones = [i for i, branch in enumerate(config.model.branches) if branch.checkpoint_blocks == "auto"]
+        always = {i for i, branch in enumerate(config.model.branches) if branch.checkpoint_blocks is True}
+        for count in range(len(open_ones)):
+            chosen = with_checkpointed(config, always | set(open_ones[len(open_ones) - count :]))
+            if self.plan(chosen, num_ranks).fits:
+                return chosen
+        return with_checkpointed(config, always | set(open_ones)) if open_ones else config
+
+    def without_checkpoints(self, config: RunConfig, num_ranks: int) -> MemoryPlan | None:
+        """The plan if no block were computed again, for a run that does so without need; else ``None``."""
+        if not any(branch.checkpoint_blocks is True for branch in config.model.branches):
+            return None
+        plan = self.plan(with_checkpointed(config, set()), num_ranks)
+        return plan if plan.fits else None
 
     def changes(self, config: RunConfig, num_ranks: int) -> list[Change]:
         """Knobs to turn one after the other until the run fits, the cheapest first; those that change nothing left out.
@@ -235,6 +263,13 @@ def _part_memory(part: Part, sharding: Sharding, activations: float) -> PartMemo
     return PartMemory(part.name, kept.weights, kept.gradients, masters, moments, kept.host, activations)
 
 
+def _host_memory(part: PartMemory, config: RunConfig) -> float:
+    places = (config.zero.offload_optimizer, config.zero.offload_parameters)
+    # One place serves both where both are offloaded: a disk takes none of it.
+    offloaded = part.host if "cpu" in places else 0.0
+    return offloaded + (part.masters + part.moments if config.train.background_saves else 0.0)
+
+
 def _gathered(sizes: Sizes, sharding: Sharding) -> float:
     """Bytes of sharded parameters that are whole at once: as many as DeepSpeed lets be, if there are so many."""
     if sharding.stage < 3 or sharding.num_ranks == 1:
@@ -246,7 +281,8 @@ def _gathered(sizes: Sizes, sharding: Sharding) -> float:
 
 def _buckets(sharding: Sharding) -> float:
     """Bytes of the buffer in which gradients are sent, in float32."""
-    if not sharding.stage or sharding.num_ranks == 1:
+    # One rank sends nothing and has the buffer all the same.
+    if not sharding.stage:
         return 0.0
     return float(sharding.deepspeed["zero_optimization"]["reduce_bucket_size"] * _BYTES["fp32"])
 
@@ -276,10 +312,18 @@ def _smaller(data: DataConfig) -> Iterator[DataConfig]:
 
 
 def _checkpointed(config: RunConfig) -> RunConfig:
-    branches = tuple(branch.model_copy(update={"checkpoint_blocks": True}) for branch in config.model.branches)
+    config = with_checkpointed(config, set(range(len(config.model.branches))))
     unit = config.model.interaction.model_copy(update={"checkpoint_units": True})
-    model = config.model.model_copy(update={"branches": branches, "interaction": unit})
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": config.model.model_copy(update={"interaction": unit})})
+
+
+def with_checkpointed(config: RunConfig, again: Collection[int]) -> RunConfig:
+    """The run with these branches, by index, computing their blocks again, and no others."""
+    branches = tuple(
+        branch.model_copy(update={"checkpoint_blocks": index in again})
+        for index, branch in enumerate(config.model.branches)
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"branches": branches})})
 
 
 def memory_lines(plan: MemoryPlan) -> list[str]:
@@ -296,6 +340,31 @@ def memory_lines(plan: MemoryPlan) -> list[str]:
     verdict = "fits into" if plan.fits else "does not fit into"
     lines.append(f"{plan.total / GIB:.1f} GiB, which {verdict} {plan.capacity / GIB:.1f}")
     return lines
+
+
+def host_line(plan: MemoryPlan, ranks_per_node: int, capacity: float | None) -> str:
+    """What a node's host memory holds, and whether it can where that is known."""
+    needed = plan.host_memory * ranks_per_node
+    verdict = (
+        ""
+        if capacity is None
+        else f", which {'fits' if needed <= capacity else 'does not fit'} into {capacity / GIB:.1f}"
+    )
+    fix = "" if capacity is None or needed <= capacity else ": set train.background_saves=False or offload less"
+    return (
+        f"{needed / GIB:.1f} GiB of a node's host memory for what is offloaded and the copies that saves write from"
+        f"{verdict}{fix}; loaders, and page-locked memory's rounding to powers of two, come on top"
+    )
+
+
+def kept_blocks_line(plan: MemoryPlan | None, saved_share: float) -> str:
+    """What not to compute blocks again would gain, where ``Planner.without_checkpoints`` found a plan that fits."""
+    if plan is None:
+        return ""
+    return (
+        f"without checkpointed blocks {plan.total / GIB:.1f} GiB, which fits too and leaves out {saved_share:.0%} of a "
+        "step's arithmetic: set checkpoint_blocks='auto' in every branch"
+    )
 
 
 def change_lines(plan: MemoryPlan, changes: Sequence[Change]) -> list[str]:

@@ -56,7 +56,7 @@ def rehearse(
         as_on_gpu: Norms and attention keep what their fused kernels keep on a GPU, not what the meta device's do.
     """
     alive = _Alive(network)
-    with _parts_marked(parts, alive), _dropped_gradients(network), _FusedOnGpu(as_on_gpu), alive:
+    with _parts_marked(parts, alive), _dropped_gradients(network), FusedOnGpu(as_on_gpu), alive:
         features = tuple(run())
         kept = dict(alive.by_part)
         # A gradient of each feature comes from the heads. ``backward`` itself would put the modes aside meanwhile.
@@ -98,7 +98,7 @@ class _Alive(TorchDispatchMode):
         self.peak = max(self.peak, self._total)
 
 
-class _FusedOnGpu(TorchFunctionMode):
+class FusedOnGpu(TorchFunctionMode):
     """Replaces operators that the meta device would take apart by ones that keep what a GPU's fused kernel keeps."""
 
     def __init__(self, active: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 from piip_scale.config.run import RunConfig, TrainConfig
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.batching import batch_line, scale_to_ranks
+from piip_scale.engine.checkpoint_choice import settle_checkpointing
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import any_rank, require_same
 from piip_scale.engine.ema import build_average
@@ -89,6 +90,9 @@ class Session:
         task = task_factory(scaled, self.world)
         # Nodes that have a copy each may have different ones, and samples would be lost and repeated without a word.
         require_same("the shards", task.data_id(), "give every node the same sets, then start again")
+        settled = settle_checkpointing(scaled, task, self.world, device, found)
+        if settled is not scaled:
+            scaled, task = settled, task_factory(settled, self.world)
         try:
             _Training(self, task, scaled, device, found, clock).run()
         except Exception as error:

@@ -29,7 +29,11 @@ class PiipClassifier(Trunk):
         super().__init__(config)
         self.head_config = head
         dims = [spec.channels for spec in self.specs_after(config.interaction.num_stages - 1)]
-        self.head: nn.Module = (SeparateHeads if head.separate else PooledHead)(dims, head.num_classes)
+        self.head: nn.Module = (
+            SeparateHeads(dims, head.num_classes)
+            if head.separate
+            else PooledHead(dims, head.num_classes, config.fused_kernel)
+        )
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits of a batch of images.
@@ -84,9 +88,9 @@ class TokenHead(nn.Module):
 class PooledHead(nn.Module):
     """One norm and linear layer over the mean of the merged features."""
 
-    def __init__(self, dims: Sequence[int], num_classes: int) -> None:
+    def __init__(self, dims: Sequence[int], num_classes: int, kernel: str) -> None:
         super().__init__()
-        self.merging = Merging(dims, "pooled")
+        self.merging = Merging(dims, "pooled", kernel)
         self.norm = PooledNorm(dims[0])
         self.linear = Linear(dims[0], num_classes)
 

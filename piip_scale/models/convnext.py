@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from piip_scale.config.model import ConvNextBranchConfig
+from piip_scale.config.model import AUTO_KERNELS, ConvNextBranchConfig, Kernels
 from piip_scale.geometry import depth_of, drop_path_rate, is_downsampling, locate
 from piip_scale.models.branch import Branch, BranchState, check_size, run_block
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Mlp, build_norm
@@ -17,17 +17,18 @@ class ConvNext(Branch):
 
     Args:
         config: Its numbers.
+        kernels: Names of the kernels.
 
     Source: Liu et al., A ConvNet for the 2020s.
     """
 
     has_layer_decay = False
 
-    def __init__(self, config: ConvNextBranchConfig) -> None:
+    def __init__(self, config: ConvNextBranchConfig, kernels: Kernels = AUTO_KERNELS) -> None:
         super().__init__()
         self.config = config
         self.embedding = Stem(config.widths[0], config.sections[0].stride_px)
-        self.blocks = nn.ModuleList(_build_layer(config, index) for index in range(depth_of(config.sections)))
+        self.blocks = nn.ModuleList(_build_layer(config, index, kernels) for index in range(depth_of(config.sections)))
 
     def embed(self, image_BCHW: Tensor) -> BranchState:
         """See ``Branch.embed``."""
@@ -38,7 +39,7 @@ class ConvNext(Branch):
         """See ``Branch.run``."""
         grid_BHWC = state.grid_BHWC
         for block in self.blocks[first:last]:
-            grid_BHWC = run_block(block, self.config.checkpoint_blocks, grid_BHWC)
+            grid_BHWC = run_block(block, bool(self.config.checkpoint_blocks), grid_BHWC)
         return BranchState(grid_BHWC)
 
     def embedding_modules(self) -> list[nn.Module]:
@@ -77,29 +78,31 @@ class Downsample(nn.Module):
 class Block(nn.Module):
     """A 7x7 depthwise convolution and a feed-forward, added to the input."""
 
-    def __init__(self, dim: int, layer_scale_init: float, drop_path: DropPath) -> None:
+    def __init__(self, dim: int, scale: LayerScale, drop_path: DropPath) -> None:
         super().__init__()
         self.dwconv = Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = build_norm("layernorm", dim)
         self.mlp = Mlp(dim, _MLP_RATIO * dim, "gelu")
-        self.ls = LayerScale(dim, layer_scale_init)
+        self.ls = scale
         self.drop_path = drop_path
 
     def forward(self, grid_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        output: Tensor = self.drop_path(grid_BHWC, self._residual)
+        output: Tensor = self.drop_path(grid_BHWC, self._residual, self.ls)
         return output
 
     def _residual(self, grid_BHWC: Tensor) -> Tensor:
         hidden_BHWC = self.dwconv(grid_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        residual: Tensor = self.ls(self.mlp(self.norm(hidden_BHWC)))
+        residual: Tensor = self.mlp(self.norm(hidden_BHWC))
         return residual
 
 
-def _build_layer(config: ConvNextBranchConfig, index: int) -> nn.Module:
+def _build_layer(config: ConvNextBranchConfig, index: int, kernels: Kernels) -> nn.Module:
     sections = config.sections
     stage, _ = locate(sections, index)
     if is_downsampling(sections, index):
         return Downsample(config.widths[stage - 1], config.widths[stage])
     rate = drop_path_rate(sections, index, config.drop_path_rate, config.drop_path_schedule)
-    return Block(config.widths[stage], config.layer_scale_init, DropPath(rate, config.drop_path_mode))
+    dim = config.widths[stage]
+    scale = LayerScale(dim, config.layer_scale_init, kernels.fused)
+    return Block(dim, scale, DropPath(rate, config.drop_path_mode))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from piip_scale.config.model import InteractionConfig
+from piip_scale.config.model import InteractionConfig, Kernels
 from piip_scale.geometry import scaled_width
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Linear, build_norm
 from piip_scale.ops.attention import attention, join_heads, split_heads
@@ -23,10 +23,10 @@ class InteractionUnit(nn.Module):
         config: The units' numbers.
         large_dim: Width of the larger model.
         small_dim: Width of the smaller model.
-        kernels: Names of the attention and of the deformable attention kernel.
+        kernels: Names of the kernels.
     """
 
-    def __init__(self, config: InteractionConfig, large_dim: int, small_dim: int, kernels: tuple[str, str]) -> None:
+    def __init__(self, config: InteractionConfig, large_dim: int, small_dim: int, kernels: Kernels) -> None:
         super().__init__()
         self.checkpointed = config.checkpoint_units
         self.project_to_large: nn.Module = Linear(small_dim, large_dim) if config.projection else nn.Identity()
@@ -54,29 +54,30 @@ class InteractionUnit(nn.Module):
 class Injection(nn.Module):
     """Adds to a branch what it finds in another's features, then a feed-forward of the sum."""
 
-    def __init__(self, config: InteractionConfig, dim: int, source_dim: int, kernels: tuple[str, str]) -> None:
+    def __init__(self, config: InteractionConfig, dim: int, source_dim: int, kernels: Kernels) -> None:
         super().__init__()
         self.query_norm = build_norm(config.norm, dim)
         self.source_norm = build_norm(config.norm, source_dim)
         self.attn: nn.Module
         if config.attention == "deform":
-            self.attn = DeformAttention(config, dim, source_dim, kernels[1])
+            self.attn = DeformAttention(config, dim, source_dim, kernels.deform)
         else:
-            self.attn = CrossAttention(config.num_heads, dim, source_dim, kernels[0])
-        self.attn_scale = LayerScale(dim, config.gamma_init)
-        self.feed_forward: nn.Module = FeedForward(config, dim) if config.ffn_ratio > 0 else nn.Identity()
+            self.attn = CrossAttention(config.num_heads, dim, source_dim, kernels.attention)
+        self.attn_scale = LayerScale(dim, config.gamma_init, kernels.fused)
+        has_feed_forward = config.ffn_ratio > 0
+        self.feed_forward: nn.Module = FeedForward(config, dim, kernels) if has_feed_forward else nn.Identity()
 
     def forward(self, query_BHWC: Tensor, source_BHWC: Tensor) -> Tensor:
         """The branch's grid (B, H, W, C), and the other's (B, H', W', C'), to the first one's shape."""
         found_BHWC = self.attn(self.query_norm(query_BHWC), self.source_norm(source_BHWC))
-        output: Tensor = self.feed_forward(query_BHWC + self.attn_scale(found_BHWC))
+        output: Tensor = self.feed_forward(self.attn_scale(query_BHWC, found_BHWC))
         return output
 
 
 class FeedForward(nn.Module):
     """A feed-forward with a 3x3 depthwise convolution over the grid inside, behind a norm and added to its input."""
 
-    def __init__(self, config: InteractionConfig, dim: int) -> None:
+    def __init__(self, config: InteractionConfig, dim: int, kernels: Kernels) -> None:
         super().__init__()
         hidden_dim = scaled_width(dim, config.ffn_ratio)
         self.norm = build_norm(config.norm, dim)
@@ -85,17 +86,17 @@ class FeedForward(nn.Module):
         self.act = nn.GELU()
         self.fc2 = Linear(hidden_dim, dim)
         self.drop_path = DropPath(config.drop_path_rate, config.drop_path_mode)
-        self.scale = LayerScale(dim, config.gamma_init)
+        self.scale = LayerScale(dim, config.gamma_init, kernels.fused)
 
     def forward(self, grid_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        output: Tensor = self.drop_path(grid_BHWC, self._residual)
+        output: Tensor = self.drop_path(grid_BHWC, self._residual, self.scale)
         return output
 
     def _residual(self, grid_BHWC: Tensor) -> Tensor:
         hidden_BCHW = self.fc1(self.norm(grid_BHWC)).permute(0, 3, 1, 2)
         hidden_BHWC = self.dwconv(hidden_BCHW).permute(0, 2, 3, 1)
-        residual: Tensor = self.scale(self.fc2(self.act(hidden_BHWC)))
+        residual: Tensor = self.fc2(self.act(hidden_BHWC))
         return residual
 
 

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.errors import KernelError
+from piip_scale.geometry import GROUPS
+from piip_scale.ops.double_map import double_map
+from piip_scale.ops.group_norm import group_norm
+from piip_scale.ops.residual import Paths, add_residual
 
 LINEAR_STD = 0.02
 NORM_EPS = 1e-6
@@ -37,24 +41,61 @@ class Conv2d(nn.Conv2d):
         return super().forward(map_BCHW.to(self.weight.dtype))
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """A transposed convolution with the start of ``Conv2d``; takes any float dtype in."""
+class Doubling(nn.ConvTranspose2d):
+    """A transposed convolution of kernel and stride 2 with the start of ``Conv2d``; takes any float dtype in.
+
+    Args:
+        dim: Channels in and out.
+        dtype_out: Of the result; the weights' where ``None``.
+    """
+
+    def __init__(self, dim: int, dtype_out: torch.dtype | None = None) -> None:
+        super().__init__(dim, dim, kernel_size=2, stride=2)
+        self.dtype_out = dtype_out
 
     def reset_parameters(self) -> None:
         """Draws the weights anew."""
         _normal_by_fan_out(self)
 
     def forward(self, map_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H', W') in the weights' dtype."""
-        return super().forward(map_BCHW.to(self.weight.dtype), output_size)
+        """(B, C, H, W) to (B, C, 2 H, 2 W), channels together in memory."""
+        return double_map(map_BCHW.to(self.weight.dtype), self.weight, self.bias, self.dtype_out)
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group norm over the released number of groups, with the activation behind it.
+
+    Args:
+        dim: Channels.
+        activation: ``none``, ``relu`` or ``gelu``.
+        kernel: Name of the fused kernel, see ``ops.fused``.
+    """
+
+    def __init__(self, dim: int, activation: str = "none", kernel: str = "auto") -> None:
+        super().__init__(GROUPS, dim)
+        self.activation, self.kernel = activation, kernel
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        return group_norm(map_BCHW, self.num_groups, self.weight, self.bias, self.eps, self.activation, self.kernel)
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        return f"{super().extra_repr()}, activation={self.activation}"
 
 
 class LayerScale(nn.Module):
-    """A learned scale per channel."""
+    """Adds a residual to its input with a learned scale per channel.
 
-    def __init__(self, dim: int, start: float) -> None:
+    Args:
+        dim: Channels.
+        start: The scale's first value.
+        kernel: Name of the fused kernel, see ``ops.fused``.
+    """
+
+    def __init__(self, dim: int, start: float, kernel: str = "auto") -> None:
         super().__init__()
-        self.start = start
+        self.start, self.kernel = start, kernel
         self.gamma = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
@@ -62,9 +103,21 @@ class LayerScale(nn.Module):
         """Sets every channel to the start value."""
         nn.init.constant_(self.gamma, self.start)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) to the same shape."""
-        return x * self.gamma
+    def forward(self, x: Tensor, residual: Tensor, paths: Paths | None = None) -> Tensor:
+        """``x`` (B, ..., dim) plus the residual of the samples that ``paths`` gives one."""
+        return add_residual(x, residual, self.gamma, paths, self.kernel)
+
+
+class Unscaled(nn.Module):
+    """Adds a residual to its input as it is: the place of a ``LayerScale`` in a network without."""
+
+    def __init__(self, kernel: str = "auto") -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, x: Tensor, residual: Tensor, paths: Paths | None = None) -> Tensor:
+        """``x`` (B, ...) plus the residual of the samples that ``paths`` gives one."""
+        return add_residual(x, residual, None, paths, self.kernel)
 
 
 class Mlp(nn.Module):
@@ -97,17 +150,20 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate, self.mode = rate, mode
 
-    def forward(self, x: Tensor, residual: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x`` (B, ...) plus ``residual(x)``; ``residual`` keeps shapes and treats samples independently."""
+    def forward(self, x: Tensor, residual: Callable[[Tensor], Tensor], scale: Callable[..., Tensor]) -> Tensor:
+        """``x`` (B, ...) plus ``residual(x)`` by its ``scale``, a ``LayerScale`` or ``Unscaled``.
+
+        ``residual`` keeps shapes and treats samples independently.
+        """
         if not self.training or self.rate == 0:
-            return x + residual(x)
+            return scale(x, residual(x))
         batch = x.shape[0]
         if self.mode == "skip":
             num_kept = round(batch * computed_share(self.rate, self.mode, batch))
             kept = torch.randperm(batch, device=x.device)[:num_kept]
-            return x.index_add(0, kept, residual(x[kept]), alpha=batch / num_kept)
-        kept = x.new_empty((batch,) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x + residual(x) * kept / (1 - self.rate)
+            return scale(x, residual(x[kept]), Paths(num_kept / batch, index_K=kept))
+        mask = x.new_empty(batch).bernoulli_(1 - self.rate)
+        return scale(x, residual(x), Paths(1 - self.rate, mask_B=mask))
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
@@ -155,9 +211,9 @@ def build_activation(kind: str) -> nn.Module:
     return nn.GELU(approximate={"gelu": "none", "gelu_tanh": "tanh"}[kind])
 
 
-def build_layer_scale(dim: int, start: float | None) -> nn.Module:
-    """A ``LayerScale``, or nothing where ``start`` is None."""
-    return nn.Identity() if start is None else LayerScale(dim, start)
+def build_layer_scale(dim: int, start: float | None, kernel: str = "auto") -> nn.Module:
+    """A ``LayerScale``, or ``Unscaled`` where ``start`` is None."""
+    return Unscaled(kernel) if start is None else LayerScale(dim, start, kernel)
 
 
 def _normal_by_fan_out(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:

@@ -31,7 +31,8 @@ class PIIP(Trunk):
         levels = self.geometry.level_stages
         stages = sorted(set(levels))
         self.mergings = nn.ModuleList(self._build_merging(stage) for stage in stages)
-        self.pyramid = Pyramid(config.pyramid, [self._merged_spec(stage) for stage in levels])
+        sources = [self._merged_spec(stage) for stage in levels]
+        self.pyramid = Pyramid(config.pyramid, sources, config.fused_kernel)
 
     @property
     def feature_specs(self) -> tuple[FeatureSpec, ...]:
@@ -46,7 +47,8 @@ class PIIP(Trunk):
                 least one token in every branch and one cell in every level.
 
         Returns:
-            One float32 map (B, channels, H / stride, W / stride) per entry of ``feature_specs``.
+            One float32 map (B, channels, H / stride, W / stride) per entry of ``feature_specs``, channels together in
+            memory.
 
         Raises:
             ModelError: The images are too small.
@@ -64,7 +66,7 @@ class PIIP(Trunk):
 
     def _build_merging(self, stage: int) -> nn.Module:
         dims = [spec.channels for spec in self.specs_after(stage)]
-        return Merging(dims, self.config.pyramid.kind) if len(dims) > 1 else NoMerging()
+        return Merging(dims, self.config.pyramid.kind, self.config.fused_kernel) if len(dims) > 1 else NoMerging()
 
     def _merged_spec(self, stage: int) -> FeatureSpec:
         specs = self.specs_after(stage)

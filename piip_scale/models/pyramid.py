@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from piip_scale.config.model import PyramidConfig
 from piip_scale.errors import ModelError
-from piip_scale.geometry import GROUPS, level_stride_px
+from piip_scale.geometry import level_stride_px
 from piip_scale.models.branch import FeatureSpec
-from piip_scale.models.layers import NORM_EPS, ConvTranspose2d
+from piip_scale.models.layers import NORM_EPS, Doubling, GroupNorm, build_activation
 
 
 class Pyramid(nn.Module):
@@ -19,15 +21,17 @@ class Pyramid(nn.Module):
     Args:
         config: The levels.
         sources: Width and stride of the map that each level is made of.
+        kernel: Name of the fused kernel, see ``ops.fused``.
 
     Source: Li et al., Exploring Plain Vision Transformer Backbones for Object Detection.
     """
 
-    def __init__(self, config: PyramidConfig, sources: Sequence[FeatureSpec]) -> None:
+    def __init__(self, config: PyramidConfig, sources: Sequence[FeatureSpec], kernel: str = "auto") -> None:
         super().__init__()
         self.scales = config.scales
         self.levels = nn.ModuleList(
-            _level(scale, source.channels, config.norm) for scale, source in zip(config.scales, sources, strict=True)
+            _level(scale, source.channels, config.norm, kernel)
+            for scale, source in zip(config.scales, sources, strict=True)
         )
         self.feature_specs = tuple(
             FeatureSpec(source.channels, level_stride_px(source.stride_px, scale))
@@ -35,24 +39,27 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, *maps_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """One source (B, C, H, W) a level to one float32 map a level.
+        """One source (B, C, H, W) a level to one float32 map a level, channels together in memory.
 
         Raises:
             ModelError: A level would have no cells.
         """
         for scale, map_BCHW in zip(self.scales, maps_BCHW, strict=True):
             _check_cells(scale, map_BCHW)
-        return tuple(
-            level(map_BCHW).float().contiguous() for level, map_BCHW in zip(self.levels, maps_BCHW, strict=True)
-        )
+        return tuple(level(map_BCHW).float() for level, map_BCHW in zip(self.levels, maps_BCHW, strict=True))
 
 
 class ChannelNorm(nn.LayerNorm):
-    """A layer norm over the channels of a map."""
+    """A layer norm over the channels of a map, and GELU."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+        self.activation = build_activation("gelu")
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
-        return super().forward(map_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        activated_BHWC: Tensor = self.activation(super().forward(map_BCHW.permute(0, 2, 3, 1)))
+        return activated_BHWC.permute(0, 3, 1, 2)
 
 
 def _check_cells(scale: float, map_BCHW: Tensor) -> None:
@@ -65,14 +72,13 @@ def _check_cells(scale: float, map_BCHW: Tensor) -> None:
         )
 
 
-def _level(scale: float, dim: int, norm: str) -> nn.Module:
+def _level(scale: float, dim: int, norm: str, kernel: str) -> nn.Module:
+    # The last step of a level writes what leaves the network.
+    last = Doubling(dim, dtype_out=torch.float32)
     if scale == 4.0:
-        between = nn.GroupNorm(GROUPS, dim) if norm == "groupnorm" else ChannelNorm(dim, eps=NORM_EPS)
-        return nn.Sequential(_double(dim), between, nn.GELU(), _double(dim))
+        between = GroupNorm(dim, "gelu", kernel) if norm == "groupnorm" else ChannelNorm(dim)
+        # The numbers that checkpoints know the layers by, which count the activation too.
+        return nn.Sequential(OrderedDict([("0", Doubling(dim)), ("1", between), ("3", last)]))
     if scale == 2.0:
-        return nn.Sequential(_double(dim))
+        return nn.Sequential(last)
     return nn.Sequential(nn.MaxPool2d(kernel_size=2, stride=2) if scale == 0.5 else nn.Identity())
-
-
-def _double(dim: int) -> nn.Module:
-    return ConvTranspose2d(dim, dim, kernel_size=2, stride=2)

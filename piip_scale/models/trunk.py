@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig
+from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, Kernels, PiipConfig
 from piip_scale.geometry import num_frozen_blocks
 from piip_scale.models.branch import Branch, BranchState, FeatureSpec
 from piip_scale.models.convnext import ConvNext
@@ -19,6 +19,7 @@ from piip_scale.models.rules import ParameterRule
 from piip_scale.models.vit import Vit
 from piip_scale.ops.attention import require_attention_kernel
 from piip_scale.ops.deform_attention import require_deform_kernel
+from piip_scale.ops.fused import require_fused_kernel
 from piip_scale.ops.resize import resize_image
 
 
@@ -36,8 +37,9 @@ class Trunk(nn.Module):
         super().__init__()
         require_attention_kernel(config.attention_kernel)
         require_deform_kernel(config.deform_kernel)
+        require_fused_kernel(config.fused_kernel)
         self.config, self.geometry = config, config.geometry
-        self.branches = nn.ModuleList(_build_branch(branch, config.attention_kernel) for branch in config.branches)
+        self.branches = nn.ModuleList(_build_branch(branch, config.kernels) for branch in config.branches)
         self.interactions = nn.ModuleList(self._build_units(stage) for stage in range(config.interaction.num_stages))
         for branch, numbers in zip(self._branches, config.branches, strict=True):
             _freeze(branch, num_frozen_blocks(numbers.sections, numbers.frozen_blocks))
@@ -117,7 +119,7 @@ class Trunk(nn.Module):
         return advanced
 
     def _build_units(self, stage: int) -> nn.ModuleList:
-        kernels = (self.config.attention_kernel, self.config.deform_kernel)
+        kernels = self.config.kernels
         return nn.ModuleList(
             InteractionUnit(self.config.interaction, large.channels, small.channels, kernels)
             for large, small in pairwise(self.specs_after(stage))
@@ -128,10 +130,10 @@ class Trunk(nn.Module):
         return cast("list[Branch]", list(self.branches))
 
 
-def _build_branch(config: BranchConfig, attention_kernel: str) -> Branch:
+def _build_branch(config: BranchConfig, kernels: Kernels) -> Branch:
     if isinstance(config, ConvNextBranchConfig):
-        return ConvNext(config)
-    return Vit(config, attention_kernel)
+        return ConvNext(config, kernels)
+    return Vit(config, kernels)
 
 
 def _freeze(branch: Branch, num_blocks: int) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.model import VitBranchConfig
+from piip_scale.config.model import AUTO_KERNELS, Kernels, VitBranchConfig
 from piip_scale.geometry import block_windows, drop_path_rate, scaled_width
 from piip_scale.models.branch import Branch, BranchState, check_size, run_block
 from piip_scale.models.layers import LINEAR_STD, Conv2d, DropPath, Linear, Mlp, build_layer_scale, build_norm
@@ -21,17 +21,17 @@ class Vit(Branch):
 
     Args:
         config: Its numbers.
-        attention_kernel: Name of the attention kernel, see ``ops.attention``.
+        kernels: Names of the kernels.
     """
 
     has_layer_decay = True
 
-    def __init__(self, config: VitBranchConfig, attention_kernel: str = "auto") -> None:
+    def __init__(self, config: VitBranchConfig, kernels: Kernels = AUTO_KERNELS) -> None:
         super().__init__()
         self.config = config
         self.embedding = PatchEmbedding(config)
         self.class_token = ClassToken(config.embed_dim) if config.class_token else None
-        self.blocks = nn.ModuleList(Block(config, index, attention_kernel) for index in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, index, kernels) for index in range(config.depth))
 
     def embed(self, image_BCHW: Tensor) -> BranchState:
         """See ``Branch.embed``."""
@@ -46,7 +46,7 @@ class Vit(Branch):
         if state.class_token_B1C is not None:
             tokens_BLC = torch.cat((state.class_token_B1C, tokens_BLC), 1)
         for block in self.blocks[first:last]:
-            tokens_BLC = run_block(block, self.config.checkpoint_blocks, tokens_BLC, height, width)
+            tokens_BLC = run_block(block, bool(self.config.checkpoint_blocks), tokens_BLC, height, width)
         class_token_B1C = None if state.class_token_B1C is None else tokens_BLC[:, :1]
         grid_BHWC = tokens_BLC[:, -height * width :].unflatten(1, (height, width))
         return BranchState(grid_BHWC, class_token_B1C)
@@ -119,34 +119,34 @@ class ClassToken(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to its input."""
 
-    def __init__(self, config: VitBranchConfig, index: int, attention_kernel: str) -> None:
+    def __init__(self, config: VitBranchConfig, index: int, kernels: Kernels) -> None:
         super().__init__()
         dim = config.embed_dim
         self.norm1 = build_norm(config.norm, dim, config.norm_eps)
-        self.attn = Attention(config, index, attention_kernel)
-        self.ls1 = build_layer_scale(dim, config.layer_scale_init)
+        self.attn = Attention(config, index, kernels)
+        self.ls1 = build_layer_scale(dim, config.layer_scale_init, kernels.fused)
         self.norm2 = build_norm(config.norm, dim, config.norm_eps)
         self.mlp = Mlp(dim, scaled_width(dim, config.mlp_ratio), config.activation)
-        self.ls2 = build_layer_scale(dim, config.layer_scale_init)
+        self.ls2 = build_layer_scale(dim, config.layer_scale_init, kernels.fused)
         rate = drop_path_rate(config.sections, index, config.drop_path_rate, config.drop_path_schedule)
         self.drop_path = DropPath(rate, config.drop_path_mode)
 
     def forward(self, tokens_BLC: Tensor, height: int, width: int) -> Tensor:
         """Tokens (B, [1 +] height * width, C), rows first, to the same shape."""
-        tokens_BLC = self.drop_path(tokens_BLC, lambda x_BLC: self.ls1(self.attn(self.norm1(x_BLC), height, width)))
-        output: Tensor = self.drop_path(tokens_BLC, lambda x_BLC: self.ls2(self.mlp(self.norm2(x_BLC))))
+        tokens_BLC = self.drop_path(tokens_BLC, lambda x_BLC: self.attn(self.norm1(x_BLC), height, width), self.ls1)
+        output: Tensor = self.drop_path(tokens_BLC, lambda x_BLC: self.mlp(self.norm2(x_BLC)), self.ls2)
         return output
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over the whole grid or inside windows."""
 
-    def __init__(self, config: VitBranchConfig, index: int, kernel: str) -> None:
+    def __init__(self, config: VitBranchConfig, index: int, kernels: Kernels) -> None:
         super().__init__()
         dim = config.embed_dim
         self.num_heads = config.num_heads
         self.window = block_windows(config.window_size_tokens, config.depth)[index]
-        self.kernel = kernel
+        self.kernel = kernels.attention
         self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias and config.key_bias)
         self.qv_bias = QueryValueBias(dim) if config.qkv_bias and not config.key_bias else nn.Identity()
         # Over the whole width, all heads together, before heads are split: InternViT's way.

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from functools import lru_cache
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from piip_scale.errors import KernelError
-from piip_scale.files import named_folder
+from piip_scale.ops.fused import check_triton_cache, has_triton, runs_triton
 
 
 def deform_attention(
@@ -36,7 +31,7 @@ def deform_attention(
     Source: Zhu et al., Deformable DETR, equation 2, with one level.
     """
     if resolve_deform_kernel(kernel, value_BHWMD.device.type, value_BHWMD.dtype) == "triton":
-        _check_cache()
+        check_triton_cache()
         # The module compiles nothing before its first call, but it needs triton to be imported.
         from piip_scale.ops.deform_attention_triton import deform_attention_triton
 
@@ -102,7 +97,7 @@ def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dt
         return name
     if name == "auto":
         deterministic = torch.are_deterministic_algorithms_enabled()
-        usable = device_type == "cuda" and not deterministic and dtype != torch.float64 and _has_triton()
+        usable = device_type == "cuda" and not deterministic and dtype != torch.float64 and has_triton()
         return "triton" if usable else "reference"
     if name != "triton":
         raise KernelError("unknown deformable attention kernel", value=name, rule="one of auto, reference, triton")
@@ -112,8 +107,7 @@ def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dt
             "deformable attention kernel triton is not deterministic: its backward pass adds with atomics",
             fix="set deform_kernel to auto or reference, or train.deterministic to false",
         )
-    # The meta device computes shapes only, as for torch's own operators.
-    if dtype == torch.float64 or (device_type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1"):
+    if not runs_triton(device_type, dtype):
         raise KernelError(
             "deformable attention kernel triton cannot run here",
             value=f"{dtype} on {device_type}",
@@ -125,20 +119,8 @@ def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dt
 
 def require_deform_kernel(name: str) -> None:
     """Raises a ``KernelError`` where the library of a kernel asked for by name is not installed."""
-    if name == "triton" and not _has_triton():
+    if name == "triton" and not has_triton():
         raise KernelError(
             "deformable attention kernel triton needs the package triton",
             fix="install it, or set deform_kernel to auto or reference",
         )
-
-
-@lru_cache(maxsize=1)
-def _check_cache() -> None:
-    """Triton runs what lies in its cache: a folder named for it must not be one where anybody puts something."""
-    if folder := os.environ.get("TRITON_CACHE_DIR"):
-        named_folder(Path(folder), KernelError, fix="set TRITON_CACHE_DIR to a folder of your own")
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from piip_scale.ops import fused
+
 _TILE_ELEMENTS = 1024
 """Queries times channels that one program holds.
 
@@ -47,9 +49,8 @@ class _DeformAttention(torch.autograd.Function):
         ctx.save_for_backward(value, locations, weights)
         batch, queries, heads, _ = weights.shape
         output = value.new_empty(batch, queries, heads, value.shape[-1])
-        if not value.is_meta:
-            grid, sizes = _launch(value, weights)
-            _forward_kernel[grid](value, locations, weights, output, **sizes)
+        grid, sizes = _programs(value, weights)
+        fused.launch(_forward_kernel, grid, value, locations, weights, output, **sizes)
         return output
 
     @staticmethod
@@ -60,13 +61,12 @@ class _DeformAttention(torch.autograd.Function):
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
         grads = (grad_output_BLMD.contiguous(), grad_value, grad_locations, grad_weights)
-        if not value.is_meta:
-            grid, sizes = _launch(value, weights)
-            _backward_kernel[grid](value, locations, weights, *grads, **sizes)
+        grid, sizes = _programs(value, weights)
+        fused.launch(_backward_kernel, grid, value, locations, weights, *grads, **sizes)
         return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
-def _launch(value: Tensor, weights: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+def _programs(value: Tensor, weights: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """Programs to start, each for some queries of one head of one image, and what they need to know."""
     batch, height, width, heads, channels = value.shape
     queries, points = weights.shape[1], weights.shape[3]

@@ -21,6 +21,8 @@ def outline_run(config: RunConfig, num_classes: int, size_px: tuple[int, int] | 
         ConfigError: Heads that cannot be built as the config says.
     """
     kernels = {"attention_kernel": "sdpa"}
+    if config.model.fused_kernel == "auto":
+        kernels["fused_kernel"] = "triton"
     if config.model.deform_kernel == "auto":
         kernels["deform_kernel"] = "reference" if config.train.deterministic else "triton"
     config = config.model_copy(update={"model": config.model.model_copy(update=kernels)})

@@ -9,7 +9,15 @@ from ranks import run_ranks, tiny_config
 from tiny_task import TinyTask
 
 from piip_scale.config.loading import check_config
-from piip_scale.engine.planning import GIB, Planner, change_lines, memory_lines
+from piip_scale.engine.planning import (
+    GIB,
+    Planner,
+    change_lines,
+    host_line,
+    kept_blocks_line,
+    memory_lines,
+    with_checkpointed,
+)
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.setup import build_engine
 from piip_scale.tasks.detection.training_size import largest_canvas_px
@@ -172,3 +180,55 @@ def test_a_segmentor_is_planned_too():
     heads = [next(part.activations for part in plan.parts if part.name == "heads") for plan in (few, many)]
     # Scores of 512 x 512 pixels twice over, for the decode head and the auxiliary one.
     assert heads[1] - heads[0] >= 140 * 2 * 512**2 * 4 * 2 * 2
+
+
+def left_open(**sections):
+    branches = [branch | {"checkpoint_blocks": "auto"} for branch in NETWORK["branches"]]
+    return detector(model=NETWORK | {"branches": branches}, **sections)
+
+
+def choices(config):
+    return [branch.checkpoint_blocks for branch in config.model.branches]
+
+
+def test_as_few_branches_compute_blocks_again_as_memory_allows_the_narrowest_first():
+    planned = {
+        again: planner().plan(with_checkpointed(detector(), again), 2).total for again in ((), (0,), (1,), (0, 1))
+    }
+    assert planned[()] > planned[1,] > planned[0, 1]
+    for capacity, expected in ((planned[()], [False, False]), (planned[1,], [False, True]), (0.0, [True, True])):
+        chosen = planner(capacity).settled(left_open(), 2)
+        assert choices(chosen) == expected
+        # A plan of what is left open is the plan of what would be decided.
+        assert planner(capacity).plan(left_open(), 2) == planner(capacity).plan(chosen, 2)
+
+
+def test_what_a_config_decides_stays():
+    config = with_checkpointed(detector(), {0})
+    assert planner(0.0).settled(config, 2) is config
+
+
+def test_a_run_that_computes_blocks_again_without_need_is_told_so():
+    needless = with_checkpointed(detector(), {0, 1})
+    without = planner().without_checkpoints(needless, 2)
+    assert without == planner().plan(detector(), 2)
+    assert f"without checkpointed blocks {without.total / GIB:.1f} GiB, which fits" in kept_blocks_line(without, 0.2)
+    assert planner(without.total - 1).without_checkpoints(needless, 2) is None
+    assert planner().without_checkpoints(detector(), 2) is None
+
+
+def test_one_rank_has_the_bucket_too():
+    alone, two = (planner().plan(detector(), ranks) for ranks in (1, 2))
+    assert alone.buckets == two.buckets > 0
+
+
+def test_host_memory_holds_what_is_offloaded_there_and_copies_of_saves():
+    kept = planner().plan(detector(), 2)
+    state = sum(part.masters + part.moments for part in kept.parts)
+    assert kept.host_memory == pytest.approx(state)
+    train = {"steps": 6, "precision": "bf16", "background_saves": False}
+    moved = planner().plan(detector(zero={"offload_optimizer": "cpu"}, train=train), 2)
+    assert moved.host_memory == pytest.approx(moved.host) > 0
+    assert "does not fit into" in host_line(moved, 8, moved.host * 8 - 1)
+    assert "which fits into" in host_line(moved, 8, moved.host * 8)
+    assert "which" not in host_line(moved, 8, None)

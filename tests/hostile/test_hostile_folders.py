@@ -9,7 +9,7 @@ import pytest
 from piip_scale.data.reading.cache import cache_folder
 from piip_scale.errors import DataError, KernelError, PiipError, RunError
 from piip_scale.files import named_folder, private_folder, temporary_folder
-from piip_scale.ops.deform_attention import _check_cache
+from piip_scale.ops.fused import check_triton_cache
 
 MAKERS = (private_folder, named_folder)
 
@@ -109,11 +109,11 @@ def test_kernels_are_not_run_from_an_open_folder(tmp_path, monkeypatch):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton").chmod(0o777)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    _check_cache.cache_clear()
+    check_triton_cache.cache_clear()
     with pytest.raises(KernelError, match="TRITON_CACHE_DIR"):
-        _check_cache()
+        check_triton_cache()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own"))
-    _check_cache()
+    check_triton_cache()
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from piip_scale.models.layers import DropPath
+from piip_scale.models.layers import DropPath, Unscaled
 
 
 @pytest.mark.parametrize("mode", ["zero", "skip"])
@@ -10,7 +10,7 @@ def test_the_mean_over_many_draws_is_the_plain_sum(mode, rate):
     torch.manual_seed(0)
     layer = DropPath(rate, mode).train()
     x = torch.randn(4, 3)
-    mean = torch.stack([layer(x, lambda part: part * 2) for _ in range(4000)]).mean(0)
+    mean = torch.stack([layer(x, lambda part: part * 2, Unscaled()) for _ in range(4000)]).mean(0)
     torch.testing.assert_close(mean, x * 3, atol=0.15, rtol=0.05)
 
 
@@ -23,7 +23,7 @@ def test_skipping_leaves_a_fixed_share_of_the_samples_out_of_the_computation():
         return torch.ones_like(part)
 
     x = torch.zeros(6, 2, requires_grad=True)
-    output = layer(x, residual)
+    output = layer(x, residual, Unscaled())
     assert seen == [3]
     assert sorted(output[:, 0].tolist()) == [0, 0, 0, 2, 2, 2]
     output.sum().backward()
@@ -31,7 +31,7 @@ def test_skipping_leaves_a_fixed_share_of_the_samples_out_of_the_computation():
 
 
 def test_skipping_keeps_at_least_one_sample():
-    assert torch.equal(DropPath(0.9, "skip").train()(torch.zeros(1, 2), lambda x: x + 1), torch.ones(1, 2))
+    assert torch.equal(DropPath(0.9, "skip").train()(torch.zeros(1, 2), lambda x: x + 1, Unscaled()), torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("mode", ["zero", "skip"])
@@ -39,7 +39,7 @@ def test_dropped_samples_are_the_input_itself_and_evaluation_drops_nothing(mode)
     torch.manual_seed(1)
     layer = DropPath(0.5, mode).train()
     x = torch.randn(8, 5)
-    output = layer(x, lambda part: part)
+    output = layer(x, lambda part: part, Unscaled())
     factors = (output / x).mean(1).round(decimals=4).tolist()
     assert set(factors) == {1.0, 3.0}
-    assert torch.equal(layer.eval()(x, lambda part: part), 2 * x)
+    assert torch.equal(layer.eval()(x, lambda part: part, Unscaled()), 2 * x)

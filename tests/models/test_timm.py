@@ -7,7 +7,7 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from piip_scale.config.model import ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.model import AUTO_KERNELS, ConvNextBranchConfig, VitBranchConfig
 from piip_scale.geometry import section_at
 from piip_scale.models.convnext import ConvNext
 from piip_scale.models.vit import Attention, Vit
@@ -83,7 +83,7 @@ def test_windows_with_a_relative_position_bias():
         relative_position_bias=True,
         window_size_tokens=(window,),
     )
-    ours = Attention(config, 0, "auto").eval()
+    ours = Attention(config, 0, AUTO_KERNELS).eval()
     weights = theirs.state_dict()
     query, key, value = weights["qkv.bias"].chunk(3)
     # A bias for keys adds the same to all of a query's scores: leaving it out changes nothing.

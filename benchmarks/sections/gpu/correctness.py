@@ -14,6 +14,7 @@ from torch import Tensor
 
 from piip_scale.ops.attention import attention
 from piip_scale.ops.deform_attention import deform_attention
+from sections.gpu.fused import FUSED, FusedCase
 from sections.gpu.jobs import Job, Setting, Values
 from sections.gpu.shapes import ATTENTION, DEFORM, Attend, AttentionShape, DeformShape, attention_backends
 
@@ -37,7 +38,13 @@ def jobs(setting: Setting) -> list[Job]:
         if kernel == "reference" or setting.device.type == "cuda"
         for name, dtype in _DTYPES.items()
     ]
-    return [*deform, *found, Job("tests marked gpu", partial(_tests, setting))]
+    fused = [
+        Job(f"{case.name}, {kernel}, {name}", partial(_fused, setting, kernel, case, dtype))
+        for case in FUSED
+        for kernel in case.kernels(setting)
+        for name, dtype in _DTYPES.items()
+    ]
+    return [*deform, *fused, *found, Job("tests marked gpu", partial(_tests, setting))]
 
 
 def _tests(setting: Setting) -> Values:
@@ -69,6 +76,13 @@ def _deform(setting: Setting, kernel: str, shape: DeformShape, dtype: torch.dtyp
         return deform_attention(parts[0], parts[1], parts[2], kernel)
 
     return _errors(run, parts, lambda: deform_attention(wide[0], wide[1], wide[2]), wide, names)
+
+
+def _fused(setting: Setting, kernel: str, case: FusedCase, dtype: torch.dtype) -> Values:
+    parts = case.tensors(setting, dtype)
+    wide = [part.detach().double().requires_grad_() for part in parts]
+    names = [f"input {index}" for index in range(len(parts))]
+    return _errors(lambda: case.call(parts, kernel), parts, lambda: case.call(wide, "plain"), wide, names)
 
 
 def _errors(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from piip_scale.ops.deform_attention import deform_attention
+from sections.gpu.fused import FUSED, FusedCase
 from sections.gpu.jobs import Job, Setting, Values
 from sections.gpu.shapes import ATTENTION, DEFORM, Attend, AttentionShape, DeformShape, attention_backends
-from sections.gpu.timing import GIB, MIB, copy_gb_per_s, first_ms, matmul_tflops, median_ms
+from sections.gpu.timing import GIB, MIB, copy_gb_per_s, first_ms, host_ms, matmul_tflops, median_ms
 
 _BF16 = torch.bfloat16
 _BACKWARD_OVER_FORWARD = 2.5
@@ -19,7 +20,7 @@ _BACKWARD_OVER_FORWARD = 2.5
 
 
 def jobs(setting: Setting) -> list[Job]:
-    """Deformable attention old and new, every attention backend, and what a new shape costs first."""
+    """Deformable attention and all that is fused, old and new, every attention backend, a new shape's first cost."""
     ceilings = _Ceilings(setting)
     deform = [
         Job(f"deformable {kernel}, {shape.name}", partial(_deform, setting, ceilings, kernel, shape))
@@ -32,7 +33,12 @@ def jobs(setting: Setting) -> list[Job]:
         for shape in ATTENTION
         for backend, attend in attention_backends(setting).items()
     ]
-    return [*deform, *found]
+    fused = [
+        Job(f"{case.name}, {kernel}", partial(_fused, setting, ceilings, kernel, case))
+        for case in FUSED
+        for kernel in case.kernels(setting)
+    ]
+    return [*deform, *fused, *found]
 
 
 class _Ceilings:
@@ -67,6 +73,22 @@ def _deform(setting: Setting, ceilings: _Ceilings, kernel: str, shape: DeformSha
         "both ms": forward + backward,
         "forward GB/s": gb_per_s,
         "of a copy": gb_per_s / ceilings.gb_per_s,
+        "first call ms": first,
+    }
+
+
+def _fused(setting: Setting, ceilings: _Ceilings, kernel: str, case: FusedCase) -> Values:
+    tensors = case.tensors(setting, _BF16)
+    first = first_ms(lambda: case.call(tensors, kernel), setting.device)
+    spent = _passes(lambda: case.call(tensors, kernel), tensors, setting)
+    forward, backward = (moved / ms / 1e6 for moved, ms in zip(case.traffic_bytes(setting, _BF16), spent, strict=True))
+    return {
+        "forward ms": spent[0],
+        "backward ms": spent[1],
+        "forward GB/s": forward,
+        "backward GB/s": backward,
+        "of a copy": forward / ceilings.gb_per_s,
+        "host ms": host_ms(lambda: case.call(tensors, kernel), setting.device, setting.size(200, 2)),
         "first call ms": first,
     }
 
