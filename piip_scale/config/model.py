@@ -256,7 +256,7 @@ class PiipConfig(Strict):
     interaction: InteractionConfig = InteractionConfig(num_stages=1)
     pyramid: PyramidConfig = PyramidConfig()
     pretrained: str | None = None
-    attention_kernel: Literal["auto", "math", "sdpa", "flash"] = "auto"
+    attention_kernel: Literal["auto", "math", "sdpa", "cudnn", "flash"] = "auto"
     deform_kernel: Literal["auto", "reference", "triton"] = "auto"
     fused_kernel: Literal["auto", "plain", "triton"] = "auto"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from piip_scale.agreement import on_main
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.collective import on_main
 from piip_scale.engine.planning import GIB, Planner, with_checkpointed
 from piip_scale.engine.resuming import Checkpoint
 from piip_scale.logging import get_logger

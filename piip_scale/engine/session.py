@@ -20,6 +20,7 @@ from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.first_save import FirstSave, foresee_first_save
 from piip_scale.engine.hooks import Average, Evaluate, LogStart, LogSteps, Save, Silence, Sink, ignore_step
+from piip_scale.engine.kernel_choice import choose_kernels
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
 from piip_scale.engine.resuming import Checkpoint, find_start
 from piip_scale.engine.stop import StopFlag
@@ -93,6 +94,8 @@ class Session:
         settled = settle_checkpointing(scaled, task, self.world, device, found)
         if settled is not scaled:
             scaled, task = settled, task_factory(settled, self.world)
+        for line in choose_kernels(scaled, device):
+            get_logger(__name__).info(line)
         try:
             _Training(self, task, scaled, device, found, clock).run()
         except Exception as error:

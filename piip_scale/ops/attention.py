@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from piip_scale.errors import KernelError
 from piip_scale.logging import get_logger
@@ -39,7 +41,7 @@ def attention(
         key_BHSD: Keys (B, heads, S, D), same dtype.
         value_BHSD: Values (B, heads, S, D), same dtype.
         bias_HLS: Added to the scores of every sample, (heads, L, S).
-        kernel: ``math``, ``sdpa``, ``flash`` or ``auto``.
+        kernel: ``math``, ``sdpa`` (torch's choice), ``cudnn`` (torch's call of cuDNN), ``flash`` or ``auto``.
 
     Returns:
         (B, heads, L, D) in the queries' dtype.
@@ -47,9 +49,10 @@ def attention(
     Raises:
         KernelError: The kernel named cannot serve these tensors on this machine.
     """
-    chosen = resolve_attention_kernel(kernel, query_BHLD.device.type, query_BHLD.dtype)
-    if kernel == "auto" and (bias_HLS is not None or query_BHLD.shape[-1] not in _FLASH_HEAD_SIZES):
-        chosen = "sdpa"
+    tokens, size = query_BHLD.shape[-2:]
+    chosen = resolve_attention(
+        kernel, query_BHLD.device.type, query_BHLD.dtype, size, tokens, biased=bias_HLS is not None
+    )
     if chosen == "flash" and bias_HLS is None:
         return call_flash(_flash_function(), query_BHLD, key_BHSD, value_BHSD)
     if chosen == "flash":
@@ -57,6 +60,9 @@ def attention(
     if chosen == "math":
         return _plain_attention(query_BHLD, key_BHSD, value_BHSD, bias_HLS)
     bias = None if bias_HLS is None else bias_HLS.to(query_BHLD.dtype)
+    if chosen == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return functional.scaled_dot_product_attention(query_BHLD, key_BHSD, value_BHSD, attn_mask=bias)
     return functional.scaled_dot_product_attention(query_BHLD, key_BHSD, value_BHSD, attn_mask=bias)
 
 
@@ -71,9 +77,59 @@ def join_heads(heads_BHLD: Tensor) -> Tensor:
     return heads_BHLD.transpose(1, 2).flatten(2)
 
 
+_preferred: dict[tuple[int, bool], dict[int, str]] = {}
+
+
+def prefer_attention_kernel(size: int, tokens: int, biased: bool, kernel: str) -> None:
+    """Has ``auto`` take a kernel for heads of this size, with or without bias, and about so many tokens.
+
+    Every rank must prefer the same: kernels round differently.
+    """
+    _preferred.setdefault((size, biased), {})[tokens] = kernel
+
+
+def forget_preferred_kernels() -> None:
+    """``auto`` goes by its own rule again."""
+    _preferred.clear()
+
+
+def resolve_attention(name: str, device_type: str, dtype: torch.dtype, size: int, tokens: int, biased: bool) -> str:
+    """The kernel that ``name`` means for an attention: ``math``, ``sdpa``, ``cudnn`` or ``flash``.
+
+    ``auto`` takes what is preferred for the nearest number of tokens; where nothing is, FlashAttention if it is
+    installed and every generation of it serves the attention, else torch's choice.
+
+    Args:
+        name: A kernel or ``auto``.
+        device_type: Where the tensors are.
+        dtype: Their dtype.
+        size: Channels of a head.
+        tokens: Queries.
+        biased: Whether a bias is added to the scores.
+
+    Raises:
+        KernelError: As ``resolve_attention_kernel``.
+    """
+    chosen = resolve_attention_kernel(name, device_type, dtype)
+    if name != "auto" or device_type != "cuda":
+        return chosen
+    if known := _preferred.get((size, biased)):
+        return known[min(known, key=lambda at: abs(math.log(at / tokens)))]
+    return "sdpa" if biased or size not in _FLASH_HEAD_SIZES else chosen
+
+
+def usable_attention_kernels(device_type: str, dtype: torch.dtype, size: int, biased: bool) -> tuple[str, ...]:
+    """The kernels worth measuring for an attention; whether one refuses it only a call tells."""
+    if device_type != "cuda" or dtype not in _HALF:
+        return ("sdpa",)
+    flash = not biased and size in _FLASH_HEAD_SIZES and _find_flash() is not None
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    return ("sdpa", *["cudnn"] * cudnn, *["flash"] * flash)
+
+
 @lru_cache(maxsize=64)
 def resolve_attention_kernel(name: str, device: str | torch.device, dtype: torch.dtype) -> str:
-    """The kernel that ``name`` means for tensors of this device and dtype: ``math``, ``sdpa`` or ``flash``.
+    """The kernel that ``name`` means for tensors of this device and dtype: ``math``, ``sdpa``, ``cudnn`` or ``flash``.
 
     Args:
         name: A kernel, or ``auto`` for the fastest present.
@@ -89,17 +145,17 @@ def resolve_attention_kernel(name: str, device: str | torch.device, dtype: torch
     if name == "auto":
         usable = device_type == "cuda" and dtype in _HALF and _find_flash() is not None
         return "flash" if usable else "sdpa"
-    if name != "flash":
-        raise KernelError("unknown attention kernel", value=name, rule="one of auto, math, sdpa, flash")
+    if name not in ("cudnn", "flash"):
+        raise KernelError("unknown attention kernel", value=name, rule="one of auto, math, sdpa, cudnn, flash")
     if device_type != "cuda" or dtype not in _HALF:
         raise KernelError(
-            "flash attention cannot run here",
+            f"{name} attention cannot run here",
             value=f"{dtype} on {device_type}",
             rule="it needs float16 or bfloat16 on a CUDA device",
             fix="set attention_kernel to auto or sdpa",
         )
-    _flash_function()
-    return "flash"
+    require_attention_kernel(name)
+    return name
 
 
 def require_attention_kernel(name: str) -> None:

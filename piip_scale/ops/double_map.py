@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def double_map(
@@ -22,31 +23,50 @@ def double_map(
     Returns:
         (B, O, 2 H, 2 W).
     """
-    batch, channels, height, width = map_BCHW.shape
-    rows_NC = map_BCHW.permute(0, 2, 3, 1).reshape(-1, channels)
-    weight_CK = weight_CO22.permute(0, 2, 3, 1).reshape(channels, -1)
-    found_NK = rows_NC @ weight_CK if bias_O is None else torch.addmm(bias_O.repeat(4), rows_NC, weight_CK)
-    cells_BHW22O = found_NK.view(batch, height, width, 2, 2, -1)
-    placed: Tensor = _Place.apply(cells_BHW22O, dtype_out or map_BCHW.dtype)
-    return placed.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+    doubled: Tensor = _Double.apply(map_BCHW.permute(0, 2, 3, 1), weight_CO22, bias_O, dtype_out or map_BCHW.dtype)
+    return doubled.permute(0, 3, 1, 2)
 
 
-class _Place(torch.autograd.Function):
-    """Puts rows and columns of each cell's four among the map's, and casts, in one pass over memory each way.
+class _Double(torch.autograd.Function):
+    """Keeps the map alone: the weights in the product's order are as large as they, and made again for its gradient.
 
-    torch's own gradients of the two would be a pass each.
+    Cells take their places and are cast in one pass over memory each way; torch's own gradients would be two.
     """
 
     @staticmethod
-    def forward(ctx: Any, cells_BHW22O: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = cells_BHW22O.dtype
-        return _transposed(cells_BHW22O, dtype)
+    def forward(ctx: Any, map_BHWC: Tensor, weight_CO22: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+        batch, height, width, channels = map_BHWC.shape
+        rows_NC = map_BHWC.reshape(-1, channels)
+        ctx.save_for_backward(rows_NC, weight_CO22)
+        ctx.has_bias = bias_O is not None
+        weight_CK = _in_order(weight_CO22)
+        found_NK = rows_NC @ weight_CK if bias_O is None else torch.addmm(bias_O.repeat(4), rows_NC, weight_CK)
+        # Rows and columns of a cell's four go among the map's.
+        placed_BH2W2O = _swapped(found_NK.view(batch, height, width, 2, 2, -1), dtype)
+        return placed_BH2W2O.view(batch, 2 * height, 2 * width, -1)
 
     @staticmethod
-    def backward(ctx: Any, grad_BH2W2O: Tensor) -> tuple[Tensor, None]:
-        return _transposed(grad_BH2W2O, ctx.dtype), None
+    @once_differentiable
+    def backward(ctx: Any, grad_BHWO: Tensor) -> tuple[Tensor | None, ...]:
+        rows_NC, weight_CO22 = ctx.saved_tensors
+        batch, height, width, channels = grad_BHWO.shape
+        cells = grad_BHWO.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        grad_NK = _swapped(cells, rows_NC.dtype).view(rows_NC.shape[0], -1)
+        grad_map = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_map = (grad_NK @ _in_order(weight_CO22).T).view(batch, height // 2, width // 2, -1)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows_NC.T @ grad_NK).view(-1, 2, 2, channels).permute(0, 3, 1, 2)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = grad_NK.sum(0).view(4, channels).sum(0)
+        return grad_map, grad_weight, grad_bias, None
 
 
-def _transposed(cells: Tensor, dtype: torch.dtype) -> Tensor:
+def _in_order(weight_CO22: Tensor) -> Tensor:
+    """(C, O, 2, 2) to (C, 2 * 2 * O)."""
+    return weight_CO22.permute(0, 2, 3, 1).reshape(weight_CO22.shape[0], -1)
+
+
+def _swapped(cells: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, H, W, 2, 2, O) to (B, H, 2, W, 2, O), or back, in new memory."""
     return cells.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format, copy=True)

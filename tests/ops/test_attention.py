@@ -7,6 +7,7 @@ from torch import Tensor
 
 from piip_scale.errors import KernelError
 from piip_scale.ops import attention as module
+from piip_scale.ops import attention_order as order
 from piip_scale.ops.attention import attention, join_heads, resolve_attention_kernel, split_heads
 
 
@@ -77,7 +78,7 @@ def test_auto_chooses_and_names_are_kept():
     [
         ("flash", "cpu", torch.bfloat16, "torch.bfloat16 on cpu"),
         ("flash", "cuda", torch.float32, "float16 or bfloat16"),
-        ("fast", "cpu", torch.float32, "one of auto, math, sdpa, flash"),
+        ("fast", "cpu", torch.float32, "one of auto, math, sdpa, cudnn, flash"),
     ],
 )
 def test_a_kernel_that_cannot_serve_raises_one_line(name, device, dtype, part):
@@ -125,21 +126,67 @@ def test_flash_is_called_in_its_own_layout(monkeypatch, returns_tuple):
     torch.testing.assert_close(output, slow_attention(query, key, value, None), atol=1e-10, rtol=0)
 
 
-def test_auto_uses_flash_only_where_every_generation_has_a_kernel(monkeypatch):
+@pytest.fixture
+def flash(monkeypatch):
+    """Shapes that a stand-in for FlashAttention was called with, on a device that counts as one of CUDA."""
     called = []
-    monkeypatch.setattr(module, "resolve_attention_kernel", lambda *_: "flash")
-    monkeypatch.setattr(module, "_find_flash", lambda: lambda query, key, value: called.append(query.shape) or query)
+    stand_in = lambda query, key, value: called.append(query.shape) or query  # noqa: E731
+    monkeypatch.setattr(module, "_find_flash", lambda: stand_in)
+    resolve_attention_kernel.cache_clear()
+    yield called
+    resolve_attention_kernel.cache_clear()
+    module.forget_preferred_kernels()
+
+
+def choice(size, tokens=100, biased=False, name="auto"):
+    return module.resolve_attention(name, "cuda", torch.bfloat16, size, tokens, biased)
+
+
+def test_auto_uses_flash_only_where_every_generation_has_a_kernel(flash):
+    assert (choice(64), choice(80), choice(64, biased=True)) == ("flash", "sdpa", "sdpa")
+    assert choice(80, name="flash") == "flash"
+
+
+def test_flash_adds_no_bias(flash, monkeypatch):
+    monkeypatch.setattr(module, "resolve_attention", lambda *_, **__: "flash")
     heads, bias = torch.randn(1, 2, 3, 64), torch.zeros(2, 3, 3)
-    attention(heads, heads, heads)
-    assert called == [(1, 3, 2, 64)]
-    odd = torch.randn(1, 2, 3, 80)
-    torch.testing.assert_close(attention(odd, odd, odd), slow_attention(odd, odd, odd, None))
-    torch.testing.assert_close(attention(heads, heads, heads, bias), slow_attention(heads, heads, heads, bias))
-    assert len(called) == 1
-    attention(odd, odd, odd, kernel="flash")
-    assert len(called) == 2
+    attention(heads, heads, heads, kernel="flash")
+    assert flash == [(1, 3, 2, 64)]
     with pytest.raises(KernelError, match="cannot add a position bias"):
         attention(heads, heads, heads, bias, kernel="flash")
+
+
+def test_auto_takes_what_is_preferred_for_the_nearest_number_of_tokens(flash):
+    module.prefer_attention_kernel(64, 196, False, "cudnn")
+    module.prefer_attention_kernel(64, 4096, False, "sdpa")
+    assert [choice(64, tokens) for tokens in (49, 196, 800, 900, 9604)] == ["cudnn"] * 3 + ["sdpa"] * 2
+    assert choice(64, 196, biased=True) == "sdpa"
+    assert choice(128, 196) == "flash"
+    assert choice(64, 196, name="flash") == "flash"
+    assert module.resolve_attention("auto", "cpu", torch.bfloat16, 64, 196, False) == "sdpa"
+
+
+def test_kernels_are_ordered_by_their_time_and_one_that_refuses_is_left_out(flash, monkeypatch, caplog):
+    shape = order.AttentionShape(2, 3, 5, 64, False, torch.bfloat16)
+    monkeypatch.setattr(order, "usable_attention_kernels", lambda *_: ("sdpa", "math", "cudnn"))
+    spent = iter([3.0, 1.0])
+
+    def timer(run):
+        assert [tuple(grad.shape) for grad in run()] == [(2, 3, 5, 64)] * 3
+        return next(spent)
+
+    assert list(order.measure_attention(shape, torch.device("cpu"), timer).items()) == [("math", 1.0), ("sdpa", 3.0)]
+    assert "attention kernel cudnn does not serve" in caplog.text
+
+
+def test_nothing_is_measured_where_one_kernel_alone_can_serve(flash):
+    def timer(run):
+        raise AssertionError("measured")
+
+    biased = order.AttentionShape(1, 1, 2, 64, True, torch.float32)
+    assert order.measure_attention(biased, torch.device("cpu"), timer) == {}
+    assert set(module.usable_attention_kernels("cuda", torch.bfloat16, 64, False)) >= {"sdpa", "flash"}
+    assert "flash" not in module.usable_attention_kernels("cuda", torch.bfloat16, 80, False)
 
 
 @pytest.mark.gpu
