@@ -41,6 +41,15 @@ def commands() -> list[Command]:
     return found
 
 
+def examples() -> list[Command]:
+    """What ``--help`` shows as an example, of commands that take one of our configs."""
+    found = []
+    for path in sorted((ROOT / "piip_scale" / "cli").glob("*.py")):
+        shown = re.findall(r"Example[^`\n]*: `(piip-scale [^`\n]+)`", path.read_text())
+        found += [Command(path.name, tuple(shlex.split(text))) for text in shown if "configs/" in text]
+    return found
+
+
 def _is_picture(lines: list[str]) -> bool:
     return any("-->" in line or "--+" in line for line in lines)
 

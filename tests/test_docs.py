@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 import cv2
 import docs_pages
-import numpy as np
 import pytest
 import torch
+from docs_desk import CUT, Elsewhere, lay_out, leave_a_run
 from docs_pages import PAGES, ROOT
 from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
-from zero_files import write_checkpoint
 
-from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.cli.main import app
 from piip_scale.config import load_config
 from piip_scale.config.explain import _models_in
-from piip_scale.config.loading import config_text
-from piip_scale.data.packing.pack import pack_coco
-from piip_scale.demo.scenes import write_scenes
+from piip_scale.engine.batching import scale_to_ranks
 from piip_scale.registry import TASKS
 
 COMMANDS = docs_pages.commands()
 OURS = [command for command in COMMANDS if command.arguments[0] == "piip-scale"]
 OTHERS = {"make", "source", "tensorboard", "eval", "launch/minislurm", "sbatch", "torchrun"}
-VOC = """<annotation><filename>{name}.jpg</filename><size><width>64</width><height>64</height><depth>3</depth></size>
-<object><name>digit</name><difficult>0</difficult>
-<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>40</xmax><ymax>50</ymax></bndbox></object></annotation>"""
+SETS = {
+    "detection": ("more_shards/train", "more_shards/val"),
+    "segmentation": ("sets/maps", "sets/maps"),
+    "classification": ("sets/classes", "sets/classes"),
+}
+TRAINED = "configs/demo/masks.py"
+# What is started on each; a submission that is dry asks nobody.
+STARTED = {
+    "train": {"launch_local", "_train_here"},
+    "supervise": {"run"},
+    "preflight": {"check_nodes"},
+    "jobs": {"queued_jobs"},
+}
+# All that is not run above, but for what README shows of an error.
+OTHERS_OF_OURS = [
+    c for c in OURS if c.arguments[1] not in ("shards", "evaluate", "predict") and "num_heads=5" not in c.arguments[-1]
+]
+
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -41,48 +51,8 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def desk(tmp_path_factory):
     """A folder where everything lies that the pages' commands name."""
     desk = tmp_path_factory.mktemp("desk")
-    scenes = write_scenes(desk, num_train=4, num_val=2, size_px=64, seed=0)
-    for split, source in (("train", scenes.train), ("val", scenes.val)):
-        pack_coco(source, scenes.images, desk / "more_shards" / split, workers=1)
-    shutil.copy(scenes.train, desk / "train.json")
-    shutil.copy(scenes.val, desk / "val.json")
-    for name in ("configs", "launch"):
-        (desk / name).symlink_to(ROOT / name)
-    photos = sorted(path for path in scenes.images.iterdir() if path.name.startswith("train"))
-    shutil.copy(photos[0], desk / "photo.jpg")
-    _lay_out_voc(desk, photos)
-    _lay_out_maps(desk, photos)
-    for split in ("train", "val"):
-        for label in ("cat", "dog"):
-            (desk / "imagenet" / split / label).mkdir(parents=True)
-            shutil.copy(photos[0], desk / "imagenet" / split / label)
-    (desk / "list.txt").write_text("".join(f"images/{photo.name} {i % 2}\n" for i, photo in enumerate(photos)))
-    (desk / "names.txt").write_text("first\nsecond\n")
+    lay_out(desk, ROOT)
     return desk
-
-
-def _lay_out_voc(desk: Path, photos: list[Path]) -> None:
-    folder = desk / "VOC2012"
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (folder / name).mkdir(parents=True)
-    for photo in photos:
-        shutil.copy(photo, folder / "JPEGImages")
-        (folder / "Annotations" / f"{photo.stem}.xml").write_text(VOC.format(name=photo.stem))
-    (folder / "ImageSets" / "Main" / "train.txt").write_text("".join(f"{photo.stem}\n" for photo in photos))
-    (desk / "voc_names.txt").write_text("digit\n")
-
-
-def _lay_out_maps(desk: Path, photos: list[Path]) -> None:
-    for images, maps, of in (
-        ("images", "maps/train", [p for p in (desk / "images").iterdir()]),
-        ("ADE/images/training", "ADE/annotations/training", photos),
-    ):
-        for folder in (images, maps):
-            (desk / folder).mkdir(parents=True, exist_ok=True)
-        for photo in of:
-            if not (desk / images / photo.name).exists():
-                shutil.copy(photo, desk / images)
-            cv2.imwrite(str(desk / maps / f"{photo.stem}.png"), np.ones((64, 64), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -109,28 +79,14 @@ def parsed(arguments):
     return context
 
 
-def leave_a_run(desk: Path, config: Path, overrides: list[str], run_dir: Path) -> None:
-    """What training would have left after a step: its config, and a sharded checkpoint of untrained weights."""
-    from piip_scale.cli.train import with_classes
-    from piip_scale.tasks.kinds import build_model
-
-    resolved = with_classes(load_config(config, overrides))
-    model = build_model(resolved, len(resolved.data.classes))
-    weights = {name: value.detach() for name, value in model.named_parameters()}
-    store = CheckpointStore(run_dir / "checkpoints", keep=1)
-    write_checkpoint(store.begin(1) / "zero", 3, 2, [weights], {}, dict(model.named_buffers()))
-    store.commit(1)
-    (run_dir / "config.py").write_text(config_text(resolved))
-
-
-def test_the_readmes_five_commands_run_one_after_the_other(desk, run, monkeypatch):
-    torch.manual_seed(0)
+def test_the_readmes_five_commands_run_one_after_the_other(desk, run, trained, monkeypatch):
     shown = [command.arguments[1:] for command in OURS if command.page == "README.md"]
     monkeypatch.chdir(desk)
     for arguments in shown[: next(i for i, arguments in enumerate(shown) if arguments[0] == "predict") + 1]:
+        # Its training is the fixture's, and the start of it is tested below.
         if arguments[0] == "train":
             options = parsed(arguments).params
-            leave_a_run(desk, options["config"], options["overrides"], options["run_dir"])
+            assert (str(options["config"]), str(options["run_dir"])) == (TRAINED, "runs/mine")
             continue
         result = run(arguments)
         assert result.exit_code == 0, (arguments, result.output)
@@ -146,13 +102,66 @@ def test_what_the_docs_show_of_shards_runs(desk, run, arguments):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", OURS, ids=str)
+@pytest.mark.parametrize("command", [*OURS, *docs_pages.examples()], ids=str)
 def test_every_command_line_is_one_of_ours_and_its_config_loads(command, desk, monkeypatch):
     monkeypatch.chdir(desk)
     options = parsed(command.arguments[1:]).params
     refused = command.page == "README.md" and "num_heads=5" in command.arguments[-1]
     if options.get("config") and str(options["config"]).startswith("configs/") and not refused:
-        load_config(options["config"], options.get("overrides") or [])
+        config = load_config(options["config"], options.get("overrides") or [])
+        # A step's images must be shared by the ranks, which nothing else says of an example.
+        scale_to_ranks(
+            config, (options.get("nodes") or 1) * (options.get("gpus_per_node") or options.get("procs") or 1)
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(desk, run):
+    """Sets of every task, and a run that has a checkpoint with averages."""
+    maps = ("shards", "pack", "label-maps", "maps/train", "--images", "images/", "--class-names", "names.txt")
+    for words in (
+        (*maps, "--out", "sets/maps"),
+        ("shards", "pack", "image-folders", "imagenet/train", "--out", "sets/classes"),
+    ):
+        result = run(words)
+        assert result.exit_code == 0, result.output
+    torch.manual_seed(0)
+    before = Path.cwd()
+    os.chdir(desk)
+    try:
+        leave_a_run(Path(TRAINED), sets_of("detection"), Path("runs/mine"))
+    finally:
+        os.chdir(before)
+
+
+def sets_of(task: str) -> list[str]:
+    return [f"data.{split}_shards={folder}" for split, folder in zip(("train", "val"), SETS[task], strict=True)]
+
+
+def with_sets(arguments: tuple[str, ...], desk: Path, monkeypatch) -> list[str]:
+    """The command with sets that lie here, of the task that its config has, and of two blocks what is huge."""
+    monkeypatch.chdir(desk)
+    options = parsed(arguments).params
+    config = options.get("config")
+    if arguments[0] in ("jobs", "convert") or config is None:
+        return list(arguments)
+    values = [*sets_of(load_config(config, options["overrides"] or []).task), *CUT.get(Path(config).name, ())]
+    return [*arguments, *(word for value in values for word in ("--set", value))]
+
+
+@pytest.mark.parametrize("command", OTHERS_OF_OURS, ids=str)
+def test_the_docs_commands_run_dry_or_up_to_where_ranks_would_start(command, desk, run, trained, monkeypatch):
+    elsewhere, arguments = Elsewhere(), with_sets(command.arguments[1:], desk, monkeypatch)
+    # Following a log ends with its job.
+    elsewhere.install(monkeypatch, desk / "runs" / "NAME", done="-f" in arguments)
+    if arguments[0] in ("train", "supervise") and "--resume" not in arguments:
+        arguments += ["--run-dir", f"runs/{len(list((desk / 'runs').iterdir()))}"]
+    result = run(arguments + {"submit": ["--dry-run"], "convert": ["--overwrite"]}.get(arguments[0], []))
+    assert result.exit_code == 0, result.output
+    assert arguments[0] not in STARTED or STARTED[arguments[0]] & set(elsewhere.asked)
+    if arguments[0] == "submit":
+        assert result.stdout.startswith("#!/bin/bash\n")
+        assert set(elsewhere.asked) <= {"check_pretrained"}
 
 
 def test_other_commands_exist_too(desk, monkeypatch):

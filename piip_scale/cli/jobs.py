@@ -22,8 +22,8 @@ app = typer.Typer(
     help=(
         "List runs, read a run's log, stop it, send it through the queue again.\n\n"
         "Of the states, `stalled` runs and stands still; `waiting` is between two attempts; `held` waits for a "
-        "release, which `requeue` gives; `given-up` waits for a person to look; `lost` ended without a word, as do "
-        "`timeout`, `out-of-memory`, `node-lost` and `preempted`, which Slurm tells; all go on with `requeue`."
+        "release, which `requeue` gives; `given-up` waits for a person to look; `lost` ended without a report, as do "
+        "`timeout`, `out-of-memory`, `node-lost` and `preempted`, which Slurm names; all go on with `requeue`."
     )
 )
 _HEADS = ("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")

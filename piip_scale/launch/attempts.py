@@ -112,7 +112,7 @@ class History:
         except RunError as error:
             if error.reason != IO_REASON:
                 raise
-            get_logger(__name__).warning("piip-scale: warning: %s; it is kept in memory meanwhile", error.line)
+            get_logger(__name__).warning("piip-scale: warning: %s; it waits in memory meanwhile", error.line)
         else:
             self._waiting.clear()
 
@@ -129,7 +129,7 @@ def _append(path: Path, lines: Sequence[str]) -> None:
 
 
 def parse_attempts(lines: Iterable[str]) -> tuple[Attempt, ...]:
-    """Attempts from lines: the last of a number tells all; those that cannot be read are passed over."""
+    """Attempts from lines: the last of a number holds all; those that cannot be read are passed over."""
     found = {}
     for line in lines:
         with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):

@@ -86,7 +86,7 @@ def _failure(notes: StepNotes, code: int | None, nodes: Sequence[str], bound_s: 
     """Kind and line of why a preflight could not run, of which no node is to blame; ``None`` where one is.
 
     Args:
-        notes: What was said of it.
+        notes: Slurm's lines about it.
         code: Its exit code; ``None`` where it did not end by itself.
         nodes: Where it was to run.
         bound_s: How long it had.
@@ -104,7 +104,7 @@ def _failure(notes: StepNotes, code: int | None, nodes: Sequence[str], bound_s: 
 def _ask(
     spec: JobSpec, executor: Executor, nodes: Sequence[str], number: int, folder: Path, bound_s: float
 ) -> tuple[dict[str, Answer], StepNotes, int | None]:
-    """The answers, what was said of the step, and its exit code where it ended by itself."""
+    """The answers, Slurm's lines about the step, and its exit code where it ended by itself."""
     with disk_errors(RunError, f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.json"):
@@ -126,7 +126,7 @@ def _collect(step: Step, nodes: Sequence[str], folder: Path, asked_unix_s: float
     while True:
         has_ended = step.poll() is not None
         for node, facts in load_facts(folder).items():
-            # The time at which its first words were seen; later ones add the sum over all nodes.
+            # The time at which its first answer was seen; later ones add the sum over all nodes.
             seen_unix_s = answers[node].seen_unix_s if node in answers else time.time()
             answers[node] = Answer(facts, asked_unix_s, seen_unix_s)
         now_s = time.monotonic()

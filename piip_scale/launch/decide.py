@@ -13,13 +13,13 @@ from piip_scale.launch.time_left import LATE_SAVE, TIME_LIMIT
 
 Asked = Literal["", "stop", "requeue", "cancel"]
 
-# Kinds of failures, in the words of ``reason_of``: what a restart cannot change, what it mostly cures, and the rest,
+# Kinds of failures, as ``reason_of`` names them: what a restart cannot change, what it mostly cures, and the rest,
 # which is tried once more and is a bug when it comes again at the same step.
 INCURABLE = frozenset({"bad config", "bad data", "bad model", "bad world", "short time limit"})
 CURABLE = frozenset({"lost rank", "hang", "communication", "input or output", "device failure", "launch", LATE_SAVE})
 _SICK_AT_ONCE = frozenset({"device failure"})
 _SICK_WHEN_AGAIN = frozenset({"lost rank", "hang", "launch"})
-# Ends that say nothing of the run itself, however often they come.
+# Ends that are no sign of the run itself, however often they come.
 _INNOCENT_CAUSES = frozenset({"preemption", "requeue"})
 # Who had so long and saved nothing would not save in any number of attempts.
 _HAD_TIME_S = 3600.0
@@ -196,4 +196,4 @@ def _reason(last: Attempt) -> str:
         return f"stopped by {cause}, saved at step {last.last_step}"
     went_on = f"goes on from step {last.last_step}" if last.last_step else "starts again from the beginning"
     kind = (last.ending.reason or last.end or "").replace("_", " ")
-    return f"{kind}: {last.ending.line or 'it ended without a word'}; {went_on}"
+    return f"{kind}: {last.ending.line or 'it ended without a report'}; {went_on}"

@@ -41,7 +41,7 @@ class Step(Protocol):
         ...
 
     def notes(self) -> StepNotes:
-        """What was said about the step, rather than by its ranks."""
+        """The launcher's lines about the step, apart from those of its ranks."""
         ...
 
 
@@ -107,7 +107,7 @@ class Executor(Protocol):
         ...
 
     def requeue(self, exclude: Sequence[str]) -> str:
-        """Has the job, or one after it, go on later and without some nodes; tells in one line what was done.
+        """Has the job, or one after it, go on later and without some nodes; returns one line about what was done.
 
         Raises:
             SlurmError: There is no way.
@@ -159,7 +159,7 @@ class ProcessStep:
         self.signal(signal.SIGKILL)
 
     def notes(self) -> StepNotes:
-        """What was said about the step, rather than by its ranks."""
+        """The launcher's lines about the step, apart from those of its ranks."""
         return read_notes(self._noted)
 
 

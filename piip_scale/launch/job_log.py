@@ -1,4 +1,4 @@
-"""The supervisor's lines in a job's log, told from those of the ranks."""
+"""The supervisor's lines in a job's log, marked apart from those of the ranks."""
 
 from __future__ import annotations
 

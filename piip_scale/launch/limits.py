@@ -78,7 +78,7 @@ def check_lead(limits: Sequence[TimeLimit], lead_s: int) -> None:
             raise ConfigError(
                 f"time limit ({limit.source})",
                 value=limit.text,
-                rule=f"longer than the {lead_s} s before its end at which the training is told to save",
+                rule=f"longer than the {lead_s} s before its end at which the training is asked to save",
                 fix="raise --time, or lower signal_lead_s in a profile",
             )
 

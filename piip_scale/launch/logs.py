@@ -105,7 +105,7 @@ def follow(
         if over:
             return
         if time.monotonic() - asked_s >= ask_every_s:
-            # Once more round after it is over: its last words may have come since.
+            # Once more round after it is over: its last lines may have come since.
             over, asked_s = is_over(), time.monotonic()
             if over:
                 continue
@@ -131,7 +131,7 @@ def _new_text(path: Path, readings: dict[Path, _Reading]) -> Iterator[str]:
 
 
 def _filled(pattern: str, values: dict[str, str], literal: Callable[[str], str]) -> str:
-    """Slurm's pattern with its ``%`` words replaced, and ``%%`` by one ``%``."""
+    """Slurm's pattern with its ``%`` fields replaced, and ``%%`` by one ``%``."""
     parts = pattern.split("%%")
     filled = []
     for part in parts:

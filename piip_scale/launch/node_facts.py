@@ -1,4 +1,4 @@
-"""What one node tells of itself before a training starts on it, and what is wrong with that."""
+"""What one node reports before a training starts on it, and what is wrong with that."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Reduction:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node tells of itself.
+    """What a node reports.
 
     Attributes:
         node: Slurm's name of it.
-        unix_time_s: Its clock as it tells this.
+        unix_time_s: Its clock at the report.
         versions: By the names of ``_COMPARED``.
         gpus: Those visible to the job.
         free_disk_bytes: By folder that ranks write to on the node.
@@ -107,7 +107,7 @@ class Answer:
     """A node's facts with the supervisor's clock around them.
 
     Attributes:
-        facts: What it told.
+        facts: What it reported.
         asked_unix_s: When the question was sent.
         seen_unix_s: When the answer was there.
     """
@@ -140,7 +140,7 @@ def problems_of_nodes(
         if problems:
             found[node] = "; ".join(problems)
     unable = {} if found else _unable(answers)
-    # Where most could not, it takes more than this to say who is to blame.
+    # Where most could not, it takes more than this to find who is to blame.
     blamed = unable if 2 * len(unable) < len(answers) else {}
     return found | {node: f"all-reduce: {error}" for node, error in blamed.items()}
 

@@ -67,7 +67,7 @@ _OURS = {
     "test-only": "--dry-run",
     "wrap": "nothing",
 }
-# Variables that many sites tell their users to set; others of sbatch's would override the script unseen.
+# Variables that many sites have their users set; others of sbatch's would override the script unseen.
 _DEFAULTS = {
     "SBATCH_ACCOUNT": "account",
     "SBATCH_CONSTRAINT": "constraint",
@@ -155,7 +155,7 @@ def options_of_environment(environment: Mapping[str, str]) -> dict[str, OptionVa
 
 
 def submitting_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables to submit with: none that would change what the script says, none of a job around this process."""
+    """Variables to submit with: none that would change what the script asks for, none of a job around this process."""
     plain = plain_environment(outside_of_job(environment))
     return {name: value for name, value in plain.items() if not name.startswith("SBATCH_")}
 

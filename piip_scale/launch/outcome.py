@@ -23,9 +23,9 @@ class Evidence:
     Attributes:
         exit_code: Of srun, or of the process that started the ranks.
         last_step: Step of the newest valid checkpoint.
-        status: What the run says of itself, if it said so in this attempt.
+        status: The run's own status, if it was written in this attempt.
         first_error: What the first failing rank left.
-        notes: What srun said.
+        notes: What srun reported.
         lost_nodes: Nodes of the attempt that are no longer there, each with a line of why.
         silence: Set where no rank gave a sign for too long, and they were ended from outside.
         late_save: Set where ranks that were asked to stop had not saved when the job's time was over.
@@ -82,7 +82,7 @@ def _failure(attempt: Attempt, evidence: Evidence, ranks_per_node: int) -> tuple
     killed = notes.first_end if notes.first_end and notes.first_end.by_signal else None
     # Ranks whose peer is gone only know that they lost contact.
     if killed and (first is None or first.reason == "communication"):
-        line = f"rank {killed.rank} on {killed.node} ended by a signal ({killed.how}) before it could say why"
+        line = f"rank {killed.rank} on {killed.node} ended by a signal ({killed.how}) before it could report why"
         return "crashed", blank.failed("lost rank", line, rank=killed.rank, node=killed.node)
     if first:
         return ("hang", _of_late_rank(first, attempt, ranks_per_node)) if first.reason == "hang" else ("crashed", first)
@@ -109,11 +109,11 @@ def _silent(blank: Ending, notes: StepNotes) -> Ending:
     if notes.first_end:
         first = notes.first_end
         who, is_refusal = f"rank {first.rank} on {first.node}", first.how.endswith(_REFUSED)
-        line = f"{who} refused to start, for the reason in the log" if is_refusal else f"{who} ended without a word"
+        line = f"{who} refused to start, for the reason in the log" if is_refusal else f"{who} ended without a report"
         reason = PiipError.reason if is_refusal else "lost rank"
         return blank.failed(reason, f"{line} ({first.how})", rank=first.rank, node=first.node)
     if notes.is_out_of_memory:
         line = f"a rank was killed (exit code {blank.exit_code}): {_TOO_MUCH}"
         return blank.failed("out of host memory", line)
-    line = f"the ranks ended without a word (exit code {blank.exit_code}) before the training was done"
+    line = f"the ranks ended without a report (exit code {blank.exit_code}) before the training was done"
     return blank.failed("lost rank", line)

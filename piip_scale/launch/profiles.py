@@ -80,10 +80,10 @@ class Profile(Strict):
         gpu_request: How a job asks for GPUs: ``gpus-per-node``, ``gres`` (``gpu:TYPE:N``), or ``none`` where nodes
             have none, or are given whole: then each rank uses one of those it finds.
         gpu_type: Their type in that request; empty for any.
-        gpu_memory_gib: Memory of one, to say before submitting whether the run fits.
+        gpu_memory_gib: Memory of one, to report before submitting whether the run fits.
         cpus_per_rank: Cores for a rank and its loader workers, unless ``cpus-per-task`` is given.
         requeue: Whether jobs may requeue themselves.
-        signal_lead_s: So long before the time limit the training is told to save and stop.
+        signal_lead_s: So long before the time limit the training is asked to save and stop.
         python: Interpreter of the batch process on the nodes; the one that submits where empty.
         modules: For ``module load``.
         setup: Lines of bash that run before anything else of ours.

@@ -25,7 +25,7 @@ _TIMEOUT_S = 60.0
 # The command comes last: it alone may hold the separator.
 _FIELDS = "%A|%F|%K|%T|%r|%L|%N|%o"
 _NONE = ("N/A", "(null)", "")
-# What the commands say where they find no cluster; a node's configuration is another matter.
+# What the commands print where they find no cluster; a node's configuration is another matter.
 _NO_CLUSTER = re.compile(r"configuration (file|source)|slurm\.conf|ClusterName")
 
 
@@ -38,7 +38,7 @@ class QueuedJob:
         job_id: Its number; a task's own once it runs.
         array_task: Index in its array; ``None`` outside of one.
         state: ``PENDING``, ``RUNNING``, ``COMPLETING`` ...
-        reason: Why it waits, in Slurm's words.
+        reason: Why it waits, as Slurm names it.
         time_left: Until its limit, as Slurm writes it.
         nodes: Where it runs, as Slurm writes them.
         command: Its script, with arguments.
@@ -120,10 +120,10 @@ def _remembered_state(job_id: int) -> str:
 
 
 def check_submission(script: str, folder: Path, options: Sequence[str] = ()) -> str:
-    """Asks Slurm whether it would take a script, without submitting it; returns when it would start, in its words.
+    """Asks Slurm whether it would take a script, without submitting it; returns when it would start, as it prints it.
 
     Raises:
-        SlurmError: It would not, in its words.
+        SlurmError: It would not, with its message.
     """
     prefix = "Slurm would refuse the job"
     reply = _run("sbatch", "--test-only", *options, stdin=script, folder=folder, prefix=prefix)
@@ -229,12 +229,12 @@ def _run(*arguments: str, stdin: str | None = None, folder: Path | None = None, 
         fix = "is this machine part of a cluster? SLURM_CONF may name its configuration"
         fix = fix if _NO_CLUSTER.search(done.stderr) else ""
         raise SlurmError(f"{prefix or ' '.join(arguments[:2])}: {reply}", fix=fix)
-    # sbatch tells of a test on standard error.
+    # sbatch prints the outcome of a test on standard error.
     return done.stdout or done.stderr
 
 
 def _reason(command: str, stderr: str) -> str:
-    """What a command says went wrong, on one line: the end of it where that is fatal, or else all."""
+    """What a command reports as wrong, on one line: the end of it where that is fatal, or else all."""
     lines = [line.removeprefix(f"{command}: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
     fatal = [line.removeprefix("fatal: ") for line in lines if line.startswith("fatal: ")]
     return "; ".join(fatal or lines)

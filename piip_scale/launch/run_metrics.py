@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says of its pace, read from its end: it may be long, and several commands ask often."""
+"""A run's pace from its metrics.jsonl, read from its end: it may be long, and several commands ask often."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SAVES_READ, _SAVES_WITHIN_BYTES = 10, 1 << 26
 
 @dataclass(frozen=True)
 class Pace:
-    """How far and how fast a run is, by its own words.
+    """How far and how fast a run is, by its own metrics.
 
     Attributes:
         step: Last optimiser step that was written.
@@ -63,7 +63,7 @@ class SaveTimes:
 
 
 def read_save_times(run_dir: Path) -> SaveTimes:
-    """What a run's metrics say of its last saves and steps; nothing where they cannot be read."""
+    """The times of a run's last saves and steps; nothing where they cannot be read."""
     with (
         suppress(OSError, ValueError),
         (run_dir / METRICS_FILE).open("rb") as file,

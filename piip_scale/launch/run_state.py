@@ -1,4 +1,4 @@
-"""The state of a run in one word, and what happened last: judged from the queue, the run's own word, and their age."""
+"""The state of a run in one word, and what happened last: by the queue, the run's own status, and their age."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from piip_scale.launch.runs import Run
 
 LOST = "lost"
-"""It says that it runs, and has neither job nor process."""
+"""Its status is that it runs, and it has neither job nor process."""
 
 # What Slurm calls the ends of jobs, as a state of a run whose supervisor and guard were killed with it.
 _SLURM_ENDS = {
@@ -40,14 +40,15 @@ _OUT_OF_QUEUE = "left the queue before it began: cancelled, or its deadline pass
 def state_of(run: Run, alive: bool, now_unix_s: float) -> str:
     """A run's state in one word.
 
-    The queue knows best whether something runs; then what the last attempt's supervisor decided; the run's own word
+    The queue knows best whether something runs; then what the last attempt's supervisor decided; the run's own status
     counts where it is younger, as of a training by hand, or alone.
 
     Returns:
         ``queued``, ``held``; ``running``, ``stalled`` (nothing goes on), ``stopping`` (asked to), ``waiting`` (before
-        another attempt); ``done``, ``stopped``, ``cancelled``, ``given-up``, ``failed``; ``lost``: it says that it runs
-        and has neither job nor process, and Slurm has forgotten its end, or else ``timeout``, ``out-of-memory``,
-        ``node-lost``, ``preempted``; ``submitted``, ``empty``, ``unreadable``; or the queue's own word.
+        another attempt); ``done``, ``stopped``, ``cancelled``, ``given-up``, ``failed``; ``lost``: its status is that
+        it runs, it has neither job nor process, and Slurm has forgotten its end, or else ``timeout``,
+        ``out-of-memory``, ``node-lost``, ``preempted``; ``submitted``, ``empty``, ``unreadable``; or the
+        queue's own name of it.
     """
     if run.problem:
         return "unreadable"
@@ -90,7 +91,7 @@ def _state_at_rest(run: Run, now_unix_s: float) -> str:
 
 
 def _spoke_after(run: Run, last: Attempt) -> bool:
-    """Whether a later training, which no supervisor started, has left its word."""
+    """Whether a later training, which no supervisor started, has left a status."""
     ended_s = last.ended_unix_s
     return run.status is not None and ended_s is not None and run.status_unix_s > ended_s + _SILENT_S
 
@@ -173,7 +174,7 @@ def _event_at_rest(run: Run, state: str, outcome: str) -> str:
     if run.slurm_end and state in (LOST, *_SLURM_ENDS.values()):
         return f"Slurm ended its job ({run.slurm_end.lower().replace('_', ' ')}); {_GOES_ON}"
     if state == LOST:
-        return f"ended without a word; {_GOES_ON}"
+        return f"ended without a report; {_GOES_ON}"
     if state in ("stopped", "cancelled") and was_stopped_while_waiting(run) and run.request is not None:
         return "taken out of the queue" + f" by {run.request.user}" * bool(run.request.user)
     if state == "cancelled" and (not run.attempts or run.attempts[-1].decision == "requeue"):

@@ -1,4 +1,4 @@
-"""How every run goes, told from the queue and the files in its directory, without torch."""
+"""How every run goes, read from the queue and the files in its directory, without torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Run:
     Attributes:
         path: The directory.
         spec: Of its job; ``None`` for a run without one.
-        status: What the training last said.
+        status: What the training last reported.
         attempts: Of its job.
         job: In the queue; ``None`` where there is none.
         beat: The main rank's last heartbeat.
@@ -44,9 +44,9 @@ class Run:
         log: Of its newest job; ``None`` where there is none.
         problem: Why a file of it cannot be read, in one line.
         request: What was last asked of its job.
-        status_unix_s: When the training last said so.
+        status_unix_s: When the training last reported.
         submitted_unix_s: When a job was last submitted for it; ``None`` where none was, or by hand.
-        slurm_end: What Slurm calls the end of its last job, where nothing else tells of it; empty where it forgot.
+        slurm_end: What Slurm calls the end of its last job, where nothing else is known of it; empty where it forgot.
         queue_known: Whether the queue could be asked: without it, a job that is not found may wait there.
     """
 
@@ -78,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """What a list says of a run.
+    """What a list shows of a run.
 
     Attributes:
         run: The directory.
@@ -120,7 +120,7 @@ def _by_directness(path: Path) -> tuple[bool, bool, int, Path]:
 
 
 def read_run(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
-    """Reads one run's directory; what cannot be read is told in ``problem``.
+    """Reads one run's directory; what cannot be read is named in ``problem``.
 
     Args:
         path: The directory.
@@ -157,7 +157,7 @@ def read_run(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
 
 
 def with_ends(runs: Sequence[Run], ask: Callable[[Sequence[int]], Mapping[int, str]]) -> list[Run]:
-    """The runs, and of those that ended without a word what Slurm calls it.
+    """The runs, and of those that ended without a report what Slurm calls it.
 
     Args:
         runs: As they were read.
@@ -266,7 +266,7 @@ def _job_text(run: Run, alive: bool) -> str:
         return run.job.name
     if alive and run.beat is not None:
         return f"{run.beat.host}:{run.beat.pid}"
-    # A task's own number is none that its user was told.
+    # A task's own number is none that its user was shown.
     if run.attempts and run.attempts[-1].job_id and (run.spec is None or run.spec.array_task is None):
         return str(run.attempts[-1].job_id)
     return (submitted_jobs(run.path) or ["-"])[-1]

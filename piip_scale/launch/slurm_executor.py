@@ -23,7 +23,7 @@ from piip_scale.logging import get_logger
 from piip_scale.run.heartbeat import STACK_SIGNAL
 from piip_scale.world import Allocation, World, given_meeting_point, rendezvous_port, step_environment
 
-# Why a job ends whose processes still run, where its state says so already.
+# Why a job ends whose processes still run, where its state has it already.
 _CAUSES = {"TIMEOUT": "time limit", "DEADLINE": "time limit", "PREEMPTED": "preemption", "CANCELLED": "cancel"}
 # Slurm's KillWait and UnkillableStepTimeout as they come: 30 and 60 s.
 _KILLED_WITHIN_S, _LOOK_AGAIN_S = 120.0, 5.0
@@ -64,7 +64,7 @@ class SlurmStep(ProcessStep):
                     self._slurm.signal_step(self._job, step_id, number)
 
     def end(self) -> None:
-        """Srun takes TERM for the wish to kill all tasks."""
+        """Srun takes TERM as a request to kill all tasks."""
         self.signal(signal.SIGTERM)
 
 
@@ -86,7 +86,7 @@ class SlurmExecutor:
         self._spec, self._allocation, self._slurm = spec, allocation, slurm
 
     def job_time(self) -> JobTime | None:
-        """What the controller says, which knows of a partition's default too, and of what somebody changed."""
+        """The controller's record, which has a partition's default too, and what somebody changed."""
         try:
             job = self._slurm.job_now(self._name)
         except SlurmError:
@@ -152,7 +152,7 @@ class SlurmExecutor:
         return names if alone else {name: value for name, value in names.items() if name.startswith("MASTER")}
 
     def why_ending(self) -> str:
-        """What the controller says of the job."""
+        """By the controller's record of the job."""
         try:
             job = self._slurm.job(self._name)
         except SlurmError:
@@ -290,7 +290,7 @@ def time_of(job: JobRecord, now_unix_s: float) -> JobTime | None:
 
 
 def ending(job: JobRecord, restart_count: int) -> str:
-    """Why a job ends, from what the controller says of it while its processes still run.
+    """Why a job ends, from the controller's record of it while its processes still run.
 
     Args:
         job: The record.
@@ -304,5 +304,5 @@ def ending(job: JobRecord, restart_count: int) -> str:
         return _CAUSES[job.state]
     if job.state != "COMPLETING":
         return ""
-    # Completing with processes alive means that Slurm ends them: because the time is over, or somebody said scancel.
+    # Completing with processes alive means that Slurm ends them: because the time is over, or somebody ran scancel.
     return "time limit" if job.limit_s is not None and job.run_s >= job.limit_s - 2 else "cancel"

@@ -36,7 +36,7 @@ class JobRecord:
         run_s: How long it runs.
         limit_s: How long it may; ``None`` without a limit.
         partitions: Those it may run in, or the one it runs in.
-        reason: Why it waits, in Slurm's words.
+        reason: Why it waits, as Slurm names it.
         array_job: The array that it is a task of; ``None`` outside of one.
         array_tasks: Its index there as text; several of tasks that wait: ``0,2-5``.
         excluded: Nodes that it must not get.
@@ -88,7 +88,7 @@ class NodeRecord:
         name: Slurm's name of it.
         address: Where Slurm reaches it.
         states: Its state's parts, ``ALLOCATED`` and ``DRAIN`` for instance.
-        reason: Why it is in that state, where an administrator or a health check said so.
+        reason: Why it is in that state, where an administrator or a health check gave one.
         partitions: Those it is in.
         features: What ``--constraint`` may ask for.
         num_cpus: Cores; 0 where that is not known.

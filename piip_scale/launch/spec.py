@@ -34,7 +34,7 @@ class JobSpec(Strict):
         gpus_per_node: GPUs asked for on a node; 0 on a cluster without.
         spares: Nodes of the allocation beyond ``num_nodes`` that wait to replace one.
         time_limit: As Slurm reads it (``24:00:00``); empty where the partition decides.
-        signal_lead_s: So long before the time limit ranks are told to save and stop.
+        signal_lead_s: So long before the time limit ranks are asked to save and stop.
         max_stale_restarts: So many restarts in a row may bring no newer checkpoint; then the job gives up.
         requeue: Whether the site lets a job requeue itself; where not, a successor job is submitted.
         chain: Further jobs that were submitted with this one, each to start when the one before ends.

@@ -1,4 +1,4 @@
-"""What srun and slurmstepd say of a step on standard error; its exit codes lie, these lines do not."""
+"""What srun and slurmstepd report of a step on standard error; its exit codes mislead, these lines do not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LAUNCH = re.compile(
     rf"error: (?:Task launch for .* failed on nodes? (?P<nodes>{NODE_LIST})"
     rf"|(?P<of>{NODE_LIST}): tasks? [\d,\[\]-]+: launch failed): (?P<how>.+)"
 )
-# What keeps a step from beginning whatever else is said.
+# What keeps a step from beginning whatever else is reported.
 _REFUSED = re.compile(
     r"(?:(?:error|fatal): )?(?P<how>(?:unrecognized option|invalid option|ambiguous option|option .* requires).*"
     r"|Unable to (?:create step|confirm allocation|allocate).*|Application launch failed.*|Only allocated \d+ nodes.*"
@@ -26,7 +26,7 @@ _OTHER = re.compile(r"error: (?P<how>.+)")
 _FINAL = re.compile(
     r"\boption\b|[Ii]nvalid (numeric value|MPI type|--)|mutually exclusive|set by two different|Only allocated"
 )
-# Told of steps that run, or end, as they should.
+# Reported of steps that run, or end, as they should.
 _ASIDE = re.compile(r"\*\*\* |couldn't chdir|Timed out waiting|ioctl|Job step aborted|Received signal")
 _OUT_OF_MEMORY = re.compile(r"oom[-_ ]kill|[Oo]ut[- ][Oo]f[- ][Mm]emory")
 _SOURCE = re.compile(r"(?:srun|slurmstepd(?:-(?P<node>[\w.-]+))?): (?P<text>.*)")
@@ -43,7 +43,7 @@ class TaskEnd:
     Attributes:
         node: Its node.
         rank: Its rank; the lowest, where several ended alike.
-        how: In srun's words: ``Killed``, ``Exited with exit code 2``.
+        how: As srun names it: ``Killed``, ``Exited with exit code 2``.
     """
 
     node: str
@@ -64,7 +64,7 @@ class TaskEnd:
 
 @dataclass(frozen=True)
 class StepNotes:
-    """What was said of a step.
+    """What was reported of a step.
 
     Attributes:
         first_end: The first task that ended badly; later ones may be its echo.
@@ -126,7 +126,7 @@ class _Notes:
     def all(self) -> StepNotes:
         first = next(iter(self.ends.values()), None)
         if first and self.memory_nodes and not first.is_out_of_memory and first.by_signal:
-            # The kernel's, of which srun tells as of any other kill.
+            # The kernel's, which srun reports as any other kill.
             first = TaskEnd(first.node, first.rank, f"{first.how}, Out Of Memory")
         # Other complaints explain a step of which no task began; of one that ran they may be its end's echo.
         reported = self.refusals or (self.others if not self.ends and not self.nodes else {})

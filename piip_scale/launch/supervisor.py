@@ -47,7 +47,7 @@ class SupervisorSettings:
 
 
 class Supervisor:
-    """Starts attempts until ``decide`` says otherwise.
+    """Starts attempts until ``decide`` ends it.
 
     Args:
         spec: The job.
@@ -306,7 +306,7 @@ class Supervisor:
         log_line(f"attempt {ended.attempt}: {decision.why} -> {action}{without}")
 
     def _report_status(self, ended: Attempt) -> None:
-        """Ranks that could not speak are spoken for, in the status and in ``errors/``."""
+        """Reports what ranks could not report, in the status and in ``errors/``."""
         first = self._run.first_error(since_unix_s=ended.started_unix_s)
         if not ended.failed or (first is not None and first.line == ended.ending.line):
             return

@@ -32,7 +32,7 @@ def close_unfinished(
     gone = [node for node in last.nodes if node not in executor.allocated()]
     status = run.status()
     has_stopped = status is not None and status.state == "stopped"
-    # Its own word, and not that of an attempt before.
+    # Its own status, and not that of an attempt before.
     has_stopped = has_stopped and run.status_file.stat().st_mtime >= last.started_unix_s
     evidence = Evidence(
         exit_code=0,

@@ -39,8 +39,8 @@ class StopRequests:
 
     Args:
         run: Whose requests count; one that is there already is of an earlier job.
-        why_ending: Tells what Slurm is about when it sends TERM.
-        kill_wait_s: Tells how long after a last TERM Slurm kills.
+        why_ending: What Slurm is about when it sends TERM.
+        kill_wait_s: How long after a last TERM Slurm kills.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class StopRequests:
         self.end(cause)
 
     def end(self, cause: str) -> None:
-        """The job ends, for a cause that ``why_ending`` told."""
+        """The job ends, for a cause that ``why_ending`` gave."""
         self.is_ending = True
         if cause == "cancel":
             self.asked = "cancel"

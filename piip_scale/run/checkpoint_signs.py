@@ -1,4 +1,4 @@
-"""Whether a run ever wrote a checkpoint: one that did and has none left must not start over without a word."""
+"""Whether a run ever wrote a checkpoint: one that did and has none left must not start over silently."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SAVE_LINE = b'"kind": "checkpoint"'
 
 
 def sign_of_checkpoints(run: RunDirectory) -> str:
-    """What in a run's directory says that it had checkpoints, in a few words; empty where nothing does.
+    """What in a run's directory shows that it had checkpoints, in a few words; empty where nothing does.
 
-    A run that died before its first save shows none, whatever its status says of steps.
+    A run that died before its first save shows none, whatever steps its status has.
 
     Raises:
         RunError: The status file is not one.

@@ -30,7 +30,7 @@ class Ending:
     """How an attempt at a training ended: ``errors/first.json``, part of ``status.json`` and of ``attempts.jsonl``.
 
     Attributes:
-        reason: What kind of failure, in the words of ``reason_of``: ``hang``, ``lost rank``, ``exception`` ...; empty
+        reason: What kind of failure, as ``reason_of`` names it: ``hang``, ``lost rank``, ``exception`` ...; empty
             where it did not fail.
         line: The failure, or what was done, in one line.
         cause: Why the ranks were asked to stop: ``time limit``, ``preemption``, ``requeue``, ``user``, ``cancel``;

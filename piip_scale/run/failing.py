@@ -1,4 +1,4 @@
-"""The last words of a rank: each error reported once, whoever meets it."""
+"""The last report of a rank: each error reported once, whoever meets it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def report_failure(run: RunDirectory, rank: int, error: BaseException, step: int
         more = ("details" if error.details else "") if isinstance(error, PiipError) else "traceback"
         where = f" ({more}: {run.errors / f'rank_{rank}.txt'})" if more else ""
         get_logger(__name__).error("piip-scale: error: %s%s", ending.line, where)
-        # Where the disk is what failed, the status cannot be written either, and one line has been said.
+        # Where the disk is what failed, the status cannot be written either, and one line has been logged.
         # A run that never began stays none: its next start needs no --resume.
         with suppress(PiipError):
             if run.status():

@@ -6,7 +6,7 @@ from piip_scale.errors import PiipError
 from piip_scale.files import IO_REASON, may_pass
 
 COMMUNICATION, DEVICE, EXCEPTION = "communication", "device failure", "exception"
-# Of RuntimeErrors, which these libraries raise for everything, only the text says what went wrong.
+# Of RuntimeErrors, which these libraries raise for everything, only the text shows what went wrong.
 _COMMUNICATION_TEXTS = ("gloo", "NCCL", "ProcessGroup")
 _DEVICE_TEXTS = (
     "ECC error",

@@ -108,7 +108,7 @@ class RunDirectory:
 
         Args:
             config_text: The resolved config. A resumed run keeps the one it started with, unless that is gone; where
-                this one differs, it is written beside it, and a warning says so.
+                this one differs, it is written beside it, and a warning is logged.
             resume: Continue the run that is there.
             restart: Start over: all that is there of a run moves into a folder of ``earlier``.
 
@@ -158,7 +158,7 @@ class RunDirectory:
         elif self.config.read_text(encoding="utf-8") != text:
             write_text_atomic(self.resumed_config, text)
             get_logger(__name__).warning(
-                "resuming with another config than %s: it is kept in %s", self.config, self.resumed_config.name
+                "resuming with another config than %s: it is written to %s", self.config, self.resumed_config.name
             )
 
     def clear_traces(self, before_unix_s: float = math.inf) -> None:
@@ -180,7 +180,7 @@ class RunDirectory:
                     beat.unlink()
 
     def status(self) -> Status | None:
-        """What the run last said of itself; ``None`` where no run started.
+        """The run's last status; ``None`` where no run started.
 
         Raises:
             RunError: The status file is not one, or cannot be read.
@@ -235,7 +235,7 @@ class RunDirectory:
         ending = ending_of(error, rank, step, node)
         with suppress(OSError):
             self.errors.mkdir(parents=True, exist_ok=True)
-            # Not over a traceback of the rank's own, where its launcher speaks for it.
+            # Not over a traceback of the rank's own, where its launcher reports for it.
             with (self.errors / f"rank_{rank}.txt").open("x", encoding="utf-8") as file:
                 details = error.details if isinstance(error, PiipError) else ""
                 file.write("".join(traceback.format_exception(error)) + details + "\n")
@@ -258,7 +258,7 @@ class RunDirectory:
             json.dump(asdict(ending), file)
 
     def replace_ending(self, ending: Ending) -> None:
-        """Has the run's files say how it ended, where somebody knows more than its ranks; their tracebacks stay.
+        """Writes how the run ended into its files, where somebody knows more than its ranks; their tracebacks stay.
 
         Raises:
             RunError: The disk refuses.
@@ -300,5 +300,5 @@ def _text_of(path: Path) -> str | None:
 
 @cache
 def process_start_unix_s() -> float:
-    """When this process began; where the system does not say, when it first asked."""
+    """When this process began; where the system does not show it, when it first asked."""
     return time.time() - process_age_seconds()

@@ -14,7 +14,7 @@ _START_TIME_FIELD = 19
 class StartClock:
     """Seconds of the phases of a start, one after the other since the process began.
 
-    Where the system does not say when that was, the first phase counts from when this object was made.
+    Where the system does not show when that was, the first phase counts from when this object was made.
 
     Attributes:
         seconds: Of each phase that is over, by name, in order.
@@ -32,7 +32,7 @@ class StartClock:
 
 
 def process_age_seconds(pid: int | None = None) -> float:
-    """How long ago this process, or another of this machine, began; 0 where the system does not say."""
+    """How long ago this process, or another of this machine, began; 0 where the system does not show it."""
     try:
         text = Path(_STAT.format(process="self" if pid is None else pid)).read_text()
     except OSError:

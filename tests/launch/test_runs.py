@@ -58,7 +58,11 @@ def test_a_running_job_tells_step_pace_and_time_to_go(run_dir):
         (("failed", "rank 1 was killed"), None, ("failed", "rank 1 was killed")),
         (("done", ""), None, ("done", "stopped by time limit")),
         (("done", ""), "COMPLETING", ("done", "stopped by time limit")),
-        (("running", ""), None, ("lost", "ended without a word; it goes on with piip-scale jobs requeue, or --resume")),
+        (
+            ("running", ""),
+            None,
+            ("lost", "ended without a report; it goes on with piip-scale jobs requeue, or --resume"),
+        ),
         (None, None, ("submitted", "was submitted, has not started")),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_run_whose_supervisor_and_guard_were_killed_has_the_state_that_slurm_k
     row = describe(run, NOW)
     assert (row.state, row.job) == (state, "12")
     assert "piip-scale jobs requeue" in row.event
-    assert (end.lower().replace("_", " ") or "without a word") in row.event
+    assert (end.lower().replace("_", " ") or "without a report") in row.event
 
 
 def test_slurm_is_asked_only_of_runs_that_ended_without_a_word(tmp_path):

@@ -61,7 +61,7 @@ def test_a_crash_is_told_everywhere_and_the_run_resumes(scene, spoken):
     assert "connection closed" in (kept / "rank_0.txt").read_text()
     told = [line for line in spoken.messages if "->" in line]
     assert [line.partition("supervise: ")[2] for line in told] == [
-        "attempt 0: lost rank: rank 1 on n2 ended by a signal (Killed) before it could say why; goes on from step 4 "
+        "attempt 0: lost rank: rank 1 on n2 ended by a signal (Killed) before it could report why; goes on from step 4 "
         "-> restart",
         "attempt 1: the training is done -> finish",
     ]

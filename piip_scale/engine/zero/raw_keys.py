@@ -47,10 +47,6 @@ _SWITCH = Rule("it is true or false", lambda value: isinstance(value, bool))
 _COUNT = Rule("it is a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
 _SIZE = Rule("it is a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
 _EVEN = Rule("it is an even number of at least 2", lambda value: _is_whole(value) and value >= 2 and value % 2 == 0)
-_FACTOR = Rule(
-    "it is a number above 0",
-    lambda value: not isinstance(value, bool) and isinstance(value, int | float) and value > 0,
-)
 _NAMES = Rule("it is a list of names", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
 _TYPE = _one_of("fp32", "bf16")
 
@@ -72,8 +68,7 @@ class Key:
         on_disk: That field must name a folder.
         keeps_numbers: Training with it gives the same numbers up to rounding in fp32.
         spelt: DeepSpeed's other name for it, under which it is given: of both, DeepSpeed refuses one.
-        without: A switch beside it that must be false, unless the value is ``alone``: DeepSpeed asserts that.
-        alone: The value that says nothing.
+        without: A switch beside it that must be false where this one is true: DeepSpeed asserts that.
     """
 
     path: str
@@ -86,7 +81,6 @@ class Key:
     keeps_numbers: bool = True
     spelt: str = ""
     without: str = ""
-    alone: Any = None
 
     @property
     def example(self) -> dict[str, Any]:
@@ -118,22 +112,7 @@ ALLOWED = (
     Key("zero_allow_untested_optimizer", _SWITCH, "torch's AdamW is one that DeepSpeed has tested", True, ANY),
     Key("communication_data_type", _TYPE, "rounds what is summed, as its name says", "bf16", keeps_numbers=False),
     Key("data_types.grad_accum_dtype", _TYPE, "rounds gradients, as its name says", "bf16", keeps_numbers=False),
-    Key(
-        "prescale_gradients",
-        _SWITCH,
-        "divides before the sum instead of after it",
-        True,
-        without=f"{_Z}reduce_scatter",
-        alone=False,
-    ),
-    Key(
-        "gradient_predivide_factor",
-        _FACTOR,
-        "a part of the same division",
-        2.0,
-        without=f"{_Z}reduce_scatter",
-        alone=1.0,
-    ),
+    Key("prescale_gradients", _SWITCH, "divides before the sum, not after it", True, without=f"{_Z}reduce_scatter"),
     Key(f"{_Z}contiguous_gradients", _SWITCH, "where gradients wait for their message", False, (1, 2)),
     Key(f"{_Z}reduce_scatter", _SWITCH, _MESSAGES, False),
     Key(f"{_Z}reduce_bucket_size", _SIZE, _MESSAGES, 4096),
@@ -264,7 +243,7 @@ def _check_refines(key: Key, value: object, zero: ZeroConfig) -> None:
 
 
 def _check_beside(key: Key, value: object, given: Mapping[str, Any], zero: ZeroConfig) -> None:
-    if key.without and zero.stage and value != key.alone and given.get(key.without, AUTO) is not False:
+    if key.without and zero.stage and value is True and given.get(key.without, AUTO) is not False:
         raise ConfigError(
             f"zero.deepspeed.{key.path}",
             value=value,

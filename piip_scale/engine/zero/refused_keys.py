@@ -57,6 +57,11 @@ _GONE = "it has been removed from DeepSpeed"
 REFUSED: dict[str, tuple[Any, str]] = {
     f"{_Z}round_robin_gradients": (False, "it orders parameters by its own rule, and a run would resume into others"),
     f"{_Z}elastic_checkpoint": (False, "its checkpoints cannot be resumed; ours resume on any ranks without it"),
+    # Seen with DeepSpeed 0.19.8: __avg_scatter_contiguous_grads divides by it and by the ranks.
+    "gradient_predivide_factor": (
+        1.0,
+        "in stage 3, gradients come out divided by it where it equals the number of ranks",
+    ),
     f"{_Z}legacy_stage1": (False, _UNTRIED),
     f"{_Z}parameter_alignment": (False, "it pads between parameters, where a run's checkpoints have none"),
     f"{_Z}load_from_fp32_weights": (True, _SAVES),
