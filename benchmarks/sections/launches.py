@@ -68,6 +68,7 @@ def section() -> str:
 def count(module: nn.Module, run: Run) -> tuple[Traffic, Traffic]:
     """Traffic of a module's forward and backward pass on the meta device."""
     forward, backward = Traffic(), Traffic()
+    run()  # what is made once for a size
     with FusedOnGpu(active=True), _counted(forward):
         outputs = run()
     gradients = tuple(torch.empty_like(output) for output in outputs)

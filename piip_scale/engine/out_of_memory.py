@@ -35,6 +35,8 @@ def device_memory_error(task: Task, config: RunConfig, world: World, device: tor
     """
     capacity = device_bytes(device)
     planner = Planner(task.outline, capacity)
+    # What was left to memory was decided with all of it, and more of it is a change like any other.
+    config = planner.settled(config, world.num_ranks)
     plan = planner.plan(config, world.num_ranks)
     changes = planner.within(min(capacity, _MUST_SAVE * plan.total)).changes(config, world.num_ranks)
     return DeviceMemoryError(

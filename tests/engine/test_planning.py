@@ -228,7 +228,8 @@ def test_host_memory_holds_what_is_offloaded_there_and_copies_of_saves():
     assert kept.host_memory == pytest.approx(state)
     train = {"steps": 6, "precision": "bf16", "background_saves": False}
     moved = planner().plan(detector(zero={"offload_optimizer": "cpu"}, train=train), 2)
-    assert moved.host_memory == pytest.approx(moved.host) > 0
+    assert moved.host > 0
+    assert moved.host_memory == pytest.approx(moved.host)
     assert "does not fit into" in host_line(moved, 8, moved.host * 8 - 1)
     assert "which fits into" in host_line(moved, 8, moved.host * 8)
     assert "which" not in host_line(moved, 8, None)
