@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import aspect, large_masks, loading, mask_targets, streaming, throughput
+from sections import aspect, image_reader, large_masks, loading, mask_targets, streaming, throughput
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Memory": loading.memory_section,
     "Aspect": aspect.section,
     "Streaming": streaming.section,
+    "Image reader": image_reader.section,
     "Large masks": large_masks.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."

@@ -174,7 +174,7 @@ def _train(config: Path, paths: Demo, overrides: list[str]) -> None:
         typer.echo(f"      continuing a run that {status.state} at step {status.step}")
     code = run_training(config, overrides, paths.run_dir, procs=NUM_PROCS, resume=status is not None, progress=True)
     if code:
-        # The ranks have said why.
+        # The ranks have reported why.
         raise typer.Exit(code)
 
 

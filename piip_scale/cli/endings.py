@@ -1,4 +1,4 @@
-"""How a command ends: without a word, or with one line that says what is wrong."""
+"""How a command ends: silently, or with one line that names what is wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def in_one_line(command: Callable[[], object], name: str) -> None:
     except PiipError as error:
         _fail(name, error.line, error.exit_code)
     except SystemExit as end:
-        # typer ends a command that Ctrl-C interrupts without a word; a training has written its own.
+        # typer ends a command that Ctrl-C interrupts silently; a training has written its own.
         if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
             print(f"{name}: stopped by Ctrl-C before it was done", file=sys.stderr)
         raise

@@ -48,7 +48,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Plan a run's memory per GPU, its batch and its time, and say which knob helps if it does not fit.
+    """Plan a run's memory per GPU, its batch and its time, and report which setting helps if it does not fit.
 
     From the config alone: needs no GPU, no data and no memory for weights. The network's activations are counted by
     running its shapes; those of neck and heads, and 1.5 GiB for libraries, are estimates.
@@ -84,7 +84,7 @@ class Pace:
 
     Attributes:
         images_per_step: On all GPUs.
-        steps_per_epoch: ``None`` where the training shards are not there to tell.
+        steps_per_epoch: ``None`` where the training shards are not there.
         flops_per_image: Model FLOPs of the network in a training step, as training logs them and its MFU: as far as
             it is trained, without neck and heads and what checkpointing computes again.
         head_flops_per_image: Those of neck and heads, in float32.

@@ -58,7 +58,7 @@ def show(
     num_images: Annotated[int, typer.Option(min=1, help="Images on the sheet, spread evenly over the set.")] = 12,
     max_pixels: MaxPixels = None,
 ) -> None:
-    """Say what a packed set holds, and draw some of it with its boxes and masks, label maps or class names.
+    """Summarise a packed set, and draw some of it with its boxes and masks, label maps or class names.
 
     Example: `piip-scale shards show shards/train --out train.png`
     """

@@ -178,7 +178,7 @@ class _Checked:
 def _check_runs(
     order: Order, submission: Submission, *, resume: bool, restart: bool, may_miss: bool, unseen: str | None
 ) -> list[_Checked]:
-    """What every rank would say at its start, said now, for each run.
+    """What every rank would report at its start, reported now, for each run.
 
     Args:
         order: What was asked for.
@@ -226,7 +226,7 @@ def _seen_here(config: RunConfig, *, may_miss: bool) -> tuple[RunConfig, str]:
 
 
 def _check_without_data(config: RunConfig, run_dir: Path, world: World, *, resume: bool, restart: bool) -> None:
-    """What can be said of a start by a machine that sees neither shards nor weights."""
+    """What can be checked of a start by a machine that sees neither shards nor weights."""
     from piip_scale.engine.batching import scale_to_ranks
     from piip_scale.run.run_dir import RunDirectory
 
@@ -235,7 +235,7 @@ def _check_without_data(config: RunConfig, run_dir: Path, world: World, *, resum
 
 
 def _memory_line(config: RunConfig, order: Order) -> str:
-    """What `plan` says in short; an estimate, so a warning and no refusal."""
+    """What `plan` reports, in short; an estimate, so a warning and no refusal."""
     from functools import partial
 
     from piip_scale.engine.planning import Planner
@@ -244,8 +244,8 @@ def _memory_line(config: RunConfig, order: Order) -> str:
     assert order.profile.gpu_memory_gib is not None
     planner = Planner(partial(outline_run, num_classes=len(config.data.classes)), order.profile.gpu_memory_gib * _GIB)
     plan = planner.plan(config, order.job.num_ranks)
-    told = f"planned memory: {plan.total / _GIB:.1f} of {order.profile.gpu_memory_gib:g} GiB a GPU"
-    return told if plan.fits else f"warning: {told}; piip-scale plan tells what helps"
+    planned = f"planned memory: {plan.total / _GIB:.1f} of {order.profile.gpu_memory_gib:g} GiB a GPU"
+    return planned if plan.fits else f"warning: {planned}; piip-scale plan lists what helps"
 
 
 def _send(submission: Submission, checked: Sequence[_Checked]) -> None:

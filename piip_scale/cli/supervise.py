@@ -73,7 +73,7 @@ def supervise(
     if executor.has_queue and not (sys.stdin and sys.stdin.isatty()):
         leave_guard(supervisor.after_kill)
     code = supervisor.run()
-    # At once: Slurm may be waiting for this process to be gone, and a thread still reads what srun has to say.
+    # At once: Slurm may be waiting for this process to be gone, and a thread still reads what srun reports.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -86,7 +86,7 @@ def run_training(
         progress: Draw a progress line.
 
     Raises:
-        PiipError: Config, shards, directory or world do not allow a start, or a rank ended without a word.
+        PiipError: Config, shards, directory or world do not allow a start, or a rank ended without a report.
     """
     resolved = with_classes(load_config(config, overrides))
     resume = resume and not restart
@@ -128,7 +128,7 @@ def with_classes(config: RunConfig) -> RunConfig:
 
 
 def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool, restart: bool = False) -> None:
-    """Says once, before any process starts, what every rank would.
+    """Reports once, before any process starts, what every rank would.
 
     Args:
         config: The run, with its classes.
@@ -164,7 +164,7 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
 
 
 def _report_as_rank(error: PiipError, run_dir: Path, rank: int) -> int:
-    """One of many ranks could not start: mostly none could, and one of them tells."""
+    """One of many ranks could not start: mostly none could, and one of them reports it."""
     from piip_scale.run.failing import report_failure
     from piip_scale.run.run_dir import RunDirectory
 

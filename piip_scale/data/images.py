@@ -87,7 +87,7 @@ def image_facts(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> I
 
 
 def may_be_turned(content: bytes) -> bool:
-    """Whether an image file may hold an orientation, told without reading its header."""
+    """Whether an image file may hold an orientation, without reading its header."""
     marks = next((marks for start, marks in _EXIF_MARKS.items() if content.startswith(start)), (b"",))
     return any(mark in content for mark in marks)
 
@@ -193,7 +193,7 @@ def _decode_flawed_jpeg(content: bytes, reason: str, flaws: list[str]) -> Image:
     import simplejpeg
 
     if content.rfind(_JPEG_END, -16) < 0:
-        # With an end mark a file that lacks nothing else decodes; one that is cut off is told apart by what follows.
+        # With an end mark a file that lacks nothing else decodes; one that is cut off still does not with one.
         content, reason = content + _JPEG_END, "it has no end mark"
         with contextlib.suppress(ValueError):
             pixels = np.asarray(simplejpeg.decode_jpeg(content, "RGB"))

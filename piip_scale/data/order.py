@@ -159,7 +159,7 @@ def grouped_by_aspect(
     Args:
         order: The epoch's ``canonical_order``.
         is_tall: Of every sample of the set, bool (N,).
-        share: Tells micro-batches and their size; whose share it is does not matter.
+        share: Of it the number of micro-batches and their size count, not whose share it is.
         seed: Of the run.
         epoch: Counted from 0.
         window_steps: Steps of a window.
@@ -178,8 +178,8 @@ def grouped_by_aspect(
         rows = order[window].reshape(steps * size, turns).T
         sorted_rows = np.take_along_axis(rows, np.argsort(is_tall[rows], axis=1, kind="stable"), axis=1)
         batches = sorted_rows.reshape(turns, steps, size)
-        places = np.argsort(random.random_raw(turns * steps).reshape(turns, steps), axis=1, kind="stable")
-        mixed = np.take_along_axis(batches, places[:, :, None], axis=1)
+        positions = np.argsort(random.random_raw(turns * steps).reshape(turns, steps), axis=1, kind="stable")
+        mixed = np.take_along_axis(batches, positions[:, :, None], axis=1)
         grouped[window] = mixed.reshape(turns, steps * size).T.ravel()
     return grouped
 

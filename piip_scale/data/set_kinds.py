@@ -1,4 +1,4 @@
-"""The kinds of packed sets, one row each: what tells them apart when they are read, checked and shown."""
+"""The kinds of packed sets, one row each: how they differ when they are read, checked and shown."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from piip_scale.registry import SetKind
 
 @dataclass(frozen=True)
 class SetKindRow:
-    """What is said and done of a kind of set; parts are named as ``module:attribute``, imported when asked for.
+    """What differs between kinds of sets; parts are named as ``module:attribute``, imported when asked for.
 
     Attributes:
         notes: Keys of a sample's annotations.
         targets: What its samples are labelled with, for people.
         packed_targets: What its annotations are, likewise.
         unit: What can be trained on is counted in these.
-        in_shares: It is told as shares of all, not as numbers.
+        in_shares: They are reported as shares of all, not as numbers.
         counts: What of a sample can be trained on, by its annotations: of notes and labels of categories, to
-            ``Counts``; empty where only its files tell.
+            ``Counts``; empty where that takes its files.
         check: Decodes a sample whole and looks at its labels: of set, raw sample and number, to targets, pixels and
             ``Counts``.
         summary: What it holds, for people: of a set, to rows of a name and a text.

@@ -108,8 +108,8 @@ class ShardLoader(Generic[BatchT]):
         world: This rank among all.
         accumulation: Micro-batches of each rank in a step: with the ranks it decides which samples share a batch.
         group_by_aspect: Tall and wide images train in batches of their own.
-        broken_samples: A folder of the run, for all ranks: samples that are broken are told once in the run, and
-            counted together. ``None`` leaves each rank to tell of its own.
+        broken_samples: A folder of the run, for all ranks: samples that are broken are reported once in the run, and
+            counted together. With ``None`` each rank reports its own.
 
     Attributes:
         num_seen: Samples asked for so far.
@@ -234,7 +234,7 @@ class ShardLoader(Generic[BatchT]):
         return Prefetcher(self.shards.fetch, use.shards.tolist() + then, first_batch, ahead)
 
     def _warn_of_small_cache(self, use: ShardUse) -> None:
-        """Says once a node that its cache cannot hold what is in use at a time, so that shards come more than once."""
+        """Logs once a node that its cache cannot hold what is in use at a time, so that shards come more than once."""
         sizes = [shard.size_bytes for shard in self.shards.manifest.shards]
         limit_gib, ranks = self.config.cache.limit_gib, self.world.ranks_per_node
         needed_gib = min(use.most_bytes_at_once(sizes) * ranks, sum(sizes)) / GIB

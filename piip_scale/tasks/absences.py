@@ -1,4 +1,4 @@
-"""What metrics cannot be computed of, in words: COCO's -1 and a mean over nothing are no scores."""
+"""Which metrics cannot be computed, for the log: COCO's -1 and a mean over nothing are no scores."""
 
 from __future__ import annotations
 

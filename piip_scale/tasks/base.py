@@ -175,7 +175,7 @@ class Task(Protocol):
         ...
 
     def data_id(self) -> str:
-        """What tells the sets of this run from others, whatever their location."""
+        """What identifies the sets of this run, whatever their location."""
         ...
 
     def num_broken_samples(self) -> int:

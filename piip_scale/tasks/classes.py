@@ -12,20 +12,20 @@ def class_names(config: RunConfig) -> tuple[str, ...]:
     """The classes of a run: as the config names them, else those of its validation or training shards.
 
     Raises:
-        ConfigError: The config names none, and no shards are there to tell.
+        ConfigError: The config names none, and its shards are not there.
         DataError: The shards are damaged.
     """
     if classes := declared_classes(config):
         return classes
     raise ConfigError(
-        "config key data.classes is empty, and the run's shards are not there to tell",
+        "config key data.classes is empty, and the run's shards are not there",
         value=config.data.val_shards,
         fix="set data.classes to the names in label order, or use the config of the run directory",
     )
 
 
 def declared_classes(config: RunConfig) -> tuple[str, ...]:
-    """The classes of a run: as the config names them, else those of its shards; empty where neither tells.
+    """The classes of a run: as the config names them, else those of its shards; empty where neither names them.
 
     Raises:
         DataError: The shards are damaged.

@@ -41,7 +41,7 @@ class DrawingStyle:
         gap_px: Between images of a sheet, and around them.
         min_score: Detections below it are left out.
         scores: Write scores behind class names; ground truth has none worth writing.
-        names_once: Name the largest object of each class alone: colours tell the others, and nothing is hidden.
+        names_once: Name the largest object of each class alone: colours identify the others, and nothing is hidden.
     """
 
     long_edge_px: int = 640

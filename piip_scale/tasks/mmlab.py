@@ -8,7 +8,7 @@ import torch
 from piip_scale.tasks import mmcv_ext
 
 mmcv_ext.install()
-# mmengine imports DeepSpeed where it finds it, which warns of a machine without GPU unless told what to use.
+# mmengine imports DeepSpeed where it finds it, which warns of a machine without GPU unless it is set.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import mmcv.ops  # noqa: E402

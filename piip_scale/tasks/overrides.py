@@ -13,7 +13,7 @@ from piip_scale.tasks.mmlab import DefaultScope, find_class
 
 Tree = dict[str, Any]
 
-# Which class reads a dict of mmdet's that does not say so by a ``type``.
+# Which class reads a dict of mmdet's that names none by a ``type``.
 _READERS = {
     "encoder": "DeformableDetrTransformerEncoder",
     "encoder.layer_cfg": "DeformableDetrTransformerEncoderLayer",
@@ -151,7 +151,7 @@ def _arguments(name: object, foreign: Foreign) -> set[str]:
 
 
 def mentions(tree: Any, path: Sequence[str]) -> bool:
-    """Whether overrides say something about a path."""
+    """Whether overrides set something at a path."""
     if not path or not isinstance(tree, dict):
         return not path
     entries = [tree[path[0]]] if path[0] in tree else [tree[key] for key in tree if key.isdecimal()]

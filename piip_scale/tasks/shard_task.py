@@ -61,7 +61,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         return self._new_model(network_device="meta")
 
     def check(self) -> None:
-        """Says what would go wrong at the start of a training, without the model's memory.
+        """Checks what could go wrong at the start of a training, without the model's memory.
 
         Raises:
             PiipError: Training shards, loader or model do not go together with the config.
@@ -136,7 +136,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         return self._loader(shards)
 
     def _check_targets(self, shards: ShardSet) -> None:
-        """Says what of the training set can be trained on; a set packed before that was counted goes without."""
+        """Logs what of the training set can be trained on; a set packed before that was counted goes without."""
         manifest = shards.manifest
         if manifest.targets is None:
             return

@@ -1,4 +1,4 @@
-"""Reads converted weights into a model, and says what does not fit."""
+"""Reads converted weights into a model, and reports what does not fit."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def _draw_all(corners: Array, lengths: Array, owners: Array, masks: Array) -> No
         (masks, owners[first_polygons]),
     )
     addresses = [of.ctypes.data + of.strides[0] * number for of, number in rows]
-    for places in np.stack([*counts, *addresses], axis=1).tolist():
-        _draw(places, masks.shape[-1])
+    for arguments in np.stack([*counts, *addresses], axis=1).tolist():
+        _draw(arguments, masks.shape[-1])
 
 
 def _few_enough(points_xy: Array, lengths: Array, owners: Array) -> tuple[Array, Array, Array]:
@@ -78,8 +78,8 @@ def _few_enough(points_xy: Array, lengths: Array, owners: Array) -> tuple[Array,
     if totals.max(initial=0) <= _MAX_CORNERS:
         return points_xy, lengths, owners
     steps = np.ceil(2 * totals / _MAX_CORNERS).astype(np.int64)[owners]
-    places = np.arange(len(points_xy)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return points_xy[places % np.repeat(steps, lengths) == 0], -(-lengths // steps), owners
+    positions = np.arange(len(points_xy)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return points_xy[positions % np.repeat(steps, lengths) == 0], -(-lengths // steps), owners
 
 
 def _turn_alike(corners: Array, lengths: Array, owners: Array) -> None:
@@ -93,9 +93,9 @@ def _turn_alike(corners: Array, lengths: Array, owners: Array) -> None:
             polygon[:] = polygon[::-1].copy()
 
 
-def _draw(places: Sequence[int], side: int) -> None:
-    """Draws one mask; ``places``: how many polygons and corners, and the addresses of what they and the mask are in."""
-    num_polygons, num_corners, corners, tags, last_corners, mask = places
+def _draw(arguments: Sequence[int], side: int) -> None:
+    """Draws one mask; ``arguments``: numbers of polygons and corners, and the addresses of their data and the mask."""
+    num_polygons, num_corners, corners, tags, last_corners, mask = arguments
     outline = freetype.FT_Outline(
         num_polygons,
         num_corners,

@@ -38,7 +38,7 @@ def augmented(
     short_px, long_px = int(augment.short_edge_px * factor), int(augment.max_edge_px * factor)
     size_px = resized_px((labels.shape[0], labels.shape[1]), short_px, long_px)
     pixels, labels = resized(pixels, size_px), resized_labels(labels, size_px)
-    top, left = _crop_place(labels, augment, rng)
+    top, left = _crop_corner(labels, augment, rng)
     height, width = augment.crop_px
     pixels, labels = (part[top : top + height, left : left + width] for part in (pixels, labels))
     if rng.random() < augment.flip_probability:
@@ -92,24 +92,24 @@ def _scaled(values: Image, factor: float, offset: float = 0.0) -> Image:
     return np.asarray(np.clip(changed, 0, 255), np.uint8)
 
 
-def _crop_place(labels: Image, augment: SegmentationAugment, rng: np.random.Generator) -> tuple[int, int]:
+def _crop_corner(labels: Image, augment: SegmentationAugment, rng: np.random.Generator) -> tuple[int, int]:
     """Top and left of a crop in which no class has more than its share, if one is found in time."""
-    place = _drawn_place(labels, augment.crop_px, rng)
+    corner = _drawn_corner(labels, augment.crop_px, rng)
     if augment.max_class_share == 1:
-        return place
+        return corner
     for _ in range(_MAX_CROPS):
-        if _is_mixed(labels, place, augment):
+        if _is_mixed(labels, corner, augment):
             break
-        place = _drawn_place(labels, augment.crop_px, rng)
-    return place
+        corner = _drawn_corner(labels, augment.crop_px, rng)
+    return corner
 
 
-def _drawn_place(labels: Image, crop_px: Size, rng: np.random.Generator) -> tuple[int, int]:
+def _drawn_corner(labels: Image, crop_px: Size, rng: np.random.Generator) -> tuple[int, int]:
     top, left = (int(rng.integers(max(labels.shape[axis] - crop_px[axis], 0) + 1)) for axis in (0, 1))
     return top, left
 
 
-def _is_mixed(labels: Image, place: tuple[int, int], augment: SegmentationAugment) -> bool:
-    (top, left), (height, width) = place, augment.crop_px
+def _is_mixed(labels: Image, corner: tuple[int, int], augment: SegmentationAugment) -> bool:
+    (top, left), (height, width) = corner, augment.crop_px
     counts = np.bincount(labels[top : top + height, left : left + width].ravel(), minlength=IGNORED + 1)[:IGNORED]
     return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < augment.max_class_share)

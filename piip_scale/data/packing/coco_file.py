@@ -125,7 +125,7 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of two lists of images Python's parser would keep the last without a word.
+    # Of two lists of images Python's parser would keep the last silently.
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))

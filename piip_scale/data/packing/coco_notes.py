@@ -18,7 +18,7 @@ from piip_scale.errors import DataError
 OVERHANG_TOLERANCE_PX = 1.0
 """Annotation tools round: a box may stick out by less than this and is clipped without being asked."""
 
-# What was done to annotations, as the log says it.
+# What was done to annotations, for the log.
 _DONE = {
     "clipped": "clipped {} boxes that stuck out of their image",
     "dropped": "dropped {} of which nothing was left",

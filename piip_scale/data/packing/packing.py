@@ -48,7 +48,7 @@ _LOCK = ".packing.lock"
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What the manifest says of a set beside its samples.
+    """What the manifest holds of a set beside its samples.
 
     Attributes:
         kind: What its samples are labelled with.
@@ -154,7 +154,7 @@ def pack_items(
     input_sha256 = sha256_of(json_bytes(packed))
     if (manifest := _complete_set(out, input_sha256, how.overwrite)) is not None:
         if how.skip_broken:
-            # Nothing is written anew; what is left out is said again.
+            # Nothing is written anew; what is left out is reported again.
             _gather(_on_all(finished_or_written, plans, how), problems)
         problems.settle(_source_name(facts))
         return manifest

@@ -76,7 +76,7 @@ def verify_shards(
         other: Another set that must not share images with it, such as the validation set. Images are compared by
             their pixels, however they are stored.
         workers: Processes; all cores where not given.
-        on_progress: Told the number of samples read so far and of all, after every shard.
+        on_progress: Called with the number of samples read so far and of all, after every shard.
         max_pixels: A set with a larger image is refused; ``None`` takes the usual limit.
 
     Raises:
@@ -84,8 +84,8 @@ def verify_shards(
     """
     with tempfile.TemporaryDirectory(prefix="piip_scale_verify_") as folder:
         cache = CacheConfig(folder=folder, limit_gib=_CACHE_GIB)
-        places = [place for place in (location, other) if place is not None]
-        sets = [ShardSet.open(place, cache=cache, max_pixels=max_pixels) for place in places]
+        locations = [each for each in (location, other) if each is not None]
+        sets = [ShardSet.open(each, cache=cache, max_pixels=max_pixels) for each in locations]
         return _verify_sets(sets, workers, on_progress)
 
 

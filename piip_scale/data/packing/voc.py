@@ -190,7 +190,7 @@ def _instances(folder: Path, entry: VocEntry, max_pixels: int) -> Image:
     if highest > len(entry.objects):
         raise DataError(
             f"instance map {path} holds number {highest}",
-            rule=f"{entry.path} tells of {len(entry.objects)} objects, and {IGNORED} is a border",
+            rule=f"{entry.path} has {len(entry.objects)} objects, and {IGNORED} is a border",
         )
     return instances
 

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: told once in a run, whichever rank meets them, and only so many of them."""
+"""Samples that cannot be used: reported once in a run, whichever rank meets them, and only so many of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BrokenSamples:
         self._met: set[str] = set()
 
     def add(self, sample: BrokenSample) -> None:
-        """Tells of a sample, unless somebody has.
+        """Reports a sample, unless another rank has.
 
         Raises:
             DataError: There are too many.

@@ -28,7 +28,7 @@ _LONGEST_PAUSE_S = 30.0
 # Something on the way may have spoilt what came, once; what comes spoilt again and again lies there like that.
 _SPOILT_TRIES = 3
 # A single failure is what networks do; from here on a user may want to know why nothing moves.
-_TOLD_FAILURES = 2
+_REPORTED_FAILURES = 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Fetcher:
         """Writes a file of the set into ``file``, from its start.
 
         Raises:
-            FetchError: It did not come, or not as the manifest says it is.
+            FetchError: It did not come, or not as the manifest describes it.
             StoppedError: ``stop`` was set.
         """
         download = _Download(self.source, name, file, num_bytes, sha256, self.most_unsized_bytes)
@@ -78,7 +78,7 @@ class Fetcher:
                 if is_final or failures > self.retries:
                     raise self._given_up(name, tries, str(error), is_final=is_final) from error
                 pause = pause_s(failures, f"{platform.node()} {name}")
-                if failures >= _TOLD_FAILURES:
+                if failures >= _REPORTED_FAILURES:
                     get_logger(__name__).warning(
                         "%s from %s: %s; trying again in %.1f s", name, self.source.location, error, pause
                     )

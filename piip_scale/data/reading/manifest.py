@@ -80,7 +80,7 @@ class Category(Strict):
 
 
 class ShardInfo(Strict):
-    """What the manifest says of a shard."""
+    """The manifest's entry of a shard."""
 
     name: ShardName
     num_samples: _Count
@@ -148,7 +148,7 @@ SAMPLE_COLUMNS = (
     "heights_px",
     "widths_px",
 )
-"""Columns of ``ShardIndex`` that say where a sample lies and how it is turned, in the order that readers take them."""
+"""Columns of ``ShardIndex`` that locate a sample and hold how it is turned, in the order that readers take them."""
 
 
 class ShardIndex(Strict):

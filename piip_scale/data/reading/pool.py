@@ -38,7 +38,7 @@ def map_in_processes(
         function: Importable by name; takes and gives what can be pickled.
         items: One call each.
         num_workers: Processes.
-        on_done: Told of each finished item, in this process.
+        on_done: Called with each finished item, in this process.
 
     Raises:
         DataError: A process died, or ``function`` raised it.

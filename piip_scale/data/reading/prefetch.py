@@ -92,7 +92,7 @@ class Prefetcher:
                 thread.join()
 
     def advance(self, batch: int) -> None:
-        """Says that loading has come to a batch.
+        """Reports that loading has come to a batch.
 
         Raises:
             DataError: A shard that is needed soon will not come.

@@ -95,7 +95,7 @@ def has_manifest(location: str, cache: CacheConfig) -> bool:
     """Whether a finished set is at a location.
 
     Raises:
-        DataError: That cannot be told: nobody answers there.
+        DataError: Nobody answers there.
     """
     if not is_remote(location):
         return (Path(location) / MANIFEST).is_file()

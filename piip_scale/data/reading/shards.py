@@ -140,7 +140,7 @@ class ShardSet:
 
     @property
     def short_id(self) -> str:
-        """Tells the set from others by what its shards hold, wherever it lies: the start of a checksum."""
+        """Identifies the set by what its shards hold, wherever it lies: the start of a checksum."""
         held = [(shard.sha256, shard.index_sha256) for shard in self.manifest.shards]
         return sha256_of(json_bytes(held))[:12]
 
@@ -212,7 +212,7 @@ class ShardSet:
         return found
 
     def _strange_notes(self, notes: dict[str, Any], image_id: int) -> Iterator[str]:
-        """What is not as index and manifest say."""
+        """What differs from index and manifest."""
         if notes["image_id"] != image_id:
             yield f"image_id {notes['image_id']}, and the index says {image_id}"
         for annotation in notes.get("annotations", []):

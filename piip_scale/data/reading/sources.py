@@ -264,8 +264,8 @@ class PipeSource:
             code = process.wait(self._stall_s)
             if code:
                 errors.seek(0)
-                said = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-                reason = ": ".join([f"the command ended with exit code {code}", *said])
+                last_lines = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+                reason = ": ".join([f"the command ended with exit code {code}", *last_lines])
                 raise TransferError(reason, is_final=code in _NO_SUCH_COMMAND)
 
     def _output(self, stdout: IO[bytes], stop: Stop) -> Iterator[bytes]:

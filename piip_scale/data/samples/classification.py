@@ -64,7 +64,7 @@ class ClassificationSamples:
     """Decodes, augments and batches labelled images: a ``SampleMaker``.
 
     Args:
-        shards: The set; tells the number of classes.
+        shards: The set, for its number of classes.
         augment: How an image becomes network input.
         size_px: Side of that input.
         label_smoothing: Of mixed labels.

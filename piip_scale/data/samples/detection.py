@@ -85,7 +85,7 @@ class DetectionSamples:
     """Decodes, augments and batches images with boxes and masks: a ``SampleMaker``.
 
     Args:
-        shards: The set; tells labels and whether there are masks.
+        shards: The set, for its labels and whether there are masks.
         augment: How an image becomes network input.
         polygons: Give the objects' outlines too.
     """

@@ -44,7 +44,7 @@ class SegmentationSamples:
     """Decodes, augments and batches images with label maps: a ``SampleMaker``.
 
     Args:
-        shards: The set; tells what its label maps mean.
+        shards: The set, for what its label maps mean.
         augment: How an image becomes network input.
     """
 

@@ -156,13 +156,13 @@ def _neck(model: Tree) -> tuple[int, int]:
             raise ConfigError(
                 f"config key detector.overrides.neck.{key}",
                 value=model["neck"].get(key),
-                rule="a neck must say its width and its number of levels",
+                rule="a neck must state its width and its number of levels",
             )
     return model["neck"]["out_channels"], model["neck"]["num_outs"]
 
 
 def _set_classes(model: Tree, num_classes: int) -> None:
-    """Gives every head the data's classes: labels beyond them would end in the loss, on a GPU without a word."""
+    """Gives every head the data's classes: labels beyond them would end in the loss, on a GPU silently."""
     heads = ("bbox_head",) if "bbox_head" in model else ("roi_head.bbox_head", "roi_head.mask_head")
     for head in (head for head in heads if exists(model, head.split("."))):
         path = [*head.split("."), "num_classes"]

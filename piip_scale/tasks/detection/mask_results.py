@@ -153,9 +153,9 @@ def _pixels_around(low: float, high: float, limit: int) -> range:
 def _on_grid(pixels: range, low: Tensor, high: Tensor) -> Tensor:
     """Where centres of pixels lie between the edges of a box, -1 to 1."""
     centres = torch.arange(pixels.start, pixels.stop, device=low.device).to(torch.float32) + 0.5
-    places = (centres - low) / (high - low) * 2 - 1
+    positions = (centres - low) / (high - low) * 2 - 1
     # Of a box without an extent, as mmdet has it.
-    return places.masked_fill_(places.isinf(), 0)
+    return positions.masked_fill_(positions.isinf(), 0)
 
 
 def _changes(inside: Tensor, rows: range, columns: range, height: int) -> Positions:

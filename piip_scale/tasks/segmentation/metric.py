@@ -57,8 +57,8 @@ class SegmentationMetric:
                 )
         pairs = truth[known].long() * len(self._classes) + found.labels_HW[known].long()
         # An image holds few of the possible pairs: counts of all of them would fill the memory.
-        places, numbers = np.unique(pairs.numpy(), return_counts=True)
-        self._pairs[found.image_id] = places, numbers
+        cells, numbers = np.unique(pairs.numpy(), return_counts=True)
+        self._pairs[found.image_id] = cells, numbers
         self._areas[found.image_id] = np.bincount(found.labels_HW.numpy().ravel(), minlength=len(self._classes))
 
     def confusion(self) -> Counts:
@@ -66,8 +66,8 @@ class SegmentationMetric:
         size = len(self._classes)
         counts = np.zeros(size * size, np.int64)
         for image_id in self._own():
-            places, numbers = self._pairs[image_id]
-            counts[places] += numbers
+            cells, numbers = self._pairs[image_id]
+            counts[cells] += numbers
         if is_distributed():
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             total = torch.from_numpy(counts).to(device)

@@ -163,7 +163,7 @@ def no_map(voc):
 def map_of_more(voc):
     for name in ("2007_a", "2007_b"):
         write_map(voc, name, np.full((48, 64), 2, np.uint8))
-    return {"instance_maps": voc / "SegmentationObject"}, r"2007_b.png holds number 2; .* tells of 1 objects"
+    return {"instance_maps": voc / "SegmentationObject"}, r"2007_b.png holds number 2; .* has 1 objects"
 
 
 def map_of_another_size(voc):
