@@ -30,7 +30,7 @@ test-slurm: $(INSTALLED)  ## jobs and their faults on a real Slurm, brought up o
 	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
 
 test-oldest: $(OLDEST)/.installed  ## trainings end to end on the oldest torch and torchvision that setup.cfg allows
-	$(OLDEST)/bin/python -m pytest -m "not slow" $(OLDEST_TESTS)
+	$(OLDEST)/bin/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile $(OLDEST_TESTS)
 
 # Its own torch and torchvision; all else is what $(VENV) holds.
 $(OLDEST)/.installed: $(INSTALLED)

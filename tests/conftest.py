@@ -19,8 +19,8 @@ settings.register_profile("unhurried", deadline=None, suppress_health_check=[Hea
 settings.load_profile("unhurried")
 
 TESTS = Path(__file__).parent
-LONG = ("engine", "cli", "tasks")
-"""Folders of tests that train: were their files the last to begin, one of two workers would wait for the other."""
+LONG = ("engine", "cli", "tasks", "test_gpu_benchmark.py", "models", "data")
+"""Of the longest tests: were their files the last to begin, one of two workers would wait for the other."""
 
 
 def pytest_collection_modifyitems(items):
