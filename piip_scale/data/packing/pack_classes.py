@@ -22,7 +22,7 @@ from piip_scale.data.packing.finding import IMAGE_SUFFIXES, ImageFolder, is_belo
 from piip_scale.data.packing.pack_plan import PackItem
 from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
 from piip_scale.data.packing.problems import Problems
-from piip_scale.data.packing.walking import file_sizes, images_under
+from piip_scale.data.packing.walking import file_sizes, files_of_several_names, images_under
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
 from piip_scale.data.reading.manifest import Category, Manifest
 from piip_scale.data.reading.targets import Counts
@@ -176,8 +176,10 @@ def _pack(
     problems: Problems,
 ) -> Manifest:
     if not classes or (not labelled and not problems.found):
+        # What lies there instead explains it.
+        problems.settle(str(images))
         raise DataError(f"{'images' if classes else 'classes'} of the set", value=[], rule="there must be some")
-    unique = _each_once(labelled, problems)
+    unique = _of_one_class(images, _each_once(labelled, problems), problems)
     categories = tuple(Category(id=label, name=name) for label, name in enumerate(classes))
     items = list(_items(images, unique, problems))
     counts: Counts = Counter()
@@ -197,6 +199,18 @@ def _each_once(labelled: Sequence[Labelled], problems: Problems) -> list[Labelle
         with problems.collected("image"):
             raise DataError("images of the set", value=[stored_name(twice)], rule="each must be named once")
     return [(file, label) for file, label in labelled if len(labels_of[file]) == 1]
+
+
+def _of_one_class(images: Path, labelled: Sequence[Labelled], problems: Problems) -> list[Labelled]:
+    """Images whose file has one class: through links one may lie in the folders of several."""
+    left_out: set[int] = set()
+    for indices in files_of_several_names([images / file for file, _ in labelled]):
+        if len({labelled[index][1] for index in indices}) > 1:
+            left_out.update(indices)
+            with problems.collected("image"):
+                names = ", ".join(stored_name(labelled[index][0]) for index in indices[:5])
+                raise DataError(f"images {names} are one file", rule="it has one class", fix="remove the other links")
+    return [each for index, each in enumerate(labelled) if index not in left_out]
 
 
 def _items(images: Path, labelled: Sequence[Labelled], problems: Problems) -> Iterator[tuple[PackItem, int]]:

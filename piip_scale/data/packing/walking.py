@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from piip_scale.errors import DataError
 from piip_scale.text import printable
 
 _STAT_THREADS = 32
+_UNKNOWN = (-1, -1)
 
 
 def images_under(folder: Path, name: str = "", problems: Problems | None = None) -> list[str]:
@@ -76,7 +78,7 @@ def _identity(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError:
-        return -1, -1
+        return _UNKNOWN
     return status.st_dev, status.st_ino
 
 
@@ -97,6 +99,17 @@ def file_sizes(paths: Sequence[Path], problems: Problems | None = None) -> list[
     if problems is None:
         gathered.settle(f"{len(paths)} files")
     return [answer if isinstance(answer, int) else None for answer in answers]
+
+
+def files_of_several_names(paths: Sequence[Path]) -> list[list[int]]:
+    """Indices of paths that lead to one file, by links of either kind; files of one path are left out."""
+    with ThreadPoolExecutor(_STAT_THREADS) as threads:
+        identities = list(threads.map(_identity, paths))
+    indices = defaultdict(list)
+    for index, identity in enumerate(identities):
+        if identity != _UNKNOWN:
+            indices[identity].append(index)
+    return [of_file for of_file in indices.values() if len(of_file) > 1]
 
 
 def _size_or_reason(path: Path) -> int | str:

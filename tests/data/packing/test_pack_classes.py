@@ -202,6 +202,8 @@ def test_nothing_beside_the_folders_of_classes_is_passed_over(tmp_path):
     assert pack_folders(images, out).num_samples == 1
     write_jpeg(images / "stray.jpg", 20, 30, 1)
     assert "stray.jpg lies in no class's folder" in problem_of(lambda: pack_folders(images, out))
+    write_jpeg(tmp_path / "flat" / "a.jpg", 20, 30, 1)
+    assert "a.jpg lies in no class's folder" in problem_of(lambda: pack_folders(tmp_path / "flat", out))
     (images / "stray.jpg").unlink()
     (images / "dog").symlink_to(tmp_path / "moved")
     assert "dog lies in no class's folder" in problem_of(lambda: pack_folders(images, out))
@@ -226,3 +228,19 @@ def test_a_list_names_images_below_its_folder(tmp_path):
 def test_blank_lines_after_the_last_class_are_none(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n\n \n")
     assert read_class_names(tmp_path / "names.txt") == ("cat", "dog")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_file_that_links_put_into_two_classes_is_reported(tmp_path, link):
+    images = tmp_path / "images"
+    write_jpeg(images / "cat" / "a.jpg", 20, 30, 1)
+    write_jpeg(images / "dog" / "b.jpg", 20, 30, 2)
+    link(images / "cat" / "a.jpg", images / "cat" / "twin.jpg")
+    assert pack_folders(images, tmp_path / "set").num_samples == 3
+    link(images / "cat" / "a.jpg", images / "dog" / "a.jpg")
+    line = problem_of(lambda: pack_folders(images, tmp_path / "other"))
+    assert "images cat/a.jpg, cat/twin.jpg, dog/a.jpg are one file; it has one class" in line
+    assert (
+        pack_folders(images, tmp_path / "rest", classes=("cat", "dog"), how=PackOptions(skip_broken=True)).num_samples
+        == 1
+    )
