@@ -14,12 +14,12 @@ MASK_SIZE_PX = 112
 
 @dataclass(frozen=True)
 class Polygons:
-    """Outlines of N objects, each of any number of polygons, as few tensors.
+    """Outlines of N objects, each of any number of polygons, as few tensors on the CPU.
 
     Attributes:
         points_xy_px: The corners of all polygons in turn, in the resized image, float32 (P, 2).
-        num_points: Of each polygon, int64 (Q,), on the CPU.
-        num_polygons: Of each object, int64 (N,), on the CPU.
+        num_points: Of each polygon, int64 (Q,).
+        num_polygons: Of each object, int64 (N,).
     """
 
     points_xy_px: Tensor
@@ -35,10 +35,6 @@ class Polygons:
         ends = self.num_polygons.cumsum(0).tolist()
         return [polygons[end - number : end] for end, number in zip(ends, self.num_polygons.tolist(), strict=True)]
 
-    def to(self, device: torch.device | str) -> Polygons:
-        """A copy with its corners on ``device``."""
-        return replace(self, points_xy_px=self.points_xy_px.to(device, non_blocking=True))
-
 
 @dataclass(frozen=True)
 class Instances:
@@ -47,7 +43,8 @@ class Instances:
     Attributes:
         boxes_xyxy_px: Boxes in the resized image, float32 (N, 4).
         labels: Class indices, int64 (N,).
-        is_crowd: Regions of many objects, to be ignored by training, bool (N,).
+        is_crowd: Regions of many objects, to be ignored by training, bool (N,), on the CPU: to choose by it on a device
+            would be to wait for that.
         mini_masks: Anti-aliased masks cut to their boxes, uint8 0-255 (N, MASK_SIZE_PX, MASK_SIZE_PX);
             ``None`` for a data set without masks.
         polygons: Outlines, cut to the image; only where the config asks for them.
@@ -60,14 +57,13 @@ class Instances:
     polygons: Polygons | None = None
 
     def to(self, device: torch.device | str) -> Instances:
-        """A copy on ``device``."""
+        """A copy on ``device``, but for what stays on the CPU."""
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
         masks = None if self.mini_masks is None else moved(self.mini_masks)
-        polygons = None if self.polygons is None else self.polygons.to(device)
-        return Instances(moved(self.boxes_xyxy_px), moved(self.labels), moved(self.is_crowd), masks, polygons)
+        return replace(self, boxes_xyxy_px=moved(self.boxes_xyxy_px), labels=moved(self.labels), mini_masks=masks)
 
 
 @dataclass(frozen=True)

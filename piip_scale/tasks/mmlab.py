@@ -13,7 +13,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import mmcv.ops  # noqa: E402
 import mmdet.models  # noqa: E402 - registers mmdet's modules
-from mmdet.models.roi_heads.mask_heads import FCNMaskHead  # noqa: E402
+from mmdet.models.dense_heads import RPNHead  # noqa: E402
+from mmdet.models.losses import CrossEntropyLoss, L1Loss, SmoothL1Loss  # noqa: E402
+from mmdet.models.losses.smooth_l1_loss import l1_loss, smooth_l1_loss  # noqa: E402
+from mmdet.models.roi_heads import FCNMaskHead, SingleRoIExtractor  # noqa: E402
+from mmdet.models.task_modules import AssignResult, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler, SamplingResult  # noqa: E402
 from mmdet.registry import MODELS, TASK_UTILS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmdet.structures.mask import BaseInstanceMasks, BitmapMasks, PolygonMasks  # noqa: E402
@@ -38,16 +42,28 @@ __all__ = [
     "MODELS",
     "PACKAGE_FOLDER",
     "TASK_UTILS",
+    "AssignResult",
     "BaseInstanceMasks",
     "BaseModule",
     "BitmapMasks",
     "Config",
     "ConfigDict",
+    "CrossEntropyLoss",
     "DefaultScope",
+    "DeltaXYWHBBoxCoder",
     "DetDataSample",
     "FCNMaskHead",
     "InstanceData",
+    "L1Loss",
     "MMLogger",
+    "MaxIoUAssigner",
     "PolygonMasks",
+    "RPNHead",
+    "RandomSampler",
+    "SamplingResult",
+    "SingleRoIExtractor",
+    "SmoothL1Loss",
     "find_class",
+    "l1_loss",
+    "smooth_l1_loss",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,8 +22,14 @@ def network_input(batch: Batch, mean: Rgb, std: Rgb) -> Tensor:
         std: Divides them after that.
     """
     images = batch.images_BHWC.permute(0, 3, 1, 2).float()
-    mean_C11, std_C11 = (images.new_tensor(values).view(1, 3, 1, 1) for values in (mean, std))
-    sizes = torch.tensor([info.size_px for info in batch.infos], device=images.device)
-    rows, columns = (torch.arange(length, device=images.device) for length in images.shape[2:])
+    device = images.device
+    mean_C11, std_C11 = (sent(values, device).view(1, 3, 1, 1) for values in (mean, std))
+    sizes = sent([info.size_px for info in batch.infos], device)
+    rows, columns = (torch.arange(length, device=device) for length in images.shape[2:])
     inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
     return (images - mean_C11) / std_C11 * inside[:, None]
+
+
+def sent(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device, without a wait for it, which ``torch.tensor(values, device=...)`` is."""
+    return torch.tensor(values).to(device, non_blocking=True)

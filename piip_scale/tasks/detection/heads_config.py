@@ -10,6 +10,7 @@ from typing import Any
 from piip_scale.config.detection import DetectorConfig
 from piip_scale.errors import ConfigError
 from piip_scale.models.branch import FeatureSpec
+from piip_scale.tasks.detection.few_waits import with_few_waits
 from piip_scale.tasks.mmlab import PACKAGE_FOLDER, Config
 from piip_scale.tasks.overrides import Tree, assign, exists, mentions, merged, nested, values_at
 
@@ -72,7 +73,7 @@ def plan_detector(config: DetectorConfig, features: Sequence[FeatureSpec], num_c
         if not mentions(overrides, path.split(".")):
             assign(model, path.split("."), value)
     _set_classes(model, num_classes)
-    return DetectorPlan(model, indices, has_masks=bool(model.get("roi_head", {}).get("mask_head")))
+    return DetectorPlan(with_few_waits(model), indices, has_masks=bool(model.get("roi_head", {}).get("mask_head")))
 
 
 def _base(kind: str) -> Tree:

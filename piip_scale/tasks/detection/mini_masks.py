@@ -41,6 +41,9 @@ class MiniMasks(BaseInstanceMasks):
         width: Width of the image in px.
     """
 
+    COVERED = 0.5
+    """A cell belongs to a mask that covers so much of it."""
+
     def __init__(self, masks_NSS: Tensor, boxes_xyxy_px: Tensor, height: int, width: int) -> None:
         self.masks_NSS, self.boxes_xyxy_px = masks_NSS, boxes_xyxy_px
         self.height, self.width = height, width
@@ -80,8 +83,19 @@ class MiniMasks(BaseInstanceMasks):
             Bitmaps (R, *out_shape), uint8 or float32.
         """
         coverage = self._crop(torch.as_tensor(bboxes), out_shape, torch.as_tensor(inds))
-        crops = (coverage >= 0.5).to(torch.uint8) if binarize else coverage
+        crops = (coverage >= self.COVERED).to(torch.uint8) if binarize else coverage
         return BitmapMasks(crops.cpu().numpy(), *out_shape)
+
+    def crops(self, boxes_xyxy_px: Tensor, out_shape: tuple[int, int], indices: Tensor) -> Tensor:
+        """What each of R boxes, cut to the image, covers of the mask assigned to it: shares of cells (R, *out_shape).
+
+        Args:
+            boxes_xyxy_px: On the masks' device (R, 4).
+            out_shape: Height and width of the crops.
+            indices: The mask of each box, on the masks' device (R,).
+        """
+        columns, rows = boxes_xyxy_px[:, 0::2].clamp(0, self.width), boxes_xyxy_px[:, 1::2].clamp(0, self.height)
+        return self._crop(torch.stack([columns, rows], dim=2).flatten(1), out_shape, indices)
 
     def resize(self, out_shape: tuple[int, int], interpolation: str = "bilinear") -> BitmapMasks:
         """The whole image's masks at another size, as bitmaps (N, *out_shape)."""

@@ -150,8 +150,9 @@ class DetectionModel(NetworkWithHeads):
         return [detections(found, info) for found, info in zip(predictions, batch.infos, strict=True)]
 
     def _run(self, batch: DetectionBatch, with_masks: bool) -> Any:
-        features = self.backbone(network_input(batch, self._mean, self._std))
-        return self.heads(*features, samples=data_samples(batch, with_masks))
+        # Before the network is launched: what waits for the device here has little to wait for.
+        samples = data_samples(batch, with_masks)
+        return self.heads(*self.backbone(network_input(batch, self._mean, self._std)), samples=samples)
 
 
 @MODELS.register_module()

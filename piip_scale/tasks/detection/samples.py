@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,9 +77,12 @@ def _sizes(info: ImageInfo, padded_px: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _objects(instances: Instances, keep: Tensor, info: ImageInfo, with_masks: bool) -> InstanceData:
-    objects = InstanceData(bboxes=instances.boxes_xyxy_px[keep], labels=instances.labels[keep])
+    # Counted on the CPU, where ``is_crowd`` stays: the device is not waited for.
+    rows = keep.nonzero().flatten()
+    on_device = rows.to(instances.boxes_xyxy_px.device, non_blocking=True)
+    objects = InstanceData(bboxes=instances.boxes_xyxy_px[on_device], labels=instances.labels[on_device])
     if instances.polygons is not None:
-        objects.polygons = _outlines(instances.polygons, keep, info)
+        objects.polygons = _outlines(instances.polygons, rows.tolist(), info)
     if not with_masks:
         return objects
     if instances.mini_masks is None:
@@ -87,12 +91,12 @@ def _objects(instances: Instances, keep: Tensor, info: ImageInfo, with_masks: bo
             rule="this detector trains on masks",
             fix="pack the shards with masks, or set detector.kind='faster_rcnn'",
         )
-    objects.masks = MiniMasks(instances.mini_masks[keep], objects.bboxes, *info.size_px)
+    objects.masks = MiniMasks(instances.mini_masks[on_device], objects.bboxes, *info.size_px)
     return objects
 
 
-def _outlines(polygons: Polygons, keep: Tensor, info: ImageInfo) -> PolygonMasks:
-    """The outlines in the shape in which mmdet's heads take them."""
-    objects = polygons.to("cpu").per_object()
-    kept = [objects[index] for index in keep.nonzero().flatten().tolist()]
-    return PolygonMasks([[outline.flatten().numpy() for outline in outlines] for outlines in kept], *info.size_px)
+def _outlines(polygons: Polygons, rows: Sequence[int], info: ImageInfo) -> PolygonMasks:
+    """The outlines of some objects in the shape in which mmdet's heads take them."""
+    objects = polygons.per_object()
+    outlines = [[outline.flatten().numpy() for outline in objects[row]] for row in rows]
+    return PolygonMasks(outlines, *info.size_px)

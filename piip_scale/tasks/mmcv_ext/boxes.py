@@ -26,4 +26,5 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
 def outer_boxes(boxes: Tensor, offset: int) -> Tensor:
     """Boxes with their far corner where widths and heights end, float32."""
     # mmcv adds the offset to every width and height; moving the far corner does the same.
-    return boxes.float() + boxes.new_tensor([0, 0, offset, offset], dtype=torch.float32)
+    boxes = boxes.float()
+    return torch.cat([boxes[:, :2], boxes[:, 2:] + offset], dim=1)
