@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from piip_scale.errors import CheckpointError
+
 
 class HostCopies:
     """Copies anything that ``torch.save`` could write; its memory is kept for the next time, page-locked for a GPU.
@@ -18,7 +20,7 @@ class HostCopies:
     """
 
     def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
+        self._buffers: list[HostMemory] = []
         self._used = 0
 
     def start(self) -> None:
@@ -50,13 +52,48 @@ class HostCopies:
     def _copy_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         if self._used == len(self._buffers):
-            self._buffers.append(torch.empty(0, dtype=torch.uint8))
-        if self._buffers[self._used].numel() != source.numel():
-            pinned = torch.cuda.is_available()
-            self._buffers[self._used] = torch.empty(source.numel(), dtype=torch.uint8, pin_memory=pinned)
-        buffer = self._buffers[self._used].copy_(source, non_blocking=True)
+            self._buffers.append(HostMemory(0))
+        if self._buffers[self._used].data.numel() != source.numel():
+            self._buffers[self._used].free()
+            self._buffers[self._used] = HostMemory(source.numel())
+        buffer = self._buffers[self._used].data.copy_(source, non_blocking=True)
         self._used += 1
         return buffer.untyped_storage()
+
+
+class HostMemory:
+    """Memory of the host, page-locked where there is a GPU, and not a byte more than asked for.
+
+    torch's own page-locked memory is rounded up to a power of two, which can be twice as much: of a model that fills a
+    GPU, more than its host has.
+
+    Args:
+        num_bytes: Its size.
+
+    Attributes:
+        data: The memory, uint8 (num_bytes,).
+
+    Raises:
+        CheckpointError: The system does not lock so much.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.data = torch.empty(num_bytes, dtype=torch.uint8)
+        self._is_locked = torch.cuda.is_available() and num_bytes > 0
+        if self._is_locked:
+            result = torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), num_bytes, 0)
+            if int(result) != 0:
+                raise CheckpointError(
+                    "memory for the copy of a checkpoint cannot be page-locked",
+                    value=f"{num_bytes:,} bytes, CUDA error {int(result)}",
+                    fix="set train.background_saves=False, which needs no copy",
+                )
+
+    def free(self) -> None:
+        """Gives the lock back; to be called before the memory goes."""
+        if self._is_locked:
+            torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr())
+            self._is_locked = False
 
 
 class _Tensors:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from piip_scale.engine.host_copy import HostCopies
+from piip_scale.errors import CheckpointError
 
 
 @dataclass
@@ -84,3 +85,44 @@ def test_memory_follows_a_change_of_size():
     copies.start()
     larger = torch.randn(9)
     assert torch.equal(copies.copy([larger])[0], larger)
+
+
+class Cuda:
+    """Counts the bytes that are page-locked, as CUDA does."""
+
+    def __init__(self, limit: int) -> None:
+        self.locked: dict[int, int] = {}
+        self._limit = limit
+
+    def cudaHostRegister(self, address, num_bytes, flags):  # noqa: N802 - CUDA's name
+        if sum(self.locked.values()) + num_bytes > self._limit:
+            return 2
+        self.locked[address] = num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address):  # noqa: N802 - CUDA's name
+        del self.locked[address]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    cuda = Cuda(limit=4096)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    return cuda
+
+
+def test_no_byte_more_is_page_locked_than_is_copied(cuda):
+    copies = HostCopies()
+    # 1025 bytes: torch's own page-locked memory would be 2048.
+    copies.copy([torch.zeros(1025, dtype=torch.uint8), torch.zeros(7), torch.zeros(0)])
+    assert sorted(cuda.locked.values()) == [28, 1025]
+    copies.start()
+    copies.copy([torch.zeros(1030, dtype=torch.uint8), torch.zeros(7), torch.zeros(0)])
+    assert sorted(cuda.locked.values()) == [28, 1030]
+
+
+def test_memory_that_cannot_be_locked_is_one_line_with_the_way_out(cuda):
+    with pytest.raises(CheckpointError, match="got '5,000 bytes, CUDA error 2'; set train.background_saves=False"):
+        HostCopies().copy([torch.zeros(5000, dtype=torch.uint8)])
