@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import collectives, equality, launches, memory, offloaded_update, saving, starting, step_time
+from sections import collectives, equality, launches, memory, offloaded_update, saving, starting, step_time, update_path
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
@@ -19,6 +19,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Collectives": collectives.section,
     "Launches": launches.section,
     "Step time": step_time.section,
+    "Update": update_path.section,
     "Offloaded update": offloaded_update.section,
     "Saving": saving.section,
     "Starting": starting.section,

@@ -30,9 +30,11 @@ def evaluate_weights(config: RunConfig, weights: Path, predictions_out: Path | N
     from rich.console import Console
     from rich.progress import track
 
+    from piip_scale.engine.fp32_precision import apply_fp32_precision
     from piip_scale.tasks.kinds import build_task, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    apply_fp32_precision(config.train)
     task = build_task(config, World())
     model = cast("TrainableModel", load_model(config, weights).to(device))
     metric = task.build_metric()

@@ -44,10 +44,12 @@ def predict_and_draw(
     """
     from piip_scale.data.images import read_photo
     from piip_scale.data.reading.files import write_bytes
+    from piip_scale.engine.fp32_precision import apply_fp32_precision
     from piip_scale.tasks.drawing import contact_sheet, png_bytes
     from piip_scale.tasks.kinds import build_predictor, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    apply_fp32_precision(config.train)
     read = partial(read_photo, exif=exif, max_pixels=max_pixels or config.data.max_pixels)
     # Read twice: a damaged one is refused before any is predicted, and no more than one is in memory.
     for path in images:

@@ -151,6 +151,8 @@ class ZeroConfig(Strict):
             ``cpu`` takes host memory, an absolute path a folder on a local NVMe disk (stage 3), one for each run; a
             save then waits until that state is copied into the checkpoint.
         offload_parameters: Where slices of parameters wait for their use, likewise; stage 3 only.
+        reduce_dtype: Of the messages that sum gradients over ranks. ``bf16`` halves them and rounds each sum; the sums
+            over micro-batches are float32 either way. Only with ``train.precision='bf16'``.
         node_partition: Ranks of a node that between them keep a second copy of the sharded parameters, so that
             gathers of the backward pass stay inside the node (hpZ); 1 keeps none. Stage 3 only.
         deepspeed: Raw DeepSpeed keys on top, of those that are known to leave numbers and checkpoints as they are; the
@@ -161,6 +163,7 @@ class ZeroConfig(Strict):
     persistence_threshold: Literal["auto"] | NonNegative = "auto"
     offload_optimizer: Offload = "none"
     offload_parameters: Offload = "none"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     node_partition: Positive = 1
     deepspeed: dict[str, Any] = {}
 
@@ -190,6 +193,9 @@ class TrainConfig(Strict):
         epochs: Passes over the training set; exactly one of ``epochs`` and ``steps`` is set.
         steps: Optimiser steps.
         precision: Of branches and interactions; neck, heads and losses are always fp32.
+        fp32_precision: Of matrix products and convolutions in float32 on a GPU, those of neck and heads among them:
+            ``ieee``, or ``tf32``, which rounds factors to 10 bits of mantissa for speed. ``auto`` takes ``tf32`` beside
+            ``precision='bf16'`` and ``ieee`` otherwise.
         images_per_step: Images of an optimiser step, the same on any number of ranks: accumulation follows from it.
             ``None`` takes what micro-batch, ranks and accumulation make.
         gradient_accumulation: Micro-batches that each rank adds up for a step.
@@ -216,6 +222,7 @@ class TrainConfig(Strict):
     steps: Positive | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    fp32_precision: Literal["auto", "ieee", "tf32"] = "auto"
     images_per_step: Positive | None = None
     gradient_accumulation: Positive = 1
     log_every_steps: Positive = 10
@@ -291,6 +298,15 @@ class RunConfig(Strict):
             raise ValueError(
                 "train.deterministic=True does not go with model.deform_kernel='triton', whose backward pass adds "
                 "gradients with atomics: set it to auto or reference"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_are_not_rounded_alone(self) -> RunConfig:
+        if self.zero.reduce_dtype != "fp32" and self.train.precision == "fp32":
+            raise ValueError(
+                f"zero.reduce_dtype={self.zero.reduce_dtype!r} would round gradients that train.precision='fp32' keeps "
+                "exact: set train.precision='bf16', or leave zero.reduce_dtype out"
             )
         return self
 

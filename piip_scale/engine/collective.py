@@ -13,7 +13,9 @@ from piip_scale.errors import RunError
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank. Collective; the same on every rank."""
+    """Whether the flag is set on any rank. Collective; the same on every rank. Waits for the device unless alone."""
+    if dist.get_world_size() == 1:
+        return flag
     flags = torch.tensor([int(flag)], device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags.item())

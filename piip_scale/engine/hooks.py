@@ -109,7 +109,7 @@ class LogSteps:
             losses = mean_over_ranks(report.result.losses | {_BROKEN: broken})
             num_broken = round(losses.pop(_BROKEN) * self._world.num_ranks)
         elif self._world.is_main:
-            losses = {name: value.item() for name, value in report.result.losses.items()}
+            losses = report.result.host_losses
         if not self._world.is_main:
             return
         if not report.result.applied:

@@ -280,11 +280,11 @@ def _gathered(sizes: Sizes, sharding: Sharding) -> float:
 
 
 def _buckets(sharding: Sharding) -> float:
-    """Bytes of the buffer in which gradients are sent, in float32."""
-    # One rank sends nothing and has the buffer all the same.
+    """Bytes of the buffer in which gradients are sent."""
+    # One rank sends nothing, but its gradients wait for each other in as many bytes.
     if not sharding.stage:
         return 0.0
-    return float(sharding.deepspeed["zero_optimization"]["reduce_bucket_size"] * _BYTES["fp32"])
+    return float(sharding.deepspeed["zero_optimization"]["reduce_bucket_size"] * _BYTES[sharding.zero.reduce_dtype])
 
 
 def _turned(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

@@ -80,7 +80,9 @@ def start_report(sizes: Sizes, plan: Sharding) -> list[str]:
     lines.append(_row(total, plan))
     if plan.stage:
         bucket = plan.deepspeed["zero_optimization"]["reduce_bucket_size"]
+        reduced = plan.zero.reduce_dtype
         lines.append(f"beside these: activations, and messages of up to {bucket:,} elements at a time")
+        lines.append(f"gradients are summed over ranks in {reduced}, over micro-batches in fp32")
     if plan.stage == 3:
         lines.append(f"resident: parameters of at most {plan.threshold:,} elements; {plan.reason}")
     return lines

@@ -23,13 +23,16 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        losses: This rank's named losses, means over its micro-batches, detached scalars.
+        losses: This rank's named losses, means over its micro-batches, detached scalars on its device.
+        host_losses: The same as numbers, on their way to the host since before the update: reading them does not wait
+            for that.
         grad_norm: Norm of the whole gradient before clipping, the same on every rank; infinite where it was not finite.
         applied: Whether the weights moved, the same on every rank.
         sizes_px: Height and width of the network's input for each image of this rank.
     """
 
     losses: dict[str, Tensor]
+    host_losses: dict[str, float]
     grad_norm: float
     applied: bool
     sizes_px: tuple[tuple[int, int], ...]
@@ -71,17 +74,26 @@ def train_step(engine: Engine, batches: Iterable[Batch], step: int, seed: int, w
     """
     sums: dict[str, Tensor] = {}
     sizes_px: list[tuple[int, int]] = []
-    norm = math.nan
     for micro, batch in enumerate(batches):
+        if micro:
+            engine.step()
         seed_step(seed, step, micro * world.num_ranks + world.rank)
         losses: dict[str, Tensor] = engine(batch)
         engine.backward(_poisoned(total_loss(losses)))
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
         sizes_px += [(batch.images_BHWC.shape[1], batch.images_BHWC.shape[2])] * len(batch)
-        norm = _step(engine)
-    mean = {name: value / (micro + 1) for name, value in sums.items()}
-    return StepResult(mean, norm, applied=math.isfinite(norm) and engine.was_step_applied(), sizes_px=tuple(sizes_px))
+    means = torch.stack([value.float().reshape(()) for value in sums.values()]) / (micro + 1)
+    on_host = means.to("cpu", non_blocking=True)
+    norm = _update(engine)
+    return StepResult(
+        losses=dict(zip(sums, means, strict=True)),
+        # Complete by now: the norm was launched after this copy, and the host has waited for it.
+        host_losses=dict(zip(sums, on_host.tolist(), strict=True)),
+        grad_norm=norm,
+        applied=math.isfinite(norm) and engine.was_step_applied(),
+        sizes_px=tuple(sizes_px),
+    )
 
 
 def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
@@ -105,13 +117,13 @@ def _poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
-def _step(engine: Engine) -> float:
-    """Counts a micro-batch, on the last of them updates the weights; returns the norm of the gradient.
+def _update(engine: Engine) -> float:
+    """Ends the step's last micro-batch and updates the weights; returns the norm of the gradient. Waits for the device.
 
     ZeRO looks at the gradients itself and leaves the weights alone where one is not finite. Without ZeRO nobody does:
     there the gradients are reduced and whole at this point, so every rank sees the same norm.
     """
-    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary():
+    if engine.zero_optimization_stage() > 0:
         engine.step()
         norm = float(engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):

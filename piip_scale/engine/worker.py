@@ -6,6 +6,7 @@ import time
 
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.determinism import apply_determinism
+from piip_scale.engine.fp32_precision import apply_fp32_precision
 from piip_scale.engine.session import Session, TaskFactory
 from piip_scale.engine.stop import StopFlag, unsaved
 from piip_scale.engine.watchdog import Watchdog
@@ -59,6 +60,7 @@ def train_worker(
         before = run.status()
         run.write_status("running", before.step if before else 0)
     apply_determinism(config.train)
+    apply_fp32_precision(config.train)
     stop = StopFlag()
     stop.install()
     heartbeat = Heartbeat(config.train.hang_minutes * _MINUTE_S, config.train.slow_hang_minutes * _MINUTE_S)

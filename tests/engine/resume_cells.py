@@ -30,6 +30,7 @@ STAGES = (1, 2, 3)
 OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "plain": (STAGES, {}),
     "optimizer on the host": (STAGES, {"offload_optimizer": "cpu"}),
+    "reduced in bf16": (STAGES, {"reduce_dtype": "bf16"}),
     "all on the host": ((3,), {"offload_optimizer": "cpu", "offload_parameters": "cpu"}),
     "released": ((3,), {"deepspeed": FORCED_RELEASE}),
     "second copy": ((3,), {"node_partition": 2}),
@@ -80,7 +81,8 @@ def _zero_of(option: str) -> dict[str, Any]:
 def every_cell() -> list[Cell]:
     stages = [(stage, option) for option, (stages, _) in OPTIONS.items() for stage in stages]
     rest = itertools.product(FROZEN, (False, True), TOLERANCES, MOVES)
-    return [Cell(*layout, *others) for layout, others in itertools.product(stages, rest)]
+    cells = [Cell(*layout, *others) for layout, others in itertools.product(stages, rest)]
+    return [cell for cell in cells if cell.precision == "bf16" or "reduce_dtype" not in _zero_of(cell.option)]
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:

@@ -35,7 +35,7 @@ def tell_of(heard, folder, peak_tflops=None):
 
 
 def report_of(step, sizes_px=((32, 32),), seconds=1.0):
-    result = StepResult({"loss": torch.tensor(1.0)}, grad_norm=0.0, applied=True, sizes_px=sizes_px)
+    result = StepResult({"loss": torch.tensor(1.0)}, {"loss": 1.0}, grad_norm=0.0, applied=True, sizes_px=sizes_px)
     return StepReport(step, result, lr=0.1, seconds=seconds, wait_seconds=0.0)
 
 

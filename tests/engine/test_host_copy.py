@@ -124,5 +124,5 @@ def test_no_byte_more_is_page_locked_than_is_copied(cuda):
 
 
 def test_memory_that_cannot_be_locked_is_one_line_with_the_way_out(cuda):
-    with pytest.raises(CheckpointError, match="got '5,000 bytes, CUDA error 2'; set train.background_saves=False"):
+    with pytest.raises(CheckpointError, match=r"got '5,000 bytes, CUDA error 2'; set train.background_saves=False"):
         HostCopies().copy([torch.zeros(5000, dtype=torch.uint8)])

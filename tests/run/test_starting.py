@@ -57,7 +57,7 @@ def test_a_start_is_told_once_and_its_phases_add_up():
     clock.end_phase("build")
     hook = LogStart(heard, clock, FirstSave(num_bytes=3 << 29, seconds=40.0))
     for step in (5, 6):
-        result = StepResult({}, grad_norm=0.0, applied=True, sizes_px=((32, 32),))
+        result = StepResult({}, {}, grad_norm=0.0, applied=True, sizes_px=((32, 32),))
         hook.after_step(StepReport(step, result, lr=0.1, seconds=3.0, wait_seconds=1.0))
     (record,) = heard.records
     assert (record.step, record.save_seconds) == (5, 40.0)

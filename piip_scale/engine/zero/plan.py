@@ -204,7 +204,7 @@ def _decided(config: RunConfig, sizes: Sizes, threshold: int, num_ranks: int) ->
         decided |= {
             "bf16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
+            "communication_data_type": config.zero.reduce_dtype,
         }
     return decided
 

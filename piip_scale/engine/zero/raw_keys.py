@@ -110,7 +110,6 @@ ALLOWED = (
         "checkpoint.tag_validation", _one_of("Warn", "Ignore", "Fail"), "our tags are the same everywhere", "Fail", ANY
     ),
     Key("zero_allow_untested_optimizer", _SWITCH, "torch's AdamW is one that DeepSpeed has tested", True, ANY),
-    Key("communication_data_type", _TYPE, "rounds what is summed, as its name says", "bf16", keeps_numbers=False),
     Key("data_types.grad_accum_dtype", _TYPE, "rounds gradients, as its name says", "bf16", keeps_numbers=False),
     Key("prescale_gradients", _SWITCH, "divides before the sum, not after it", True, without=f"{_Z}reduce_scatter"),
     Key(f"{_Z}contiguous_gradients", _SWITCH, "where gradients wait for their message", False, (1, 2)),

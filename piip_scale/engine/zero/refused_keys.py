@@ -21,6 +21,7 @@ OWNED = {
     "data_types.param_dtype": "train.precision",
     "data_types.buffer_dtype": "train.precision",
     "data_types.keep_in_fp32_modules": "train.precision",
+    "communication_data_type": "zero.reduce_dtype",
     "gradient_accumulation_steps": "train.gradient_accumulation",
     "managed_gradient_accumulation": "train.gradient_accumulation",
     "train_batch_size": _BATCH,

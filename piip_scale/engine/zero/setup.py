@@ -16,6 +16,7 @@ from torch import nn
 
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.determinism import determinism_lines
+from piip_scale.engine.fp32_precision import fp32_precision_lines
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
 from piip_scale.engine.report import start_report
 from piip_scale.engine.zero.building import (
@@ -32,6 +33,7 @@ from piip_scale.engine.zero.checks import checked_plan
 from piip_scale.engine.zero.deepspeed_api import Engine, load, private
 from piip_scale.engine.zero.disk_offload import prepare_disks, read_once
 from piip_scale.engine.zero.plan import BUCKET_ELEMENTS, Sharding, Sizes
+from piip_scale.engine.zero.update import shorten_update
 from piip_scale.errors import ModelError, WorldError
 from piip_scale.logging import get_logger
 from piip_scale.run.starting import StartClock
@@ -140,10 +142,12 @@ def build_engine(
     trainable, clock = cast(TrainableModel, model), clock or StartClock()
     sizes, plan = checked_plan(model, config, world)
     prepare_disks(config.zero)
-    for line in [*start_report(sizes, plan), *determinism_lines(config.train, choose_device(world))]:
+    device = choose_device(world)
+    modes = [*determinism_lines(config.train, device), *fp32_precision_lines(config.train, device)]
+    for line in [*start_report(sizes, plan), *modes]:
         get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
-    (give or give_weights)(model, config, sizes, plan, choose_device(world))
+    (give or give_weights)(model, config, sizes, plan, device)
     clock.end_phase("weights")
     groups = build_param_groups(model, trainable.parameter_rules(), trainable.num_layers, config.optimizer)
     for line in ["optimiser groups", *group_lines(groups)]:
@@ -155,6 +159,7 @@ def build_engine(
         _unhook_residents(engine, trainable.heads_module())
         _unhook_outputs(engine)
         read_once(engine)
+        shorten_update(engine)
         gather_residents(engine)
     clock.end_phase("shard")
     return engine, plan

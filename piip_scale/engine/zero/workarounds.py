@@ -35,6 +35,7 @@ _STAGE3, _ENGINE, _GROUPS = "deepspeed.runtime.zero.stage3", "deepspeed.runtime.
 _SETUP, _BUILDING, _DISK = "engine/zero/setup.py", "engine/zero/building.py", "engine/zero/disk_offload.py"
 _T_SETUP, _T_BUILDING = "engine/zero/test_setup.py", "engine/zero/test_building.py"
 _T_DISK, _T_RESUMING = "engine/zero/test_disk_offload.py", "engine/test_resuming.py"
+_T_UPDATE = "engine/zero/test_update.py"
 _T_CELLS = "engine/test_resume_cells.py"
 
 WORKAROUNDS = (
@@ -86,6 +87,25 @@ WORKAROUNDS = (
         (_OFFLOAD, "self.forward_hooks.append(module.register_forward_pre_hook(_pre_forward_module_hook))"),
         (_SETUP, "_unhook_residents"),
         (_T_SETUP, "test_residents_travel_once_a_step_together_and_sharded_ones_twice"),
+    ),
+    Workaround(
+        "updates sub-group by sub-group, each with a message for its norm, a copy of its gradients and a step through "
+        "all optimiser groups",
+        (_STAGE3, "for sub_group_id, group in enumerate(self.fp16_groups):"),
+        ("engine/zero/update.py", "Update"),
+        (_T_UPDATE, "test_every_group_is_visited_once_in_an_update"),
+    ),
+    Workaround(
+        "casts gradients into a bucket, concatenates and divides them: up to 34 bytes a parameter and micro-batch",
+        ("deepspeed.runtime.comm.coalesced_collectives", "tensor_partition_flat_buffer.div_(world_sz)  # pre-divide"),
+        ("engine/zero/gradients.py", "GradientSums"),
+        (_T_UPDATE, "test_a_gradient_is_read_once_and_written_once"),
+    ),
+    Workaround(
+        "has the host wait for the device at the end of each micro-batch",
+        (_STAGE3, "self.reduce_and_partition_stream.synchronize()"),
+        ("engine/zero/gradients.py", "Lane"),
+        (_T_UPDATE, "test_streams_wait_for_each_other_and_gradients_are_held_until_their_message_is_past"),
     ),
     Workaround(
         "counts all batches of an evaluation as one pass, unless reset",
