@@ -12,6 +12,7 @@ import torch
 
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.loading import load_config
+from piip_scale.engine.fp32_precision import apply_fp32_precision
 from piip_scale.engine.step import seed_step, total_loss
 from piip_scale.engine.zero.setup import build_engine
 from piip_scale.tasks.detection.model import build_detection_model
@@ -35,6 +36,8 @@ _VARIANTS: dict[str, list[str]] = {
     "blocks kept": ["model.branches.0.checkpoint_blocks=False", "model.branches.1.checkpoint_blocks=False"],
     "torch's own linear": ["zero.deepspeed={'zero_optimization': {'memory_efficient_linear': False}}"],
     "no layer decay": ["optimizer.layer_decay=1.0"],
+    "gradients summed in bf16": ["zero.reduce_dtype='bf16'"],
+    "float32 products exact": ["train.fp32_precision='ieee'"],
     "ZeRO-1": ["zero.stage=1"],
 }
 
@@ -66,6 +69,7 @@ def _row(setting: Setting, overrides: list[str], images: int) -> Values:
 def _measure(world: World, device: torch.device, setting: Setting, overrides: list[str], images: int) -> Values:
     torch.set_num_threads(setting.size(16, 1))
     config = _config(setting, overrides, images)
+    apply_fp32_precision(config.train)
     started = time.perf_counter()
     model = build_detection_model(config, NUM_CLASSES, network_device="meta")
     engine, _ = build_engine(model, config, world)

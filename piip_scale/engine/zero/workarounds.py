@@ -96,7 +96,7 @@ WORKAROUNDS = (
         (_T_UPDATE, "test_every_group_is_visited_once_in_an_update"),
     ),
     Workaround(
-        "casts gradients into a bucket, concatenates and divides them: up to 34 bytes a parameter and micro-batch",
+        "casts gradients into a bucket, concatenates and divides them: up to 32 bytes a parameter and micro-batch",
         ("deepspeed.runtime.comm.coalesced_collectives", "tensor_partition_flat_buffer.div_(world_sz)  # pre-divide"),
         ("engine/zero/gradients.py", "GradientSums"),
         (_T_UPDATE, "test_a_gradient_is_read_once_and_written_once"),
