@@ -21,6 +21,7 @@ from piip_scale.cli.main import app
 from piip_scale.config import load_config
 from piip_scale.config.explain import _models_in
 from piip_scale.engine.batching import scale_to_ranks
+from piip_scale.errors import PiipError
 from piip_scale.registry import TASKS
 
 COMMANDS = docs_pages.commands()
@@ -92,6 +93,13 @@ def test_the_readmes_five_commands_run_one_after_the_other(desk, run, trained, m
         assert result.exit_code == 0, (arguments, result.output)
     assert (desk / "mine.safetensors").stat().st_size > 1e6
     assert cv2.imread(str(desk / "photo.png")) is not None
+
+
+def test_the_error_that_the_readme_shows_is_the_one_that_comes(run):
+    (arguments,) = [command.arguments[1:] for command in OURS if "num_heads=5" in command.arguments[-1]]
+    with pytest.raises(PiipError) as caught:
+        run(arguments)
+    assert f"piip-scale: error: {caught.value.line}\n" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
