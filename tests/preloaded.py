@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing
 
+from piip_scale.registry import TASKS
 from piip_scale.world import World
 
 _HEAVY = [
@@ -38,6 +39,7 @@ _HEAVY = [
     "deepspeed.ops.op_builder.all_ops",
     "piip_scale.engine.session",
     "piip_scale.tasks.mmlab",
+    *(f"piip_scale.tasks.{task}.{part}" for task in TASKS for part in ("task", "model")),
     "piip_scale.cli.main",
     # What the modules of tests import, whose functions are run.
     "pytest",

@@ -7,7 +7,7 @@ import time
 import pytest
 from ranks import tiny_config
 
-from piip_scale.engine import worker
+from piip_scale.engine import local_launch, worker
 from piip_scale.engine.local_launch import launch_local
 from piip_scale.engine.stop import StopFlag
 from piip_scale.errors import Interrupted
@@ -58,3 +58,15 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_listen_and_is_no_success(tmp_pat
     user.join()
     assert caught.value.exit_code == 130
     assert (run.status().state, run.status().step) == ("failed", 3)
+
+
+@pytest.mark.parametrize(("said", "threads"), [(None, "3"), ("5", "5")])
+def test_ranks_share_the_cores_unless_the_environment_says(tmp_path, monkeypatch, said, threads):
+    monkeypatch.setattr(local_launch, "usable_cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    run = RunDirectory(tmp_path / "run")
+    run.open("config = 1\n", resume=False)
+    assert launch_local(2, ["sh", "-c", f"echo $OMP_NUM_THREADS > {tmp_path}/$RANK"], run) == 0
+    assert [(tmp_path / str(rank)).read_text().strip() for rank in (0, 1)] == [threads] * 2
