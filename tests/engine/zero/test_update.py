@@ -40,6 +40,18 @@ class Bytes(TorchDispatchMode):
         return result
 
 
+class Numbers(TorchDispatchMode):
+    """Counts the numbers that the host asks the device for, each a wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.asked += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 def leaves(tree):
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -101,7 +113,8 @@ def trained(world, config) -> dict:
     for name in ("reduce_independent_p_g_buckets_and_remove_grads", "independent_gradient_partition_epilogue"):
         if hasattr(optimizer, name):
             setattr(optimizer, name, counted(path, getattr(optimizer, name)))
-    steps_of(engine, world, 1)
+    with Numbers() as numbers:
+        steps_of(engine, world, 1)
     adamw._init_group = original
     numel = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     groups = len(optimizer.param_groups)
@@ -110,6 +123,7 @@ def trained(world, config) -> dict:
         "norms": norms,
         "groups": groups,
         "visits": visits["visits"],
+        "waits": numbers.asked,
         "bytes": path.moved / numel / MICROS,
     }
 
@@ -150,6 +164,12 @@ def test_every_group_is_visited_once_in_an_update(runs):
     theirs = found["bf16", "DeepSpeed's"]
     assert theirs["visits"] == theirs["groups"] ** 2 > 100
     assert found["bf16", "ours"]["visits"] == found["bf16", "offloaded"]["visits"] == theirs["groups"]
+
+
+def test_a_step_of_several_micro_batches_asks_the_device_for_its_norm_alone(runs):
+    _, found = runs
+    assert found["bf16", "ours"]["waits"] == 1
+    assert found["bf16", "DeepSpeed's"]["waits"] > 1
 
 
 def test_a_gradient_is_read_once_and_written_once(runs):
