@@ -15,7 +15,7 @@ SIZE_PX = 128
 NUM_CLASSES = 3
 OBJECTS_PER_IMAGE = 3
 
-_RCNN = {
+HEADS = {
     "neck.out_channels": 32,
     "rpn_head.feat_channels": 32,
     "roi_head.bbox_head.fc_out_channels": 32,
@@ -23,8 +23,9 @@ _RCNN = {
     "roi_head.mask_head.num_convs": 1,
     "train_cfg.rpn_proposal.max_per_img": 50,
 }
+"""Mask R-CNN's, made small."""
 _DINO = {"num_queries": 40, "encoder.num_layers": 1, "decoder.num_layers": 2, "test_cfg.max_per_img": 20}
-_OVERRIDES = {"mask_rcnn": _RCNN, "dino": _DINO}
+_OVERRIDES = {"mask_rcnn": HEADS, "dino": _DINO}
 
 
 def detector_config(

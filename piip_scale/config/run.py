@@ -212,6 +212,9 @@ class TrainConfig(Strict):
             resumed or not. On a GPU sums of atomics (the backward passes of deformable attention, RoIAlign and
             sampling) differ in last digits, so that two runs, or a run and its continuation, part slowly; on other
             numbers of ranks sums round otherwise everywhere.
+        compile: ``blocks`` has torch.compile make one program of every kind of block, ``off`` computes them operator by
+            operator, and ``auto`` compiles on a GPU where Triton and a C compiler are there, but not with
+            ``deterministic``. Programs are built in the first steps and differ from plain operators in last digits.
         hang_minutes: The run ends, with the stacks of all ranks, when one waits for its data or computes for longer
             than that in a step.
         slow_hang_minutes: The same for what may take longer: the start, the first step with its compiling, a
@@ -235,6 +238,7 @@ class TrainConfig(Strict):
     ema_warmup: bool = False
     max_skipped_steps: Positive = 10
     deterministic: bool = False
+    compile: Literal["auto", "blocks", "off"] = "auto"
     hang_minutes: PositiveFloat = 10.0
     slow_hang_minutes: PositiveFloat = 60.0
 
@@ -242,6 +246,15 @@ class TrainConfig(Strict):
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"exactly one of epochs={self.epochs} and steps={self.steps} must be set")
+        return self
+
+    @model_validator(mode="after")
+    def _programs_are_deterministic(self) -> TrainConfig:
+        if self.deterministic and self.compile == "blocks":
+            raise ValueError(
+                "compile='blocks' does not go with deterministic=True: which program computes an image depends on the "
+                "sizes that came before it, and a run that is resumed has seen others; set compile to off or auto"
+            )
         return self
 
     @model_validator(mode="after")

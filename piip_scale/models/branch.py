@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from piip_scale.errors import ModelError
 
@@ -46,7 +44,7 @@ class Branch(nn.Module, ABC):
     """
 
     blocks: nn.ModuleList
-    """What ``run`` walks through; a downsampling layer counts as one."""
+    """What ``run`` walks through, all of them units; a downsampling layer counts as one."""
     has_layer_decay: bool
     """Whether blocks take layer ids of their own; the released recipes train ConvNeXt at the heads' rate."""
 
@@ -79,21 +77,3 @@ def check_size(image_BCHW: Tensor, smallest_px: int) -> None:
             value=f"{height}x{width} px at its resolution",
             rule=f"both sides must be at least {smallest_px} px",
         )
-
-
-def run_block(block: nn.Module, checkpointed: bool, *arguments: Tensor | int) -> Tensor:
-    """Calls a block, keeping only its arguments for the backward pass where ``checkpointed``.
-
-    A frozen block above frozen ones only has no backward pass: it keeps nothing.
-    """
-    if checkpointed and block.training and _has_backward_pass(block, arguments):
-        # The reentrant kind needs an input with a gradient, which a frozen stem does not give.
-        output: Tensor = checkpoint(block, *arguments, use_reentrant=False)
-        return output
-    output = block(*arguments)
-    return output
-
-
-def _has_backward_pass(block: nn.Module, arguments: Sequence[Tensor | int]) -> bool:
-    tensors = (*arguments, *block.parameters())
-    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)

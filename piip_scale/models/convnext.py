@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from piip_scale.config.model import AUTO_KERNELS, ConvNextBranchConfig, Kernels
 from piip_scale.geometry import depth_of, drop_path_rate, is_downsampling, locate
-from piip_scale.models.branch import Branch, BranchState, check_size, run_block
+from piip_scale.models.branch import Branch, BranchState, check_size
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Mlp, build_norm
+from piip_scale.models.unit import Unit
+from piip_scale.ops.residual import Paths
 
 _MLP_RATIO = 4
 
@@ -39,7 +41,7 @@ class ConvNext(Branch):
         """See ``Branch.run``."""
         grid_BHWC = state.grid_BHWC
         for block in self.blocks[first:last]:
-            grid_BHWC = run_block(block, bool(self.config.checkpoint_blocks), grid_BHWC)
+            grid_BHWC = block(grid_BHWC)
         return BranchState(grid_BHWC)
 
     def embedding_modules(self) -> list[nn.Module]:
@@ -61,34 +63,42 @@ class Stem(nn.Module):
         return output
 
 
-class Downsample(nn.Module):
+class Downsample(Unit):
     """Normalised 2x2 cells to one."""
 
-    def __init__(self, dim: int, wider_dim: int) -> None:
-        super().__init__()
+    def __init__(self, dim: int, wider_dim: int, checkpointed: bool) -> None:
+        super().__init__(checkpointed)
         self.norm = build_norm("layernorm", dim)
         self.proj = Conv2d(dim, wider_dim, kernel_size=2, stride=2)
 
-    def forward(self, grid_BHWC: Tensor) -> Tensor:
+    def draw(self, grid_BHWC: Tensor) -> tuple[Paths | None, ...]:
+        """See ``Unit.draw``: none."""
+        return ()
+
+    def compute(self, drawn: tuple[Paths | None, ...], grid_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H // 2, W // 2, C')."""
         output: Tensor = self.proj(self.norm(grid_BHWC).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return output
 
 
-class Block(nn.Module):
+class Block(Unit):
     """A 7x7 depthwise convolution and a feed-forward, added to the input."""
 
-    def __init__(self, dim: int, scale: LayerScale, drop_path: DropPath) -> None:
-        super().__init__()
+    def __init__(self, dim: int, scale: LayerScale, drop_path: DropPath, checkpointed: bool) -> None:
+        super().__init__(checkpointed)
         self.dwconv = Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = build_norm("layernorm", dim)
         self.mlp = Mlp(dim, _MLP_RATIO * dim, "gelu")
         self.ls = scale
         self.drop_path = drop_path
 
-    def forward(self, grid_BHWC: Tensor) -> Tensor:
+    def draw(self, grid_BHWC: Tensor) -> tuple[Paths | None, ...]:
+        """See ``Unit.draw``."""
+        return (self.drop_path.draw(grid_BHWC),)
+
+    def compute(self, drawn: tuple[Paths | None, ...], grid_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        output: Tensor = self.drop_path(grid_BHWC, self._residual, self.ls)
+        output: Tensor = self.drop_path(grid_BHWC, self._residual, self.ls, drawn[0])
         return output
 
     def _residual(self, grid_BHWC: Tensor) -> Tensor:
@@ -97,12 +107,12 @@ class Block(nn.Module):
         return residual
 
 
-def _build_layer(config: ConvNextBranchConfig, index: int, kernels: Kernels) -> nn.Module:
+def _build_layer(config: ConvNextBranchConfig, index: int, kernels: Kernels) -> Unit:
     sections = config.sections
     stage, _ = locate(sections, index)
     if is_downsampling(sections, index):
-        return Downsample(config.widths[stage - 1], config.widths[stage])
+        return Downsample(config.widths[stage - 1], config.widths[stage], bool(config.checkpoint_blocks))
     rate = drop_path_rate(sections, index, config.drop_path_rate, config.drop_path_schedule)
     dim = config.widths[stage]
     scale = LayerScale(dim, config.layer_scale_init, kernels.fused)
-    return Block(dim, scale, DropPath(rate, config.drop_path_mode))
+    return Block(dim, scale, DropPath(rate, config.drop_path_mode), bool(config.checkpoint_blocks))

@@ -8,17 +8,18 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from piip_scale.config.model import InteractionConfig, Kernels
 from piip_scale.geometry import scaled_width
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Linear, build_norm
+from piip_scale.models.unit import Unit
 from piip_scale.ops.attention import attention, join_heads, split_heads
 from piip_scale.ops.deform_attention import deform_attention
+from piip_scale.ops.residual import Paths
 from piip_scale.ops.resize import at_least_float32
 
 
-class InteractionUnit(nn.Module):
+class InteractionUnit(Unit):
     """Joins a larger model at low resolution and a smaller one at high resolution, both ways at once.
 
     Args:
@@ -29,27 +30,24 @@ class InteractionUnit(nn.Module):
     """
 
     def __init__(self, config: InteractionConfig, large_dim: int, small_dim: int, kernels: Kernels) -> None:
-        super().__init__()
-        self.checkpointed = config.checkpoint_units
+        super().__init__(config.checkpoint_units)
         self.project_to_large: nn.Module = Linear(small_dim, large_dim) if config.projection else nn.Identity()
         self.project_to_small: nn.Module = Linear(large_dim, small_dim) if config.projection else nn.Identity()
         projected = config.projection
         self.inject_into_large = Injection(config, large_dim, large_dim if projected else small_dim, kernels)
         self.inject_into_small = Injection(config, small_dim, small_dim if projected else large_dim, kernels)
 
-    def forward(self, large_BHWC: Tensor, small_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Both branches' grids to the same shapes; each direction reads the features as they came in."""
-        if self.checkpointed and self.training:
-            result: tuple[Tensor, Tensor] = checkpoint(self._exchange, large_BHWC, small_BHWC, use_reentrant=False)
-            return result
-        return self._exchange(large_BHWC, small_BHWC)
+    def draw(self, large_BHWC: Tensor, small_BHWC: Tensor) -> tuple[Paths | None, ...]:
+        """See ``Unit.draw``: one for each direction."""
+        return self.inject_into_large.draw(large_BHWC), self.inject_into_small.draw(small_BHWC)
 
-    def _exchange(self, large_BHWC: Tensor, small_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(self, drawn: tuple[Paths | None, ...], large_BHWC: Tensor, small_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Both branches' grids to the same shapes; each direction reads the features as they came in."""
         from_small_BHWC = self.project_to_large(small_BHWC)
         from_large_BHWC = self.project_to_small(large_BHWC)
         return (
-            self.inject_into_large(large_BHWC, from_small_BHWC),
-            self.inject_into_small(small_BHWC, from_large_BHWC),
+            self.inject_into_large(large_BHWC, from_small_BHWC, drawn[0]),
+            self.inject_into_small(small_BHWC, from_large_BHWC, drawn[1]),
         )
 
 
@@ -66,14 +64,23 @@ class Injection(nn.Module):
         else:
             self.attn = CrossAttention(config.num_heads, dim, source_dim, kernels.attention)
         self.attn_scale = LayerScale(dim, config.gamma_init, kernels.fused)
-        has_feed_forward = config.ffn_ratio > 0
-        self.feed_forward: nn.Module = FeedForward(config, dim, kernels) if has_feed_forward else nn.Identity()
+        self.feed_forward = FeedForward(config, dim, kernels) if config.ffn_ratio > 0 else None
 
-    def forward(self, query_BHWC: Tensor, source_BHWC: Tensor) -> Tensor:
-        """The branch's grid (B, H, W, C), and the other's (B, H', W', C'), to the first one's shape."""
+    def draw(self, query_BHWC: Tensor) -> Paths | None:
+        """What the feed-forward's stochastic depth draws."""
+        return None if self.feed_forward is None else self.feed_forward.drop_path.draw(query_BHWC)
+
+    def forward(self, query_BHWC: Tensor, source_BHWC: Tensor, paths: Paths | None) -> Tensor:
+        """The branch's grid (B, H, W, C), and the other's (B, H', W', C'), to the first one's shape.
+
+        Args:
+            query_BHWC: The branch's.
+            source_BHWC: The other's.
+            paths: From ``draw(query_BHWC)``.
+        """
         found_BHWC = self.attn(self.query_norm(query_BHWC), self.source_norm(source_BHWC))
-        output: Tensor = self.feed_forward(self.attn_scale(query_BHWC, found_BHWC))
-        return output
+        output: Tensor = self.attn_scale(query_BHWC, found_BHWC)
+        return output if self.feed_forward is None else self.feed_forward(output, paths)
 
 
 class FeedForward(nn.Module):
@@ -90,9 +97,9 @@ class FeedForward(nn.Module):
         self.drop_path = DropPath(config.drop_path_rate, config.drop_path_mode)
         self.scale = LayerScale(dim, config.gamma_init, kernels.fused)
 
-    def forward(self, grid_BHWC: Tensor) -> Tensor:
-        """(B, H, W, C) to the same shape."""
-        output: Tensor = self.drop_path(grid_BHWC, self._residual, self.scale)
+    def forward(self, grid_BHWC: Tensor, paths: Paths | None) -> Tensor:
+        """(B, H, W, C) to the same shape; ``paths`` is what ``drop_path`` drew for it."""
+        output: Tensor = self.drop_path(grid_BHWC, self._residual, self.scale, paths)
         return output
 
     def _residual(self, grid_BHWC: Tensor) -> Tensor:

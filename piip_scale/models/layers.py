@@ -138,6 +138,8 @@ class Mlp(nn.Module):
 class DropPath(nn.Module):
     """Adds a residual with stochastic depth: in training a share of the samples goes without it, the others get more.
 
+    What is drawn comes from ``draw`` and goes into ``forward``, so that this can be computed again, or be compiled.
+
     Args:
         rate: Share of samples that go without.
         mode: ``zero`` draws for each sample and multiplies by 0; ``skip`` draws a fixed number of samples and computes
@@ -150,20 +152,34 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate, self.mode = rate, mode
 
-    def forward(self, x: Tensor, residual: Callable[[Tensor], Tensor], scale: Callable[..., Tensor]) -> Tensor:
-        """``x`` (B, ...) plus ``residual(x)`` by its ``scale``, a ``LayerScale`` or ``Unscaled``.
-
-        ``residual`` keeps shapes and treats samples independently.
-        """
+    def draw(self, x: Tensor) -> Paths | None:
+        """What ``forward`` of an ``x`` (B, ...) needs; ``None`` where nothing is dropped."""
         if not self.training or self.rate == 0:
-            return scale(x, residual(x))
+            return None
         batch = x.shape[0]
         if self.mode == "skip":
             num_kept = round(batch * computed_share(self.rate, self.mode, batch))
-            kept = torch.randperm(batch, device=x.device)[:num_kept]
-            return scale(x, residual(x[kept]), Paths(num_kept / batch, index_K=kept))
-        mask = x.new_empty(batch).bernoulli_(1 - self.rate)
-        return scale(x, residual(x), Paths(1 - self.rate, mask_B=mask))
+            return Paths(num_kept / batch, index_K=torch.randperm(batch, device=x.device)[:num_kept])
+        return Paths(1 - self.rate, mask_B=x.new_empty(batch).bernoulli_(1 - self.rate))
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Callable[[Tensor], Tensor],
+        scale: Callable[..., Tensor],
+        paths: Paths | None,
+    ) -> Tensor:
+        """``x`` (B, ...) plus ``residual(x)`` by its ``scale``.
+
+        Args:
+            x: The input.
+            residual: What is added; keeps shapes and treats samples independently.
+            scale: A ``LayerScale`` or ``Unscaled``.
+            paths: From ``draw(x)``.
+        """
+        if paths is None or paths.index_K is None:
+            return scale(x, residual(x), paths)
+        return scale(x, residual(x[paths.index_K]), paths)
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from piip_scale.config.model import AUTO_KERNELS, Kernels, VitBranchConfig
 from piip_scale.geometry import block_windows, drop_path_rate, scaled_width
-from piip_scale.models.branch import Branch, BranchState, check_size, run_block
+from piip_scale.models.branch import Branch, BranchState, check_size
 from piip_scale.models.layers import LINEAR_STD, Conv2d, DropPath, Linear, Mlp, build_layer_scale, build_norm
+from piip_scale.models.unit import Unit
 from piip_scale.ops.attention import attention, join_heads, split_heads
+from piip_scale.ops.residual import Paths
 from piip_scale.ops.resize import resize_position
 from piip_scale.ops.windows import join_windows, split_windows
 
@@ -42,11 +44,13 @@ class Vit(Branch):
     def run(self, state: BranchState, first: int, last: int) -> BranchState:
         """See ``Branch.run``."""
         height, width = state.grid_BHWC.shape[1:3]
-        tokens_BLC = state.grid_BHWC.flatten(1, 2)
+        # The embedding leaves channels apart, and every block of the stage would pass that on: slow rows, and for a
+        # compiled block another program.
+        tokens_BLC = state.grid_BHWC.flatten(1, 2).contiguous()
         if state.class_token_B1C is not None:
             tokens_BLC = torch.cat((state.class_token_B1C, tokens_BLC), 1)
         for block in self.blocks[first:last]:
-            tokens_BLC = run_block(block, bool(self.config.checkpoint_blocks), tokens_BLC, height, width)
+            tokens_BLC = block(tokens_BLC, height, width)
         class_token_B1C = None if state.class_token_B1C is None else tokens_BLC[:, :1]
         grid_BHWC = tokens_BLC[:, -height * width :].unflatten(1, (height, width))
         return BranchState(grid_BHWC, class_token_B1C)
@@ -116,11 +120,11 @@ class ClassToken(nn.Module):
         return self.token.expand(grid_BHWC.shape[0], -1, -1)
 
 
-class Block(nn.Module):
+class Block(Unit):
     """Attention and feed-forward, each behind a norm and added to its input."""
 
     def __init__(self, config: VitBranchConfig, index: int, kernels: Kernels) -> None:
-        super().__init__()
+        super().__init__(bool(config.checkpoint_blocks))
         dim = config.embed_dim
         self.norm1 = build_norm(config.norm, dim, config.norm_eps)
         self.attn = Attention(config, index, kernels)
@@ -131,10 +135,19 @@ class Block(nn.Module):
         rate = drop_path_rate(config.sections, index, config.drop_path_rate, config.drop_path_schedule)
         self.drop_path = DropPath(rate, config.drop_path_mode)
 
-    def forward(self, tokens_BLC: Tensor, height: int, width: int) -> Tensor:
+    def draw(self, tokens_BLC: Tensor, height: int, width: int) -> tuple[Paths | None, ...]:
+        """See ``Unit.draw``: one for each residual."""
+        return self.drop_path.draw(tokens_BLC), self.drop_path.draw(tokens_BLC)
+
+    def compute(self, drawn: tuple[Paths | None, ...], tokens_BLC: Tensor, height: int, width: int) -> Tensor:
         """Tokens (B, [1 +] height * width, C), rows first, to the same shape."""
-        tokens_BLC = self.drop_path(tokens_BLC, lambda x_BLC: self.attn(self.norm1(x_BLC), height, width), self.ls1)
-        output: Tensor = self.drop_path(tokens_BLC, lambda x_BLC: self.mlp(self.norm2(x_BLC)), self.ls2)
+
+        def attend(x_BLC: Tensor) -> Tensor:
+            found_BLC: Tensor = self.attn(self.norm1(x_BLC), height, width)
+            return found_BLC
+
+        tokens_BLC = self.drop_path(tokens_BLC, attend, self.ls1, drawn[0])
+        output: Tensor = self.drop_path(tokens_BLC, lambda x_BLC: self.mlp(self.norm2(x_BLC)), self.ls2, drawn[1])
         return output
 
 

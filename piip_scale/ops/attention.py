@@ -50,11 +50,13 @@ def attention(
         KernelError: The kernel named cannot serve these tensors on this machine.
     """
     tokens, size = query_BHLD.shape[-2:]
-    chosen = resolve_attention(
-        kernel, query_BHLD.device.type, query_BHLD.dtype, size, tokens, biased=bias_HLS is not None
-    )
+    asked = (kernel, query_BHLD.device.type, query_BHLD.dtype, size)
+    if torch.compiler.is_compiling():
+        chosen = _resolve_for_program(*asked, bias_HLS is not None)
+    else:
+        chosen = resolve_attention(*asked, tokens, biased=bias_HLS is not None)
     if chosen == "flash" and bias_HLS is None:
-        return call_flash(_flash_function(), query_BHLD, key_BHSD, value_BHSD)
+        return _opaque_flash(_flash_function(), query_BHLD, key_BHSD, value_BHSD)
     if chosen == "flash":
         raise KernelError("flash attention cannot add a position bias", fix="set attention_kernel to sdpa or auto")
     if chosen == "math":
@@ -116,6 +118,13 @@ def resolve_attention(name: str, device_type: str, dtype: torch.dtype, size: int
     if known := _preferred.get((size, biased)):
         return known[min(known, key=lambda at: abs(math.log(at / tokens)))]
     return "sdpa" if biased or size not in _FLASH_HEAD_SIZES else chosen
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _resolve_for_program(name: str, device_type: str, dtype: torch.dtype, size: int, biased: bool) -> str:
+    """``resolve_attention`` in code that torch compiles: a program is for any number of tokens, so the most count."""
+    tokens = max(_preferred.get((size, biased), {1: name}))
+    return resolve_attention(name, device_type, dtype, size, tokens, biased)
 
 
 def usable_attention_kernels(device_type: str, dtype: torch.dtype, size: int, biased: bool) -> tuple[str, ...]:
@@ -180,6 +189,10 @@ def call_flash(function: FlashFunction, *tensors_BHLD: Tensor) -> Tensor:
     # FlashAttention 2 returns the output; some builds of 3 and 4 return the log-sum-exp beside it.
     output_BLHD = result[0] if isinstance(result, tuple) else result
     return output_BLHD.transpose(1, 2)
+
+
+# Some of its generations cannot be traced: a compiled block calls it between two programs.
+_opaque_flash: Callable[..., Tensor] = torch.compiler.disable(call_flash)
 
 
 def _flash_function() -> FlashFunction:

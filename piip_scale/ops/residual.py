@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,14 +15,19 @@ class Paths:
     """Which samples of a batch get their residual, and how much of it.
 
     Attributes:
-        share: The share that gets it; residuals are divided by it.
+        share: The share that gets it; residuals are divided by it. A number, or as an input of a compiled program a
+            tensor without axes.
         mask_B: 1 for a sample that gets it and 0 for others, in the input's dtype.
         index_K: Instead of the mask: the samples whose residual was computed at all, in its order, int64.
     """
 
-    share: float
+    share: float | Tensor
     mask_B: Tensor | None = None
     index_K: Tensor | None = None
+
+    def as_input(self) -> Paths:
+        """The same for a compiled program, which would be built anew for each number."""
+        return replace(self, share=torch.tensor(self.share, dtype=torch.float64, device="cpu"))
 
 
 def add_residual(
@@ -59,7 +64,7 @@ def add_residual_plain(x: Tensor, residual: Tensor, gamma_C: Tensor | None, path
     if paths is None:
         return x + scaled
     if paths.index_K is not None:
-        return torch.index_add(x, 0, paths.index_K, scaled, alpha=1 / paths.share)
+        return torch.index_add(x, 0, paths.index_K, scaled / paths.share)
     assert paths.mask_B is not None
     mask = paths.mask_B.view(-1, *(1,) * (x.ndim - 1))
     return x + scaled * mask / paths.share

@@ -29,7 +29,7 @@ def add_residual_triton(x: Tensor, residual: Tensor, gamma_C: Tensor | None, pat
     mode, chosen, share = _ALL, None, 1.0
     if paths is not None:
         mode = _MASKED if paths.index_K is None else _INDEXED
-        chosen, share = (paths.mask_B if paths.index_K is None else paths.index_K), paths.share
+        chosen, share = (paths.mask_B if paths.index_K is None else paths.index_K), float(paths.share)
     output: Tensor = _AddResidual.apply(x, residual, gamma_C, chosen, mode, 1 / share)
     return output
 

@@ -8,24 +8,29 @@ from torch.nn import functional as F  # noqa: N812
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
+from piip_scale.models.unit import Unit
 from piip_scale.tasks.base import Detections, Outline, ParameterRule
 
 SIDE_PX = 16
 PATCH_PX = 4
 
 
-class Block(nn.Module):
+class Block(Unit):
     def __init__(self, dim: int, drop: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.drop = drop
 
-    def forward(self, x: Tensor) -> Tensor:
+    def draw(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        if not (self.training and self.drop):
+            return (None,)
+        return ((torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop).to(x.dtype),)
+
+    def compute(self, drawn: tuple[Tensor | None, ...], x: Tensor) -> Tensor:
         branch = self.down(F.gelu(self.up(self.norm(x))))
-        if self.training and self.drop:
-            keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop
-            branch = branch * keep.to(x.dtype) / (1 - self.drop)
+        if drawn[0] is not None:
+            branch = branch * drawn[0] / (1 - self.drop)
         return x + branch
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.loading import load_config
+from piip_scale.engine.compiling import BACKEND, compile_blocks
 from piip_scale.engine.rehearsal import rehearse
 from piip_scale.models.piip import PIIP
 from piip_scale.tasks.heads import network_parts
@@ -81,10 +82,8 @@ def _row(setting: Setting, network: Network, variant: Variant) -> Values:
     reset_peak(setting.device)
     model = build(config, setting.device)
     if variant.compiled:
-        for branch in model.branches:
-            for block in cast("nn.ModuleList", branch.blocks):
-                # A rehearsal traces as well; to build kernels for a CPU would take minutes and show nothing.
-                block.compile(backend="aot_eager" if setting.rehearse else "inductor")
+        # A rehearsal traces as well; to build kernels for a CPU would take minutes and show nothing.
+        compile_blocks(model, "aot_eager" if setting.rehearse else BACKEND)
     run = partial(_pass, model, _images(setting, variant.images, size_px))
     seconds, first = _seconds(run, setting)
     planned = planned_gib(config, variant.images, size_px)

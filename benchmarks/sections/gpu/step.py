@@ -34,7 +34,8 @@ _WHOLE_STATE_GIB = 135
 _VARIANTS: dict[str, list[str]] = {
     "as the recipe": [],
     "blocks kept": ["model.branches.0.checkpoint_blocks=False", "model.branches.1.checkpoint_blocks=False"],
-    "torch's own linear": ["zero.deepspeed={'zero_optimization': {'memory_efficient_linear': False}}"],
+    "not compiled": ["train.compile='off'"],
+    "DeepSpeed's linear": ["zero.deepspeed={'zero_optimization': {'memory_efficient_linear': True}}"],
     "no layer decay": ["optimizer.layer_decay=1.0"],
     "gradients summed in bf16": ["zero.reduce_dtype='bf16'"],
     "float32 products exact": ["train.fp32_precision='ieee'"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.compiling import compile_blocks, compile_line, compiles
 from piip_scale.engine.determinism import determinism_lines
 from piip_scale.engine.fp32_precision import fp32_precision_lines
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
@@ -33,6 +34,7 @@ from piip_scale.engine.zero.checks import checked_plan
 from piip_scale.engine.zero.deepspeed_api import Engine, load, private
 from piip_scale.engine.zero.disk_offload import prepare_disks, read_once
 from piip_scale.engine.zero.plan import BUCKET_ELEMENTS, Sharding, Sizes
+from piip_scale.engine.zero.unit_hooks import hook_units
 from piip_scale.engine.zero.update import shorten_update
 from piip_scale.errors import ModelError, WorldError
 from piip_scale.logging import get_logger
@@ -136,7 +138,7 @@ def build_engine(
 
     Raises:
         ConfigError: DeepSpeed refuses a raw key, or it contradicts ours.
-        KernelError: Offloading to a disk is not possible here.
+        KernelError: Offloading to a disk, or compiling where the config asks for it, is not possible here.
         ModelError: The model's parts or rules do not fit its parameters, or pretrained weights do not fit the model.
     """
     trainable, clock = cast(TrainableModel, model), clock or StartClock()
@@ -144,7 +146,7 @@ def build_engine(
     prepare_disks(config.zero)
     device = choose_device(world)
     modes = [*determinism_lines(config.train, device), *fp32_precision_lines(config.train, device)]
-    for line in [*start_report(sizes, plan), *modes]:
+    for line in [*start_report(sizes, plan), compile_line(config.train, device), *modes]:
         get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
     (give or give_weights)(model, config, sizes, plan, device)
@@ -156,11 +158,12 @@ def build_engine(
     engine = _initialize(model, build_optimizer(groups, config.optimizer), plan.deepspeed)
     if plan.stage == 3:
         _gather_residents_together(engine)
-        _unhook_residents(engine, trainable.heads_module())
-        _unhook_outputs(engine)
+        hook_units(engine, trainable.heads_module())
         read_once(engine)
         shorten_update(engine)
         gather_residents(engine)
+    if compiles(config.train, device):
+        compile_blocks(model)
     clock.end_phase("shard")
     return engine, plan
 
@@ -213,40 +216,6 @@ def _gather_residents_together(engine: Engine) -> None:
     residents = engine.optimizer.persistent_parameters
     if residents:
         residents[0].all_gather = functools.partial(_gather_coalesced, residents[0])
-
-
-def _unhook_residents(engine: Engine, leaf: nn.Module) -> None:
-    """Takes ZeRO-3's hooks off modules that hold nothing sharded: there is nothing to fetch or release for them.
-
-    The hooks cost some 0.5 ms a module and step. Gradients are reduced by hooks on parameters, which stay, as do the
-    leaf's. A resident that is away after all comes when it is read (DeepSpeed's parameter dict sees to that).
-    """
-    without: set[int] = set()
-    for module in engine.module.modules():
-        if module not in (engine.module, leaf) and all(param.ds_persist for param in module.parameters()):
-            without |= _hooks_of(module)
-    offload = engine.optimizer.parameter_offload
-    _unhook((*offload.forward_hooks, *offload.backward_hooks), without)
-
-
-def _unhook_outputs(engine: Engine) -> None:
-    """Takes ZeRO-3's hooks of the backward pass off the whole model, which has no parameters of its own to fetch.
-
-    deepspeed 0.19.8 counts a call for each tensor that a module returns; here they are the losses, and a rank that has
-    fewer of them in a step, as without a RoI head, would count otherwise than the others and part from them.
-    """
-    if next(engine.module.parameters(recurse=False), None) is None:
-        _unhook(engine.optimizer.parameter_offload.backward_hooks, _hooks_of(engine.module))
-
-
-def _hooks_of(module: nn.Module) -> set[int]:
-    return {id(module._forward_pre_hooks), id(module._forward_hooks)}
-
-
-def _unhook(handles: Iterable[Any], dicts: set[int]) -> None:
-    for handle in handles:
-        if id(handle.hooks_dict_ref()) in dicts:
-            handle.remove()
 
 
 def gather_residents(engine: Engine) -> None:
