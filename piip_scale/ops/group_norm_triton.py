@@ -52,7 +52,9 @@ class _GroupNorm(torch.autograd.Function):
         moments = x.new_empty(2, batch, num_groups, dtype=torch.float32)
         output = torch.empty_like(x)
         blocks = triton.cdiv(width, _BLOCK_WIDTH)
-        fused.launch(_sum_kernel, (parts, blocks, batch), x, *sums, rows, **_only(constants, _sum_kernel))
+        # Before the activation: its tiles need not be smaller for it.
+        summing = _only(layout(width, num_groups, ACTIVATIONS.index("none")), _sum_kernel)
+        fused.launch(_sum_kernel, (parts, blocks, batch), x, *sums, rows, **summing)
         joining = _only(constants, _join_kernel)
         fused.launch(_join_kernel, (batch * num_groups,), *sums, *moments, rows, parts, eps, **joining)
         grid = (triton.cdiv(rows, constants["BLOCK_ROWS"]), blocks, batch)
