@@ -34,8 +34,13 @@ _RELEASED = {"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_max_
 
 FIRST_STEP_TOLERANCE = 1e-5
 """Relative, of the first step's loss and of its gradient's norm: float32 rounding."""
-WEIGHTS_TOLERANCE = 1e-4
-"""Of the weights' difference after ``STEPS`` steps, as a share of how far they moved (both as norms)."""
+WEIGHTS_TOLERANCE = 1e-3
+"""Of the weights' difference after ``STEPS`` steps, as a share of how far they moved (both as norms).
+
+AdamW moves a weight whose gradient rounds to nearly nothing by up to its rate either way, and a box head has kinks (of
+L1, ReLU, matching) that rounding may cross after the first step. Orders of summation that are equally right gave 9e-6,
+2e-4 and 5e-4 for the same DINO, from 60 weights of 50,000 and more in a layer; a wrong mean shows in the first step.
+"""
 
 
 @dataclass(frozen=True)
