@@ -17,6 +17,8 @@ from piip_scale.ops.residual import Paths, add_residual
 from sections.gpu.jobs import Setting
 
 Shape = tuple[int, ...]
+_WIDTHS = (3200, 1280)
+_TOY_WIDTH, _TOY_SHARE = 64, 16
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class FusedCase:
 
     Attributes:
         name: What and whose.
-        shapes: Of its tensors, maps as (B, H, W, C); in a rehearsal maps and sequences are short.
+        shapes: Of its tensors, maps as (B, H, W, C).
         call: Computes it from these tensors by a kernel's name.
     """
 
@@ -37,10 +39,7 @@ class FusedCase:
         """Its tensors with gradients."""
         generator = torch.Generator(setting.device).manual_seed(len(self.name))
         kind = {"device": setting.device, "generator": generator}
-        shapes = [
-            (shape[0], *(setting.size(side, 4) for side in shape[1:-1]), shape[-1]) if shape[2:] else shape
-            for shape in self.shapes
-        ]
+        shapes = [tuple(setting.size(side, _toy(side)) for side in shape) for shape in self.shapes]
         drawn = [torch.randn(shape, **kind) for shape in shapes]  # type: ignore[call-overload]
         return [tensor.to(dtype).requires_grad_() for tensor in drawn]
 
@@ -54,6 +53,10 @@ class FusedCase:
         output = self.call(tensors, "plain").nbytes
         inputs = sum(tensor.nbytes for tensor in tensors)
         return inputs + output, 2 * inputs + output
+
+
+def _toy(side: int) -> int:
+    return _TOY_WIDTH if side in _WIDTHS else max(side // _TOY_SHARE, min(side, 2))
 
 
 def _residual(tensors: Sequence[Tensor], kernel: str) -> Tensor:
@@ -79,8 +82,7 @@ def _merge(tensors: Sequence[Tensor], kernel: str) -> Tensor:
 
 def _double(tensors: Sequence[Tensor], kernel: str) -> Tensor:
     """``triton`` stands for the product here, ``plain`` for torch's transposed convolution."""
-    map_BHWC, weight_O = tensors
-    weight = weight_O.view(map_BHWC.shape[-1], -1, 2, 2)
+    map_BHWC, weight = tensors
     map_BCHW = map_BHWC.permute(0, 3, 1, 2)
     return (
         double_map(map_BCHW, weight) if kernel == "triton" else functional.conv_transpose2d(map_BCHW, weight, stride=2)
@@ -93,5 +95,5 @@ FUSED = (
     FusedCase("group norm and ReLU, merging", ((1, 64, 64, 3200), (3200,), (3200,)), _norm("relu")),
     FusedCase("group norm and GELU, pyramid", ((1, 128, 128, 3200), (3200,), (3200,)), _norm("gelu")),
     FusedCase("resize, weight and sum", ((1, 32, 32, 3200), (1, 64, 64, 3200), (1,)), _merge),
-    FusedCase("doubling as a product", ((1, 64, 64, 3200), (3200 * 3200 * 4,)), _double),
+    FusedCase("doubling as a product", ((1, 64, 64, 3200), (3200, 3200, 2, 2)), _double),
 )
