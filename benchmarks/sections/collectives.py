@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
+from torch import nn
 
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.plan import measure
 from piip_scale.engine.zero.setup import build_engine
+from piip_scale.models.unit import Unit
 from piip_scale.world import World
 from sections.processes import run_ranks
 from sections.record import table
@@ -26,9 +29,8 @@ RELEASED = {
 _MIB = 2**20
 _TEXT = (
     "One step of a Mask R-CNN under ZeRO-3 in bf16 on 2 ranks, nothing kept for reuse. By the formula, S sharded, R "
-    "resident and T trainable elements: all-gathers of 2S bytes in the forward pass and of 2S in the backward pass, "
-    "there once more of what is in checkpointed blocks (but for a block's last matrix, which is computed with and then "
-    "differentiated at once), one of 2R after the update, and a reduction of 4T in fp32. "
+    "resident and T trainable elements: all-gathers of 2S bytes in the forward pass and of 2S in the backward pass, a "
+    "message a unit, checkpointed or not; one of 2R after the update, and a reduction of 4T in fp32. "
     "Neck, heads, small branch and interactions call nothing in their forward pass."
 )
 _WARM_UP = 2
@@ -54,7 +56,7 @@ def section() -> str:
 def _formula(found: dict[str, Any]) -> list[tuple[str, str, int]]:
     return [
         ("forward", "all-gather", 2 * found["sharded"]),
-        ("backward", "all-gather", 2 * (found["sharded"] + found["recomputed"])),
+        ("backward", "all-gather", 2 * found["sharded"]),
         ("backward", "reduce-scatter", 4 * found["trainable"]),
         ("update", "all-gather", 2 * found["resident"]),
     ]
@@ -85,15 +87,19 @@ def step_messages(world: World, _device: torch.device, checkpoint: bool, precisi
         "messages": spy.messages,
         "watched": list(watched),
         "sharded": sum(padded[p.name] for p in sizes if plan.shards(p)),
-        "recomputed": sum(padded[p.name] for p in sizes if checkpoint and plan.shards(p) and _comes_again(p.name)),
-        "sharded_sizes": [padded[p.name] for p in sizes if plan.shards(p)],
+        "sharded_by_unit": _by_unit(model, {p.name: padded[p.name] for p in sizes if plan.shards(p)}),
         "resident": sum(padded[p.name] for p in sizes if not plan.shards(p)),
         "trainable": sum(padded[p.name] for p in sizes if p.trainable),
     }
 
 
-def _comes_again(name: str) -> bool:
-    return ".blocks." in name and not name.endswith("fc2.weight")
+def _by_unit(model: nn.Module, elements: dict[str, int]) -> list[int]:
+    """Elements that are gathered together: those of a unit, outside of units those of a module."""
+    units = [f"{name}." for name, unit in model.named_modules() if isinstance(unit, Unit)]
+    together: Counter[str] = Counter()
+    for name, numel in elements.items():
+        together[next((unit for unit in units if name.startswith(unit)), name.rpartition(".")[0])] += numel
+    return list(together.values())
 
 
 def _tell_phases(engine: Any, spy: CollectiveSpy) -> None:

@@ -7,9 +7,13 @@ from preloaded import run_ranks
 from sections.collectives import step_messages
 
 
+def both(world, device):
+    return step_messages(world, device, False) | {"checkpointed": step_messages(world, device, True)}
+
+
 @pytest.fixture(scope="module")
 def found():
-    return run_ranks(2, step_messages, False, timeout_s=500)[0]
+    return run_ranks(2, both, timeout_s=500)[0]
 
 
 def messages(found, phase, kind):
@@ -17,9 +21,11 @@ def messages(found, phase, kind):
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-def test_each_sharded_parameter_travels_once_a_pass_and_no_resident_does(found, phase):
-    # Each matrix is a module's own and nothing is fetched ahead: one message for each.
-    assert sorted(messages(found, phase, "all-gather")) == sorted(found["sharded_sizes"])
+@pytest.mark.parametrize("blocks", ["kept", "checkpointed"])
+def test_each_unit_travels_once_a_pass_in_one_message_and_no_resident_does(found, phase, blocks):
+    # Nothing is fetched ahead, so that no message holds more than a unit.
+    of_blocks = found if blocks == "kept" else found["checkpointed"]
+    assert sorted(messages(of_blocks, phase, "all-gather")) == sorted(of_blocks["sharded_by_unit"])
 
 
 def test_small_branch_interactions_and_heads_send_nothing_in_their_forward_pass(found):

@@ -160,7 +160,9 @@ def alone(root, found):
 def assert_same_runs(root, found, names) -> None:
     for name in names:
         reference = PAIRS[name][1]
-        assert found[name] == found[reference]
+        for step, expected in zip(found[name], found[reference], strict=True):
+            # With parameters on a disk DeepSpeed sums the norm, in float64, sub-group by sub-group.
+            assert step == expected | {"norm": pytest.approx(expected["norm"], rel=1e-12)}
         assert_same_content(root / name / str(STEPS), root / reference)
         assert found[f"{name}, resumed"] == found[name][SAVED_AT:]
         assert_same_content(root / name / "resumed", root / name / str(STEPS))
