@@ -65,8 +65,8 @@ def test_where_the_guard_is_killed_too_slurm_tells_how_the_run_ended(job):
     job.submit()
     job.until_held()
     supervisor, guard = job.supervisor_pids()
-    # The guard first, which would act.
-    for pid in (guard, supervisor):
+    # The guard first, which would act; at last the ranks, which would save if Slurm gave them the time, and be stopped.
+    for pid in [guard, supervisor, job.pid(0), job.pid(1)]:
         os.kill(pid, signal.SIGKILL)
     wait_for(job.log, lambda: not job.cluster.run("squeue", "-h", "-o", "%i").strip())
     (row,) = map(json.loads, job.command("jobs", "--runs", job.run_dir, "--json").splitlines())
