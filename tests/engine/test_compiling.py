@@ -50,7 +50,8 @@ CASES = {
         4,
     ),
     "skipping samples": (network({"drop_path_rate": 0.5, "drop_path_mode": "skip"}), 2),
-    "frozen blocks": (network({"frozen_blocks": 2, "checkpoint_blocks": True}), 3),
+    # Trained ones of both branches, and frozen ones whose input has no gradient or, above an interaction, has one.
+    "frozen blocks": (network({"frozen_blocks": 2, "checkpoint_blocks": True}), 4),
 }
 # Each takes as long as building its programs: the one with fewest is always run, and below it one that is sharded and
 # checkpointed, with paths to drop.
