@@ -24,7 +24,7 @@ from piip_scale.engine.zero.setup import build_engine, init_distributed
 from piip_scale.tasks.detection.model import build_detection_model
 from piip_scale.world import World
 from sections.record import table
-from sections.subject import HEADS, NUM_CLASSES, made_up_batch
+from sections.subject import HEADS, NUM_CLASSES, TINY_H6B, made_up_batch
 
 PHASES = ("forward", "backward", "update")
 _ROOT = Path(__file__).parents[2]
@@ -33,19 +33,8 @@ _WARM_UP, _STEPS, _ROUNDS = 3, 5, 3
 _SIZE_PX = 128
 # Of the published shape but for the width: 48 blocks whose matrices are sharded beside 32 that stay whole.
 _TINY = (
-    "model.branches.0.embed_dim=128",
-    "model.branches.0.num_heads=4",
-    "model.branches.0.pretrain_resolution_px=64",
+    *TINY_H6B,
     "model.branches.1.embed_dim=32",
-    "model.branches.1.num_heads=4",
-    "model.branches.1.pretrain_resolution_px=64",
-    "model.branches.0.pretrained=None",
-    "model.branches.1.pretrained=None",
-    "model.interaction.num_heads=2",
-    "data.train_shards='-'",
-    "data.val_shards='-'",
-    "data.micro_batch_size=1",
-    "train.images_per_step=None",
     f"detector.overrides={HEADS}",
     # DeepSpeed's own limits and the bucket over 625, as the branch is smaller: as much is released as at full width.
     "zero.deepspeed={'zero_optimization': {'stage3_max_live_parameters': 1600000, "

@@ -24,6 +24,22 @@ HEADS = {
     "train_cfg.rpn_proposal.max_per_img": 50,
 }
 """Mask R-CNN's, made small."""
+TINY_H6B = (
+    "model.branches.0.embed_dim=128",
+    "model.branches.0.num_heads=4",
+    "model.branches.0.pretrain_resolution_px=64",
+    "model.branches.0.pretrained=None",
+    "model.branches.1.num_heads=4",
+    "model.branches.1.pretrain_resolution_px=64",
+    "model.branches.1.pretrained=None",
+    "model.interaction.num_heads=2",
+    "data.train_shards='-'",
+    "data.val_shards='-'",
+    "data.micro_batch_size=1",
+    "train.images_per_step=None",
+)
+"""PIIP-H6B's depths, kinds of blocks and groups of parameters, but for the small branch's width, which is chosen."""
+
 _DINO = {"num_queries": 40, "encoder.num_layers": 1, "decoder.num_layers": 2, "test_cfg.max_per_img": 20}
 _OVERRIDES = {"mask_rcnn": HEADS, "dino": _DINO}
 

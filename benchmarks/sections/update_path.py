@@ -19,26 +19,10 @@ from piip_scale.world import World
 from sections.gpu.backbone import CONFIGS, H6B
 from sections.processes import run_ranks
 from sections.record import table
-from sections.subject import NUM_CLASSES, made_up_batch
+from sections.subject import NUM_CLASSES, TINY_H6B, made_up_batch
 
 _ROUNDS, _WARM_UP = 7, 2
 _SIZE_PX = 128
-# The published depths, kinds of blocks and groups of parameters, at widths at which nothing takes long.
-_TINY = (
-    "model.branches.0.embed_dim=128",
-    "model.branches.0.num_heads=4",
-    "model.branches.0.pretrain_resolution_px=64",
-    "model.branches.0.pretrained=None",
-    "model.branches.1.embed_dim=64",
-    "model.branches.1.num_heads=4",
-    "model.branches.1.pretrain_resolution_px=64",
-    "model.branches.1.pretrained=None",
-    "model.interaction.num_heads=2",
-    "data.train_shards='-'",
-    "data.val_shards='-'",
-    "data.micro_batch_size=1",
-    "train.images_per_step=None",
-)
 _ADAMW = torch.optim.AdamW
 
 
@@ -75,7 +59,7 @@ def measured(world: World, _device: torch.device) -> dict[str, dict[str, float]]
 
 
 def _engine(world: World) -> Any:
-    config = cast("DetectionRun", load_config(CONFIGS / H6B.config, list(_TINY)))
+    config = cast("DetectionRun", load_config(CONFIGS / H6B.config, [*TINY_H6B, "model.branches.1.embed_dim=64"]))
     engine, _ = setup.build_engine(build_detection_model(config, NUM_CLASSES, network_device="meta"), config, world)
     return engine
 

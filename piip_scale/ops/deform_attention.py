@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from piip_scale.errors import KernelError
-from piip_scale.ops.fused import check_triton_cache, has_triton, runs_triton
+from piip_scale.ops.fused import auto_takes_triton, check_triton_cache, require_runs_triton, require_triton
+
+_FIX = "set deform_kernel to auto or reference"
 
 
 def deform_attention(
@@ -96,8 +98,7 @@ def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dt
     if name == "reference":
         return name
     if name == "auto":
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        usable = device_type == "cuda" and not deterministic and dtype != torch.float64 and has_triton()
+        usable = auto_takes_triton(device_type, dtype) and not torch.are_deterministic_algorithms_enabled()
         return "triton" if usable else "reference"
     if name != "triton":
         raise KernelError("unknown deformable attention kernel", value=name, rule="one of auto, reference, triton")
@@ -107,20 +108,11 @@ def resolve_deform_kernel(name: str, device: str | torch.device, dtype: torch.dt
             "deformable attention kernel triton is not deterministic: its backward pass adds with atomics",
             fix="set deform_kernel to auto or reference, or train.deterministic to false",
         )
-    if not runs_triton(device_type, dtype):
-        raise KernelError(
-            "deformable attention kernel triton cannot run here",
-            value=f"{dtype} on {device_type}",
-            rule="it needs float32, float16 or bfloat16 on a CUDA device",
-            fix="set deform_kernel to auto or reference",
-        )
+    require_runs_triton("deformable attention kernel triton", device_type, dtype, _FIX)
     return "triton"
 
 
 def require_deform_kernel(name: str) -> None:
     """Raises a ``KernelError`` where the library of a kernel asked for by name is not installed."""
-    if name == "triton" and not has_triton():
-        raise KernelError(
-            "deformable attention kernel triton needs the package triton",
-            fix="install it, or set deform_kernel to auto or reference",
-        )
+    if name == "triton":
+        require_triton("deformable attention kernel triton", _FIX)

@@ -14,6 +14,8 @@ from torch import Tensor
 from piip_scale.errors import KernelError
 from piip_scale.files import named_folder
 
+_FIX = "set fused_kernel to auto or plain"
+
 
 def uses_triton(name: str, *tensors: Tensor) -> bool:
     """Whether the fused kernel ``name`` means Triton for these tensors.
@@ -38,7 +40,7 @@ def uses_triton(name: str, *tensors: Tensor) -> bool:
         raise KernelError(
             "fused kernel triton needs tensors of one dtype",
             value=", ".join(str(tensor.dtype) for tensor in tensors),
-            fix="set fused_kernel to auto or plain",
+            fix=_FIX,
         )
     return False
 
@@ -59,26 +61,40 @@ def resolve_fused_kernel(name: str, device: str | torch.device, dtype: torch.dty
     if name == "plain":
         return name
     if name == "auto":
-        return "triton" if device_type == "cuda" and dtype != torch.float64 and has_triton() else "plain"
+        return "triton" if auto_takes_triton(device_type, dtype) else "plain"
     if name != "triton":
         raise KernelError("unknown fused kernel", value=name, rule="one of auto, plain, triton")
     require_fused_kernel(name)
-    if not runs_triton(device_type, dtype):
-        raise KernelError(
-            "fused kernel triton cannot run here",
-            value=f"{dtype} on {device_type}",
-            rule="it needs float32, float16 or bfloat16 on a CUDA device",
-            fix="set fused_kernel to auto or plain",
-        )
+    require_runs_triton("fused kernel triton", device_type, dtype, _FIX)
     return "triton"
 
 
 def require_fused_kernel(name: str) -> None:
     """Raises a ``KernelError`` where the library of a kernel asked for by name is not installed."""
-    if name == "triton" and not has_triton():
+    if name == "triton":
+        require_triton("fused kernel triton", _FIX)
+
+
+def require_triton(kernel: str, fix: str) -> None:
+    """Raises a ``KernelError`` where triton is not installed: ``kernel`` is what needs it, ``fix`` does without."""
+    if not has_triton():
+        raise KernelError(f"{kernel} needs the package triton", fix=f"install it, or {fix}")
+
+
+def require_runs_triton(kernel: str, device_type: str, dtype: torch.dtype, fix: str) -> None:
+    """Raises a ``KernelError`` where ``kernel``, one of Triton's, does not serve tensors of this device and dtype."""
+    if not runs_triton(device_type, dtype):
         raise KernelError(
-            "fused kernel triton needs the package triton", fix="install it, or set fused_kernel to auto or plain"
+            f"{kernel} cannot run here",
+            value=f"{dtype} on {device_type}",
+            rule="it needs float32, float16 or bfloat16 on a CUDA device",
+            fix=fix,
         )
+
+
+def auto_takes_triton(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel of Triton's is the one to take where nobody asks for one."""
+    return device_type == "cuda" and dtype != torch.float64 and has_triton()
 
 
 def runs_triton(device_type: str, dtype: torch.dtype) -> bool:

@@ -257,7 +257,7 @@ def test_parameter_rules_follow_the_released_layer_decay():
 
 def test_a_kernel_asked_for_by_name_is_there_or_nothing_is_built(monkeypatch):
     monkeypatch.setattr("piip_scale.ops.attention._find_flash", lambda: None)
-    monkeypatch.setattr("piip_scale.ops.deform_attention.has_triton", lambda: False)
+    monkeypatch.setattr("piip_scale.ops.fused.has_triton", lambda: False)
     for name, kernel in (("attention_kernel", "flash"), ("deform_kernel", "triton")):
         with pytest.raises(KernelError, match=kernel):
             PIIP(config(2, **{name: kernel}))

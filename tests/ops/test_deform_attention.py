@@ -86,7 +86,7 @@ def test_triton_asked_for_by_name_is_never_replaced(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(KernelError, match=r"triton (cannot run here: got 'torch.float32 on cpu'|needs the package)"):
         resolve_deform_kernel("triton", "cpu")
-    monkeypatch.setattr("piip_scale.ops.deform_attention.has_triton", lambda: False)
+    monkeypatch.setattr("piip_scale.ops.fused.has_triton", lambda: False)
     with pytest.raises(KernelError, match="needs the package triton"):
         resolve_deform_kernel("triton", "cuda")
     assert resolve_deform_kernel("auto", "cuda") == "reference"
