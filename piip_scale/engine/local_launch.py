@@ -78,13 +78,21 @@ def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
     if ranks.unreported or run.record_error(rank, unreported):
         raise _noted(unreported, run, run.first_error() or ending_of(unreported, rank))
     first = run.first_error()
-    return first.exit_code if first else code
+    if first is None:
+        return code
+    # Again, now that all ranks have ended: another may have written at the same moment that it runs.
+    _note(run, first)
+    return first.exit_code
 
 
 def _noted(error: RunError, run: RunDirectory, ending: Ending) -> RunError:
+    _note(run, ending)
+    return error
+
+
+def _note(run: RunDirectory, ending: Ending) -> None:
     if run.status():
         run.write_failure(ending)
-    return error
 
 
 def _silent_failure(rank: int, code: int) -> LostRankError:

@@ -308,10 +308,14 @@ class Supervisor:
     def _report_status(self, ended: Attempt) -> None:
         """Reports what ranks could not report, in the status and in ``errors/``."""
         first = self._run.first_error(since_unix_s=ended.started_unix_s)
-        if not ended.failed or (first is not None and first.line == ended.ending.line):
+        if not ended.failed:
             return
         try:
-            self._run.replace_ending(ended.ending)
+            if first is None or first.line != ended.ending.line:
+                self._run.replace_ending(ended.ending)
+            elif self._run.status():
+                # A rank that was woken may have written at the same moment that it runs.
+                self._run.write_failure(first)
         except RunError as error:
             # What follows does not depend on it, and the history has the same.
             log_line(error.line)

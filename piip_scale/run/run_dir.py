@@ -196,7 +196,12 @@ class RunDirectory:
             raise RunError(f"{self.status_file} cannot be read: {error}", fix="choose another --run-dir") from error
 
     def write_status(self, state: State, step: int, ending: Ending | None = None) -> None:
-        """Replaces the status, but for the checkpoint it knows of. Main rank only, or the rank that failed first."""
+        """Replaces the status, but for the checkpoint it knows of. Main rank only, or the rank that failed first.
+
+        A run with a failed rank does not run: ranks that the signal for their stacks woke go on for some moments.
+        """
+        if state == "running" and self.first_error():
+            return
         before = self.status()
         self._write_status(Status(state, step, ending, before.checkpoint_step if before else 0))
 
@@ -210,13 +215,14 @@ class RunDirectory:
         write_text_atomic(self.status_file, json.dumps(asdict(status)) + "\n")
 
     def write_failure(self, ending: Ending) -> None:
-        """Puts how a run failed into the status, at the step the run last logged.
+        """Puts how a run failed into the status, at the step the run last logged; nothing where it says so already.
 
         Raises:
             RunError: The disk refuses, or the status there is none.
         """
         before = self.status()
-        self.write_status("failed", before.step if before else 0, ending)
+        if before is None or (before.state, before.ending) != ("failed", ending):
+            self.write_status("failed", before.step if before else 0, ending)
 
     def record_error(self, rank: int, error: BaseException, step: int = 0, node: str = "") -> Ending | None:
         """Writes a rank's traceback, and claims to be the first that failed.

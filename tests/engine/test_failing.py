@@ -196,6 +196,20 @@ def test_a_rank_that_fails_waits_for_the_other_ranks_parts_of_a_save(tmp_path):
     assert not store.is_saving()
 
 
+def test_a_status_written_at_the_moment_of_the_failure_is_put_right_when_all_ranks_have_ended(tmp_path):
+    run = RunDirectory(tmp_path)
+    write_late = (
+        "import sys; from dataclasses import replace; from piip_scale.run.run_dir import RunDirectory as R, Status;"
+        "from piip_scale.errors import HangError; from piip_scale.run.failing import report_failure;"
+        "run = R(sys.argv[1]); code = report_failure(run, 0, HangError('rank 1 did not arrive'), 5);"
+        "run._write_status(Status('running', 6, None, 0)); sys.exit(code)"
+    )
+    run.write_status("running", 5)
+    assert launch_local(1, [sys.executable, "-c", write_late, str(tmp_path)], run, grace_s=5) == 1
+    status = run.status()
+    assert (status.state, status.step, status.ending.reason) == ("failed", 6, "hang")
+
+
 def test_limits_follow_the_phase():
     heartbeat = Heartbeat(step_limit_s=10, slow_limit_s=60)
     limits = {}

@@ -146,6 +146,9 @@ def test_the_ending_that_a_rank_left_is_the_one_in_the_status(tmp_path):
     run.replace_ending(better)
     assert run.first_error() == run.status().ending == better
     assert "DataError" in (run.errors / "rank_3.txt").read_text()
+    # Another rank, woken to leave its stack, goes on for some moments.
+    run.write_status("running", 7)
+    assert run.status().ending == better
 
 
 @pytest.mark.parametrize(
