@@ -31,7 +31,8 @@ _PART = ".part"
 _CHECKSUM = re.compile(r"[0-9a-f]{64}")
 # Other tools name files by their bare checksums; only these are counted, evicted or replaced.
 _OURS = re.compile(r"[0-9a-f]{64}\.(cached|part)")
-_POLL_S = 0.05
+# A lock on the folder is held for less than a millisecond, one on a part for as long as its file takes to come.
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.001, 0.05
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class FileCache:
                 if self._has_room(part, num_bytes):
                     return
             # Others fetch as well, and what they fetch cannot go before they are done.
-            if stop.wait(_POLL_S):
+            if stop.wait(_LONGEST_POLL_S):
                 raise StoppedError
 
     @contextlib.contextmanager
@@ -231,9 +232,11 @@ def _descriptor(path: Path, flags: int) -> Iterator[int]:
 @contextlib.contextmanager
 def _lock(descriptor: int, stop: Stop) -> Iterator[None]:
     """A lock that goes with the process; loader processes forked meanwhile hold none, once it is given back here."""
+    pause_s = _FIRST_POLL_S
     while not _try_lock(descriptor):
-        if stop.wait(_POLL_S):
+        if stop.wait(pause_s):
             raise StoppedError
+        pause_s = min(2 * pause_s, _LONGEST_POLL_S)
     try:
         yield
     finally:

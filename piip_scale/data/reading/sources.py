@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -137,7 +138,8 @@ class ObjectSource:
                 rule=f"a folder, {', '.join(f'{protocol}://' for protocol in _EXTRAS)} or {PIPE}COMMAND",
                 fix=f"for other storage, name the command that reads it: {PIPE}COMMAND {NAME}",
             )
-        self._filesystem_of: tuple[int, Any] | None = None
+        self._open: Any = None
+        _OPEN.add(self)
         self._filesystem()
 
     def stream(self, name: str, begin: int, num_bytes: int | None, stop: Stop) -> Iterator[bytes]:
@@ -189,10 +191,9 @@ class ObjectSource:
         return path
 
     def _filesystem(self) -> Any:
-        # Its connections belong to a thread of the process that made it; loader processes make their own.
-        if self._filesystem_of is None or self._filesystem_of[0] != os.getpid():
-            self._filesystem_of = os.getpid(), self._new_filesystem()
-        return self._filesystem_of[1]
+        if self._open is None:
+            self._open = self._new_filesystem()
+        return self._open
 
     def _new_filesystem(self) -> Any:
         try:
@@ -234,7 +235,31 @@ class ObjectSource:
         return _first_line(error)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_filesystem_of": None}
+        return self.__dict__ | {"_open": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        _OPEN.add(self)
+
+    def leave_to_parent(self) -> None:
+        """Has this process, just forked, make a client of its own; the other is its parent's for good."""
+        if self._open is not None:
+            _INHERITED.append(self._open)
+            self._open = None
+
+
+_OPEN: weakref.WeakSet[ObjectSource] = weakref.WeakSet()
+# A client that a forked process let go of would close its connections there, which removes them from the event queue
+# that the process shares with its parent: the parent's next download on each would hear nothing until it has stalled.
+_INHERITED: list[Any] = []
+
+
+def _leave_all_to_parent() -> None:
+    for source in list(_OPEN):
+        source.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 class PipeSource:
