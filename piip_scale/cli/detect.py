@@ -1,27 +1,21 @@
-"""``piip-scale convert``, ``evaluate`` and ``predict``: from a checkpoint to numbers and pictures."""
+"""``piip-scale convert`` and ``predict``: from a checkpoint to weights and pictures."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides, WeightsPath
-from piip_scale.cli.plain import plain
 from piip_scale.cli.progress import progress_bar
 from piip_scale.errors import DataError
 from piip_scale.text import printable
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command()(convert)
-    app.command()(evaluate)
     app.command()(predict)
 
 
@@ -63,47 +57,6 @@ def convert(
         typer.echo(note, err=True)
 
 
-def evaluate(
-    config: ConfigPath,
-    weights: WeightsPath,
-    shards: Annotated[str | None, typer.Option(help="Shards to evaluate on; default: data.val_shards.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the metrics there, as JSON.")] = None,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(
-            "--predictions",
-            "--detections",
-            help="Write what was found in every image there, as JSON (objects: COCO results).",
-        ),
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Measure converted weights on packed shards: average precision of a detector, accuracy of a classifier.
-
-    Example: `piip-scale evaluate runs/mine/config.py mine.safetensors --shards shards/val`
-    """
-    from rich.console import Console
-
-    from piip_scale.cli.evaluation import evaluate_weights
-    from piip_scale.config import load_config
-    from piip_scale.data.reading.files import write_bytes
-    from piip_scale.tasks.absences import absences
-
-    changes = list(overrides or [])
-    if shards is not None:
-        changes.append(f"data.val_shards={shards!r}")
-    metrics = evaluate_weights(load_config(config, changes), weights, predictions)
-    try:
-        # Shown first: a place that cannot be written must not cost the evaluation.
-        Console().print(metrics_table(metrics))
-        for note in absences(metrics):
-            typer.echo(printable(note))
-    finally:
-        # Nor a terminal that cannot show a class's name.
-        if out is not None:
-            write_bytes(out, f"{json.dumps(metrics, indent=2)}\n".encode())
-
-
 def predict(
     config: ConfigPath,
     weights: WeightsPath,
@@ -142,24 +95,3 @@ def predict(
     for path, summary in zip(images, found, strict=True):
         typer.echo(printable(f"{path}: {summary}"))
     typer.echo(printable(f"picture: {out}"))
-
-
-def metrics_table(metrics: dict[str, float]) -> Table:
-    """A detector's numbers as a table: one row per kind (box, mask), one column per measure; others line by line."""
-    from rich.table import Table
-
-    if "box_ap" not in metrics:
-        table = Table("metric", "value")
-        for name, value in metrics.items():
-            table.add_row(plain(name), f"{value:.4f}")
-        return table
-
-    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
-    measures = [name.removeprefix("box_") for name in metrics if name.startswith("box_ap")]
-    table = Table(title="COCO average precision")
-    table.add_column("")
-    for measure in measures:
-        table.add_column(measure.upper().replace("_", " "), justify="right")
-    for kind in kinds:
-        table.add_row(kind, *(f"{metrics[f'{kind}_{measure}']:.3f}" for measure in measures))
-    return table

@@ -1,4 +1,4 @@
-"""Evaluating converted weights in one process."""
+"""Evaluating a trained model in one process."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from piip_scale.config import RunConfig
 from piip_scale.world import World
 
 if TYPE_CHECKING:
     from piip_scale.tasks.base import TrainableModel
+    from piip_scale.tasks.trained import Trained
 
 
-def evaluate_weights(config: RunConfig, weights: Path, predictions_out: Path | None = None) -> dict[str, float]:
-    """The task's metrics of a weights file over ``data.val_shards``.
+def evaluate_weights(found: Trained, predictions_out: Path | None = None) -> dict[str, float]:
+    """The task's metrics of a trained model over ``data.val_shards``.
 
     Args:
-        config: The run's config.
-        weights: A safetensors file.
+        found: Config and weights.
         predictions_out: Where to write what was found in every image, detections in COCO's result format; ``None`` to
             keep it.
 
@@ -31,12 +30,12 @@ def evaluate_weights(config: RunConfig, weights: Path, predictions_out: Path | N
     from rich.progress import track
 
     from piip_scale.engine.fp32_precision import apply_fp32_precision
-    from piip_scale.tasks.kinds import build_task, load_model
+    from piip_scale.tasks.kinds import build_task
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    apply_fp32_precision(config.train)
-    task = build_task(config, World())
-    model = cast("TrainableModel", load_model(config, weights).to(device))
+    apply_fp32_precision(found.config.train)
+    task = build_task(found.config, World())
+    model = cast("TrainableModel", found.load(device=device))
     metric = task.build_metric()
     console = Console(stderr=True)
     bar = partial(track, console=console, transient=True, disable=not console.is_terminal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import count, demo, detect, jobs, plan, shards, submit, supervise, train, weights
+from piip_scale.cli import count, demo, detect, evaluate, jobs, plan, shards, submit, supervise, train, weights
 from piip_scale.cli.endings import in_one_line
 from piip_scale.errors import WorldError
 from piip_scale.world import read_world
@@ -23,7 +23,7 @@ app = typer.Typer(
         "1. `piip-scale shards pack coco ann.json --images DIR --out shards/train`\n\n"
         "2. `piip-scale train CONFIG --run-dir runs/mine --set data.train_shards=shards/train`\n\n"
         "3. `piip-scale convert runs/mine/checkpoints mine.safetensors`\n\n"
-        "4. `piip-scale evaluate CONFIG mine.safetensors`\n\n"
+        "4. `piip-scale evaluate runs/mine`\n\n"
         "5. `piip-scale predict CONFIG mine.safetensors photo.jpg --out photo.png`\n\n"
         "Configs are Python files; `--set key.path=value` changes any key of one."
     ),
@@ -34,6 +34,7 @@ app.add_typer(jobs.app, name="jobs")
 train.register(app)
 submit.register(app)
 detect.register(app)
+evaluate.register(app)
 count.register(app)
 plan.register(app)
 demo.register(app)

@@ -31,19 +31,24 @@ def build_task(config: RunConfig, world: World, broken_samples: Path | None = No
     return task
 
 
-def build_model(config: RunConfig, num_classes: int) -> nn.Module:
+def build_model(config: RunConfig, num_classes: int, network_device: str | None = None) -> nn.Module:
     """The model of a run with random weights, on torch's default device in float32; needs no shards.
+
+    Args:
+        config: The run.
+        num_classes: Classes.
+        network_device: Where the network is built, if elsewhere; ``meta`` leaves it without values.
 
     Raises:
         ConfigError: Heads that cannot be built as the config says.
         KernelError: A kernel that the config names cannot be had.
     """
-    model: nn.Module = row_of(config.task).load("model")(config, num_classes)
+    model: nn.Module = row_of(config.task).load("model")(config, num_classes, network_device)
     return model
 
 
 def load_model(config: RunConfig, weights: Path) -> nn.Module:
-    """A trained model in eval mode, on the CPU in float32.
+    """A trained model in eval mode, on the CPU in float32; see ``tasks.trained`` for what a run's directory holds.
 
     Args:
         config: Of the run that the weights come from.
@@ -53,11 +58,10 @@ def load_model(config: RunConfig, weights: Path) -> nn.Module:
         ModelError: The file is absent or damaged, or its weights are not this model's.
         ConfigError: Neither the config nor its shards name classes.
     """
-    from piip_scale.tasks.weights import load_weights
+    from piip_scale.tasks.trained import Trained
+    from piip_scale.tasks.weights import SafetensorsWeights
 
-    model = build_model(config, len(class_names(config)))
-    load_weights(model, weights)
-    return model.eval()
+    return Trained(config, SafetensorsWeights(weights)).load()
 
 
 def build_predictor(config: RunConfig, model: nn.Module, min_score: float | None) -> Predictor:

@@ -1,43 +1,164 @@
-"""Reads converted weights into a model, and reports what does not fit."""
+"""Weights on their way into a model: from safetensors, or straight from a run's sharded checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 
 _NUM_NAMED = 3
+# Pages of a mapped file count as this process's memory until it is unmapped, however short their use.
+_MAPPED_BYTES = 1 << 30
+
+
+class WeightSource(Protocol):
+    """A model's tensors somewhere on a disk, each read when asked for.
+
+    Attributes:
+        name: What messages call them.
+        shapes: Of every tensor, by the model's names.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU; one that has this dtype already may be mapped from the disk.
+
+        Raises:
+            PiipError: It cannot be read.
+        """
+        ...
+
+
+class SafetensorsWeights:
+    """A ``.safetensors`` file, or a folder of them: a ``WeightSource``.
+
+    Tensors of the dtype asked for are the file's own pages, read when used and shared by all processes that use them:
+    a model of six billion parameters is in memory once, and the system may drop what it can read again.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        ModelError: It is absent or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._files: dict[Path, Any] = {file: None for file in _files(path)}
+        self._bytes_read = 0
+        self._file_of: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._files:
+            opened = self._opened(file)
+            names = list(opened.keys())
+            self._file_of |= dict.fromkeys(names, file)
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """As in ``WeightSource``."""
+        try:
+            stored: Tensor = self._opened(self._file_of[name]).get_tensor(name)
+            if stored.dtype == dtype:
+                return stored
+            converted = stored.to(dtype)
+        except (MemoryError, RuntimeError) as error:
+            raise _unreadable(self.name, error) from None
+        self._count(stored.numel() * stored.element_size())
+        return converted
+
+    def _count(self, num_bytes: int) -> None:
+        self._bytes_read += num_bytes
+        if self._bytes_read > _MAPPED_BYTES:
+            self._files, self._bytes_read = dict.fromkeys(self._files), 0
+
+    def _opened(self, file: Path) -> Any:
+        if self._files[file] is None:
+            self._files[file] = _open(file, self.name)
+        return self._files[file]
+
+
+class CheckpointWeights:
+    """The weights in a sharded checkpoint, without converting it: a ``WeightSource``.
+
+    Args:
+        folder: The checkpoint.
+        averaged: Trained parameters are their running averages.
+
+    Raises:
+        CheckpointError: Its files are damaged, or hold no averages.
+    """
+
+    def __init__(self, folder: Path, *, averaged: bool = False) -> None:
+        self.name = f"{folder}{' (averages)' if averaged else ''}"
+        self._checkpoint = ZeroCheckpoint(folder, averaged=averaged)
+        weights = self._checkpoint.weights
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: weight.shape for name, weight in weights.items()}
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """As in ``WeightSource``."""
+        weight = self._checkpoint.weights[name]
+        flat = torch.empty(weight.numel, dtype=dtype if weight.dtype.is_floating_point else weight.dtype)
+        self._checkpoint.copy_slice(name, 0, flat)
+        return flat.view(weight.shape)
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Copies weights into a model, tensor by tensor; its dtype and device stay.
+def load_weights(model: nn.Module, source: WeightSource) -> None:
+    """Gives a model its weights, one tensor at a time; dtypes stay.
 
     Args:
-        model: The model; parameters it uses under several names need one of them.
-        path: A safetensors file, or a folder of them.
+        model: The model; parameters it uses under several names need one of them. Those on the meta device become the
+            tensors that are read, on the CPU; others are copied into.
+        source: The weights.
 
     Raises:
-        ModelError: The file is absent or damaged, or names or shapes are not the model's; nothing is copied then.
+        ModelError: Names or shapes are not the model's; nothing is changed then.
+        PiipError: A tensor cannot be read.
     """
+    state = model.state_dict(keep_vars=True)
+    _check(state, source)
+    made: dict[int, Tensor] = {}
+    for name in source.shapes:
+        place = state[name]
+        if not place.is_meta:
+            place.copy_(source.read(name, place.dtype))
+        elif id(place) not in made:
+            made[id(place)] = source.read(name, place.dtype)
+    _put(model, made)
+
+
+def _put(model: nn.Module, made: Mapping[int, Tensor]) -> None:
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in made:
+                module.register_parameter(key, nn.Parameter(made[id(parameter)], parameter.requires_grad))
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if id(buffer) in made:
+                module.register_buffer(key, made[id(buffer)])
+
+
+def _open(file: Path, name: str) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        files = [safe_open(file, framework="pt") for file in _files(path)]
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for file in files for name in file.keys()}  # noqa: SIM118
-        state = model.state_dict(keep_vars=True)
-        _check(state, shapes, path)
-        for file in files:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                state[name].copy_(file.get_tensor(name))
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError, MemoryError) as error:
-        fix = LACKS_MEMORY_FIX if lacks_memory(error) else "convert the checkpoint again"
-        raise ModelError(f"weights {path} cannot be read", value=str(error), fix=fix) from None
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: BaseException) -> ModelError:
+    fix = LACKS_MEMORY_FIX if lacks_memory(error) else "convert the checkpoint again"
+    return ModelError(f"weights {name} cannot be read", value=str(error), fix=fix)
 
 
 def _files(path: Path) -> list[Path]:
@@ -46,26 +167,28 @@ def _files(path: Path) -> list[Path]:
         raise ModelError(
             "weights not found",
             value=str(path),
-            rule="a .safetensors file, or a folder of them",
+            rule="a .safetensors file, a folder of them, or a checkpoint of a run",
             fix="`piip-scale convert RUN OUT.safetensors` makes it from a checkpoint",
         )
     return files
 
 
-def _check(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+def _check(state: Mapping[str, Tensor], source: WeightSource) -> None:
+    shapes = source.shapes
     present = {id(state[name]) for name in shapes if name in state}
     missing = [name for name, tensor in state.items() if id(tensor) not in present]
     unexpected = [name for name in shapes if name not in state]
     misshaped = [
         f"{name} {list(shape)} for {list(state[name].shape)}"
         for name, shape in shapes.items()
-        if name in state and shape != tuple(state[name].shape)
+        if name in state and tuple(shape) != tuple(state[name].shape)
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in problems.items() if names)
         raise ModelError(
-            f"weights {path} are not this config's model: {listed}", fix="use the config of the run they come from"
+            f"weights {source.name} are not this config's model: {listed}",
+            fix="use the config of the run they come from",
         )
 
 

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from piip_scale.cli import evaluation
@@ -27,8 +29,9 @@ def test_an_evaluation_names_them_and_writes_whatever_a_terminal_cannot_show(tmp
         "train = dict(steps=1)\nmodel = dict("
         "branches=[dict(resolution_px=64, embed_dim=32, depth=1, num_heads=2)], pyramid=dict(scales=(1.0,)))\n"
     )
-    out = tmp_path / "metrics.json"
-    done = CliRunner().invoke(app, ["evaluate", str(config), "w.safetensors", "--out", str(out)])
+    out, weights = tmp_path / "metrics.json", tmp_path / "w.safetensors"
+    save_file({"weight": torch.zeros(1)}, weights)
+    done = CliRunner().invoke(app, ["evaluate", str(config), str(weights), "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert "[wild]" in done.output
     assert "left out of the means: half \\udc80" in done.output

@@ -1,0 +1,163 @@
+"""A trained model by what a user names: a config and weights, or a run's directory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from piip_scale.checkpoint.store import CheckpointStore, find_checkpoint, read_step, resolve_checkpoint
+from piip_scale.config.loading import load_config
+from piip_scale.config.run import RunConfig
+from piip_scale.errors import CheckpointError, ConfigError, ModelError
+from piip_scale.run.run_dir import RunDirectory
+from piip_scale.tasks.base import DTYPES
+from piip_scale.tasks.classes import class_names
+from piip_scale.tasks.kinds import build_model
+from piip_scale.tasks.weights import CheckpointWeights, SafetensorsWeights, WeightSource, load_weights
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A config with the weights that belong to it; nothing of the model is in memory yet.
+
+    Attributes:
+        config: The run.
+        weights: Where its weights are.
+        step: Optimiser steps behind them; ``None`` where only the file itself could say.
+    """
+
+    config: RunConfig
+    weights: WeightSource
+    step: int | None = None
+
+    def with_classes(self, classes: Sequence[str]) -> Trained:
+        """The same with the classes of a set, where the config names none."""
+        data = self.config.data
+        if data.classes:
+            return self
+        return replace(
+            self, config=self.config.model_copy(update={"data": data.model_copy(update={"classes": tuple(classes)})})
+        )
+
+    def load(self, precision: str = "fp32", device: torch.device | str = "cpu") -> nn.Module:
+        """The model, a ``TrainableModel`` in eval mode. Not collective.
+
+        The network is never drawn, and in memory once: on a CPU, weights that are stored in the dtype they are used in
+        stay the file's own pages.
+
+        Args:
+            precision: Of the network, ``fp32`` or ``bf16``; neck and heads are float32 in both.
+            device: Where it goes.
+
+        Raises:
+            ModelError: The weights are not this model's.
+            ConfigError: Neither the config nor its shards name classes; or heads cannot be built.
+            PiipError: The weights cannot be read.
+        """
+        model = build_model(self.config, len(class_names(self.config)), network_device="meta")
+        model.set_precision(DTYPES[precision])  # type: ignore[operator]  # a TrainableModel
+        load_weights(model, self.weights)
+        return model.to(device).eval()
+
+
+def find_trained(
+    source: Path,
+    weights: Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    averaged: bool = False,
+) -> Trained:
+    """What a user means by ``CONFIG WEIGHTS``, ``RUN`` or ``RUN WEIGHTS``. Not collective; writes nothing.
+
+    Args:
+        source: A config file, or a run's directory with the config and checkpoints of its own.
+        weights: A ``.safetensors`` file, a folder of them, or a checkpoint as ``convert`` takes one; ``None`` takes the
+            run's newest whole checkpoint. Files of a checkpoint are held to their sizes, not to their checksums.
+        overrides: Changes to the config, as ``load_config`` takes them.
+        step: The checkpoint of this step, not the newest.
+        averaged: The running averages of the weights (``train.ema_decay``).
+
+    Raises:
+        ConfigError: The config cannot be used, or ``source`` is a config and weights are not named.
+        CheckpointError: There is no such checkpoint, or it holds no averages.
+        ModelError: Weights are absent or damaged, or ``step`` or ``averaged`` is asked of converted ones.
+    """
+    config = load_config(_config_of(source), overrides)
+    if weights is not None and not _holds_checkpoint(weights):
+        _refuse_choice(weights, step, averaged)
+        return Trained(config, SafetensorsWeights(weights))
+    if weights is None and not source.is_dir():
+        raise ConfigError(
+            f"config {source} comes without weights",
+            rule="a run's directory has checkpoints, a config file has none",
+            fix="name weights after it (.safetensors, or a checkpoint), or give the run's directory in its place",
+        )
+    checkpoint = _checkpoint(weights or source, step)
+    return Trained(config, CheckpointWeights(checkpoint, averaged=averaged), read_step(checkpoint))
+
+
+def load_trained(
+    source: Path,
+    weights: Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    averaged: bool = False,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+) -> tuple[RunConfig, nn.Module]:
+    """The config and the model of ``find_trained``, loaded as ``Trained.load`` does.
+
+    Raises:
+        PiipError: As of both.
+    """
+    found = find_trained(source, weights, overrides=overrides, step=step, averaged=averaged)
+    return found.config, found.load(precision, device)
+
+
+def _config_of(source: Path) -> Path:
+    if not source.is_dir():
+        return source
+    run = RunDirectory(source)
+    # What the last resume changed, in sets for example, is what the run is now.
+    config = run.resumed_config if run.resumed_config.is_file() else run.config
+    if not config.is_file():
+        raise ConfigError(
+            f"{source} is no run's directory",
+            rule=f"a run keeps its config in {run.config.name}",
+            fix="give the directory that --run-dir named, or a config file and weights",
+        )
+    return config
+
+
+def _holds_checkpoint(path: Path) -> bool:
+    return path.is_dir() and not any(path.glob("*.safetensors")) and find_checkpoint(path) is not None
+
+
+def _refuse_choice(weights: Path, step: int | None, averaged: bool) -> None:
+    if step is not None or averaged:
+        raise ModelError(
+            f"weights {weights} are of one step and kind",
+            value="--ema" if averaged else f"--step {step}",
+            rule="--step and --ema choose among what a checkpoint holds",
+            fix="leave them out, or leave out the weights to read the run's own checkpoints",
+        )
+
+
+def _checkpoint(path: Path, step: int | None) -> Path:
+    if step is None:
+        return resolve_checkpoint(path)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    store = CheckpointStore(folder, keep=1)
+    if step not in store.steps():
+        raise CheckpointError(
+            f"no checkpoint of step {step} in {folder}",
+            rule=f"there are those of {', '.join(map(str, store.steps())) or 'no step'}",
+            fix="choose one of them" if store.steps() else "",
+        )
+    return resolve_checkpoint(store.path(step))
