@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,10 +13,22 @@ from piip_scale.errors import PiipError, RunError
 
 _Value = TypeVar("_Value")
 
+_apart = ContextVar("apart", default=False)
+
 
 def is_distributed() -> bool:
-    """Whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether there are other ranks, and this one works with them."""
+    return not _apart.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, this rank works for itself: others may have more to do, or less, and are asked for nothing."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
 
 
 def is_main_rank() -> bool:
@@ -30,6 +43,15 @@ def gathered(value: _Value) -> list[_Value]:
     values: list[_Value | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]  # each place is filled
+
+
+def gathered_on_main(value: _Value) -> list[_Value]:
+    """Every rank's value, in the order of the ranks, on rank 0 alone; elsewhere nothing. Collective."""
+    if not is_distributed():
+        return [value]
+    values: list[_Value | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []  # type: ignore[return-value]  # each place is filled
 
 
 def on_main(function: Callable[[], _Value]) -> _Value:
@@ -91,6 +113,19 @@ class LocalFault:
             PiipError: Another's, marked as an echo.
         """
         self.raise_any(gathered(self.to_send))
+
+    def raise_once(self) -> None:
+        """As ``raise_together``, but where several ranks have errors of their own, the lowest reports its. Collective.
+
+        Raises:
+            Exception: This rank's error, as it was, where it is the lowest that has one.
+            PiipError: Another's, marked as an echo.
+        """
+        everyones = gathered(self.to_send)
+        first = next((rank for rank, error in enumerate(everyones) if error is not None), None)
+        if first is not None and is_distributed() and first != dist.get_rank():
+            self._error = None
+        self.raise_any(everyones)
 
     def raise_any(self, everyones: list[PiipError | None]) -> None:
         """Raises this rank's error, or the first of others'."""

@@ -189,12 +189,11 @@ def _convert(paths: Demo) -> None:
 
 
 def _evaluate(paths: Demo) -> dict[str, float]:
-    from piip_scale.cli.evaluation import evaluate_weights
+    from piip_scale.cli.evaluation import Asked, evaluate_model
     from piip_scale.data.reading.files import write_bytes
-    from piip_scale.tasks.trained import find_trained
 
     if not _is_newer(paths.metrics, paths.weights):
-        metrics = evaluate_weights(find_trained(paths.run_dir / "config.py", paths.weights))
+        metrics = evaluate_model(Asked(paths.run_dir / "config.py", paths.weights))
         write_bytes(paths.metrics, f"{json.dumps(metrics, indent=2)}\n".encode())
     measured: dict[str, float] = json.loads(paths.metrics.read_text(encoding="utf-8"))
     return measured

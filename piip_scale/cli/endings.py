@@ -28,6 +28,9 @@ def in_one_line(command: Callable[[], object], name: str) -> None:
     try:
         command()
     except PiipError as error:
+        # Of an echo another rank is the one that speaks.
+        if error.is_echo:
+            raise SystemExit(error.exit_code) from None
         _fail(name, error.line, error.exit_code)
     except SystemExit as end:
         # typer ends a command that Ctrl-C interrupts silently; a training has written its own.

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from piip_scale.cli.options import Overrides
 from piip_scale.cli.plain import plain
+from piip_scale.errors import WorldError
 from piip_scale.text import printable
+from piip_scale.world import World, read_world
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+_SET = "The set, where it is not the config's own"
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +39,32 @@ def evaluate(
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
-    shards: Annotated[str | None, typer.Option(help="Shards to evaluate on; default: data.val_shards.")] = None,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the network; heads are fp32.")] = "fp32",
+    procs: Annotated[
+        int | None, typer.Option("--procs", "--gpus", min=1, help="Processes on this machine that share the images.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Shards to evaluate on; default: data.val_shards.", rich_help_panel=_SET)
+    ] = None,
+    coco: Annotated[
+        Path | None, typer.Option(help="A COCO file, with --images, not packed.", rich_help_panel=_SET)
+    ] = None,
+    voc: Annotated[
+        Path | None, typer.Option(help="A folder of Pascal VOC annotations, with --images.", rich_help_panel=_SET)
+    ] = None,
+    label_maps: Annotated[
+        Path | None, typer.Option(help="A folder of label maps, with --images.", rich_help_panel=_SET)
+    ] = None,
+    image_folders: Annotated[
+        Path | None, typer.Option(help="A folder with a folder of images for each class.", rich_help_panel=_SET)
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="The folder of images.", rich_help_panel=_SET)] = None,
+    reduce_zero_label: Annotated[
+        bool, typer.Option("--reduce-zero-label", help="0 is no class of label maps.", rich_help_panel=_SET)
+    ] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out annotations that cannot be used.", rich_help_panel=_SET)
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the metrics there, as JSON.")] = None,
     predictions: Annotated[
         Path | None,
@@ -45,24 +76,50 @@ def evaluate(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure a trained model on packed shards: average precision of a detector, accuracy of a classifier.
+    """Measure a trained model: average precision of a detector, IoU of a segmentor, accuracy of a classifier.
 
-    A run's directory is enough: its own config, and its newest whole checkpoint, read without converting it.
+    A run's directory is enough: its own config, its newest whole checkpoint, read without converting it, and the shards
+    of its config. Starts its processes itself, or is one rank where torchrun or srun started it.
 
     Example: `piip-scale evaluate runs/mine --shards shards/val`
     """
+    from piip_scale.cli.evaluation import Asked, evaluate_model
+    from piip_scale.cli.evaluation_set import SetOptions
+
+    chosen = SetOptions(coco, voc, label_maps, image_folders, images, reduce_zero_label, skip_broken)
+    chosen.check(shards)
+    world = _world()
+    if (procs or 1) > 1 and world.num_ranks == 1:
+        _start(procs or 1)
+    changes = [*(overrides or []), *([f"data.val_shards={shards!r}"] if shards is not None else [])]
+    asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision)
+    metrics = evaluate_model(asked, predictions, world)
+    if world.is_main:
+        _report(metrics, out)
+
+
+def _world() -> World:
+    try:
+        return read_world()
+    except WorldError:
+        # Half a world, as some containers set: whoever asks for one process is alone.
+        return World()
+
+
+def _start(num_procs: int) -> NoReturn:
+    """The same command as ranks of this machine."""
+    from piip_scale.engine.local_launch import launch_without_run
+
+    command = [sys.executable, "-m", "piip_scale.cli.main", *sys.argv[1:]]
+    raise typer.Exit(launch_without_run(num_procs, command))
+
+
+def _report(metrics: dict[str, float], out: Path | None) -> None:
     from rich.console import Console
 
-    from piip_scale.cli.evaluation import evaluate_weights
     from piip_scale.data.reading.files import write_bytes
     from piip_scale.tasks.absences import absences
-    from piip_scale.tasks.trained import find_trained
 
-    changes = list(overrides or [])
-    if shards is not None:
-        changes.append(f"data.val_shards={shards!r}")
-    found = find_trained(config, weights, overrides=changes, step=step, averaged=ema)
-    metrics = evaluate_weights(found, predictions)
     try:
         # Shown first: a place that cannot be written must not cost the evaluation.
         Console().print(metrics_table(metrics))

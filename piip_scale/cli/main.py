@@ -42,7 +42,7 @@ supervise.register(app)
 
 
 # What ranks may do together, or what looks after them; everything else is one process's work.
-_FOR_RANKS = ("train", "supervise", "preflight", "preflight-node", "submit", "jobs")
+_FOR_RANKS = ("train", "evaluate", "supervise", "preflight", "preflight-node", "submit", "jobs")
 
 
 @app.callback(invoke_without_command=True)

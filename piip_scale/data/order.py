@@ -199,6 +199,16 @@ def evaluation_batches(num_samples: int, *, num_ranks: int, rank: int, batch_siz
     return list((positions % num_samples).reshape(num_steps, batch_size))
 
 
+def whole_batches(num_samples: int, *, num_ranks: int, rank: int, batch_size: int) -> list[Indices]:
+    """This rank's batches of a pass that sees every sample once, in the set's order; ranks have different numbers.
+
+    Batches are the same on any number of ranks, dealt out in turn, so that what depends on who shares a batch, as its
+    padding does, stays the same; the last is as long as what is left.
+    """
+    firsts = range(rank * batch_size, num_samples, num_ranks * batch_size)
+    return [np.arange(first, min(first + batch_size, num_samples), dtype=np.int64) for first in firsts]
+
+
 def random_of(seed: int, epoch: int, number: int) -> np.random.Generator:
     """The randomness of a sample in an epoch, whoever draws it."""
     return np.random.Generator(_philox(_SAMPLE, seed, epoch, number))

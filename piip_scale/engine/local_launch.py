@@ -54,6 +54,35 @@ def launch_local(
     """
     run.clear_traces()
     ranks = _Ranks(num_procs, command, run)
+    _attend(ranks, grace_s)
+    return _verdict(ranks, run)
+
+
+def launch_without_run(num_procs: int, command: Sequence[str], *, grace_s: float = 10.0) -> int:
+    """As ``launch_local``, for ranks that have no run: of those that fail, one says why on its own standard error.
+
+    Args:
+        num_procs: Ranks.
+        command: Program and arguments.
+        grace_s: As there.
+
+    Returns:
+        As there.
+
+    Raises:
+        LostRankError: The system killed a rank.
+        Interrupted: A second SIGINT came.
+    """
+    ranks = _Ranks(num_procs, command, None)
+    _attend(ranks, grace_s)
+    if ranks.killed_by_user:
+        raise Interrupted("stopped by a second Ctrl-C")
+    if ranks.unreported is not None:
+        raise ranks.unreported
+    return ranks.first_failure[1] if ranks.first_failure else 0
+
+
+def _attend(ranks: _Ranks, grace_s: float) -> None:
     previous = {number: signal.signal(number, ranks.forward) for number in _FORWARDED}
     try:
         ranks.wait(grace_s)
@@ -61,7 +90,6 @@ def launch_local(
         ranks.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return _verdict(ranks, run)
 
 
 def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
@@ -112,7 +140,7 @@ class _Ranks:
         unreported: The error of a rank that the system killed, where nobody reported it to the user.
     """
 
-    def __init__(self, num_procs: int, command: Sequence[str], run: RunDirectory) -> None:
+    def __init__(self, num_procs: int, command: Sequence[str], run: RunDirectory | None) -> None:
         self.first_failure: tuple[int, int] | None = None
         self.killed_by_user = False
         self.unreported: RunError | None = None
@@ -166,7 +194,8 @@ class _Ranks:
         if self.first_failure and self.first_failure[1] < 0:
             # Claimed at once: the others, which have lost contact, wait a moment before they report it.
             error = _silent_failure(*self.first_failure)
-            self.unreported = error if self._run.record_error(self.first_failure[0], error) else None
+            is_first = self._run is None or self._run.record_error(self.first_failure[0], error)
+            self.unreported = error if is_first else None
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -190,6 +190,22 @@ class Task(Protocol):
         """Batches of ``val_batches``, the same on every rank."""
         ...
 
+    def own_val_batches(self) -> Iterable[Batch]:
+        """This rank's batches of the validation set, each image in one batch of one rank; broken ones are left out."""
+        ...
+
+    def num_own_val_batches(self) -> int:
+        """Batches of ``own_val_batches``."""
+        ...
+
+    def num_val_samples(self) -> int:
+        """Images of the validation set."""
+        ...
+
+    def num_broken_val_samples(self) -> int:
+        """Validation samples that this rank had to replace or leave out."""
+        ...
+
     def build_metric(self) -> Metric:
         """A fresh metric."""
         ...

@@ -13,21 +13,25 @@ from piip_scale.tasks.classes import class_names
 from piip_scale.world import World
 
 if TYPE_CHECKING:
+    from piip_scale.data.reading.sample_set import SampleSet
     from piip_scale.tasks.base import Predictor, Task
 
 
-def build_task(config: RunConfig, world: World, broken_samples: Path | None = None) -> Task:
+def build_task(
+    config: RunConfig, world: World, broken_samples: Path | None = None, val_set: SampleSet | None = None
+) -> Task:
     """The task of a run.
 
     Args:
         config: The run.
         world: This rank among all.
         broken_samples: A folder of the run where its ranks put down which samples are broken, if it has one.
+        val_set: A set to evaluate on in place of the validation shards, of the config's classes.
 
     Raises:
         DataError: Validation shards that are absent, damaged, or of other classes than the config's.
     """
-    task: Task = row_of(config.task).load("task")(config, world, broken_samples)
+    task: Task = row_of(config.task).load("task")(config, world, broken_samples, val_set)
     return task
 
 

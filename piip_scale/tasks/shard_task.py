@@ -13,9 +13,11 @@ from torch import nn
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
+from piip_scale.data.loader import SampleMaker, SetLoader
+from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.reading.targets import check_trainable, targets_lines
-from piip_scale.data.stream import SampleMaker, ShardLoader
+from piip_scale.data.stream import ShardLoader
 from piip_scale.logging import get_logger
 from piip_scale.registry import row_of
 from piip_scale.tasks.base import Metric, Outline
@@ -36,21 +38,28 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         config: The run.
         world: This rank among all.
         broken_samples: A folder of the run where its ranks put down which samples are broken, if it has one.
+        val_set: A set to evaluate on in place of the validation shards, of the config's classes.
 
     Raises:
         DataError: Validation shards that are absent, damaged, of another kind, or of other classes than the config's.
     """
 
-    def __init__(self, config: ConfigT, world: World, broken_samples: Path | None = None) -> None:
+    def __init__(
+        self, config: ConfigT, world: World, broken_samples: Path | None = None, val_set: SampleSet | None = None
+    ) -> None:
         self.config, self.world, self._broken_samples = config, world, broken_samples
         self._set_kind, data = row_of(config.task).set_kind, config.data
-        self.val_shards = ShardSet.open(data.val_shards, data.classes, self._set_kind, data.cache, data.max_pixels)
-        self._val_loader = self._loader(self.val_shards)
+        self._val_loader: SetLoader[BatchT]
+        if val_set is not None:
+            self.val_set, self._val_loader = val_set, self._set_loader(val_set)
+        else:
+            shards = ShardSet.open(data.val_shards, data.classes, self._set_kind, data.cache, data.max_pixels)
+            self.val_set, self._val_loader = shards, self._loader(shards)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in label order."""
-        return self.val_shards.classes
+        return self.val_set.classes
 
     def build_model(self) -> nn.Module:
         """The model in float32: heads initialised on the CPU, the network on the meta device.
@@ -84,7 +93,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
 
     def data_id(self) -> str:
         """The checksums of what both sets hold."""
-        return f"train {self._train_loader.shards.short_id}, val {self.val_shards.short_id}"
+        return f"train {self._train_loader.shards.short_id}, val {self.val_set.short_id}"
 
     def num_broken_samples(self) -> int:
         """Training samples that this rank had to replace since it started."""
@@ -97,7 +106,23 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
     def num_val_batches(self) -> int:
         """Batches of ``val_batches``, the same on every rank."""
         images_per_step = self.world.num_ranks * self.config.data.micro_batch_size
-        return -(-len(self.val_shards) // images_per_step)
+        return -(-len(self.val_set) // images_per_step)
+
+    def own_val_batches(self) -> Iterator[BatchT]:
+        """This rank's batches of the validation set, each image in one batch of one rank; broken ones are left out."""
+        return self._val_loader.own_batches()
+
+    def num_own_val_batches(self) -> int:
+        """Batches of ``own_val_batches``."""
+        return len(self._val_loader.own_requests())
+
+    def num_val_samples(self) -> int:
+        """Images of the validation set."""
+        return len(self.val_set)
+
+    def num_broken_val_samples(self) -> int:
+        """Validation samples that this rank had to replace or leave out."""
+        return self._val_loader.num_broken
 
     def outline(self, config: RunConfig) -> Outline:
         """What planning needs to know of a run that differs from this one's in its network or batch only."""
@@ -116,7 +141,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         """The model with random weights; its network on another device than torch's default one, if given."""
 
     @abstractmethod
-    def _maker(self, shards: ShardSet) -> SampleMaker[BatchT]:
+    def _maker(self, shards: SampleSet) -> SampleMaker[BatchT]:
         """Makes batches of a set's samples."""
 
     @property
@@ -143,6 +168,10 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         check_trainable(manifest.kind, manifest.targets, shards.location, manifest.num_samples)
         lines = targets_lines(manifest.kind, shards.classes, manifest.targets)
         get_logger(__name__).info("%s: %s", shards.location, "; ".join(lines))
+
+    def _set_loader(self, samples: SampleSet) -> SetLoader[BatchT]:
+        config = self.config
+        return SetLoader(samples, config.data, self._maker(samples), seed=config.train.seed, world=self.world)
 
     def _loader(self, shards: ShardSet) -> ShardLoader[BatchT]:
         data, train = self.config.data, self.config.train

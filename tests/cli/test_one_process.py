@@ -30,7 +30,7 @@ def of_slurm(rank):
 
 
 @pytest.mark.parametrize("launched", [of_torchrun, of_slurm])
-@pytest.mark.parametrize("command", ["convert", "evaluate", "predict", "count", "plan"])
+@pytest.mark.parametrize("command", ["convert", "predict", "count", "plan"])
 def test_other_ranks_leave_and_do_nothing(tmp_path, launched, command):
     arguments = [str(tmp_path / "in"), str(tmp_path / "out.safetensors")]
     done = CliRunner().invoke(app, [command, *arguments], env=launched(1))

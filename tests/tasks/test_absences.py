@@ -22,7 +22,7 @@ def test_sizes_and_classes_without_objects_are_named():
 
 def test_an_evaluation_names_them_and_writes_whatever_a_terminal_cannot_show(tmp_path, monkeypatch):
     metrics = {"miou": 0.25, "per_class/iou/[wild]": 0.25, "per_class/iou/half \udc80": -1.0}
-    monkeypatch.setattr(evaluation, "evaluate_weights", lambda *_: metrics)
+    monkeypatch.setattr(evaluation, "evaluate_model", lambda *_: metrics)
     config = tmp_path / "run.py"
     config.write_text(
         "detector = dict(kind='faster_rcnn')\ndata = dict(train_shards='t', val_shards='v')\n"

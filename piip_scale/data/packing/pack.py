@@ -10,7 +10,7 @@ from typing import Any
 from piip_scale.data.packing.coco import CocoImage, CocoSet, read_coco
 from piip_scale.data.packing.door import stored_name
 from piip_scale.data.packing.pack_plan import PackItem
-from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
+from piip_scale.data.packing.packing import PackOptions, PackSource, SetFacts, pack_items
 from piip_scale.data.packing.voc import read_voc
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
 from piip_scale.data.reading.manifest import Category, Manifest
@@ -49,8 +49,36 @@ def pack_coco(
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
-    annotations, images = Path(annotations), Path(images)
     how = replace(how or PackOptions(), **options)
+    source = coco_source(
+        Path(annotations),
+        Path(images),
+        classes=classes,
+        subset=subset,
+        drop_unused=drop_unused,
+        clip_boxes=clip_boxes,
+        boxes_only=boxes_only,
+        how=how,
+    )
+    return pack_items(source.items, Path(out), source.facts, how, source.problems)
+
+
+def coco_source(
+    annotations: Path,
+    images: Path,
+    *,
+    classes: Sequence[str] = (),
+    subset: bool = False,
+    drop_unused: bool = False,
+    clip_boxes: bool = False,
+    boxes_only: bool = False,
+    how: PackOptions,
+) -> PackSource:
+    """A COCO set as it would be packed; arguments as of ``pack_coco``.
+
+    Raises:
+        DataError: What keeps the whole file from being read.
+    """
     problems = how.problems()
     found = read_coco(
         annotations,
@@ -68,10 +96,8 @@ def pack_coco(
         {"subset": subset, "drop_unused": drop_unused}
     )
     source = {"annotations": stored_name(annotations.name), "annotations_sha256": sha256_of_file(annotations)}
-    facts, items = _facts(found, asked, source), _items(found, images)
-    # The parsed annotations of a large set take gigabytes, which every process would be forked with.
-    del found
-    return pack_items(items, Path(out), facts, how, problems)
+    # The parsed annotations of a large set take gigabytes: they end here, before processes are forked.
+    return PackSource(_facts(found, asked, source), _items(found, images), problems)
 
 
 def pack_voc(
@@ -102,7 +128,36 @@ def pack_voc(
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
-    annotations, images, how = Path(annotations), Path(images), how or PackOptions()
+    how = how or PackOptions()
+    source = voc_source(
+        Path(annotations),
+        Path(images),
+        names=names,
+        instance_maps=instance_maps,
+        classes=classes,
+        subset=subset,
+        clip_boxes=clip_boxes,
+        how=how,
+    )
+    return pack_items(source.items, Path(out), source.facts, how, source.problems)
+
+
+def voc_source(
+    annotations: Path,
+    images: Path,
+    *,
+    names: Path | None = None,
+    instance_maps: Path | None = None,
+    classes: Sequence[str] = (),
+    subset: bool = False,
+    clip_boxes: bool = False,
+    how: PackOptions,
+) -> PackSource:
+    """A Pascal VOC set as it would be packed; arguments as of ``pack_voc``.
+
+    Raises:
+        DataError: What keeps the whole set from being read.
+    """
     problems = how.problems()
     found = read_voc(
         annotations,
@@ -121,7 +176,7 @@ def pack_voc(
         "annotations": stored_name(annotations.name),
         "names": stored_name(names.name) if names is not None else None,
     }
-    return pack_items(_items(found, images), Path(out), _facts(found, asked, source), how, problems)
+    return PackSource(_facts(found, asked, source), _items(found, images), problems)
 
 
 def _if_set(options: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from piip_scale.data.packing.door import (
 )
 from piip_scale.data.packing.finding import IMAGE_SUFFIXES, ImageFolder, is_below
 from piip_scale.data.packing.pack_plan import PackItem
-from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
+from piip_scale.data.packing.packing import PackOptions, PackSource, SetFacts, pack_items
 from piip_scale.data.packing.problems import Problems
 from piip_scale.data.packing.walking import file_sizes, files_of_several_names, images_under
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
@@ -54,7 +54,17 @@ def pack_folders(
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
-    folder, how = Path(folder), how or PackOptions()
+    how = how or PackOptions()
+    source = folder_source(Path(folder), classes=classes, subset=subset, how=how)
+    return pack_items(source.items, Path(out), source.facts, how, source.problems)
+
+
+def folder_source(folder: Path, *, classes: Sequence[str] = (), subset: bool = False, how: PackOptions) -> PackSource:
+    """Folders of images as they would be packed; arguments as of ``pack_folders``.
+
+    Raises:
+        DataError: What keeps the whole set from being read.
+    """
     problems = how.problems()
     found = _folders_by_class(folder, problems)
     chosen = chosen_classes(classes, found, str(folder), subset=subset) if classes else tuple(found)
@@ -68,7 +78,7 @@ def pack_folders(
             f"classes of {folder} without images", value=empty[:5], fix="remove the folders, or name all classes"
         )
     labelled = [(file, label) for label, name in enumerate(chosen) for file in files[name]]
-    return _pack(folder, labelled, Path(out), chosen, {"folders": stored_name(folder.name)}, how, problems)
+    return _source(folder, labelled, chosen, {"folders": stored_name(folder.name)}, problems)
 
 
 def _folders_by_class(folder: Path, problems: Problems) -> dict[str, str]:
@@ -119,7 +129,8 @@ def pack_list(
     names = class_names(classes, str(file))
     labelled = _read_list(file, len(names), ImageFolder(Path(images)), problems)
     source = {"list": stored_name(file.name), "list_sha256": sha256_of_file(file)}
-    return _pack(Path(images), labelled, Path(out), names, source, how, problems)
+    found = _source(Path(images), labelled, names, source, problems)
+    return pack_items(found.items, Path(out), found.facts, how, found.problems)
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
@@ -166,15 +177,13 @@ def _labelled(line: str, owner: str, num_classes: int, folder: ImageFolder) -> L
     return (name if found is None else found[0]), number
 
 
-def _pack(
+def _source(
     images: Path,
     labelled: Sequence[Labelled],
-    out: Path,
     classes: tuple[str, ...],
     source: dict[str, Any],
-    how: PackOptions,
     problems: Problems,
-) -> Manifest:
+) -> PackSource:
     if not classes or (not labelled and not problems.found):
         # What lies there instead explains it.
         problems.settle(str(images))
@@ -187,7 +196,7 @@ def _pack(
         counts[label, ""] += item.num_annotations
     # Of a class any view is one: what can be turned is, without a question.
     facts = SetFacts("classification", categories, False, {}, source, counts, undecided="apply")
-    return pack_items([item for item, _ in items], out, facts, how, problems)
+    return PackSource(facts, [item for item, _ in items], problems)
 
 
 def _each_once(labelled: Sequence[Labelled], problems: Problems) -> list[Labelled]:

@@ -13,7 +13,7 @@ from piip_scale.data.packing.door import class_names, stored_name
 from piip_scale.data.packing.image_views import StatedOf, views_of
 from piip_scale.data.packing.pack_classes import mixed
 from piip_scale.data.packing.pack_plan import LabelMap, PackItem
-from piip_scale.data.packing.packing import PackOptions, SetFacts, pack_items
+from piip_scale.data.packing.packing import PackOptions, PackSource, SetFacts, pack_items
 from piip_scale.data.packing.problems import Problems
 from piip_scale.data.packing.walking import file_sizes, images_under
 from piip_scale.data.reading.files import json_bytes
@@ -51,7 +51,21 @@ def pack_label_maps(
     Raises:
         DataError: Something in the input is wrong, ``out`` holds another set, or it cannot be written.
     """
-    images, label_maps, how = Path(images), Path(label_maps), how or PackOptions()
+    how = how or PackOptions()
+    source = label_map_source(
+        Path(images), Path(label_maps), classes=classes, reduce_zero_label=reduce_zero_label, how=how
+    )
+    return pack_items(source.items, Path(out), source.facts, how, source.problems)
+
+
+def label_map_source(
+    images: Path, label_maps: Path, *, classes: Sequence[str], reduce_zero_label: bool = False, how: PackOptions
+) -> PackSource:
+    """Images and label maps as they would be packed; arguments as of ``pack_label_maps``.
+
+    Raises:
+        DataError: What keeps the whole set from being read.
+    """
     problems = how.problems()
     _check_classes(classes)
     names = class_names(classes, f"label maps in {label_maps}")
@@ -67,8 +81,7 @@ def pack_label_maps(
         undecided=views.undecided,
     )
     rule = MapRule(len(names), reduce_zero_label)
-    items = list(_items(images, label_maps, pairs, rule, problems))
-    return pack_items(items, Path(out), facts, how, problems)
+    return PackSource(facts, list(_items(images, label_maps, pairs, rule, problems)), problems)
 
 
 def _check_classes(classes: Sequence[str]) -> None:

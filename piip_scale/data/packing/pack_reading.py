@@ -13,6 +13,7 @@ from piip_scale.data.packing.pack_plan import LabelMap, PackItem, Reading
 from piip_scale.data.reading.decoding import check_size
 from piip_scale.data.reading.label_maps import IGNORED, decode_label_map
 from piip_scale.data.reading.manifest import MapRule
+from piip_scale.data.reading.raw import RawSample, checksum
 from piip_scale.errors import DataError
 from piip_scale.text import printable
 
@@ -63,6 +64,26 @@ def checked_sample(item: PackItem, reading: Reading) -> Checked:
     return Checked(content, pixels, orientation.number, label_map.content, turn, counts, tuple(lines))
 
 
+def raw_sample(item: PackItem, reading: Reading) -> RawSample:
+    """A sample's files as a shard would hold them; the image is not decoded, and only its reader sees that it is whole.
+
+    Raises:
+        DataError: One is absent, too large, or of another size than the other.
+    """
+    name = printable(f"{item.image_id} ({item.path})")
+    label_map = _map_file(item, item.label_map, reading) if item.label_map is not None else None
+    content = read_file(item.path)
+    stated = item.size_px if label_map is None else label_map.facts.stored_size_px
+    turn = _orientation(content, name, stated, reading).number
+    size_px = item.size_px
+    if size_px is None:
+        facts = image_facts(content, name, max_pixels=reading.max_pixels)
+        size_px = oriented_size(facts.stored_size_px, turn)
+    map_bytes, map_turn = (b"", UPRIGHT) if label_map is None else (label_map.content, _map_turn(label_map, size_px))
+    crc32 = checksum(content, item.notes, map_bytes)
+    return RawSample(item.key, content, item.notes, crc32, map_bytes, turn, map_turn, size_px)
+
+
 def add_pixels(total: Sequence[int], more: Sequence[int]) -> list[int]:
     """Sums of two rows of counts, of which the first may be empty."""
     return [a + b for a, b in zip(total, more, strict=True)] if total else list(more)
@@ -101,7 +122,16 @@ def _map_file(item: PackItem, label_map: LabelMap, reading: Reading) -> _MapFile
 
 def _checked_map(label_map: _MapFile, pixels: Image, reading: Reading) -> tuple[int, tuple[int, ...]]:
     """How a label map is turned to be of the size of its image, and its pixels by class."""
-    size_px, facts = (pixels.shape[0], pixels.shape[1]), label_map.facts
+    turn = _map_turn(label_map, (pixels.shape[0], pixels.shape[1]))
+    labels = decode_label_map(label_map.content, label_map.rule, label_map.name, turn, max_pixels=reading.max_pixels)
+    counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)
+    of_classes = counts[: label_map.rule.num_classes].tolist()
+    return turn, (*of_classes, int(counts[IGNORED]))
+
+
+def _map_turn(label_map: _MapFile, size_px: tuple[int, int]) -> int:
+    """How a label map is turned to be of the size of its image."""
+    facts = label_map.facts
     # One of the size of its image as it is stored is left so, whatever it says of itself.
     turn = UPRIGHT if facts.stored_size_px == size_px else facts.orientation
     if oriented_size(facts.stored_size_px, turn) != size_px:
@@ -109,7 +139,4 @@ def _checked_map(label_map: _MapFile, pixels: Image, reading: Reading) -> tuple[
         raise DataError(
             f"label map {label_map.name} is {width} x {height} px", rule=f"its image is {size_px[1]} x {size_px[0]}"
         )
-    labels = decode_label_map(label_map.content, label_map.rule, label_map.name, turn, max_pixels=reading.max_pixels)
-    counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)
-    of_classes = counts[: label_map.rule.num_classes].tolist()
-    return turn, (*of_classes, int(counts[IGNORED]))
+    return turn

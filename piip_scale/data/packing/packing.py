@@ -124,6 +124,21 @@ class PackOptions:
         return sizes | reading.options()
 
 
+@dataclass(frozen=True)
+class PackSource:
+    """What a source holds, before any image is decoded.
+
+    Attributes:
+        facts: What its manifest would say.
+        items: Its samples, in the order of shards.
+        problems: What is wrong with it so far.
+    """
+
+    facts: SetFacts
+    items: Sequence[PackItem]
+    problems: Problems = field(default_factory=Problems)
+
+
 def pack_items(
     items: Iterable[PackItem], out: Path, facts: SetFacts, how: PackOptions, problems: Problems | None = None
 ) -> Manifest:

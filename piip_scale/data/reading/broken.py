@@ -27,10 +27,13 @@ class BrokenSamples:
         location: Of the set.
         limit: More of them are too many.
         folder: A file for each, of all ranks and all starts of a run; ``None`` keeps them in this process alone.
+        done: What becomes of one, for the log.
     """
 
-    def __init__(self, location: str, limit: float, folder: Path | None = None) -> None:
-        self._location, self._limit, self._folder = location, limit, folder
+    def __init__(
+        self, location: str, limit: float, folder: Path | None = None, done: str = "is replaced by a neighbour"
+    ) -> None:
+        self._location, self._limit, self._folder, self._done = location, limit, folder, done
         self._met: set[str] = set()
 
     def add(self, sample: BrokenSample) -> None:
@@ -43,7 +46,7 @@ class BrokenSamples:
             return
         self._met.add(sample.key)
         if self._is_first_to_write(sample):
-            get_logger(__name__).warning("sample %s is replaced by a neighbour: %s", sample.key, sample.reason)
+            get_logger(__name__).warning("sample %s %s: %s", sample.key, self._done, sample.reason)
         if len(self) > self._limit:
             raise DataError(
                 f"too many broken samples in {self._location}, the last {sample.key}",

@@ -19,6 +19,10 @@ _MOST_PX = 2**31 - 1
 _LARGEST_NUMBER = 1e300
 
 
+class UnreadableSample(DataError):
+    """One sample's files cannot be read, and those of the rest of its set can."""
+
+
 @dataclass(frozen=True)
 class RawSample:
     """A sample's bytes.

@@ -17,6 +17,7 @@ from piip_scale.data.reading.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     SAMPLE_COLUMNS,
+    Category,
     Manifest,
     MapRule,
     ShardIndex,
@@ -24,6 +25,7 @@ from piip_scale.data.reading.manifest import (
     parsed,
 )
 from piip_scale.data.reading.raw import RawSample, checked_masks, checksum, parse_notes
+from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.reading.set_files import LocalFiles, SetFiles, open_files
 from piip_scale.data.reading.sources import NEVER, Stop, located
 from piip_scale.errors import DataError
@@ -33,15 +35,13 @@ from piip_scale.registry import SetKind
 _ABSENT = {"orientations": UPRIGHT, "map_orientations": UPRIGHT}
 
 
-class ShardSet:
+class ShardSet(SampleSet):
     """A packed set, open for reading samples by number.
 
     Attributes:
         location: Where it lies, as the user wrote it.
         files: Its files, and where they are read.
         manifest: What it holds.
-        classes: Category names in label order.
-        label_of_category: Label by COCO category id.
         num_samples_of_shard: In the manifest's order; sample numbers run through the shards in that order.
         keys: Key of every sample, str (N,).
         image_ids: COCO image id of every sample, int64 (N,).
@@ -50,10 +50,8 @@ class ShardSet:
 
     def __init__(self, files: SetFiles, manifest: Manifest, indexes: Sequence[ShardIndex]) -> None:
         self.files, self.location, self.manifest = files, files.location, manifest
-        self.classes = tuple(category.name for category in manifest.categories)
-        self.label_of_category = {category.id: label for label, category in enumerate(manifest.categories)}
         self.num_samples_of_shard = tuple(shard.num_samples for shard in manifest.shards)
-        self.keys = np.array([key for index in indexes for key in index.keys])
+        self.keys: Any = np.array([key for index in indexes for key in index.keys])
         self.image_ids = _column([index.image_ids for index in indexes])
         self.sizes_px = np.stack(
             [_column([getattr(index, name) for index in indexes]) for name in ("heights_px", "widths_px")], axis=1
@@ -114,8 +112,15 @@ class ShardSet:
         shards.check_sizes(max_pixels or MAX_PIXELS)
         return shards
 
-    def __len__(self) -> int:
-        return len(self._places)
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        """In label order."""
+        return self.manifest.categories
+
+    @property
+    def has_masks(self) -> bool:
+        """Every annotation has a segmentation."""
+        return self.manifest.has_masks
 
     def check_sizes(self, max_pixels: int) -> None:
         """Holds all images to a limit. Decoding holds each to its size in the index, so that no file can be larger.
@@ -223,21 +228,6 @@ class ShardSet:
 
     def _shard(self, number: int) -> ShardInfo:
         return self.manifest.shards[int(self._places[number, 0])]
-
-    def coco_ground_truth(self) -> dict[str, Any]:
-        """The set as a COCO dict (``images``, ``annotations``, ``categories``), as packed.
-
-        Raises:
-            DataError: A shard is gone, or annotations are damaged.
-        """
-        root: dict[str, Any] = {"info": {}, "images": [], "annotations": []}
-        root["categories"] = [category.model_dump() for category in self.manifest.categories]
-        for number in range(len(self)):
-            notes = self.notes(number)
-            image = {"id": notes["image_id"], **{key: notes[key] for key in ("file_name", "height", "width")}}
-            root["images"].append(image)
-            root["annotations"] += [{**note, "image_id": notes["image_id"]} for note in notes["annotations"]]
-        return root
 
 
 def _column(of_shards: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ from piip_scale.data.batch import ClassificationBatch, ImageInfo
 from piip_scale.data.images import Image
 from piip_scale.data.reading.decoding import decode_labelled
 from piip_scale.data.reading.raw import RawSample
-from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.reading.sample_set import SampleSet
 
 _LARGEST_SEED = 2**63
 
@@ -70,7 +70,7 @@ class ClassificationSamples:
         label_smoothing: Of mixed labels.
     """
 
-    def __init__(self, shards: ShardSet, augment: ImageAugmentConfig, size_px: int, label_smoothing: float) -> None:
+    def __init__(self, shards: SampleSet, augment: ImageAugmentConfig, size_px: int, label_smoothing: float) -> None:
         self._num_classes, self._size_px = len(shards.classes), size_px
         self._train, self._evaluate = training_transform(augment, size_px), evaluation_transform(augment, size_px)
         self._mix = _mixer(augment, self._num_classes, label_smoothing)

@@ -18,7 +18,7 @@ from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances, Polygons
 from piip_scale.data.images import Image
 from piip_scale.data.reading.decoding import decode_sample
 from piip_scale.data.reading.raw import RawSample
-from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.reading.sample_set import SampleSet
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class DetectionSamples:
         polygons: Give the objects' outlines too.
     """
 
-    def __init__(self, shards: ShardSet, augment: AugmentConfig, *, polygons: bool = False) -> None:
-        self._label_of_category, self._has_masks = shards.label_of_category, shards.manifest.has_masks
+    def __init__(self, shards: SampleSet, augment: AugmentConfig, *, polygons: bool = False) -> None:
+        self._label_of_category, self._has_masks = shards.label_of_category, shards.has_masks
         self._augment, self._polygons = augment, polygons
 
     def sample(self, raw: RawSample, rng: np.random.Generator | None) -> Prepared:

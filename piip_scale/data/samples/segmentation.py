@@ -17,7 +17,7 @@ from piip_scale.data.batch import ImageInfo, SegmentationBatch
 from piip_scale.data.images import Image
 from piip_scale.data.reading.label_maps import decode_mapped
 from piip_scale.data.reading.raw import RawSample
-from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.reading.sample_set import SampleSet
 
 Prepared = tuple[Image, Image, ImageInfo]
 """Image, label map and where they come from."""
@@ -48,7 +48,7 @@ class SegmentationSamples:
         augment: How an image becomes network input.
     """
 
-    def __init__(self, shards: ShardSet, augment: SegmentationAugment) -> None:
+    def __init__(self, shards: SampleSet, augment: SegmentationAugment) -> None:
         self._rule, self._augment = shards.map_rule, augment
 
     def sample(self, raw: RawSample, rng: np.random.Generator | None) -> Prepared:

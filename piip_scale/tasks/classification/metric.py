@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from piip_scale.agreement import gathered, on_main
+from piip_scale.agreement import gathered_on_main, on_main
 from piip_scale.data.batch import ClassificationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.tasks.classification.model import NUM_BEST, Classification
@@ -44,7 +44,10 @@ class AccuracyMetric:
         Returns:
             ``top1_accuracy``, and ``top5_accuracy`` where there are more than five classes.
         """
-        answers = self._merged().values()
+        merged = self._merged()
+        return on_main(lambda: self._scores(list(merged.values())))
+
+    def _scores(self, answers: Sequence[_Answer]) -> dict[str, float]:
         ranks = [1, NUM_BEST] if len(self._classes) > NUM_BEST else [1]
         return {f"top{k}_accuracy": sum(a.label in a.guesses[:k] for a in answers) / len(answers) for k in ranks}
 
@@ -63,7 +66,8 @@ class AccuracyMetric:
         return {"class": self._classes[answer.label], "guesses": guesses, "probabilities": answer.probabilities}
 
     def _merged(self) -> dict[int, _Answer]:
+        """All ranks' answers, on rank 0 alone. Collective."""
         merged: dict[int, _Answer] = {}
-        for part in gathered(self._answers):
+        for part in gathered_on_main(self._answers):
             merged |= part
         return merged

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from piip_scale.agreement import gathered, on_main
+from piip_scale.agreement import gathered_on_main, on_main
 from piip_scale.data.batch import Batch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.data.reading.mask_checks import checked_segmentation
@@ -65,9 +65,9 @@ class CocoMetric:
             self._results.setdefault(found.image_id, coco_results(found, ids))
 
     def results(self) -> list[Result]:
-        """All ranks' detections as COCO results, every image once. Collective; the same on every rank."""
+        """All ranks' detections as COCO results, every image once; on rank 0 alone. Collective."""
         merged: dict[int, list[Result]] = {}
-        for part in gathered(self._results):
+        for part in gathered_on_main(self._results):
             merged = part | merged
         return [result for image_id in sorted(merged) for result in merged[image_id]]
 

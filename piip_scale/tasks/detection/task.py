@@ -8,6 +8,7 @@ from torch import nn
 
 from piip_scale.config.detection import DetectionRun
 from piip_scale.data.batch import DetectionBatch
+from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.errors import DataError
@@ -23,19 +24,19 @@ class DetectionTask(ShardTask[DetectionRun, DetectionBatch]):
 
     def build_metric(self) -> CocoMetric:
         """A fresh metric over the validation set; masks count where detector and set have them."""
-        with_masks = self.config.detector.kind in MASK_KINDS and self.val_shards.manifest.has_masks
+        with_masks = self.config.detector.kind in MASK_KINDS and self.val_set.has_masks
         return CocoMetric(self._ground_truth, with_masks)
 
     @cached_property
     def _ground_truth(self) -> dict[str, object]:
-        return self.val_shards.coco_ground_truth()
+        return self.val_set.coco_ground_truth()
 
     def _new_model(self, network_device: str | None = None) -> nn.Module:
         from piip_scale.tasks.detection.model import build_detection_model  # mmdet takes seconds to import
 
         return build_detection_model(self.config, len(self.classes), network_device)
 
-    def _maker(self, shards: ShardSet) -> DetectionSamples:
+    def _maker(self, shards: SampleSet) -> DetectionSamples:
         return DetectionSamples(shards, self.config.data.augment, polygons=self.config.data.polygons)
 
     @property

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piip_scale.agreement import gathered, is_distributed, on_main
+from piip_scale.agreement import gathered, gathered_on_main, is_distributed, on_main
 from piip_scale.data.batch import SegmentationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.data.reading.label_maps import IGNORED
@@ -104,7 +104,7 @@ class SegmentationMetric:
             DataError: The disk is full, or the folder cannot be written; on every rank.
         """
         merged: dict[int, Counts] = {}
-        for part in gathered(self._areas):
+        for part in gathered_on_main(self._areas):
             merged = part | merged
         entries = [{"image_id": image_id} | area_shares(merged[image_id], self._classes) for image_id in sorted(merged)]
         on_main(lambda: write_bytes(path, json_bytes(entries)))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from piip_scale.agreement import is_distributed
 from piip_scale.config.segmentation import InferenceConfig
 
 Size = tuple[int, int]
@@ -130,7 +131,7 @@ def _add(sums: list[Tensor | None], counts: list[Tensor], window: Window, score:
 
 
 def _most_over_ranks(number: int, device: torch.device) -> int:
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return number
     most = torch.tensor(number, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)

@@ -6,7 +6,7 @@ from torch import nn
 
 from piip_scale.config.segmentation import SegmentationRun
 from piip_scale.data.batch import SegmentationBatch
-from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.samples.segmentation import SegmentationSamples
 from piip_scale.tasks.segmentation.metric import SegmentationMetric
 from piip_scale.tasks.shard_task import ShardTask
@@ -24,5 +24,5 @@ class SegmentationTask(ShardTask[SegmentationRun, SegmentationBatch]):
 
         return build_segmentation_model(self.config, len(self.classes), network_device)
 
-    def _maker(self, shards: ShardSet) -> SegmentationSamples:
+    def _maker(self, shards: SampleSet) -> SegmentationSamples:
         return SegmentationSamples(shards, self.config.data.augment)

@@ -236,7 +236,7 @@ def test_files_are_predicted_like_shards(shards, tmp_path):
     model = load_model(config, tmp_path / "w.safetensors")
     task = ClassificationTask(config, World())
     predictor = build_predictor(config, model, None)
-    notes = {int(number): task.val_shards.notes(n) for n, number in enumerate(task.val_shards.image_ids)}
+    notes = {int(number): task.val_set.notes(n) for n, number in enumerate(task.val_set.image_ids)}
     metric, right = task.build_metric(), 0
     for batch in task.val_batches():
         theirs = model.predict(batch)

@@ -1,0 +1,103 @@
+"""Evaluating by command: on several ranks and straight from a source, the same to the last digit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from commands import failed_in_one_line, piip_scale, succeeded
+from typer.testing import CliRunner
+
+from piip_scale.cli.main import app
+from piip_scale.data.order import whole_batches
+from piip_scale.data.packing.pack import coco_source
+from piip_scale.data.packing.packing import PackOptions
+from piip_scale.data.packing.unpacked import UnpackedSet
+
+
+@pytest.fixture(scope="module")
+def alone(trained, tmp_path_factory):
+    """What one process finds, and how it scores that."""
+    return evaluated(trained, tmp_path_factory.mktemp("alone"))
+
+
+def evaluated(run, folder, *options):
+    """The bytes of predictions and metrics."""
+    found, metrics = folder / "found.json", folder / "metrics.json"
+    succeeded(piip_scale("evaluate", run, "--predictions", found, "--out", metrics, *options))
+    return found.read_bytes(), metrics.read_bytes()
+
+
+@pytest.mark.parametrize("procs", [2, 3])
+def test_ranks_share_the_images_and_find_the_same(trained, alone, tmp_path, procs):
+    # Six images in batches of one: three ranks have two each; of four a batch, one rank has nothing to do.
+    size = {2: 1, 3: 4}[procs]
+    options = ("--set", f"data.micro_batch_size={size}")
+    expected = evaluated(trained, tmp_path, *options)
+    assert evaluated(trained, tmp_path, *options, "--procs", procs) == expected
+    assert len({entry["image_id"] for entry in json.loads(expected[0])}) > 1
+
+
+def test_a_coco_file_gives_what_its_shards_give(trained, scenes, alone, tmp_path):
+    source = ("--coco", scenes.val, "--images", scenes.images)
+    assert evaluated(trained, tmp_path, *source) == alone
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_every_sample_is_in_one_batch_of_one_rank(num_ranks):
+    batches = [whole_batches(10, num_ranks=num_ranks, rank=rank, batch_size=3) for rank in range(num_ranks)]
+    alone = whole_batches(10, num_ranks=1, rank=0, batch_size=3)
+    dealt = sorted([batch.tolist() for of_rank in batches for batch in of_rank])
+    assert dealt == [batch.tolist() for batch in alone] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+
+
+def test_an_error_of_all_ranks_is_reported_by_one(trained):
+    failed_in_one_line(piip_scale("evaluate", trained, "--procs", 2, "--step", 5), "no checkpoint of step 5")
+
+
+def test_a_broken_image_is_reported_and_passed_by(trained, scenes, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(scenes.images, images)
+    entry = json.loads(scenes.val.read_text())["images"][2]
+    content = (images / entry["file_name"]).read_bytes()
+    (images / entry["file_name"]).write_bytes(content[: len(content) // 3])
+    arguments = ("evaluate", trained, "--coco", scenes.val, "--images", images)
+    found = tmp_path / "found.json"
+    done = succeeded(piip_scale(*arguments, "--predictions", found, "--set", "data.max_broken_share=0.5"))
+    assert f"sample {entry['id']:012d} is left out: " in done.stderr
+    assert "1 image(s) could not be used" in done.stderr
+    assert entry["id"] not in {one["image_id"] for one in json.loads(found.read_text())}
+    failed_in_one_line(piip_scale(*arguments), "too many broken samples", "data.max_broken_share")
+
+
+def refused(*arguments):
+    """The line of an error, in this process."""
+    done = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    assert done.exit_code != 0
+    return str(done.exception)
+
+
+def test_sets_that_do_not_fit_are_one_line(trained, scenes, tmp_path):
+    truth = json.loads(scenes.val.read_text())
+    other, empty, images = tmp_path / "other.json", tmp_path / "empty.json", ("--images", scenes.images)
+    other.write_text(json.dumps(truth | {"categories": [c | {"name": f"{c['name']}x"} for c in truth["categories"]]}))
+    empty.write_text(json.dumps(truth | {"images": [], "annotations": []}))
+    assert "they must be the classes ['0', '1'" in refused(trained, "--coco", other, *images)
+    assert "has no images" in refused(trained, "--coco", empty, *images)
+    assert "none.json" in refused(trained, "--coco", tmp_path / "none.json", *images)
+    assert "name the folder of its images with --images" in refused(trained, "--coco", scenes.val)
+    assert "name one of them" in refused(trained, "--coco", scenes.val, *images, "--shards", "x")
+    assert "goes with --coco" in refused(trained, *images)
+
+
+def test_an_unpacked_set_is_the_packed_one(config, scenes, shards):
+    from piip_scale.data.reading.shards import ShardSet
+
+    how = PackOptions()
+    unpacked = UnpackedSet(coco_source(scenes.val, scenes.images, how=how), how, "detection", "val")
+    packed = ShardSet.open(shards / "val")
+    assert list(unpacked.keys) == packed.keys.tolist()
+    assert (unpacked.classes, unpacked.has_masks) == (packed.classes, packed.has_masks)
+    assert unpacked.coco_ground_truth() == packed.coco_ground_truth()
+    assert [unpacked.read(number) for number in range(len(packed))] == [packed.read(n) for n in range(len(packed))]
