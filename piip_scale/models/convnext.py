@@ -84,11 +84,11 @@ class Downsample(Unit):
 class Block(Unit):
     """A 7x7 depthwise convolution and a feed-forward, added to the input."""
 
-    def __init__(self, dim: int, scale: LayerScale, drop_path: DropPath, checkpointed: bool) -> None:
+    def __init__(self, dim: int, scale: LayerScale, drop_path: DropPath, checkpointed: bool, kernel: str) -> None:
         super().__init__(checkpointed)
         self.dwconv = Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = build_norm("layernorm", dim)
-        self.mlp = Mlp(dim, _MLP_RATIO * dim, "gelu")
+        self.mlp = Mlp(dim, _MLP_RATIO * dim, "gelu", kernel)
         self.ls = scale
         self.drop_path = drop_path
 
@@ -115,4 +115,4 @@ def _build_layer(config: ConvNextBranchConfig, index: int, kernels: Kernels) -> 
     rate = drop_path_rate(sections, index, config.drop_path_rate, config.drop_path_schedule)
     dim = config.widths[stage]
     scale = LayerScale(dim, config.layer_scale_init, kernels.fused)
-    return Block(dim, scale, DropPath(rate, config.drop_path_mode), bool(config.checkpoint_blocks))
+    return Block(dim, scale, DropPath(rate, config.drop_path_mode), bool(config.checkpoint_blocks), kernels.fused)

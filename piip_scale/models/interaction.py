@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +12,8 @@ from piip_scale.geometry import scaled_width
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Linear, build_norm
 from piip_scale.models.unit import Unit
 from piip_scale.ops.attention import attention, join_heads, split_heads
-from piip_scale.ops.deform_attention import deform_attention
+from piip_scale.ops.deform_attention import grid_deform_attention
 from piip_scale.ops.residual import Paths
-from piip_scale.ops.resize import at_least_float32
 
 
 class InteractionUnit(Unit):
@@ -148,21 +145,11 @@ class DeformAttention(nn.Module):
     def forward(self, query_BHWC: Tensor, source_BHWC: Tensor) -> Tensor:
         """(B, H, W, C) and (B, H', W', C') to (B, H, W, C)."""
         value_BHWMD = self.value(source_BHWC).unflatten(-1, (self.num_heads, -1))
-        points_BHWMP = self.weights(query_BHWC).unflatten(-1, (self.num_heads, self.num_points))
-        weights_BLMP = at_least_float32(points_BHWMP).softmax(-1).flatten(1, 2)
-        locations_BLMP2 = self._locations(query_BHWC, source_BHWC).flatten(1, 2)
-        found_BLMD = deform_attention(value_BHWMD, locations_BLMP2, weights_BLMP, self.kernel)
-        output: Tensor = self.proj(found_BLMD.flatten(2).unflatten(1, query_BHWC.shape[1:3]))
+        offsets_BHWMP2 = self.offsets(query_BHWC).unflatten(-1, (self.num_heads, self.num_points, 2))
+        scores_BHWMP = self.weights(query_BHWC).unflatten(-1, (self.num_heads, self.num_points))
+        found_BHWMD = grid_deform_attention(value_BHWMD, offsets_BHWMP2, scores_BHWMP, self.kernel)
+        output: Tensor = self.proj(found_BHWMD.flatten(3))
         return output
-
-    def _locations(self, query_BHWC: Tensor, source_BHWC: Tensor) -> Tensor:
-        height, width = query_BHWC.shape[1:3]
-        rows, columns = source_BHWC.shape[1:3]
-        offsets: Tensor = at_least_float32(self.offsets(query_BHWC))
-        offsets_BHWMP2 = offsets.unflatten(-1, (self.num_heads, self.num_points, 2))
-        centres_HW112 = cell_centres(height, width, offsets.device)[:, :, None, None]
-        locations: Tensor = centres_HW112 + offsets_BHWMP2 / grid_size(rows, columns, offsets.device)
-        return locations
 
 
 class SamplingOffsets(Linear):
@@ -199,38 +186,3 @@ class XavierLinear(Linear):
         """Draws the weights anew."""
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
-
-
-def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """Centres of a grid's cells, x then y, 0 and 1 being its outer edges; float32 (height, width, 2), not to change."""
-    return _constant(_make_centres, height, width, device)
-
-
-def grid_size(height: int, width: int, device: torch.device) -> Tensor:
-    """Cells of a grid's sides, x then y; float32 (2), not to change."""
-    return _constant(_make_size, height, width, device)
-
-
-def _constant(
-    make: Callable[[int, int, torch.device], Tensor], height: int, width: int, device: torch.device
-) -> Tensor:
-    # A compiler makes constants of its own out of what it traces, and must not find one that was made elsewhere.
-    return make(height, width, device) if torch.compiler.is_compiling() else _made(make, height, width, device)
-
-
-# Once for a grid, not by 7 kernels at each of 24 attentions of a pass; a training of many scales meets hundreds of
-# grids of some 32 KB. Outside of inference mode, whose tensors no training may use.
-@lru_cache(maxsize=512)
-@torch.inference_mode(mode=False)  # type: ignore[untyped-decorator]
-def _made(make: Callable[[int, int, torch.device], Tensor], height: int, width: int, device: torch.device) -> Tensor:
-    return make(height, width, device)
-
-
-def _make_centres(height: int, width: int, device: torch.device) -> Tensor:
-    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), -1)
-
-
-def _make_size(height: int, width: int, device: torch.device) -> Tensor:
-    return torch.tensor((width, height), dtype=torch.float32, device=device)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from piip_scale.errors import KernelError
 from piip_scale.geometry import GROUPS
 from piip_scale.ops.double_map import double_map
+from piip_scale.ops.gelu import linear_gelu
 from piip_scale.ops.group_norm import group_norm
 from piip_scale.ops.residual import Paths, add_residual
 
@@ -120,18 +122,49 @@ class Unscaled(nn.Module):
         return add_residual(x, residual, None, paths, self.kernel)
 
 
-class Mlp(nn.Module):
-    """Two linear layers around an activation."""
+class GeluLinear(Linear):
+    """A linear layer with GELU behind it.
 
-    def __init__(self, dim: int, hidden_dim: int, activation: str) -> None:
+    Args:
+        dim_in: Channels in.
+        dim_out: Channels out.
+        activation: ``gelu`` (exact) or ``gelu_tanh``.
+        kernel: Name of the fused kernel for the exact one, see ``ops.fused``.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, activation: str = "gelu", kernel: str = "auto") -> None:
+        super().__init__(dim_in, dim_out)
+        self.activation, self.kernel = activation, kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim_in) to (..., dim_out)."""
+        if self.activation == "gelu":
+            return linear_gelu(x, self.weight, self.bias, self.kernel)
+        return functional.gelu(super().forward(x), approximate="tanh")
+
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an activation.
+
+    Args:
+        dim: Channels in and out.
+        hidden_dim: Channels between.
+        activation: ``gelu`` (exact) or ``gelu_tanh``.
+        kernel: Name of the fused kernel, see ``ops.fused``.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, activation: str, kernel: str = "auto") -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.act = build_activation(activation)
+        self.fc1 = GeluLinear(dim, hidden_dim, activation, kernel)
         self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to the same shape."""
-        output: Tensor = self.fc2(self.act(self.fc1(x)))
+        output: Tensor = self.fc2(self.fc1(x))
         return output
 
 
@@ -220,11 +253,6 @@ def _apex_rmsnorm() -> Callable[..., nn.Module]:
             fix="build it from NVIDIA's repository, or set norm to rmsnorm: the weights are the same",
         )
     return found  # type: ignore[no-any-return]
-
-
-def build_activation(kind: str) -> nn.Module:
-    """GELU by its config name: ``gelu`` (exact) or ``gelu_tanh``."""
-    return nn.GELU(approximate={"gelu": "none", "gelu_tanh": "tanh"}[kind])
 
 
 def build_layer_scale(dim: int, start: float | None, kernel: str = "auto") -> nn.Module:

@@ -12,7 +12,7 @@ from piip_scale.config.model import PyramidConfig
 from piip_scale.errors import ModelError
 from piip_scale.geometry import level_stride_px
 from piip_scale.models.branch import FeatureSpec
-from piip_scale.models.layers import NORM_EPS, Doubling, GroupNorm, build_activation
+from piip_scale.models.layers import NORM_EPS, Doubling, GroupNorm
 
 
 class Pyramid(nn.Module):
@@ -54,7 +54,7 @@ class ChannelNorm(nn.LayerNorm):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=NORM_EPS)
-        self.activation = build_activation("gelu")
+        self.activation = nn.GELU()
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""

@@ -13,6 +13,7 @@ from piip_scale.models.branch import Branch, BranchState, check_size
 from piip_scale.models.layers import LINEAR_STD, Conv2d, DropPath, Linear, Mlp, build_layer_scale, build_norm
 from piip_scale.models.unit import Unit
 from piip_scale.ops.attention import attention, join_heads, split_heads
+from piip_scale.ops.qk_norm import qk_rms_norm
 from piip_scale.ops.residual import Paths
 from piip_scale.ops.resize import resize_position
 from piip_scale.ops.windows import join_windows, split_windows
@@ -130,7 +131,7 @@ class Block(Unit):
         self.attn = Attention(config, index, kernels)
         self.ls1 = build_layer_scale(dim, config.layer_scale_init, kernels.fused)
         self.norm2 = build_norm(config.norm, dim, config.norm_eps)
-        self.mlp = Mlp(dim, scaled_width(dim, config.mlp_ratio), config.activation)
+        self.mlp = Mlp(dim, scaled_width(dim, config.mlp_ratio), config.activation, kernels.fused)
         self.ls2 = build_layer_scale(dim, config.layer_scale_init, kernels.fused)
         rate = drop_path_rate(config.sections, index, config.drop_path_rate, config.drop_path_schedule)
         self.drop_path = DropPath(rate, config.drop_path_mode)
@@ -159,7 +160,7 @@ class Attention(nn.Module):
         dim = config.embed_dim
         self.num_heads = config.num_heads
         self.window = block_windows(config.window_size_tokens, config.depth)[index]
-        self.kernel = kernels.attention
+        self.kernel, self.fused_kernel = kernels.attention, kernels.fused
         self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias and config.key_bias)
         self.qv_bias = QueryValueBias(dim) if config.qkv_bias and not config.key_bias else nn.Identity()
         # Over the whole width, all heads together, before heads are split: InternViT's way.
@@ -180,12 +181,17 @@ class Attention(nn.Module):
         return output
 
     def _attend(self, tokens_BLC: Tensor) -> Tensor:
-        query, key, value = self.qv_bias(self.qkv(tokens_BLC)).chunk(3, dim=-1)
-        query, key, value = (
-            split_heads(part, self.num_heads) for part in (self.q_norm(query), self.k_norm(key), value)
-        )
+        query, key, value = (split_heads(part, self.num_heads) for part in self._parts(tokens_BLC))
         bias_HLL = None if self.position_bias is None else self.position_bias()
         return join_heads(attention(query, key, value, bias_HLL, self.kernel))
+
+    def _parts(self, tokens_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, (B, L, C) each."""
+        qkv_BLC = self.qv_bias(self.qkv(tokens_BLC))
+        if isinstance(self.q_norm, nn.RMSNorm) and isinstance(self.k_norm, nn.RMSNorm):
+            return qk_rms_norm(qkv_BLC, self.q_norm, self.k_norm, self.fused_kernel)
+        query, key, value = qkv_BLC.chunk(3, dim=-1)
+        return self.q_norm(query), self.k_norm(key), value
 
 
 class QueryValueBias(nn.Module):

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from piip_scale.errors import KernelError
+from piip_scale.ops.cells import cell_centres, grid_size
 from piip_scale.ops.fused import auto_takes_triton, check_triton_cache, require_runs_triton, require_triton
+from piip_scale.ops.resize import at_least_float32
 
 _FIX = "set deform_kernel to auto or reference"
 
@@ -39,6 +41,45 @@ def deform_attention(
 
         return deform_attention_triton(value_BHWMD, locations_BLMP2.float(), weights_BLMP.float())
     return deform_attention_reference(value_BHWMD, locations_BLMP2, weights_BLMP)
+
+
+def grid_deform_attention(
+    value_BHWMD: Tensor, offsets_BhwMP2: Tensor, scores_BhwMP: Tensor, kernel: str = "auto"
+) -> Tensor:
+    """``deform_attention`` of queries that are a grid's cells, each looking around its own place.
+
+    Args:
+        value_BHWMD: Values on their grid (B, H, W, heads, D).
+        offsets_BhwMP2: How far from its own centre each of h * w cells looks, x then y, in cells of the values' grid
+            (B, h, w, heads, points, 2).
+        scores_BhwMP: A softmax over a cell's points makes their weights of these (B, h, w, heads, points).
+        kernel: ``reference``, ``triton`` or ``auto``.
+
+    Returns:
+        (B, h, w, heads, D) in the values' dtype; samples outside the values' grid are zero.
+
+    Raises:
+        KernelError: The kernel named cannot serve these tensors on this machine, or its cache is not to be trusted.
+    """
+    if resolve_deform_kernel(kernel, value_BHWMD.device.type, value_BHWMD.dtype) == "triton":
+        check_triton_cache()
+        from piip_scale.ops.deform_attention_triton import grid_deform_attention_triton
+
+        return grid_deform_attention_triton(value_BHWMD, offsets_BhwMP2, scores_BhwMP)
+    return grid_deform_attention_reference(value_BHWMD, offsets_BhwMP2, scores_BhwMP)
+
+
+def grid_deform_attention_reference(value_BHWMD: Tensor, offsets_BhwMP2: Tensor, scores_BhwMP: Tensor) -> Tensor:
+    """``grid_deform_attention`` by torch's operators, in at least float32."""
+    rows, columns = value_BHWMD.shape[1:3]
+    height, width = scores_BhwMP.shape[1:3]
+    weights_BhwMP = at_least_float32(scores_BhwMP).softmax(-1)
+    centres_hw112 = cell_centres(height, width, value_BHWMD.device)[:, :, None, None]
+    cells_2 = grid_size(rows, columns, value_BHWMD.device)
+    locations_BhwMP2 = centres_hw112 + at_least_float32(offsets_BhwMP2) / cells_2
+    found_BLMD = deform_attention_reference(value_BHWMD, locations_BhwMP2.flatten(1, 2), weights_BhwMP.flatten(1, 2))
+    found_BhwMD: Tensor = found_BLMD.unflatten(1, (height, width))
+    return found_BhwMD
 
 
 def deform_attention_reference(value_BHWMD: Tensor, locations_BLMP2: Tensor, weights_BLMP: Tensor) -> Tensor:

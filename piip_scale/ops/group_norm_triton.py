@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from piip_scale.ops import fused
+from piip_scale.ops.activation_triton import activated, before_activation
 from piip_scale.ops.group_norm import ACTIVATIONS
 
 _BLOCK_WIDTH = 256
@@ -28,7 +29,6 @@ _PART_ROWS = 64
 """Rows of one program of a pass that sums: its sums are 1/64 of what it reads."""
 _BLOCK_PARTS = 32
 """Partial sums that the kernel which joins them reads at a time."""
-_INV_SQRT_2, _INV_SQRT_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
 
 
 def group_norm_triton(
@@ -226,22 +226,7 @@ def _apply_kernel(
     place, keep = _tile(num_rows, tl.program_id(0) * BLOCK_ROWS, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
     normed, _ = _normed(x, mean, rstd, place, keep, GROUPS, SIZE, BLOCK_WIDTH)
     y = normed * _channel(gamma, WIDTH, BLOCK_WIDTH) + _channel(beta, WIDTH, BLOCK_WIDTH)
-    if ACTIVATION == 1:
-        y = tl.maximum(y, 0.0)
-    if ACTIVATION == 2:
-        y = 0.5 * y * (1.0 + tl.erf(y * _INV_SQRT_2))
-    tl.store(output + place, y.to(output.dtype.element_ty), mask=keep)
-
-
-@triton.jit
-def _before_activation(grad, y, ACTIVATION: tl.constexpr):
-    """The gradient of ``y`` from that of its activation."""
-    if ACTIVATION == 1:
-        grad = tl.where(y > 0, grad, 0.0)
-    if ACTIVATION == 2:
-        share = 0.5 * (1.0 + tl.erf(y * _INV_SQRT_2))
-        grad = grad * (share + y * tl.exp(-0.5 * y * y) * _INV_SQRT_2PI)
-    return grad
+    tl.store(output + place, activated(y, ACTIVATION).to(output.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -272,7 +257,7 @@ def _grad_sum_kernel(
         place, keep = _tile(num_rows, first, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
         normed, _ = _normed(x, mean, rstd, place, keep, GROUPS, SIZE, BLOCK_WIDTH)
         inner = tl.load(grad + place, mask=keep, other=0.0).to(tl.float32)
-        inner = _before_activation(inner, normed * scale + shift, ACTIVATION)
+        inner = before_activation(inner, normed * scale + shift, ACTIVATION)
         total += inner
         product += inner * normed
     columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -347,7 +332,7 @@ def _grad_apply_kernel(
     place, keep = _tile(num_rows, tl.program_id(0) * BLOCK_ROWS, WIDTH, BLOCK_ROWS, BLOCK_WIDTH)
     normed, deviation = _normed(x, mean, rstd, place, keep, GROUPS, SIZE, BLOCK_WIDTH)
     inner = tl.load(grad + place, mask=keep, other=0.0).to(tl.float32)
-    inner = scale * _before_activation(inner, normed * scale + shift, ACTIVATION)
+    inner = scale * before_activation(inner, normed * scale + shift, ACTIVATION)
     columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     group = tl.program_id(2) * GROUPS + tl.minimum(columns // SIZE, GROUPS - 1)
     inner -= tl.load(mean_grad + group)[None, :] + normed * tl.load(mean_product + group)[None, :]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from piip_scale.ops import fused
+from piip_scale.ops.column_sums_triton import join_sums
 from piip_scale.ops.residual import Paths
 
 _BLOCK_ROWS, _BLOCK_WIDTH = 8, 256
@@ -66,7 +67,7 @@ class _AddResidual(torch.autograd.Function):
         sizes = (rows, rows // ctx.shape[0], ctx.factor)
         constants = layout(width, ctx.mode, gamma is not None) | {"TILES": _TILES, "SUMS": residual is not None}
         fused.launch(_backward_kernel, grid, grad, residual, gamma, chosen, grad_residual, partial, *sizes, **constants)
-        grad_gamma = None if partial is None else partial.sum(0).to(gamma.dtype)
+        grad_gamma = None if partial is None else join_sums(partial, gamma.dtype)
         return grad, grad_residual, grad_gamma, None, None, None
 
 

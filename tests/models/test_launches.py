@@ -9,8 +9,9 @@ from piip_scale.config.model import Kernels
 @pytest.mark.parametrize(
     ("part", "plain", "fused"),
     [
-        ("block of ViT-H", (18, 29), (12, 25)),
-        ("interaction unit", (54, 90), (46, 86)),
+        ("block of InternViT-6B", (20, 30), (13, 23)),
+        ("block of ViT-H", (18, 29), (12, 23)),
+        ("interaction unit", (40, 82), (32, 74)),
         ("merging", (21, 28), (18, 26)),
     ],
 )

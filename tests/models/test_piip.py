@@ -9,7 +9,7 @@ from piip_scale.config.model import PiipConfig
 from piip_scale.errors import KernelError, ModelError
 from piip_scale.models.layers import LayerScale, build_norm
 from piip_scale.models.piip import PIIP
-from piip_scale.ops.deform_attention import deform_attention
+from piip_scale.ops.deform_attention import deform_attention_reference
 
 
 def branch(resolution: int, dim: int, depth: int = 4, **changes: object) -> dict[str, object]:
@@ -268,11 +268,11 @@ def test_a_kernel_asked_for_by_name_is_there_or_nothing_is_built(monkeypatch):
 def test_sampling_locations_are_float32_in_bfloat16(monkeypatch):
     seen = []
 
-    def watch(value, locations, weights, kernel):
+    def watch(value, locations, weights):
         seen.append((value.dtype, locations.dtype, weights.dtype))
-        return deform_attention(value, locations, weights, kernel)
+        return deform_attention_reference(value, locations, weights)
 
-    monkeypatch.setattr("piip_scale.models.interaction.deform_attention", watch)
+    monkeypatch.setattr("piip_scale.ops.deform_attention.deform_attention_reference", watch)
     model = build(config(2)).eval()
     model.set_precision(torch.bfloat16)
     model(image())

@@ -15,9 +15,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from piip_scale.ops import column_sums_triton as column_sums
 from piip_scale.ops import deform_attention_triton as deform
+from piip_scale.ops import gelu_triton as gelu
 from piip_scale.ops import group_norm_triton as group_norm
 from piip_scale.ops import merge_map_triton as merge_map
+from piip_scale.ops import qk_norm_triton as qk_norm
 from piip_scale.ops import residual_triton as residual
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -38,13 +41,16 @@ def pointers(kind: str, *names: str) -> dict[str, str]:
 
 
 def cases() -> Iterator[Case]:
-    types = pointers("bf16", "value", "output", "grad_output")
-    types |= pointers("fp32", "locations", "weights", "grad_value", "grad_locations", "grad_weights")
-    # heads, channels: the large and the small side of PIIP-H6B, PIIP-TSB and PIIP-SBL, DINO's decoder.
-    for heads, channels in ((16, 100), (16, 40), (6, 24), (16, 64), (8, 32)):
-        constants = deform.layout(heads, channels, points=4)
-        for kernel in (deform._forward_kernel, deform._backward_kernel):
-            yield Case(kernel, f"deform {channels}", types, constants)
+    types = pointers("bf16", "value", "output", "grad_output") | pointers("fp32", "grad_value")
+    types |= pointers("fp32", "places", "weights", "grad_places", "grad_weights")
+    on_grid = types | pointers("bf16", "places", "weights", "grad_places", "grad_weights")
+    for kernel in (deform._forward_kernel, deform._backward_kernel):
+        # heads, channels: the large and the small side of PIIP-H6B, PIIP-TSB and PIIP-SBL.
+        for heads, channels in ((16, 100), (16, 40), (6, 24), (16, 64)):
+            constants = deform.layout(heads, channels, points=4, on_grid=True)
+            yield Case(kernel, f"deform {channels} grid", on_grid, constants)
+        # DINO's encoder and decoder, whose queries are anywhere.
+        yield Case(kernel, "deform 32 anywhere", types, deform.layout(8, 32, points=4))
     halves = pointers("bf16", "x", "residual", "gamma", "output", "grad", "grad_residual") | {"factor": "fp32"}
     # InternViT-6B, ViT-H, DeiT-S; the mask is of the input's dtype, the index of int64.
     for width, mode, chosen in ((3200, 0, None), (1280, 1, "*bf16"), (384, 2, "*i64")):
@@ -64,6 +70,18 @@ def cases() -> Iterator[Case]:
     types = pointers("bf16", "source", "weight", "grad_source") | pointers("fp32", "total", "output", "grad", "partial")
     yield Case(merge_map._forward_kernel, "merge 3200", types, merge_map.layout(3200) | {"BEGINS": 0})
     yield Case(merge_map._backward_kernel, "merge 3200", types, merge_map.layout(3200))
+    # InternViT-6B's rows, and narrower ones.
+    types = pointers("bf16", "qkv", "query", "key", "query_gamma", "key_gamma", "grad_qkv") | {"eps": "fp32"}
+    types |= pointers("bf16", "grad_query", "grad_key", "grad_value") | pointers("fp32", "rstd", "partial")
+    for width in (3200, 1280):
+        constants = qk_norm.layout(width) | {"ROWS": 8, "SUMS": 1}
+        yield Case(qk_norm._forward_kernel, f"qk {width}", types, constants)
+        yield Case(qk_norm._backward_kernel, f"qk {width}", types, constants)
+    types = pointers("bf16", "hidden", "grad", "grad_hidden") | pointers("fp32", "partial")
+    for width in (12800, 5120):
+        yield Case(gelu._backward_kernel, f"gelu {width}", types, gelu.layout(width, sums=True))
+    types = pointers("fp32", "partial") | pointers("bf16", "total")
+    yield Case(column_sums._join_kernel, "sums 3200", types, column_sums.layout(3200))
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -74,7 +92,8 @@ def compile_case(case: Case) -> dict[str, Any]:
     # As torch's allocator gives them.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    options = {name: value for name, value in case.constants.items() if name == "num_warps"}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     Path("kernel.cubin").write_bytes(compiled.asm["cubin"])
     command = [CUOBJDUMP, "-res-usage", "kernel.cubin"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout

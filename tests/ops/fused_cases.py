@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from piip_scale.errors import KernelError
+from piip_scale.ops.gelu import linear_gelu
 from piip_scale.ops.group_norm import group_norm
 from piip_scale.ops.merge_map import add_resized
+from piip_scale.ops.qk_norm import qk_rms_norm
 from piip_scale.ops.residual import Paths, add_residual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,3 +129,41 @@ def test_resized_sums(grid, begins, dtype):
 
     # The sum is float32 whatever the map is: only gradients of the map are rounded.
     check_twins(run, tensors, DTYPES[dtype])
+
+
+# A block of columns that is cut off, and more rows than one program of the backward pass takes.
+@pytest.mark.parametrize(("width", "dtype"), [(40, torch.float32), (264, torch.bfloat16), (100, torch.bfloat16)])
+def test_norms_of_queries_and_keys(width, dtype):
+    tensors = [draw(2, 11, 3 * width, dtype=dtype), *(draw(width, dtype=dtype, seed=seed) for seed in (1, 2))]
+
+    def run(qkv, *gammas, kernel):
+        norms = [nn.RMSNorm(width, eps=1e-6) for _ in gammas]
+        for norm, gamma in zip(norms, gammas, strict=True):
+            del norm.weight
+            norm.weight = gamma
+        return torch.cat(qk_rms_norm(qkv, *norms, kernel), -1)
+
+    check_twins(run, tensors, DTYPES[dtype])
+
+
+def test_frozen_norms_of_queries_and_keys_get_no_gradient_and_values_are_a_view():
+    norms = [nn.RMSNorm(8, eps=1e-6, device=DEVICE).requires_grad_(False) for _ in range(2)]
+    qkv = draw(1, 3, 24)
+    value = qk_rms_norm(qkv, *norms, "triton")[2]
+    assert value.data_ptr() == qkv[..., 16:].data_ptr()
+    value.sum().backward()
+    assert torch.equal(qkv.grad, torch.cat((torch.zeros(1, 3, 16), torch.ones(1, 3, 8)), -1).to(DEVICE))
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(40, torch.float32), (264, torch.bfloat16)])
+def test_linear_layers_with_gelu(width, dtype):
+    tensors = [draw(3, 37, 24, dtype=dtype), draw(width, 24, dtype=dtype, seed=1), draw(width, dtype=dtype, seed=2)]
+    check_twins(linear_gelu, tensors, DTYPES[dtype])
+
+
+def test_a_frozen_bias_before_gelu_gets_no_gradient():
+    x, weight, bias = draw(5, 8), draw(16, 8, seed=1), draw(16, seed=2).detach()
+    output = linear_gelu(x, weight, bias, kernel="triton")
+    expected = linear_gelu(x, weight, bias, kernel="plain")
+    ours, theirs = (torch.autograd.grad(y.sum(), (x, weight)) for y in (output, expected))
+    torch.testing.assert_close(ours, theirs)

@@ -75,11 +75,13 @@ def test_values_are_read_in_wide_loads(compiled):
         name = f"ld.global.v{widest // 4}.b32"
         # Two a corner or one, for a program's queries in one or two rounds.
         assert len(re.findall(re.escape(name), kernel["ptx"])) >= 4, channels
-        assert not re.search(r"ld\.global\.b16|ld\.global\.b8", kernel["ptx"]), channels
+        # Offsets and scores of a query on a grid are single numbers of 2 bytes.
+        allowed = 12 if kernel["label"].endswith("grid") else 0
+        assert len(re.findall(r"ld\.global\.b(?:16|8)\b", kernel["ptx"])) <= allowed, kernel["label"]
 
 
 def test_maps_are_read_and_written_in_16_bytes(compiled):
-    for kernel in of(compiled, "residual", "norm", "merge"):
+    for kernel in of(compiled, "residual", "norm", "merge", "qk", "gelu"):
         if "join" in kernel["kernel"]:  # sums of parts, a thousandth of a map
             continue
         name = f"{kernel['kernel']} {kernel['label']}"

@@ -1,4 +1,4 @@
-"""What is fused around matrix products, at the shapes that PIIP-H6B meets with one image."""
+"""What is fused around matrix products and attention, at the shapes that PIIP-H6B meets with one image."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from piip_scale.geometry import GROUPS
+from piip_scale.ops.deform_attention import grid_deform_attention
 from piip_scale.ops.double_map import double_map
+from piip_scale.ops.gelu import linear_gelu
 from piip_scale.ops.group_norm import group_norm
 from piip_scale.ops.merge_map import add_resized
+from piip_scale.ops.qk_norm import qk_rms_norm
 from piip_scale.ops.residual import Paths, add_residual
 from sections.gpu.jobs import Setting
 
 Shape = tuple[int, ...]
-_WIDTHS = (3200, 1280)
-_TOY_WIDTH, _TOY_SHARE = 64, 16
+_TOY_WIDTHS = {9600: 192, 3200: 64, 1280: 64}
+_TOY_SHARE = 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,13 @@ class FusedCase:
 
 
 def _toy(side: int) -> int:
-    return _TOY_WIDTH if side in _WIDTHS else max(side // _TOY_SHARE, min(side, 2))
+    return _TOY_WIDTHS.get(side) or max(side // _TOY_SHARE, min(side, 2))
+
+
+def _deform_shapes(side: int, query_side: int, channels: int) -> tuple[Shape, ...]:
+    """Values, offsets and scores of 16 heads and 4 points."""
+    queries = (1, query_side, query_side, 16, 4)
+    return (1, side, side, 16, channels), (*queries, 2), queries
 
 
 def _residual(tensors: Sequence[Tensor], kernel: str) -> Tensor:
@@ -89,9 +98,35 @@ def _double(tensors: Sequence[Tensor], kernel: str) -> Tensor:
     )
 
 
+def _gelu(tensors: Sequence[Tensor], kernel: str) -> Tensor:
+    """Behind a product of few channels, which takes next to no time."""
+    return linear_gelu(tensors[0], tensors[1], tensors[2], kernel)
+
+
+def _qk(tensors: Sequence[Tensor], kernel: str) -> Tensor:
+    qkv, *gammas = tensors
+    norms = [nn.RMSNorm(gamma.shape[0], eps=1e-6, device="meta") for gamma in gammas]
+    for norm, gamma in zip(norms, gammas, strict=True):
+        # A parameter would be a leaf of its own.
+        del norm.weight
+        norm.weight = gamma  # type: ignore[assignment]
+    query, key, value = qk_rms_norm(qkv, norms[0], norms[1], kernel)
+    return torch.stack((query, key, value))
+
+
+def _deform(tensors: Sequence[Tensor], kernel: str) -> Tensor:
+    value, offsets, scores = tensors
+    return grid_deform_attention(value, offsets, scores, "triton" if kernel == "triton" else "reference")
+
+
 FUSED = (
     FusedCase("residual, InternViT-6B", ((1, 1024, 3200), (1, 1024, 3200), (3200,)), _residual),
     FusedCase("residual, ViT-H", ((1, 4096, 1280), (1, 4096, 1280), (1280,)), _residual),
+    FusedCase("norms of queries and keys, InternViT-6B", ((1, 1025, 9600), (3200,), (3200,)), _qk),
+    FusedCase("GELU, InternViT-6B", ((1, 1024, 128), (12800, 128), (12800,)), _gelu),
+    FusedCase("GELU, ViT-H", ((1, 4096, 128), (5120, 128), (5120,)), _gelu),
+    FusedCase("deformable on a grid, into the large branch", _deform_shapes(64, 32, 100), _deform),
+    FusedCase("deformable on a grid, into the small branch", _deform_shapes(32, 64, 40), _deform),
     FusedCase("group norm and ReLU, merging", ((1, 64, 64, 3200), (3200,), (3200,)), _norm("relu")),
     FusedCase("group norm and GELU, pyramid", ((1, 128, 128, 3200), (3200,), (3200,)), _norm("gelu")),
     FusedCase("resize, weight and sum", ((1, 32, 32, 3200), (1, 64, 64, 3200), (1,)), _merge),
