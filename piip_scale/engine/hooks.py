@@ -51,6 +51,10 @@ class Sink(Protocol):
         """Anything else."""
         ...
 
+    def ending(self, step: int, text: str) -> None:
+        """How the run ends, where a rank reports that to its user."""
+        ...
+
     def close(self) -> None:
         """The end."""
         ...
@@ -72,6 +76,9 @@ class Silence:
         """Nothing."""
 
     def event(self, step: int, text: str) -> None:
+        """Nothing."""
+
+    def ending(self, step: int, text: str) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -136,7 +143,7 @@ class LogSteps:
 
     def at_stop(self, step: int) -> None:
         """Says so."""
-        self._sink.event(step, "stopped as asked")
+        self._sink.ending(step, "stopped as asked")
 
     def at_end(self, step: int) -> None:
         """Says so."""

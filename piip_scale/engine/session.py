@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,9 +35,9 @@ from piip_scale.engine.zero.setup import (
     give_weights,
     init_distributed,
 )
-from piip_scale.errors import Interrupted
+from piip_scale.errors import Interrupted, RunError
 from piip_scale.logging import get_logger
-from piip_scale.run.ending import ending_of
+from piip_scale.run.ending import Ending, ending_of, error_line
 from piip_scale.run.environment import few_cores_line
 from piip_scale.run.heartbeat import Heartbeat
 from piip_scale.run.run_dir import RunDirectory
@@ -63,6 +63,7 @@ class Session:
         stop: The flag that signals set.
         heartbeat: Reports this rank's progress to the watchdog.
         show_progress: Draw a progress line on the main rank.
+        earlier: How the attempt before this one ended, where it failed; of the main rank.
     """
 
     config: RunConfig
@@ -71,6 +72,7 @@ class Session:
     stop: StopFlag
     heartbeat: Heartbeat
     show_progress: bool
+    earlier: Ending | None = None
 
     def train(self, task_factory: TaskFactory) -> None:
         """Joins the ranks, resumes what is there, trains to the end, and leaves.
@@ -178,7 +180,10 @@ class _Training:
             if is_main:
                 run.write_status("stopped", self._trainer.step, ending_of(error, step=self._trainer.step))
             raise
-        except Exception:
+        except Exception as error:
+            # A disk that is full has been the error already.
+            with suppress(RunError):
+                self._sink.ending(self._trainer.step, f"failed: {error_line(error)}")
             self._checkpointer.close()
             raise
         finally:
@@ -239,5 +244,6 @@ class _Training:
         )
         if found:
             ranks = f"ranks before: {found.state.num_ranks}, now: {session.world.num_ranks}"
-            sink.event(first_step, f"resumed after step {first_step} ({ranks})")
+            ending = f"; before, at step {earlier.step}: {earlier.line}" if (earlier := session.earlier) else ""
+            sink.event(first_step, f"resumed after step {first_step} ({ranks}){ending}")
         return sink

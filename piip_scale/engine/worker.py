@@ -55,16 +55,18 @@ def train_worker(
     """
     world = read_world()
     configure_logging(world.rank)
+    earlier = None
     if world.is_main:
         run.open(config_text, resume=resume, restart=restart)
         before = run.status()
         run.write_status("running", before.step if before else 0)
+        earlier = before.ending if before and before.state == "failed" else None
     apply_determinism(config.train)
     apply_fp32_precision(config.train)
     stop = StopFlag()
     stop.install()
     heartbeat = Heartbeat(config.train.hang_minutes * _MINUTE_S, config.train.slow_hang_minutes * _MINUTE_S)
-    session = Session(config, run, world, stop, heartbeat, show_progress)
+    session = Session(config, run, world, stop, heartbeat, show_progress, earlier)
     with Watchdog(run, world, heartbeat):
         try:
             session.train(task_factory)

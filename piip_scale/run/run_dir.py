@@ -200,9 +200,9 @@ class RunDirectory:
 
         A run with a failed rank does not run: ranks that the signal for their stacks woke go on for some moments.
         """
-        if state == "running" and self.first_error():
-            return
         before = self.status()
+        if state == "running" and before and before.state == "failed" and self.first_error():
+            return
         self._write_status(Status(state, step, ending, before.checkpoint_step if before else 0))
 
     def note_checkpoint(self, step: int) -> None:

@@ -41,6 +41,19 @@ class JsonLines:
         self._file.close()
 
 
+def read_events(path: Path) -> list[tuple[int, str]]:
+    """Step and text of a file's events, in order; none where there is no file.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        values = [json.loads(line) for line in file if b'"kind": "event"' in line]
+    return [(int(event["step"]), str(event["text"])) for event in values]
+
+
 def superseded_path(path: Path) -> Path:
     """Where a file's superseded lines are: ``metrics.superseded.jsonl`` for ``metrics.jsonl``."""
     return path.with_name(f"{path.stem}.superseded{path.suffix}")

@@ -1,4 +1,4 @@
-"""One line that says how far a run is: redrawn on a terminal, repeated now and then elsewhere."""
+"""One line that says how far a run is: redrawn on a terminal, repeated now and then elsewhere, as in a job's log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from piip_scale.telemetry.meters import RateMeter, duration_text
 from piip_scale.telemetry.records import StepRecord
 
-_PLAIN_SECONDS = 10.0
+# Between two lines of a log: a hundredth of the time so far, within these bounds, some 1,500 lines in a week.
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
+_PAUSE_SHARE = 0.01
 _NUM_LOSSES_SHOWN = 3
 
 
@@ -23,14 +25,17 @@ class ProgressLine:
         total_steps: Steps of the whole run.
         first_step: Steps done before this process.
         stream: Where to write; standard error where not given.
+        shows_steps: Off, only notes are written.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0, stream: TextIO | None = None) -> None:
-        self._total, self._stream = total_steps, stream or sys.stderr
+    def __init__(
+        self, total_steps: int, first_step: int = 0, stream: TextIO | None = None, *, shows_steps: bool = True
+    ) -> None:
+        self._total, self._stream, self._shows_steps = total_steps, stream or sys.stderr, shows_steps
         self._meter = RateMeter()
-        self._last_plain = float("-inf")
+        self._began_s, self._next_s = time.monotonic(), float("-inf")
         self._bar: Progress | None = None
-        if self._stream.isatty():
+        if shows_steps and self._stream.isatty():
             columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
             self._bar = Progress(*columns, console=Console(file=self._stream), refresh_per_second=4)
             self._task = self._bar.add_task("", total=total_steps, completed=first_step, text="")
@@ -38,12 +43,15 @@ class ProgressLine:
 
     def step(self, record: StepRecord) -> None:
         """Shows one more step."""
+        if not self._shows_steps:
+            return
         self._meter.add(record.images, record.step_seconds, record.data_wait_seconds)
         text = progress_text(record, self._meter, self._total)
         if self._bar is not None:
             self._bar.update(self._task, completed=record.step, text=text)
-        elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS or record.step == self._total:
-            self._last_plain = time.monotonic()
+        elif (now_s := time.monotonic()) >= self._next_s or record.step == self._total:
+            pause_s = _PAUSE_SHARE * (now_s - self._began_s)
+            self._next_s = now_s + min(max(pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
             self.note(f"step {record.step}/{self._total}  {text}")
 
     def note(self, text: str) -> None:

@@ -8,12 +8,19 @@ from typing import TextIO
 
 from piip_scale.errors import RunError
 from piip_scale.files import disk_errors
-from piip_scale.telemetry.jsonl import JsonLines
+from piip_scale.telemetry.jsonl import JsonLines, read_events
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.progress import ProgressLine
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
-from piip_scale.telemetry.tensorboard import TensorBoardWriter, save_scalars, start_scalars, step_scalars
+from piip_scale.telemetry.tensorboard import (
+    TensorBoardWriter,
+    evaluation_overview,
+    save_scalars,
+    start_scalars,
+    step_overview,
+    step_scalars,
+)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -27,7 +34,7 @@ class Telemetry:
         total_steps: Optimiser steps of the whole run.
         first_step: Steps done before this process, the step of the checkpoint resumed from; what an earlier process
             wrote of later steps is superseded: moved to ``metrics.superseded.jsonl``, hidden in TensorBoard.
-        show_progress: Draw the progress line.
+        show_progress: Show how far the run is; events, evaluations and saves are written in any case.
         log_every_steps: Write every n-th step's scalars; its rate is that of all n. The progress line sees each step.
         stream: Where the progress line goes; standard error where not given.
 
@@ -50,23 +57,25 @@ class Telemetry:
         with disk_errors(RunError, self._action):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._lines = JsonLines(self._run_dir / METRICS_FILE, first_step)
+            self._events = read_events(self._run_dir / METRICS_FILE)
             self._board = TensorBoardWriter(self._run_dir / TENSORBOARD_FOLDER, first_step)
-        self._progress = ProgressLine(total_steps, first_step, stream) if show_progress else None
+        self._progress = ProgressLine(total_steps, first_step, stream, shows_steps=show_progress)
 
     def step(self, record: StepRecord) -> None:
         """Logs one optimiser step."""
         self._since_log.add(record.images, record.step_seconds)
-        if self._progress is not None:
-            self._progress.step(record)
+        self._progress.step(record)
         if record.step % self._every == 0 or record.step == self._total:
-            self._write(record.step, "step", step_scalars(record, self._since_log.rate))
+            rate = self._since_log.rate
+            self._write(record.step, "step", step_scalars(record, rate), step_overview(record, rate))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs an evaluation after ``step`` steps."""
-        self._write(step, "evaluation", {f"eval/{name}": value for name, value in metrics.items()})
+        scalars = {f"eval/{name}": value for name, value in metrics.items()}
+        self._write(step, "evaluation", scalars, evaluation_overview(metrics))
         # Names with a slash are details, such as one class's share: files have them, a line has no room.
         shown = {name: value for name, value in metrics.items() if "/" not in name}
-        self._note(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+        self._progress.note(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
 
     def start(self, record: StartRecord) -> None:
         """Logs how the run came to its first step."""
@@ -89,26 +98,31 @@ class Telemetry:
 
     def event(self, step: int, text: str) -> None:
         """Logs anything else worth a line: a sample skipped, a run resumed."""
-        with disk_errors(RunError, self._action):
-            self._lines.write(step, "event", {"text": text})
-            self._board.text(step, text)
-        self._note(f"step {step}  {text}")
+        self._keep(step, text)
+        self._progress.note(f"step {step}  {text}")
+
+    def ending(self, step: int, text: str) -> None:
+        """Logs how the run ends, for who reads its curves; at the terminal a rank reports it."""
+        self._keep(step, text)
 
     def close(self) -> None:
         """Writes what is left and ends the progress line."""
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()
         with disk_errors(RunError, self._action):
             try:
                 self._lines.close()
             finally:
                 self._board.close()
 
-    def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+    def _write(
+        self, step: int, kind: str, values: Mapping[str, float], overview: Mapping[str, float] | None = None
+    ) -> None:
         with disk_errors(RunError, self._action):
             self._lines.write(step, kind, values)
-            self._board.scalars(step, values)
+            self._board.scalars(step, {**values, **(overview or {})})
 
-    def _note(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.note(text)
+    def _keep(self, step: int, text: str) -> None:
+        self._events.append((step, text))
+        with disk_errors(RunError, self._action):
+            self._lines.write(step, "event", {"text": text})
+            self._board.events(self._events)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 
 _FLUSH_SECONDS = 10
+# TensorBoard sorts groups by name and opens the first of them only.
+_OVERVIEW = "0_overview"
+# Text is shown whole, and sent whole to the browser each time.
+_MOST_EVENTS = 100
 
 
 class TensorBoardWriter:
@@ -44,9 +48,17 @@ class TensorBoardWriter:
             self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
         self._flush_when_due()
 
-    def text(self, step: int, text: str) -> None:
-        """Adds a note under ``events``."""
-        self._writer.add_text("events", text, step)  # type: ignore[no-untyped-call]
+    def events(self, events: Sequence[tuple[int, str]]) -> None:
+        """Shows what has happened so far, the newest first, as one text under ``events``.
+
+        TensorBoard keeps ten texts of a tag, drawn by lot; of the newest alone it is sure.
+
+        Args:
+            events: Step and text of each, in order; at least one.
+        """
+        # Indented it is shown as it stands, whatever marks of Markdown are in it.
+        lines = [f"    step {step}  {' '.join(text.split())}" for step, text in reversed(events[-_MOST_EVENTS:])]
+        self._writer.add_text("events", "\n".join(lines), events[-1][0])  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Writes what is left.
@@ -93,6 +105,19 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
         "data/broken_samples": record.broken_samples,
     }
     return values | {tag: value for tag, value in optional.items() if value is not None}
+
+
+def step_overview(record: StepRecord, images_per_second: float) -> dict[str, float]:
+    """The few of a step's curves that say whether a run is healthy and fast, in the group that comes first."""
+    shares = {"data_wait_share": record.data_wait_seconds / record.step_seconds} if record.step_seconds > 0 else {}
+    norm = {} if record.grad_norm is None else {"grad_norm": record.grad_norm}
+    values = {"loss": record.total_loss, "images_per_second": images_per_second} | shares | norm
+    return {f"{_OVERVIEW}/{name}": value for name, value in values.items()}
+
+
+def evaluation_overview(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metric that a task names first, in the same group."""
+    return {f"{_OVERVIEW}/{name}": value for name, value in list(metrics.items())[:1]}
 
 
 def start_scalars(record: StartRecord) -> dict[str, float]:

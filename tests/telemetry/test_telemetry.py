@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from piip_scale.run.run_dir import RunDirectory
-from piip_scale.telemetry import SaveRecord, StepRecord, Telemetry
+from piip_scale.telemetry import SaveRecord, StepRecord, Telemetry, progress
 from piip_scale.telemetry.jsonl import JsonLines, superseded_path
 from piip_scale.telemetry.memory import peak_memory_bytes
 
@@ -86,7 +86,14 @@ def test_events_read_back(tmp_path):
         "time/data_wait_ms": [(s, 125.0) for s in steps],
         "memory/peak_gib": [(s, 3.0) for s in steps],
         "eval/bbox_mAP": [(3, 0.5)],
+        "0_overview/loss": [(s, 1 / s + 0.25) for s in steps],
+        "0_overview/images_per_second": [(s, 8.0) for s in steps],
+        "0_overview/data_wait_share": [(s, 0.25) for s in steps],
+        "0_overview/grad_norm": [(s, 2.0) for s in steps],
+        "0_overview/bbox_mAP": [(3, 0.5)],
     }
+    # TensorBoard opens the group whose name comes first.
+    assert min(read).startswith("0_overview/")
     assert read.keys() == wanted.keys()
     for tag, points in wanted.items():
         assert read[tag] == [(s, pytest.approx(v, rel=1e-6)) for s, v in points], tag
@@ -98,7 +105,7 @@ def test_a_resumed_run_writes_over_what_its_checkpoint_did_not_see(tmp_path):
         file.write('{"step": 5, "ki')
     write_steps(tmp_path, 2, 6)
     for tag, points in curves(tmp_path).items():
-        wanted = [6] if tag.startswith("eval/") else [1, 2, 3, 4, 5, 6]
+        wanted = [6] if tag.endswith("mAP") else [1, 2, 3, 4, 5, 6]
         assert [step for step, _ in points] == wanted, tag
     assert [(line["step"], line["kind"]) for line in lines(tmp_path)] == [
         *((step, "step") for step in (1, 2, 3, 4, 5, 6)),
@@ -161,6 +168,52 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert told[0] == first
     assert told[1].startswith("step 6/6  8.00 images/s")  # those between came within ten seconds
     assert told[2:] == ["step 6  bbox_mAP 0.500", "step 6  saved checkpoint"]
+
+
+def test_without_progress_only_steps_are_hidden(tmp_path):
+    told = write_steps(tmp_path, 0, 6, show_progress=False).splitlines()
+    assert told == ["step 6  bbox_mAP 0.500", "step 6  saved checkpoint"]
+
+
+def test_a_log_of_a_week_has_no_more_lines_than_somebody_can_scroll(tmp_path, monkeypatch):
+    told, clock_s = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock_s[0])
+    line = progress.ProgressLine(60 * 24 * 7, 0, told)
+    pauses_s, before_s = [], 0.0
+    for minute in range(60 * 24 * 7):
+        clock_s[0] = 60.0 * minute
+        if line.step(record(minute + 1)) or told.tell():
+            pauses_s.append(clock_s[0] - before_s)
+            before_s = clock_s[0]
+            told.truncate(0)
+            told.seek(0)
+    assert 1000 < len(pauses_s) < 2000
+    assert max(pauses_s) == 600
+    assert pauses_s[:100] == [0.0] + 99 * [60.0]
+
+
+def shown_events(run_dir):
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    text = events.Tensors("events/text_summary")[-1].tensor_proto.string_val[0].decode()
+    return [line.strip() for line in text.splitlines()]
+
+
+def test_the_newest_text_shows_what_happened_so_far_also_before_a_failure_and_after(tmp_path):
+    told = io.StringIO()
+    telemetry = Telemetry(tmp_path, total_steps=40, stream=told)
+    for step in range(1, 21):
+        telemetry.event(step, f"saved *step_{step}*")
+    telemetry.ending(20, "failed: sample is broken:\nshard_3.tar")
+    telemetry.close()
+    assert "broken" not in told.getvalue()
+    happened = ["step 20  failed: sample is broken: shard_3.tar"]
+    happened += [f"step {step}  saved *step_{step}*" for step in range(20, 0, -1)]
+    assert shown_events(tmp_path) == happened
+    telemetry = Telemetry(tmp_path, total_steps=40, first_step=12, stream=told)
+    telemetry.event(12, "resumed")
+    telemetry.close()
+    assert shown_events(tmp_path) == ["step 12  resumed", *happened[9:]]
 
 
 def test_one_redrawn_line_on_a_terminal(tmp_path):
