@@ -16,6 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from piip_scale.checkpoint.dtypes import BFLOAT16
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.loading import load_config
@@ -224,18 +225,23 @@ def _write_weights(config: BranchConfig, path: Path) -> None:
     with torch.device("meta"):
         state = PIIP(alone).branches[0].state_dict()
     names = {official_branch_name(name, config, kind): tensor.shape for name, tensor in state.items()}
-    entries = [Entry(name, tuple(shape), torch.bfloat16) for name, shape in names.items()]
+    entries = [Entry(name, tuple(shape), BFLOAT16) for name, shape in names.items()]
     noise = torch.randn(max(shape.numel() for shape in names.values())).mul_(0.02).bfloat16()
     with SafetensorsWriter(path, entries, {"format": "pt"}) as writer:
         for entry in entries:
-            writer.add(noise[: torch.Size(entry.shape).numel()].view(entry.shape))
+            _write(writer, entry, noise[: torch.Size(entry.shape).numel()])
 
 
 def _some_file(folder: Path) -> Path:
     path = folder / "whole.safetensors"
-    with SafetensorsWriter(path, [Entry("tensor", (_SENT_ELEMENTS,), torch.bfloat16)], {"format": "pt"}) as writer:
-        writer.add(torch.zeros(_SENT_ELEMENTS, dtype=torch.bfloat16))
+    entry = Entry("tensor", (_SENT_ELEMENTS,), BFLOAT16)
+    with SafetensorsWriter(path, [entry], {"format": "pt"}) as writer:
+        _write(writer, entry, torch.zeros(_SENT_ELEMENTS, dtype=torch.bfloat16))
     return path
+
+
+def _write(writer: SafetensorsWriter, entry: Entry, values: torch.Tensor) -> None:
+    writer.write(entry.name, 0, values.view(torch.uint8).numpy().data)
 
 
 def _cells(run: Start) -> list[str]:

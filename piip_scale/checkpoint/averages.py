@@ -33,7 +33,7 @@ def open_averages(folder: Path, num_ranks: int) -> list[StoredFile]:
             rule=f"a run with train.ema_decay writes {num_ranks} of them",
             fix="leave out --ema, or take a checkpoint of such a run",
         )
-    return [StoredFile(path, len(paths)) for path in paths]
+    return [StoredFile(path) for path in paths]
 
 
 def num_updates(file: StoredFile) -> int:

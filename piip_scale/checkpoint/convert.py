@@ -1,33 +1,38 @@
-"""From a sharded training checkpoint to safetensors, in memory for one parameter."""
+"""From a sharded training checkpoint to safetensors, in memory for a few parts of parameters; needs no torch."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from piip_scale.checkpoint.deepspeed_files import find_files
+from piip_scale.checkpoint.averages import averaged_weights, open_averages
+from piip_scale.checkpoint.copying import Copied, Job, check_reads, copy
+from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
+from piip_scale.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from piip_scale.checkpoint.origin import own_config
+from piip_scale.checkpoint.output import Replacing, manifest_path
+from piip_scale.checkpoint.renaming import Renaming, shared_prefix_note
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.checkpoint.store import CheckpointStore, find_checkpoint, read_step
 from piip_scale.checkpoint.stored import Weight
-from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+from piip_scale.checkpoint.verifying import compare
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors, sync_file
 
 FORMAT_VERSION = "1"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_NO_MANIFEST = "no manifest of ours: sizes and numbers of ranks were checked, checksums could not be"
+_DTYPES = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}
+_NO_MANIFEST = "no manifest of ours: sizes and numbers of ranks were checked, and"
+_CHECKSUMS = "the checksums that torch left in the files"
+_NO_CHECKSUMS = "no checksums, of which some records have none"
 _NO_FROZEN = "it was saved without frozen parameters: those of the model that were not trained are not in the file"
+_NO_MASTERS = "it holds no fp32 master weights by name: what is written are the 16-bit weights the model computed with"
 _GB = 10**9  # as the Hugging Face hub counts shards
 
 
@@ -38,43 +43,68 @@ class ConvertReport:
     Attributes:
         checkpoint: The checkpoint that was read.
         step: Its optimiser step.
+        stage: ZeRO stage that wrote it.
+        num_ranks: Ranks that wrote it.
         files: The safetensors files written.
         num_parameters: Elements of all parameters, shared ones once.
         num_bytes: Bytes of all tensors.
         seconds: Wall time.
+        disk_seconds: Of these, until the disk said that it has all, after everything was written.
         notes: What the user should know of it, a line each.
     """
 
     checkpoint: Path
     step: int
+    stage: int
+    num_ranks: int
     files: tuple[Path, ...]
     num_parameters: int
     num_bytes: int
     seconds: float
+    disk_seconds: float
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert.
+
+    Attributes:
+        dtype: Of floating-point parameters. Floating-point buffers (running statistics) are always float32.
+        max_shard_gb: Largest size of a file in GB (10^9 bytes), in a folder; a larger tensor has a file of its own.
+        overwrite: Replace the output where it exists.
+        averaged: The running averages of the trained weights (``train.ema_decay``) instead of the weights.
+        renaming: Other names for the tensors.
+        allowed: Classes whose objects the files may hold beside tensors and plain values, as ``argparse.Namespace``.
+        verify: Check every file of a checkpoint of ours against its manifest first, and compare what was written with
+            the checkpoint, byte for byte, last.
+    """
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_shard_gb: float | None = None
+    overwrite: bool = False
+    averaged: bool = False
+    renaming: Renaming = field(default_factory=Renaming)
+    allowed: Collection[str] = ()
+    verify: bool = False
 
 
 def convert(
     checkpoint: Path,
     out: Path,
-    *,
-    dtype: Literal["fp32", "bf16"] = "fp32",
-    max_shard_gb: float | None = None,
-    overwrite: bool = False,
-    averaged: bool = False,
+    options: ConvertOptions | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
-    """Writes the weights of a checkpoint as safetensors. Not collective.
+    """Writes the weights of a checkpoint as safetensors, and a manifest with a checksum a tensor. Not collective.
+
+    Only what is written is read. Every byte of it is held against the checksum that torch left in its file.
 
     Args:
         checkpoint: A checkpoint under any name, a folder of them, its ``latest``, or a run directory; or a folder that
-            DeepSpeed wrote elsewhere, its tag, or the one above. Without a manifest of ours, sizes and numbers of ranks
-            are checked, and no checksums.
+            DeepSpeed wrote elsewhere, its tag, or one above; or a file of model states alone. Without a manifest of
+            ours, sizes and numbers of ranks are checked.
         out: The file to write; with ``max_shard_gb`` a folder, laid out as the Hugging Face hub does.
-        dtype: Of floating-point parameters. Floating-point buffers (running statistics) are always float32.
-        max_shard_gb: Largest size of a file in GB (10^9 bytes); a larger tensor has a file of its own.
-        overwrite: Replace ``out`` where it exists.
-        averaged: Write the running averages of the trained weights (``train.ema_decay``) instead of the weights.
+        options: How.
         on_progress: Called with bytes done and bytes in all after every tensor.
 
     Raises:
@@ -82,38 +112,133 @@ def convert(
             ``out`` exists then, and an ``out`` that was there is as it was.
     """
     start = time.monotonic()
+    options = options or ConvertOptions()
     out = Path(out)
-    _check_target(out, max_shard_gb, overwrite)
-    found = find_checkpoint(Path(checkpoint))
-    if found is not None:
-        CheckpointStore(found.parent, keep=1).validate(found)
-    source = found or find_files(Path(checkpoint))
-    reader = ZeroCheckpoint(source, averaged=averaged)
-    step = read_step(found) if found else reader.step
-    config = own_config(source)
-    shards = _plan(reader, _DTYPES[dtype], max_shard_gb)
-    files = _file_names(out, len(shards), max_shard_gb is not None)
-    progress = _Progress(sum(entry.num_bytes for shard in shards for entry in shard), on_progress)
-    with disk_errors(CheckpointError, f"write {out}"), _Replacing(out) as partial:
-        if max_shard_gb is not None:
-            partial.mkdir()
-            _write_index(partial / INDEX, shards, files)
-        for shard, file in zip(shards, files, strict=True):
-            target = partial if max_shard_gb is None else partial / file.name
-            _write_shard(target, shard, reader, _metadata(step, averaged, config.text), progress)
+    _check_target(out, options)
+    source = _Source.open(Path(checkpoint), options)
+    shards = _plan(source.weights, options)
+    files = _file_names(out, len(shards), options.max_shard_gb is not None)
+    run = _Run(source, options, _Progress(sum(job.entry.num_bytes for shard in shards for job in shard), on_progress))
+    with disk_errors(CheckpointError, f"write {out}"):
+        run.write(out, shards, files)
     return ConvertReport(
-        checkpoint=source,
-        step=step,
+        checkpoint=source.path,
+        step=source.step,
+        stage=source.files.stage,
+        num_ranks=source.files.num_ranks,
         files=tuple(files),
-        num_parameters=_num_parameters(reader),
-        num_bytes=progress.total,
+        num_parameters=_num_parameters(source.weights),
+        num_bytes=run.progress.total,
         seconds=time.monotonic() - start,
-        notes=tuple(note for note in (*_notes(found, reader), config.note) if note),
+        disk_seconds=run.disk_seconds,
+        notes=tuple(note for note in run.notes() if note),
     )
 
 
-def _notes(committed: Path | None, reader: ZeroCheckpoint) -> list[str]:
-    return ([] if committed else [_NO_MANIFEST]) + ([_NO_FROZEN] if reader.leaves_out_frozen else [])
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint that is there; ``committed`` where it has a manifest of ours."""
+
+    path: Path
+    committed: Path | None
+    files: DeepSpeedFiles
+    weights: Mapping[str, Weight]
+    step: int
+
+    @classmethod
+    def open(cls, checkpoint: Path, options: ConvertOptions) -> _Source:
+        found = find_checkpoint(checkpoint)
+        if found is not None and options.verify:
+            CheckpointStore(found.parent, keep=1).validate(found)
+        files = DeepSpeedFiles.open(found or checkpoint, options.allowed)
+        weights = files.weights()
+        if options.averaged:
+            weights = averaged_weights(weights, open_averages(found or checkpoint, len(files.optimizers) or 1))
+        names = options.renaming.apply(weights)
+        renamed = {names[name]: weight for name, weight in weights.items()}
+        return cls(found or files.folder, found, files, renamed, read_step(found) if found else files.step)
+
+
+class _Run:
+    """One conversion on its way to the disk."""
+
+    def __init__(self, source: _Source, options: ConvertOptions, progress: _Progress) -> None:
+        self._source, self._options = source, options
+        self._config = own_config(source.path)
+        self._unknown = 0
+        self.progress = progress
+        self.disk_seconds = 0.0
+
+    def write(self, out: Path, shards: Sequence[Sequence[Job]], files: Sequence[Path]) -> None:
+        """All files and the manifest; whole under their names when it returns."""
+        in_folder = self._options.max_shard_gb is not None
+        with Replacing(out, is_folder=in_folder) as replacing:
+            if in_folder:
+                _write_index(replacing.path / INDEX, shards, files)
+            done: dict[str, list[Copied]] = {}
+            for shard, file in zip(shards, files, strict=True):
+                target = replacing.path / file.name if in_folder else replacing.path
+                done[file.name] = self._write_shard(target, shard)
+            self._check(copied for shard in done.values() for copied in shard)
+            replacing.write_manifest(self._manifest(done))
+
+    def _write_shard(self, path: Path, shard: Sequence[Job]) -> list[Copied]:
+        done = []
+        with SafetensorsWriter(path, [job.entry for job in shard], self._metadata()) as writer:
+            for copied in copy(shard, lambda entry, first, data: writer.write(entry.name, first, data)):
+                done.append(copied)
+                self.progress.add(copied.entry.num_bytes)
+            begun = time.monotonic()
+        self.disk_seconds += time.monotonic() - begun
+        if self._options.verify:
+            compare(path, shard, writer.starts)
+        return done
+
+    def _check(self, done: Iterable[Copied]) -> None:
+        self._unknown = check_reads(read for copied in done for read in copied.reads)
+        if self._unknown and self._source.committed and not self._options.verify:
+            # Records without checksums: then those of the whole files, which ours has.
+            CheckpointStore(self._source.committed.parent, keep=1).validate(self._source.committed)
+
+    def _manifest(self, done: Mapping[str, Sequence[Copied]]) -> str:
+        source = self._source
+        written = {copied.entry.name: (file, copied) for file, shard in done.items() for copied in shard}
+        head = {
+            "format": FORMAT_VERSION,
+            "checkpoint": source.path.name,
+            "step": source.step,
+            "zero_stage": source.files.stage,
+            "num_ranks": source.files.num_ranks,
+            "averaged": self._options.averaged,
+        }
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        tensors = ",\n".join(f"  {json.dumps(name)}: {_manifest_line(*written[name])}" for name in source.weights)
+        return "{\n" + "".join(f" {line},\n" for line in lines) + f' "tensors": {{\n{tensors}\n }}\n}}\n'
+
+    def _metadata(self) -> dict[str, str]:
+        """What the file says of its origin."""
+        # "format" is what transformers and its kin look for.
+        origin = {"format": "pt", "piip_scale_format": FORMAT_VERSION, "step": str(self._source.step)}
+        origin |= {"averaged": "true"} if self._options.averaged else {}
+        return origin | ({"config": self._config.text} if self._config.text else {})
+
+    def notes(self) -> list[str]:
+        """What the user should know."""
+        files = self._source.files
+        checksums = _NO_CHECKSUMS if self._unknown else _CHECKSUMS
+        return [
+            "" if self._source.committed else f"{_NO_MANIFEST} {checksums}",
+            _NO_FROZEN if files.leaves_out_frozen else "",
+            _NO_MASTERS if files.lacks_masters else "",
+            shared_prefix_note(list(self._source.weights)),
+            self._config.note,
+        ]
+
+
+def _manifest_line(file: str, copied: Copied) -> str:
+    entry = copied.entry
+    crc = f"{copied.crc32:08x}"
+    return json.dumps({"file": file, "dtype": entry.dtype.code, "shape": list(entry.shape), "crc32": crc})
 
 
 class _Progress:
@@ -122,47 +247,12 @@ class _Progress:
 
     def add(self, num_bytes: int) -> None:
         self._done += num_bytes
-        if self._report is not None:
+        if self._report is not None and num_bytes:
             self._report(self._done, self.total)
 
 
-class _Replacing:
-    """A hidden path beside ``out`` that takes its place when all went well, and vanishes when not."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._partial = out.with_name(f".{out.name}.partial")
-        self._old = out.with_name(f".{out.name}.replaced")
-
-    def __enter__(self) -> Path:
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        _remove(self._partial)
-        return self._partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._swap()
-        finally:
-            _remove(self._partial)
-
-    def _swap(self) -> None:
-        _remove(self._old)
-        # A rename replaces a file in one step, but never a folder that has content: that one steps aside first.
-        aside = self._out.exists() and (self._out.is_dir() or self._partial.is_dir())
-        if aside:
-            os.rename(self._out, self._old)
-        try:
-            os.replace(self._partial, self._out)
-        except OSError:
-            if aside:
-                os.rename(self._old, self._out)
-            raise
-        sync_file(self._out.parent)
-        _remove(self._old)
-
-
-def _check_target(out: Path, max_shard_gb: float | None, overwrite: bool) -> None:
+def _check_target(out: Path, options: ConvertOptions) -> None:
+    max_shard_gb = options.max_shard_gb
     if max_shard_gb is not None and not max_shard_gb > 0:
         raise CheckpointError("max_shard_gb cannot be", value=max_shard_gb, rule="it is a positive number of GB")
     if (max_shard_gb is None) != (out.suffix == ".safetensors"):
@@ -171,28 +261,35 @@ def _check_target(out: Path, max_shard_gb: float | None, overwrite: bool) -> Non
             value=str(out),
             rule="one file ends in .safetensors; with a largest shard size the output is a folder",
         )
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists", fix="choose another output, or replace it with --overwrite")
+    there = [path for path in (out, manifest_path(out)) if path.exists()]
+    if there and not options.overwrite:
+        raise CheckpointError(f"{there[0]} exists", fix="choose another output, or replace it with --overwrite")
 
 
-def _plan(reader: ZeroCheckpoint, dtype: torch.dtype, max_shard_gb: float | None) -> list[list[Entry]]:
+def _plan(weights: Mapping[str, Weight], options: ConvertOptions) -> list[list[Job]]:
     """The tensors of each file, in the model's order from file to file."""
-    shards: list[list[Entry]] = [[]]
+    shards: list[list[Job]] = [[]]
     held = 0
-    for name, weight in reader.weights.items():
-        entry = Entry(name, weight.shape, _output_dtype(weight, dtype))
-        if max_shard_gb is not None and shards[-1] and held + entry.num_bytes > max_shard_gb * _GB:
+    most = math.inf if options.max_shard_gb is None else options.max_shard_gb * _GB
+    for name, weight in weights.items():
+        job = Job(Entry(name, weight.shape, _output_dtype(weight, _DTYPES[options.dtype])), weight)
+        if shards[-1] and held + job.entry.num_bytes > most:
             shards.append([])
             held = 0
-        shards[-1].append(entry)
-        held += entry.num_bytes
-    return [in_file_order(shard) for shard in shards]
+        shards[-1].append(job)
+        held += job.entry.num_bytes
+    return [_in_file_order(shard) for shard in shards]
 
 
-def _output_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+def _in_file_order(shard: Sequence[Job]) -> list[Job]:
+    weights = {job.entry.name: job.weight for job in shard}
+    return [Job(entry, weights[entry.name]) for entry in in_file_order(job.entry for job in shard)]
+
+
+def _output_dtype(weight: Weight, dtype: DType) -> DType:
     if not weight.dtype.is_floating_point:
         return weight.dtype
-    return torch.float32 if weight.is_buffer else dtype
+    return FLOAT32 if weight.is_buffer else dtype
 
 
 def _file_names(out: Path, count: int, in_folder: bool) -> list[Path]:
@@ -201,36 +298,13 @@ def _file_names(out: Path, count: int, in_folder: bool) -> list[Path]:
     return [out / f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
 
 
-def _write_index(path: Path, shards: list[list[Entry]], files: list[Path]) -> None:
-    names = {entry.name: file.name for shard, file in zip(shards, files, strict=True) for entry in shard}
-    total = sum(entry.num_bytes for shard in shards for entry in shard)
+def _write_index(path: Path, shards: Sequence[Sequence[Job]], files: Sequence[Path]) -> None:
+    names = {job.entry.name: file.name for shard, file in zip(shards, files, strict=True) for job in shard}
+    total = sum(job.entry.num_bytes for shard in shards for job in shard)
     path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2), encoding="utf-8")
     sync_file(path)
 
 
-def _write_shard(
-    path: Path, shard: list[Entry], reader: ZeroCheckpoint, metadata: dict[str, str], progress: _Progress
-) -> None:
-    with SafetensorsWriter(path, shard, metadata) as writer:
-        for entry in shard:
-            writer.add(reader[entry.name].to(entry.dtype))
-            progress.add(entry.num_bytes)
-
-
-def _metadata(step: int, averaged: bool, config: str) -> dict[str, str]:
-    """What the file says of its origin."""
-    # "format" is what transformers and its kin look for.
-    origin = {"format": "pt", "piip_scale_format": FORMAT_VERSION, "step": str(step)}
-    return origin | ({"averaged": "true"} if averaged else {}) | ({"config": config} if config else {})
-
-
-def _num_parameters(reader: ZeroCheckpoint) -> int:
-    distinct = {id(weight): weight for weight in reader.weights.values() if not weight.is_buffer}
-    return sum(torch.Size(weight.shape).numel() for weight in distinct.values())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _num_parameters(weights: Mapping[str, Weight]) -> int:
+    distinct = {id(weight): weight for weight in weights.values() if not weight.is_buffer}
+    return sum(math.prod(weight.shape) for weight in distinct.values())

@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, so that memory holds one tensor and not the model.
+"""Writes safetensors files in any order and from several threads, so that memory holds a part and not the model.
 
 Source: the format as documented with safetensors: eight bytes of little-endian header length, a JSON header padded
 with spaces, the tensors' bytes end to end. The library's own ``save_file`` wants all tensors in memory at once.
@@ -7,27 +7,15 @@ with spaces, the tensors' bytes end to end. The library's own ``save_file`` want
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import torch
-from torch import Tensor
+from piip_scale.checkpoint.dtypes import DType
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _HEADER_ALIGNMENT = 8
 
 
@@ -37,12 +25,12 @@ class Entry:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def num_bytes(self) -> int:
         """Its size in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
@@ -51,33 +39,49 @@ def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
 
 
 class SafetensorsWriter:
-    """A file under way: a context manager that takes its tensors one after the other.
+    """A file under way: a context manager that takes its tensors in any order, in parts, from any thread.
 
-    Leaving it normally puts the file on the disk; leaving it by an error removes it.
+    Leaving it normally puts the file on the disk; leaving it by an error removes it. Its room on the disk is taken at
+    once, so that a disk too small says so before anything is written.
 
     Args:
         path: The file to write, replaced where present.
         entries: All tensors to come, in the order of ``in_file_order``.
         metadata: Texts for the header.
 
+    Attributes:
+        path: The file.
+        starts: The first byte in the file of each tensor, by name.
+
     Raises:
         OSError: The disk refuses; so do all methods.
     """
 
     def __init__(self, path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
-        self._path, self._left = path, list(entries)[::-1]
-        self._file = path.open("wb")
+        entries = list(entries)
+        header = _header(entries, metadata)
+        self.path = path
+        self.starts: dict[str, int] = {}
+        end = len(header)
+        for entry in entries:
+            self.starts[entry.name], end = end, end + entry.num_bytes
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            self._file.write(_header(self._left[::-1], metadata))
+            os.posix_fallocate(self._file, 0, end)
+            self.write_at(0, memoryview(header))
         except OSError:
             self._discard()
             raise
 
-    def add(self, tensor: Tensor) -> None:
-        """Writes the next tensor, which has the shape and dtype of its entry."""
-        entry = self._left.pop()
-        assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), entry
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    def write(self, name: str, first: int, data: memoryview) -> None:
+        """Writes a part of a tensor, from its byte ``first`` on."""
+        self.write_at(self.starts[name] + first, data)
+
+    def write_at(self, place: int, data: memoryview) -> None:
+        """Writes bytes at a place of the file."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file, data[done:], place + done)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -88,22 +92,16 @@ class SafetensorsWriter:
         if kind is not None:
             self._discard()
             return
-        assert not self._left, f"{len(self._left)} tensors were not written"
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            os.fsync(self._file)
         except OSError:
             self._discard()
             raise
+        os.close(self._file)
 
     def _discard(self) -> None:
-        self._path.unlink(missing_ok=True)
-        try:
-            self._file.close()
-        except OSError:
-            # Closing flushes what a full disk just refused; the file is gone already.
-            return
+        self.path.unlink(missing_ok=True)
+        os.close(self._file)
 
 
 def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
@@ -111,11 +109,7 @@ def _header(entries: list[Entry], metadata: Mapping[str, str]) -> bytes:
     offset = 0
     for entry in entries:
         end = offset + entry.num_bytes
-        content[entry.name] = {
-            "dtype": _DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
+        content[entry.name] = {"dtype": entry.dtype.code, "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)

@@ -6,8 +6,10 @@ DeepSpeed's files, its engines' partitions, running averages and the cutting of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -179,12 +179,12 @@ def _train(config: Path, paths: Demo, overrides: list[str]) -> None:
 
 
 def _convert(paths: Demo) -> None:
-    from piip_scale.checkpoint.convert import convert
+    from piip_scale.checkpoint.convert import ConvertOptions, convert
 
     if _is_newer(paths.weights, paths.run_dir / "status.json"):
         typer.echo(f"      {paths.weights} stands")
         return
-    report = convert(paths.run_dir, paths.weights, overwrite=True)
+    report = convert(paths.run_dir, paths.weights, ConvertOptions(overwrite=True))
     typer.echo(f"      {paths.weights}: {report.num_parameters:,} parameters, {report.num_bytes / 1e6:.1f} MB")
 
 

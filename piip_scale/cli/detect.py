@@ -1,4 +1,4 @@
-"""``piip-scale convert`` and ``predict``: from a checkpoint to weights and pictures."""
+"""``piip-scale predict``: from weights to pictures."""
 
 from __future__ import annotations
 
@@ -8,53 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides, WeightsPath
-from piip_scale.cli.progress import progress_bar
 from piip_scale.errors import DataError
 from piip_scale.text import printable
 
 
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
-    app.command()(convert)
     app.command()(predict)
-
-
-def convert(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(help="A run directory, its checkpoints/, or one of them; or a folder that DeepSpeed wrote."),
-    ],
-    out: Annotated[Path, typer.Argument(help="The .safetensors file to write; with --max-shard-gb a folder.")],
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights written.")] = "fp32",
-    max_shard_gb: Annotated[float | None, typer.Option(help="Split into files of at most this size.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
-    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
-) -> None:
-    """Gather a sharded training checkpoint into safetensors.
-
-    Reads one parameter at a time, so a checkpoint larger than the memory converts too; needs no GPU and no DeepSpeed
-    processes.
-
-    Example: `piip-scale convert runs/mine mine.safetensors`
-    """
-    from piip_scale.checkpoint.convert import convert as convert_checkpoint
-
-    with progress_bar("converting") as on_progress:
-        report = convert_checkpoint(
-            checkpoint,
-            out,
-            dtype=dtype,
-            max_shard_gb=max_shard_gb,
-            overwrite=overwrite,
-            averaged=ema,
-            on_progress=on_progress,
-        )
-    typer.echo(
-        f"{out}: step {report.step}, {report.num_parameters:,} parameters, {report.num_bytes / 1e6:.1f} MB "
-        f"in {report.seconds:.1f} s"
-    )
-    for note in report.notes:
-        typer.echo(note, err=True)
 
 
 def predict(

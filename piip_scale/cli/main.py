@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import count, demo, detect, evaluate, jobs, plan, shards, submit, supervise, train, weights
+from piip_scale.cli import convert, count, demo, detect, evaluate, jobs, plan, shards, submit, supervise, train, weights
 from piip_scale.cli.endings import in_one_line
 from piip_scale.errors import WorldError
 from piip_scale.world import read_world
@@ -33,6 +33,7 @@ app.add_typer(weights.app, name="weights")
 app.add_typer(jobs.app, name="jobs")
 train.register(app)
 submit.register(app)
+convert.register(app)
 detect.register(app)
 evaluate.register(app)
 count.register(app)

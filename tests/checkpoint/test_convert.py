@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from zero_files import write_checkpoint
 
-from piip_scale.checkpoint.convert import INDEX, convert
+from piip_scale.checkpoint.convert import INDEX, ConvertOptions, convert
+from piip_scale.checkpoint.dtypes import of_torch
 from piip_scale.checkpoint.origin import STATE_FILE, own_config
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.checkpoint.store import CheckpointStore
@@ -49,12 +50,12 @@ def assert_equal(read, wanted):
         assert torch.equal(read[name], tensor), name
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_one_file(tmp_path, dtype):
     weights, frozen, buffers = make_run(tmp_path)
     out, told = tmp_path / "model.safetensors", []
-    report = convert(tmp_path, out, dtype=dtype, on_progress=lambda *numbers: told.append(numbers))
-    cast = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    report = convert(tmp_path, out, ConvertOptions(dtype=dtype), lambda *numbers: told.append(numbers))
+    cast = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     wanted = {name: tensor.to(cast) for name, tensor in (weights | frozen).items()}
     wanted |= buffers | {"mean": buffers["mean"].float()}
     assert_equal(load_file(out), wanted)
@@ -69,7 +70,17 @@ def test_one_file(tmp_path, dtype):
     assert report.num_parameters == 4 * 64 + 15
     assert told[-1] == (report.num_bytes, report.num_bytes)
     assert all(a < b for (a, _), (b, _) in itertools.pairwise(told))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints",
+        "config.py",
+        "model.manifest.json",
+        "model.safetensors",
+    ]
+
+
+def beside(out):
+    """What a conversion leaves there."""
+    return ["model.manifest.json", out.name] if out.suffix else [out.name]
 
 
 def metadata_of(path):
@@ -146,7 +157,7 @@ def test_a_renamed_checkpoint_is_known_by_its_manifest(tmp_path, name):
 def test_several_files_as_on_the_hub(tmp_path):
     weights, frozen, buffers = make_run(tmp_path)
     out = tmp_path / "model"
-    report = convert(tmp_path / "checkpoints" / "latest", out, max_shard_gb=600e-9)
+    report = convert(tmp_path / "checkpoints" / "latest", out, ConvertOptions(max_shard_gb=600e-9))
     index = json.loads((out / INDEX).read_text())
     assert [file.name for file in report.files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     read = {}
@@ -168,12 +179,16 @@ def test_an_output_in_the_way_is_refused_and_kept(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors exists"):
         convert(tmp_path, out)
     assert out.read_text() == "mine"
-    convert(tmp_path, out, overwrite=True)
+    convert(tmp_path, out, ConvertOptions(overwrite=True))
     assert len(load_file(out)) == 8
     folder = tmp_path / "model"
     for size in (600e-9, 1.0):
-        convert(tmp_path, folder, max_shard_gb=size, overwrite=True)
-    assert sorted(p.name for p in folder.iterdir()) == ["model-00001-of-00001.safetensors", INDEX]
+        convert(tmp_path, folder, ConvertOptions(max_shard_gb=size, overwrite=True))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "model-00001-of-00001.safetensors",
+        "model.manifest.json",
+        INDEX,
+    ]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
@@ -189,25 +204,38 @@ def test_an_output_in_the_way_is_refused_and_kept(tmp_path):
 def test_outputs_that_cannot_be_meant(tmp_path, out, options, message):
     make_run(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        convert(tmp_path, tmp_path / out, **options)
+        convert(tmp_path, tmp_path / out, ConvertOptions(**options))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "uncommitted"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "elsewhere", "no checksums", "uncommitted"])
 def test_a_damaged_checkpoint_gives_no_file(tmp_path, damage):
     make_run(tmp_path)
     checkpoint = tmp_path / "checkpoints" / "step_00000007"
     victim = checkpoint / "zero" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     if damage == "uncommitted":
         (checkpoint / "manifest.json").unlink()
+    elif damage == "no checksums":
+        save_without_checksums(victim)
     else:
         data = bytearray(victim.read_bytes())
-        data[900] ^= 1
+        master = torch.load(victim)["optimizer_state_dict"]["fp32_flat_groups"][0].numpy().tobytes()
+        # Elsewhere: in what converting does not read.
+        data[data.index(master) - 1 if damage == "elsewhere" else data.index(master) + 9] ^= 1
         victim.write_bytes(data[:-1] if damage == "truncated" else data)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError) as caught:
-        convert(checkpoint, tmp_path / "model.safetensors")
+        convert(checkpoint, tmp_path / "model.safetensors", ConvertOptions(verify=damage == "elsewhere"))
     assert ("manifest.json is missing" if damage == "uncommitted" else victim.name) in caught.value.line
     assert sorted(tmp_path.iterdir()) == before
+
+
+def save_without_checksums(path):
+    """The same content, of the same size, without torch's checksums: the manifest's are held then."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(torch.load(path), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -222,8 +250,8 @@ def test_stopping_half_way_leaves_nothing(tmp_path, sharded):
         convert(
             tmp_path,
             tmp_path / ("model" if sharded else "model.safetensors"),
-            max_shard_gb=600e-9 if sharded else None,
-            on_progress=stop,
+            ConvertOptions(max_shard_gb=600e-9 if sharded else None),
+            stop,
         )
     assert sorted(tmp_path.iterdir()) == before
 
@@ -233,22 +261,23 @@ def test_killed_half_way_no_output_is_visible_and_the_next_try_succeeds(tmp_path
     make_run(tmp_path)
     out, size = tmp_path / ("model" if sharded else "model.safetensors"), 600e-9 if sharded else None
     code = (
-        "import os, signal, sys; from pathlib import Path; from piip_scale.checkpoint.convert import convert\n"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from piip_scale.checkpoint.convert import ConvertOptions, convert\n"
         "kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total / 2 else None\n"
-        f"convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_gb={size}, on_progress=kill)"
+        f"convert(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(max_shard_gb={size}), kill)"
     )
     done = preloaded.run(["-c", code, tmp_path, out])
     assert done.returncode == -signal.SIGKILL
     assert not out.exists()
-    convert(tmp_path, out, max_shard_gb=size)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", out.name]
+    convert(tmp_path, out, ConvertOptions(max_shard_gb=size))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", *beside(out)]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_an_output_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch, sharded):
     make_run(tmp_path)
     out, size = tmp_path / ("model" if sharded else "model.safetensors"), 600e-9 if sharded else None
-    convert(tmp_path, out, max_shard_gb=size)
+    convert(tmp_path, out, ConvertOptions(max_shard_gb=size))
     held = sorted(out.rglob("*")) if sharded else out.read_bytes()
 
     def refuse(*_):
@@ -256,9 +285,9 @@ def test_an_output_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(CheckpointError, match=f"cannot write {out}: Input/output error"):
-        convert(tmp_path, out, dtype="bf16", max_shard_gb=size, overwrite=True)
+        convert(tmp_path, out, ConvertOptions(dtype="bf16", max_shard_gb=size, overwrite=True))
     assert (sorted(out.rglob("*")) if sharded else out.read_bytes()) == held
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", out.name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", *beside(out)]
 
 
 def test_a_full_disk_is_one_line_and_no_file(tmp_path):
@@ -298,18 +327,20 @@ def test_memory_is_that_of_a_parameter_and_not_of_the_model(tmp_path):
     assert out.stat().st_size > 480_000_000
 
 
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
+TORCH_DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
 
 
 @settings(max_examples=60, deadline=None)
-@given(specs=st.lists(st.tuples(st.lists(st.integers(0, 4), max_size=3).map(tuple), DTYPES), max_size=8))
+@given(specs=st.lists(st.tuples(st.lists(st.integers(0, 4), max_size=3).map(tuple), TORCH_DTYPES), max_size=8))
 def test_any_tensors_are_read_back_by_the_library(tmp_path_factory, specs):
     path = tmp_path_factory.mktemp("file") / "a.safetensors"
     tensors = {f"ü {i}": (torch.randn(shape) * 3).to(dtype) for i, (shape, dtype) in enumerate(specs)}
-    entries = in_file_order(Entry(name, tuple(t.shape), t.dtype) for name, t in tensors.items())
+    entries = in_file_order(Entry(name, tuple(t.shape), of_torch(t.dtype)) for name, t in tensors.items())
     with SafetensorsWriter(path, entries, {"note": 'with "quotes"\n'}) as writer:
-        for entry in entries:
-            writer.add(tensors[entry.name])
+        for entry in reversed(entries):
+            data = tensors[entry.name].reshape(-1).view(torch.uint8).numpy().data
+            for first in reversed(range(0, len(data), 5)):
+                writer.write(entry.name, first, data[first : first + 5])
     assert_equal(load_file(path), tensors)
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"note": 'with "quotes"\n'}

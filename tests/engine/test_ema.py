@@ -14,7 +14,7 @@ from tiny_task import TinyModel, TinyTask, make_batch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from piip_scale.checkpoint.averages import AVERAGE
-from piip_scale.checkpoint.convert import convert
+from piip_scale.checkpoint.convert import ConvertOptions, convert
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.ema import build_average
@@ -175,7 +175,7 @@ def score(weights) -> float:
 
 
 def test_convert_writes_the_averages(root, references, tmp_path):
-    report = convert(checkpoint(root, "3, bf16"), tmp_path / "ema.safetensors", averaged=True)
+    report = convert(checkpoint(root, "3, bf16"), tmp_path / "ema.safetensors", ConvertOptions(averaged=True))
     found = load_file(tmp_path / "ema.safetensors")
     assert report.step == STEPS
     for name, value in references["3, bf16"].items():
