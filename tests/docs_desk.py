@@ -45,6 +45,8 @@ def lay_out(desk: Path, root: Path) -> None:
         (desk / name).symlink_to(root / name)
     photos = sorted(path for path in scenes.images.iterdir() if path.name.startswith("train"))
     shutil.copy(photos[0], desk / "photo.jpg")
+    foreign = {f"module.{name}.weight": torch.ones(3) for name in ("backbone", "head")}
+    write_checkpoint(desk / "other" / "checkpoint-500" / "global_step500", 3, 2, [foreign], {}, {})
     _lay_out_voc(desk, photos)
     _lay_out_maps(desk, photos)
     for split in ("train", "val"):

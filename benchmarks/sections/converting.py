@@ -143,7 +143,13 @@ def large_section() -> str:
                 rate = count * size / _MB / done.seconds
                 limit = f"{_ULIMIT * largest / 2**30:.1f}"
                 rows.append(
-                    [f"{count / 1e9:.2f} B, {dtype}", limit, f"{done.seconds:.1f}", f"{rate:.0f}", f"{done.peak_mib:.0f}"]
+                    [
+                        f"{count / 1e9:.2f} B, {dtype}",
+                        limit,
+                        f"{done.seconds:.1f}",
+                        f"{rate:.0f}",
+                        f"{done.peak_mib:.0f}",
+                    ]
                 )
     head = ["", "ulimit -v, GiB", "s", "MB/s written", "MiB"]
     return (

@@ -21,7 +21,7 @@ def cast(source: DType, target: DType) -> Callable[[memoryview], memoryview]:
     """Turns bytes of elements of one type into bytes of another; bfloat16 and float32 to the nearest, even on a tie.
 
     Raises:
-        OverflowError: When called: how many finite numbers have no place in the target.
+        OverflowError: When called: the largest of finite numbers that have no place in the target.
     """
     import numpy as np
 
@@ -65,6 +65,6 @@ def _check_finite(before: Array, after: Array) -> None:
 
     if after.dtype.itemsize >= before.dtype.itemsize or np.isfinite(after).all():
         return
-    lost = int((np.isfinite(before) & ~np.isfinite(after)).sum())
-    if lost:
-        raise OverflowError(lost)
+    lost = before[np.isfinite(before) & ~np.isfinite(after)]
+    if lost.size:
+        raise OverflowError(float(np.abs(lost).max()))

@@ -107,7 +107,7 @@ class CheckpointWeights:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """As in ``WeightSource``."""
         weight = self._checkpoint.weights[name]
-        flat = torch.empty(weight.numel, dtype=dtype if weight.dtype.is_floating_point else weight.dtype)
+        flat = torch.empty(weight.numel, dtype=dtype if weight.dtype.is_floating_point else weight.dtype.to_torch())
         self._checkpoint.copy_slice(name, 0, flat)
         return flat.view(weight.shape)
 

@@ -311,7 +311,7 @@ def test_a_full_disk_is_one_line_and_no_file(tmp_path):
 
 
 def test_memory_is_that_of_a_parameter_and_not_of_the_model(tmp_path):
-    """A model of 480 MB in 24 parameters: what is mapped, one parameter, and slack; and every number right."""
+    """A model of 480 MB in 24 parameters of 20 MB: less than two of them."""
     make_run(tmp_path, numel=5_000_000, num_weights=24, num_ranks=3)
     code = (
         "import sys; from pathlib import Path; from piip_scale.checkpoint.convert import convert\n"
@@ -322,8 +322,8 @@ def test_memory_is_that_of_a_parameter_and_not_of_the_model(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path, out], capture_output=True, text=True, timeout=120, check=True
     )
-    # Mapped pages count until the system takes them back, which it does at its own pace: 219 MB were seen.
-    assert int(done.stdout) < 320 << 20
+    # Buffers of the threads that copy; nothing is mapped.
+    assert int(done.stdout) < 40 << 20
     assert out.stat().st_size > 480_000_000
 
 
