@@ -43,6 +43,19 @@ if sys.argv[1:]:
 {end}
 """
 _ULIMIT = 1.5
+_TEXT = (
+    "ZeRO-3 on {ranks} ranks, fp32 masters and two moments, read before; whole processes from start to end, medians of "
+    "{rounds} rounds in turns. Ours: `piip-scale convert`, which checks each byte, makes a checksum a tensor and waits "
+    "until the disk has all; DeepSpeed's: `convert_zero_checkpoint_to_state_dict` with safetensors in one file, which "
+    "does none of that. Memory is VmHWM, what was imported included. The disk took {speed:.0f} MB/s of the same size by "
+    "`dd conv=fsync`. Other processes ran beside, so seconds of the clock say less than CPU seconds (load average "
+    "{load:.1f} on {cores} cores at the end)."
+)
+_LARGE_TEXT = (
+    "ZeRO-3 on {ranks} ranks; the files are sparse, so reading costs no disk, and every byte of the output is written. "
+    "Address space is limited to {times} times the largest file. DeepSpeed's API keeps the model and mapped files in "
+    "memory, more than this machine's {gib:.0f} GiB for the larger one, and was not run."
+)
 
 
 @dataclass(frozen=True)
@@ -76,18 +89,13 @@ def section() -> str:
         for dtype in ("fp32", "bf16"):
             rows.append([f"{count / 1e9:.2f} B, {dtype}", *_compared(root, ["--dtype", dtype])])
     head = ["", "ours, s", "DeepSpeed's, s", "ratio", "ours, CPU s", "DeepSpeed's", "ours, MiB", "DeepSpeed's"]
-    return (
-        f"ZeRO-3 on {_RANKS} ranks, fp32 masters and two moments, in the page's cache; whole processes from start to end, "
-        f"medians of {_ROUNDS} rounds in turns. Ours: `piip-scale convert`, which checks each byte, makes a checksum a "
-        "tensor and waits until the disk has all; DeepSpeed's: `convert_zero_checkpoint_to_state_dict` with safetensors "
-        f"in one file, which does none of that. Memory is VmHWM. The disk here took {written:.0f} MB/s of the same size "
-        "by `dd conv=fsync`; other processes ran beside (load average "
-        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores at the end).\n\n{table(head, rows)}"
-    )
+    text = _TEXT.format(ranks=_RANKS, rounds=_ROUNDS, speed=written, load=os.getloadavg()[0], cores=os.cpu_count())
+    return f"{text}\n\n{table(head, rows)}"
 
 
 def _compared(root: Path, options: list[str]) -> list[str]:
-    ours, theirs = [], []
+    ours: list[Run] = []
+    theirs: list[Run] = []
     for _ in range(_ROUNDS):
         for runs, code, out in ((ours, _OURS, "out.safetensors"), (theirs, _THEIRS, "out")):
             os.sync()
@@ -152,12 +160,8 @@ def large_section() -> str:
                     ]
                 )
     head = ["", "ulimit -v, GiB", "s", "MB/s written", "MiB"]
-    return (
-        f"ZeRO-3 on {_RANKS} ranks; the files are sparse, so reading costs no disk, and every byte of the output is "
-        f"written. Address space is limited to {_ULIMIT} times the largest file. DeepSpeed's API needs the model and the "
-        f"files in memory, more than this machine's {psutil.virtual_memory().total / 2**30:.0f} GiB for the larger one, "
-        f"and was not run.\n\n{table(head, rows)}"
-    )
+    text = _LARGE_TEXT.format(ranks=_RANKS, times=_ULIMIT, gib=psutil.virtual_memory().total / 2**30)
+    return f"{text}\n\n{table(head, rows)}"
 
 
 def _require_room(root: Path, num_bytes: int) -> None:
