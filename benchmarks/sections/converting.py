@@ -47,8 +47,8 @@ _TEXT = (
     "ZeRO-3 on {ranks} ranks, fp32 masters and two moments, read before; whole processes from start to end, medians of "
     "{rounds} rounds in turns. Ours: `piip-scale convert`, which checks each byte, makes a checksum a tensor and waits "
     "until the disk has all; DeepSpeed's: `convert_zero_checkpoint_to_state_dict` with safetensors in one file, which "
-    "does none of that. Memory is VmHWM, what was imported included. The disk took {speed:.0f} MB/s of the same size by "
-    "`dd conv=fsync`. Other processes ran beside, so seconds of the clock say less than CPU seconds (load average "
+    "does none of that. Memory is VmHWM, what was imported included. The disk took {speed:.0f} MB/s of the same size "
+    "by `dd conv=fsync`. Other processes ran beside, so seconds of the clock say less than CPU seconds (load average "
     "{load:.1f} on {cores} cores at the end)."
 )
 _LARGE_TEXT = (
