@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry import SaveRecord, StepRecord, Telemetry, progress
@@ -20,6 +21,12 @@ from piip_scale.telemetry.jsonl import JsonLines, superseded_path
 from piip_scale.telemetry.memory import peak_memory_bytes
 
 WRITER = Path(__file__).with_name("metrics_writer.py")
+
+
+@pytest.fixture(autouse=True)
+def _files_in_order(monkeypatch):
+    """Event files that one process makes within a second are told apart by a count: its tenth would be read first."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def record(step, **changes):
