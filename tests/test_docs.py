@@ -151,7 +151,7 @@ def with_sets(arguments: tuple[str, ...], desk: Path, monkeypatch) -> list[str]:
     monkeypatch.chdir(desk)
     options = parsed(arguments).params
     config = options.get("config")
-    if arguments[0] in ("jobs", "convert") or config is None:
+    if arguments[0] in ("jobs", "convert", "weights") or config is None:
         return list(arguments)
     values = [*sets_of(load_config(config, options["overrides"] or []).task), *CUT.get(Path(config).name, ())]
     return [*arguments, *(word for value in values for word in ("--set", value))]

@@ -21,7 +21,7 @@ from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.loading import load_config
 from piip_scale.config.model import BranchConfig, PiipConfig, PyramidConfig
-from piip_scale.engine.zero.building import named_weights
+from piip_scale.engine.start_weights import start_weights
 from piip_scale.engine.zero.plan import measure, plan_sharding
 from piip_scale.engine.zero.setup import give_weights
 from piip_scale.models.official_keys import official_branch_name
@@ -140,7 +140,7 @@ def start_naively(world: World, _device: torch.device, config: DetectionRun, fol
         watch.end_phase("build")
         sizes = measure(model, model.parts())
         plan = plan_sharding(config, sizes, world.num_ranks)
-        model.load_state_dict(named_weights(model), strict=False)
+        model.load_state_dict(start_weights(model, config).tensors, strict=False)
         model.bfloat16()
         watch.end_phase("weights")
         zero.Init(module=model, config_dict_or_path=plan.deepspeed)

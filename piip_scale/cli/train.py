@@ -144,6 +144,7 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
 
     from piip_scale.engine.batching import keep_images_per_step, scale_to_ranks
     from piip_scale.engine.resuming import newest_checkpoint, refuse_lost_checkpoints
+    from piip_scale.engine.start_weights import check_start_weights
     from piip_scale.engine.zero.checks import checked_plan
     from piip_scale.models.pretrained import check_pretrained
     from piip_scale.run.run_dir import RunDirectory
@@ -157,10 +158,13 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
     if newest:
         config = keep_images_per_step(config, newest.state.images_per_step, world.num_ranks)
     scaled = scale_to_ranks(config, world.num_ranks)
-    check_pretrained(config.model)
     build_task(scaled, world).check()
     with torch.device("meta"):
-        checked_plan(build_model(scaled, len(scaled.data.classes)), scaled, world)
+        model = build_model(scaled, len(scaled.data.classes))
+    if newest is None:
+        check_pretrained(scaled.model)
+        check_start_weights(model, scaled)
+    checked_plan(model, scaled, world)
 
 
 def _report_as_rank(error: PiipError, run_dir: Path, rank: int) -> int:

@@ -1,45 +1,125 @@
-"""``piip-scale weights``: released weights in our form."""
+"""``piip-scale weights``: released weights in our form, and ours in theirs."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from piip_scale.cli.options import Overrides
 from piip_scale.errors import ConfigError, ModelError
 
-app = typer.Typer(no_args_is_help=True, help="Bring released PIIP weights into this package's form.")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+app = typer.Typer(no_args_is_help=True, help="Bring released PIIP weights into this package's form, and back.")
 
 
 @app.command("import")
 def import_weights(
     file: Annotated[Path, typer.Argument(help="A released checkpoint, or a folder or index of its shards.")],
-    backbone: Annotated[Path, typer.Option(help="model.backbone of its released config, as JSON.")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Config of the same detector, segmentor or classifier here: takes it whole.")
+    ] = None,
+    backbone: Annotated[
+        Path | None, typer.Option(help="model.backbone of its released config, as JSON: takes the network alone.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    overrides: Overrides = None,
 ) -> None:
-    """Turn a released PIIP checkpoint into the weights of a network here, every key accounted for.
+    """Turn a released PIIP checkpoint into weights here, every key accounted for.
 
-    A detector's neck and heads are left behind; a classifier is whole, and `evaluate` and `predict` take it. The config
-    to train it on says `model.pretrained="F.safetensors"`.
+    With --config it is taken whole, and `evaluate` and `predict` take it with that config. A training starts from it by
+    `model.pretrained="OUT"`, with other classes by `model.reset=["classes"]` as well.
 
-    Example: `piip-scale weights import released.pth --backbone backbone.json --out network.safetensors`
+    Example: `piip-scale weights import released.pth --config configs/coco/dino_h6b_1024_768.py --out whole.safetensors`
     """
-    from safetensors.torch import save_file
+    _check_target(out, (".safetensors",), overwrite)
+    if (config is None) == (backbone is None):
+        raise ConfigError("weights import", rule="it takes --config or --backbone, one of them")
+    if config is not None:
+        tensors, classes = _whole(file, config, overrides or [])
+    else:
+        assert backbone is not None
+        tensors, classes = _network(file, backbone), ()
+    _write(tensors, classes, out)
+    of = f" of {len(classes)} classes" if classes else ""
+    size = sum(tensor.numel() for tensor in tensors.values())
+    typer.echo(f"{out}: {len(tensors)} tensors{of}, {size:,} parameters")
 
+
+@app.command("export")
+def export_weights(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG|RUN", help="Config file (Python), or the directory of a run.")
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Weights: .safetensors, a folder of them, or a checkpoint; default: the run's newest checkpoint."
+        ),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The .pth or .safetensors file to write.")],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights written.")] = "fp32",
+    step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Write a trained model by the names of OpenGVLab's checkpoints, for the released code; import reads it back.
+
+    Example: `piip-scale weights export runs/mine --out released.pth`
+    """
+    from piip_scale.tasks.exporting import SUFFIXES, export_released
+    from piip_scale.tasks.trained import find_trained
+
+    _check_target(out, SUFFIXES, overwrite)
+    found = find_trained(config, weights, overrides=overrides or [], step=step, averaged=ema)
+    shapes = export_released(found.config, found.weights, out, dtype)
+    typer.echo(f"{out}: {len(shapes)} tensors, {sum(math.prod(shape) for shape in shapes.values()):,} parameters")
+
+
+def _check_target(out: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    if out.suffix not in suffixes:
+        raise ModelError("--out", value=str(out), rule=f"it ends in {' or '.join(suffixes)}")
+    if out.exists() and not overwrite:
+        raise ModelError("weights are there already", value=str(out), fix="name another file, or add --overwrite")
+
+
+def _whole(file: Path, config: Path, overrides: list[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    from piip_scale.config import load_config
+    from piip_scale.tasks.importing import import_released
+
+    found = import_released(load_config(config, overrides), file)
+    return found.tensors, found.classes
+
+
+def _network(file: Path, backbone: Path) -> dict[str, Tensor]:
     from piip_scale.models.official import from_official
     from piip_scale.models.pretrained import read_weights
 
-    if out.exists() and not overwrite:
-        raise ModelError("weights are there already", value=str(out), fix="name another file, or add --overwrite")
-    model = from_official(_read_backbone(backbone), read_weights(file))
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = from_official(_read_backbone(backbone), read_weights(file)).state_dict()
+    return state
+
+
+def _write(tensors: dict[str, Tensor], classes: tuple[str, ...], out: Path) -> None:
+    """One tensor at a time: those of a file that is mapped need not fit into memory."""
+    from piip_scale.checkpoint.tensor_file import write_tensors
+    from piip_scale.files import disk_errors
+    from piip_scale.models.whole_file import CLASSES
+
+    entries = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    metadata = {"format": "pt"} | ({CLASSES: json.dumps(classes)} if classes else {})
     part = out.with_name(f".{out.name}.part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(out)
-    typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} parameters")
+    with disk_errors(ModelError, f"write {out}"):
+        write_tensors(part, entries, metadata, tensors.__getitem__)
+        part.replace(out)
 
 
 def _read_backbone(path: Path) -> dict[str, Any]:

@@ -248,14 +248,16 @@ class PiipConfig(Strict):
     ``deform_kernel`` and ``attention_kernel`` choose an implementation by name; ``auto`` takes the fastest present.
     ``fused_kernel`` does so for what stands between matrix products: ``plain`` is torch's operators one by one,
     ``triton`` one kernel for each group of them.
-    ``pretrained`` is a file of the whole network's weights to start training from, by the names here; branches' own
-    files come after it.
+    ``pretrained`` is a file of the whole model's weights, or of the network's alone, to start training from; branches'
+    own files are not read then. What ``reset`` names of it starts afresh: the layers of the ``classes``, or neck and
+    ``heads``.
     """
 
     branches: tuple[BranchConfig, ...]
     interaction: InteractionConfig = InteractionConfig(num_stages=1)
     pyramid: PyramidConfig = PyramidConfig()
     pretrained: str | None = None
+    reset: tuple[Literal["classes", "heads"], ...] = ()
     attention_kernel: Literal["auto", "math", "sdpa", "cudnn", "flash"] = "auto"
     deform_kernel: Literal["auto", "reference", "triton"] = "auto"
     fused_kernel: Literal["auto", "plain", "triton"] = "auto"
@@ -276,6 +278,15 @@ class PiipConfig(Strict):
             level_stages=stages_of_levels(pyramid.stages, len(pyramid.scales), stages),
             level_scales=pyramid.scales,
         )
+
+    @model_validator(mode="after")
+    def _reset_of_something(self) -> PiipConfig:
+        if self.reset and self.pretrained is None:
+            raise ValueError(
+                f"reset={list(self.reset)} says what of pretrained starts afresh: set pretrained to a file, or leave "
+                "reset out"
+            )
+        return self
 
     @field_validator("branches", mode="before")
     @classmethod

@@ -15,8 +15,8 @@ STATE_FORMAT = 2
 """Of a checkpoint's description; format 1 did not say its number."""
 
 FROM_WEIGHTS = (
-    "piip-scale convert RUN OUT.safetensors, then piip-scale train with --set model.pretrained=OUT.safetensors (neck "
-    "and heads start afresh)"
+    "piip-scale convert RUN OUT.safetensors, then piip-scale train CONFIG --run-dir NEW --set "
+    "model.pretrained=OUT.safetensors"
 )
 """What to do with the weights of a run that cannot be resumed."""
 

@@ -97,11 +97,11 @@ def rename_official(model: Trunk, official: OfficialModel, state_dict: Mapping[s
         tensor = left.pop(key, None)
         if tensor is None:
             problems.append(f"missing {key}")
-        elif tensor.shape != wanted.shape and not _same_but_for_batch(tensor, wanted):
+        elif tensor.shape != wanted.shape and not same_but_for_batch(tensor, wanted):
             problems.append(f"{key} has shape {list(tensor.shape)}, expected {list(wanted.shape)}")
         else:
             weights[name] = tensor.reshape(wanted.shape)
-    problems += [f"unexpected {key}" for key, tensor in left.items() if not _is_known(key, tensor, official)]
+    problems += [f"unexpected {key}" for key, tensor in left.items() if not is_unused(key, tensor, official)]
     if problems:
         raise ModelError("released weights do not fit their config", value=problems, rule="every key has one place")
     return weights
@@ -117,7 +117,7 @@ def official_name(name: str, official: OfficialModel) -> str:
         attention = _DEFORM if official.config.interaction.attention == "deform" else _CROSS
         large = int(pair) + 1
         unit = f"interactions.{stage}.interaction_units_{large}{large + 1}"
-        return f"{unit}.{_rename(rest, _UNIT + attention)}"
+        return f"{unit}.{rename(rest, _UNIT + attention)}"
     if part == "mergings":
         return _merging_name(rest, official.config)
     if part == "pyramid":
@@ -125,11 +125,22 @@ def official_name(name: str, official: OfficialModel) -> str:
     return _head_name(rest)
 
 
+def official_kind(config: BranchConfig) -> str:
+    """The released class whose names a branch's weights have."""
+    if isinstance(config, ConvNextBranchConfig):
+        return "convnext"
+    if config.relative_position_bias:
+        return "beit"
+    if config.frame_positions:
+        return "perceiver"
+    return "internvit" if config.position_class_slot else "deit"
+
+
 def official_branch_name(name: str, config: BranchConfig, kind: str) -> str:
     """The released name of a branch's own parameter, without the branch's prefix."""
     if isinstance(config, ConvNextBranchConfig):
         name = _convnext_layer(name, config)
-    return _rename(name, _BRANCHES[kind])
+    return rename(name, _BRANCHES[kind])
 
 
 def _branch_name(rest: str, official: OfficialModel) -> str:
@@ -182,28 +193,35 @@ def _head_name(rest: str) -> str:
     return f"merge_branch{number}.{layer}{rest[merged.end() :]}"
 
 
-def _rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
+def rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    """A name after all patterns of a table, in order."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, out of the wrappers that training codes put around them."""
-    for wrapper in ("state_dict", "module", "model"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            return unwrap(state_dict[wrapper])
-    tensors = {key.removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)}
-    # Of a whole detector's weights only the backbone's are ours.
+    """A network's tensors of a checkpoint, out of the wrappers around them; of a whole detector's its backbone's."""
+    tensors = unwrap_whole(state_dict)
     backbone = {key.removeprefix("backbone."): v for key, v in tensors.items() if key.startswith("backbone.")}
     return backbone or tensors
 
 
-def _same_but_for_batch(tensor: Tensor, wanted: Tensor) -> bool:
+def unwrap_whole(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, out of the wrappers that training codes put around them."""
+    for wrapper in ("state_dict", "module", "model"):
+        if isinstance(state_dict.get(wrapper), Mapping):
+            return unwrap_whole(state_dict[wrapper])
+    return {str(key).removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)}
+
+
+def same_but_for_batch(tensor: Tensor, wanted: Tensor) -> bool:
+    """Whether a released tensor only lacks a first axis of size 1 that ours has."""
     return wanted.ndim == tensor.ndim + 1 and wanted.shape[0] == 1 and tensor.shape == wanted.shape[1:]
 
 
-def _is_known(key: str, tensor: Tensor, official: OfficialModel) -> bool:
+def is_unused(key: str, tensor: Tensor, official: OfficialModel) -> bool:
+    """Whether a released tensor, by its name in the network, is one that nothing computes with or that follows."""
     if key.startswith(official.unused):
         return True
     window = round(len(tensor) ** 0.5) if key.endswith(".relative_position_index") else 0

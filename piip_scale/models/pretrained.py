@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 from piip_scale.geometry import depth_of
 from piip_scale.logging import get_logger
-from piip_scale.models.official_keys import official_branch_name, unwrap
+from piip_scale.models.official_keys import official_branch_name, official_kind, unwrap
 from piip_scale.models.position_tables import resize_position_table
 from piip_scale.models.trunk import Trunk
 from piip_scale.ops.resize import at_least_float32, resize_position
@@ -45,14 +46,13 @@ _NOT_OF_A_BRANCH = re.compile(
 """What a classifier or a pretraining task has beyond the blocks."""
 _MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.")
 """Scales that this pretraining had none of start at the config's value."""
-_PROBLEMS_SHOWN = 20
 _SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\.(safetensors|bin|pth|pt)")
 """What an index may name: from wherever the folder came, never a way out of it."""
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
 def pretrained_weights(trunk: Trunk) -> dict[str, Tensor]:
-    """The weights that a network's config names files for, for the whole or for single branches.
+    """The weights that a network's config names files for its branches.
 
     Tensors that need no resizing are mapped from their files: whoever takes a slice of one reads no more than that.
 
@@ -63,9 +63,9 @@ def pretrained_weights(trunk: Trunk) -> dict[str, Tensor]:
         Tensors by the network's own names and shapes, in the files' dtypes; parameters without any start afresh.
 
     Raises:
-        ModelError: A file is absent or not readable, or does not fit its network or branch.
+        ModelError: A file is absent or not readable, or does not fit its branch.
     """
-    found = {} if trunk.config.pretrained is None else _network_weights(trunk, Path(trunk.config.pretrained))
+    found: dict[str, Tensor] = {}
     for index, (branch, config) in enumerate(zip(trunk.branches, trunk.config.branches, strict=True)):
         if config.pretrained is not None:
             weights = branch_weights(branch, config, Path(config.pretrained))
@@ -74,8 +74,9 @@ def pretrained_weights(trunk: Trunk) -> dict[str, Tensor]:
 
 
 def check_pretrained(config: PiipConfig) -> None:
-    """Raises a ``ModelError`` where a file that a branch's config names is absent; reads nothing."""
-    for named in (config.pretrained, *(branch.pretrained for branch in config.branches)):
+    """Raises a ``ModelError`` where a file that a training would start from is absent; reads nothing."""
+    branches = [branch.pretrained for branch in config.branches]
+    for named in branches if config.pretrained is None else [config.pretrained]:
         if named is not None and not Path(named).exists():
             raise _absent(Path(named))
 
@@ -106,19 +107,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ModelError: The file is absent, damaged, or a pickle that would run code.
     """
     if path.is_dir():
-        path = _weights_in(path)
+        path = weights_in(path)
     if not path.is_file():
         raise _absent(path)
     if path.suffix == ".json":
-        shards = _indexed(path)
+        shards = indexed_files(path)
         return {name: tensor for shard in shards for name, tensor in read_weights(path.parent / shard).items()}
     if path.suffix == ".safetensors":
         return _map_safetensors(path)
+    return unwrap(load_pickle(path))
+
+
+def load_pickle(path: Path) -> Mapping[str, Any]:
+    """A pickle's content, its tensors mapped into memory where the file allows it.
+
+    Raises:
+        ModelError: It is damaged or no dict, or would run code.
+    """
     can_map = zipfile.is_zipfile(path)
     if not can_map:
         _LOG.warning("%s is a pickle of before torch 1.6: every rank reads it whole; save it again to avoid that", path)
     try:
-        return unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=can_map))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except pickle.UnpicklingError as error:
         raise ModelError(
             "pretrained weights: the pickle holds more than tensors, and loading it could run any code",
@@ -128,6 +138,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # a damaged or hostile pickle makes torch's parser raise anything
         raise _unreadable(path, error) from error
+    if not isinstance(content, Mapping):
+        raise _unreadable(path, TypeError(f"it holds a {type(content).__name__}, no dict of tensors"))
+    return content
 
 
 def fit_weights(
@@ -147,7 +160,7 @@ def fit_weights(
     left = _common_names(weights, config)
     problems, fitted = [], {}
     for name, parameter in wanted.items():
-        key = official_branch_name(name, config, _kind(config))
+        key = official_branch_name(name, config, official_kind(config))
         tensor = left.pop(key, None)
         if tensor is None:
             problems += [] if _MAY_BE_ABSENT.search(name) else [f"missing {key}"]
@@ -160,38 +173,6 @@ def fit_weights(
     if problems:
         raise ModelError(f"pretrained weights {where} do not fit their branch", value=problems)
     return fitted
-
-
-def _network_weights(trunk: Trunk, path: Path) -> dict[str, Tensor]:
-    wanted = trunk.state_dict()
-    weights = _of_network(read_weights(path), wanted, path.name)
-    problems = [f"missing {name}" for name in wanted if name not in weights]
-    problems += [f"unexpected {name}" for name in weights if name not in wanted]
-    problems += [
-        f"{name} has shape {list(weights[name].shape)}, expected {list(parameter.shape)}"
-        for name, parameter in wanted.items()
-        if name in weights and weights[name].shape != parameter.shape
-    ]
-    if problems:
-        raise ModelError(
-            f"pretrained weights {path.name} do not fit their network",
-            value=problems[:_PROBLEMS_SHOWN],
-            rule=f"{len(problems)} keys differ",
-            fix="use a config of the same network, or import the file again",
-        )
-    return weights
-
-
-def _of_network(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The network's part of a file, by the network's own names: a converted checkpoint of a run has heads as well."""
-    some = next(iter(wanted))
-    prefixes = [name.removesuffix(some) for name in weights if name.endswith(f".{some}")]
-    prefix = next((prefix for prefix in prefixes if all(f"{prefix}{name}" in weights for name in wanted)), "")
-    if not prefix or some in weights:
-        return weights
-    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    _LOG.info("%s is a whole model: its network is taken, %d other tensors are not", where, len(weights) - len(own))
-    return own
 
 
 def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Tensor]:
@@ -234,17 +215,6 @@ def _fit_position(position: Tensor, config: VitBranchConfig) -> Tensor:
     return torch.cat((slot, grid_1NC), 1) if config.position_class_slot else grid_1NC
 
 
-def _kind(config: BranchConfig) -> str:
-    """The released class whose names a branch's weights have."""
-    if isinstance(config, ConvNextBranchConfig):
-        return "convnext"
-    if config.relative_position_bias:
-        return "beit"
-    if config.frame_positions:
-        return "perceiver"
-    return "internvit" if config.position_class_slot else "deit"
-
-
 def _read_jax(path: Path, config: BranchConfig) -> dict[str, Tensor]:
     """AugReg's own NumPy files, by timm's conversion."""
     import numpy as np
@@ -285,7 +255,7 @@ def _unreadable(path: Path, error: BaseException) -> ModelError:
     return ModelError("pretrained weights cannot be read", value=str(path), rule=reason, fix=fix)
 
 
-def _indexed(path: Path) -> list[str]:
+def indexed_files(path: Path) -> list[str]:
     """The files that an index names, which lie beside it and are no indexes."""
     try:
         shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
@@ -306,7 +276,12 @@ def _absent(path: Path) -> ModelError:
     return ModelError("pretrained weights: no such file", value=str(path), fix="correct the path, or download it")
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_in(folder: Path) -> Path:
+    """The file of weights, or the index of several, in a folder.
+
+    Raises:
+        ModelError: There is none, or more than one.
+    """
     for pattern in ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pth"):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
+from piip_scale.models.class_layers import ClassLayer
 from piip_scale.models.rules import ParameterRule
 
 if TYPE_CHECKING:
@@ -102,6 +103,10 @@ class TrainableModel(Protocol):
 
     def parameter_rules(self) -> dict[str, ParameterRule]:
         """The rule of every parameter, by its name in ``named_parameters()``."""
+        ...
+
+    def class_layers(self) -> dict[str, ClassLayer]:
+        """What follows from the number of classes, by its name in the state dict: other classes make it useless."""
         ...
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piip_scale.models.class_layers import SOME_CLASSES, ClassLayer, class_layers
 from piip_scale.models.piip import PIIP
 from piip_scale.models.rules import ParameterRule
 from piip_scale.tasks.base import DTYPES, Outline
@@ -31,6 +32,14 @@ def call_in_float32(module: nn.Module, *inputs: Any, **options: Any) -> Any:
     return result
 
 
+class Heads(nn.Module):
+    """A leaf of foreign heads."""
+
+    def for_classes(self, num_classes: int) -> Heads:
+        """The same heads, new, for another number of classes."""
+        raise NotImplementedError
+
+
 class NetworkWithHeads(nn.Module):
     """A PIIP network and one leaf of foreign heads, as the engine sees them: a ``TrainableModel`` but for its losses.
 
@@ -39,7 +48,7 @@ class NetworkWithHeads(nn.Module):
         heads: The leaf.
     """
 
-    def __init__(self, backbone: PIIP, heads: nn.Module) -> None:
+    def __init__(self, backbone: PIIP, heads: Heads) -> None:
         super().__init__()
         self.backbone, self.heads = backbone, heads
 
@@ -55,6 +64,12 @@ class NetworkWithHeads(nn.Module):
         """The network's own rules; the heads come last, and their biases and 1-D weights do not decay."""
         rules = {f"backbone.{name}": rule for name, rule in self.backbone.parameter_rules().items()}
         return rules | head_rules("heads", self.heads, self.num_layers)
+
+    def class_layers(self) -> dict[str, ClassLayer]:
+        """What follows from the number of classes, found by building the heads, without values, for two numbers."""
+        with torch.device("meta"):
+            fewer, more = (self.heads.for_classes(number).state_dict() for number in SOME_CLASSES)
+        return {f"heads.{name}": layer for name, layer in class_layers(fewer, more).items()}
 
     @property
     def num_layers(self) -> int:

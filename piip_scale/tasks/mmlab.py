@@ -13,7 +13,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import mmcv.ops  # noqa: E402
 import mmdet.models  # noqa: E402 - registers mmdet's modules
-from mmdet.models.dense_heads import RPNHead  # noqa: E402
+from mmdet.models.dense_heads import DINOHead, RPNHead  # noqa: E402
+from mmdet.models.layers import inverse_sigmoid  # noqa: E402
 from mmdet.models.losses import CrossEntropyLoss, L1Loss, SmoothL1Loss  # noqa: E402
 from mmdet.models.losses.smooth_l1_loss import l1_loss, smooth_l1_loss  # noqa: E402
 from mmdet.models.roi_heads import FCNMaskHead, SingleRoIExtractor  # noqa: E402
@@ -49,6 +50,7 @@ __all__ = [
     "Config",
     "ConfigDict",
     "CrossEntropyLoss",
+    "DINOHead",
     "DefaultScope",
     "DeltaXYWHBBoxCoder",
     "DetDataSample",
@@ -64,6 +66,7 @@ __all__ = [
     "SingleRoIExtractor",
     "SmoothL1Loss",
     "find_class",
+    "inverse_sigmoid",
     "l1_loss",
     "smooth_l1_loss",
 ]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
@@ -11,7 +12,6 @@ from piip_scale.models.official import from_official
 from piip_scale.models.official_config import read_official_config
 from piip_scale.models.official_keys import official_name
 from piip_scale.models.piip import PIIP
-from piip_scale.models.pretrained import pretrained_weights
 
 VIT = {"depth": 2, "num_heads": 4, "qkv_bias": True, "pretrain_img_size": 32, "interaction_indexes": [[0, 0], [1, 1]]}
 BACKBONE = {
@@ -46,9 +46,8 @@ def test_a_released_checkpoint_becomes_the_start_of_a_network(released):
     result = run(folder)
     assert result.exit_code == 0, result.exception
     assert f"{sum(value.numel() for value in weights.values()):,} parameters" in result.output
-    config = read_official_config(BACKBONE).config.model_copy(update={"pretrained": str(folder / "out.safetensors")})
-    ours, image = PIIP(config).eval(), torch.randn(1, 3, 64, 64)
-    ours.load_state_dict(pretrained_weights(ours))
+    ours, image = PIIP(read_official_config(BACKBONE).config).eval(), torch.randn(1, 3, 64, 64)
+    ours.load_state_dict(load_file(folder / "out.safetensors"))
     for feature, expected in zip(ours(image), from_official(BACKBONE, weights)(image), strict=True):
         assert torch.equal(feature, expected)
 
@@ -77,12 +76,3 @@ def test_a_backbone_that_is_no_object_is_refused(released, text):
     error = run(folder).exception
     assert isinstance(error, ConfigError)
     assert "\n" not in error.line
-
-
-def test_weights_of_another_network_are_told(released):
-    folder, _ = released
-    run(folder)
-    config = read_official_config(BACKBONE).config
-    other = config.model_copy(update={"branches": config.branches[:1], "pretrained": str(folder / "out.safetensors")})
-    with pytest.raises(ModelError, match=r"do not fit their network.*unexpected branches.1"):
-        pretrained_weights(PIIP(other))

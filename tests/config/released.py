@@ -5,8 +5,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from piip_scale.config.model import PiipConfig
+from piip_scale.models.released import from_released, to_released
+from piip_scale.models.trunk import Trunk
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT.parent / "shared" / "reference"
@@ -39,3 +42,17 @@ def given_branches(backbone):
     """The dicts the released code builds branches from: the fourth from the third's."""
     names = sorted(name for name in backbone if name.startswith("branch"))
     return [backbone[name] for name in [*names[:3], *names[2:3] * (len(names) == 4)]] or [backbone]
+
+
+def there_and_back(model):
+    """A model's tensors by their released names and back are themselves; a number stands for each one's values."""
+    tagged = {
+        name: torch.tensor(float(index)).expand(value.shape)
+        for index, (name, value) in enumerate(model.state_dict().items())
+    }
+    network = (model if isinstance(model, Trunk) else model.backbone).config
+    back = from_released(to_released(tagged, network), tagged, network)
+    assert back.keys() == tagged.keys()
+    for name, value in tagged.items():
+        assert back[name].shape == value.shape
+        assert back[name].flatten()[0] == value.flatten()[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from released import there_and_back
 
 from piip_scale.config import load_config
 from piip_scale.models.official_config import read_official_config
@@ -84,6 +85,7 @@ def test_model_builds_and_every_parameter_has_a_released_name(name):
     names = [parameter for parameter, _ in model.named_parameters()]
     assert set(model.parameter_rules()) == set(names)
     assert len({official_name(parameter, official) for parameter in names}) == len(names)
+    there_and_back(model)
     branches = sum(p.numel() for n, p in model.named_parameters() if n.startswith("branches."))
     fresh = {n for n, rule in model.parameter_rules().items() if rule.fresh}
     assert sum(p.numel() for n, p in model.named_parameters() if n not in fresh) == branches

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from released import ROOT, expanded, given_branches, read
+from released import ROOT, expanded, given_branches, read, there_and_back
 
 from piip_scale.config import load_config
 from piip_scale.config.model import ConvNextBranchConfig
@@ -105,6 +105,7 @@ def test_published_rows_have_the_resolutions_of_their_names(recipes):
 def test_config_loads_and_its_detector_builds(name):
     model = meta_model_of(name)
     assert set(model.parameter_rules()) == {parameter for parameter, _ in model.named_parameters()}
+    there_and_back(model)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from released import ROOT, expanded, given_branches, read
+from released import ROOT, expanded, given_branches, read, there_and_back
 
 from piip_scale.config import load_config
 from piip_scale.data.packing.pack_classes import read_class_names
@@ -71,6 +71,7 @@ def test_network_is_the_released_one(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_model_builds_with_the_recipes_heads(name, recipes):
     recipe, model = recipes[released_path(name)], meta_model_of(name)
+    there_and_back(model)
     assert set(model.parameter_rules()) == {parameter for parameter, _ in model.named_parameters()}
     for key, weight, in_channels in (
         ("decode_head", 1.0, recipe["decode_head"]["in_channels"]),

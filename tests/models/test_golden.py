@@ -4,6 +4,9 @@ import pytest
 import torch
 from sections.golden import read_golden, run_golden
 
+from piip_scale.models.official import from_official
+from piip_scale.models.released import to_released
+
 FILES = [
     "cls_3branch_separate_head",
     "det_2branch_h6b",
@@ -24,6 +27,16 @@ def test_outputs_and_image_gradient(golden):
     for output, truth in zip(outputs, golden.outputs, strict=True):
         torch.testing.assert_close(output, truth, atol=2e-5, rtol=0)
     torch.testing.assert_close(grad, golden.image_gradient, atol=1e-4, rtol=0)
+
+
+def test_weights_go_back_to_the_released_names_and_shapes(golden):
+    model = from_official(golden.config, golden.weights)
+    back = to_released(model.state_dict(), model.config)
+    derived = {"relative_position_index", "convnext_model.layernorm"}
+    assert {name for name in golden.weights.keys() - back.keys() if not any(part in name for part in derived)} == set()
+    for name, value in back.items():
+        assert value.shape == golden.weights[name].shape, name
+        assert torch.equal(value, golden.weights[name]), name
 
 
 def test_image_gradient_against_its_own_size(golden):

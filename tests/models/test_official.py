@@ -9,6 +9,7 @@ from piip_scale.models.official import from_official
 from piip_scale.models.official_config import read_official_config
 from piip_scale.models.official_keys import official_name
 from piip_scale.models.piip import PIIP
+from piip_scale.models.released import released_name, released_network
 
 VIT = {"depth": 2, "num_heads": 4, "qkv_bias": True, "pretrain_img_size": 32, "interaction_indexes": [[0, 0], [1, 1]]}
 NETWORK = {
@@ -67,9 +68,11 @@ def test_every_released_config_is_understood(released_backbones, released_models
 def test_official_names_are_unique(released_backbones, released_models):
     for path, backbone in released_backbones.items():
         model = released_models[path]
-        official = read_official_config(backbone)
+        official, named_by_ours = read_official_config(backbone), released_network(model.config)
+        assert named_by_ours.unused == official.unused, path
         names = [official_name(name, official) for name in model.state_dict()]
         assert len(set(names)) == len(names), path
+        assert [released_name(name, named_by_ours) for name in model.state_dict()] == names, path
 
 
 def test_uni_perceiver_and_baseline_names(released_backbones, released_models):

@@ -1,5 +1,4 @@
 import json
-import logging
 import re
 
 import numpy as np
@@ -187,21 +186,6 @@ def test_hugging_faces_convnext_loads(tmp_path):
     theirs |= {"convnext.layernorm.weight": torch.zeros(16), "classifier.bias": torch.zeros(3)}
     load_branch(branch, config, save(theirs, tmp_path / "pytorch_model.bin"))
     assert all(torch.equal(value, ours[name]) for name, value in branch.state_dict().items())
-
-
-def test_a_network_starts_from_a_converted_model_whole_with_its_heads(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
-    branch = {"resolution_px": 64, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    network = PIIP(PiipConfig(branches=(branch, branch), interaction={"num_stages": 1, "num_heads": 4}))
-    whole = {f"trunk.{name}": value.clone() for name, value in network.state_dict().items()}
-    path = tmp_path / "converted.safetensors"
-    save_file(whole | {"neck.conv.weight": torch.zeros(3)}, path)
-    network.config = network.config.model_copy(update={"pretrained": str(path)})
-    with caplog.at_level("INFO"):
-        found = pretrained_weights(network)
-    assert found.keys() == network.state_dict().keys()
-    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
-    assert "its network is taken, 1 other tensors are not" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from piip_scale.checkpoint.slices import Slice, rank_slice
 from piip_scale.engine.zero.deepspeed_api import zero_init
 from piip_scale.errors import ModelError
-from piip_scale.models.pretrained import pretrained_weights
-from piip_scale.models.trunk import Trunk
 
 Place = Callable[[str, Tensor, nn.Parameter], nn.Parameter]
 
@@ -55,20 +53,6 @@ class Cutter:
         return [rank_slice("", numel, part, rank, start=min(rank * part, numel)) for rank, part in shares]
 
 
-def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that the configs of a model's networks name files for, by the model's names; mapped, not read.
-
-    Raises:
-        ModelError: A file is absent or not readable, or does not fit its network or branch.
-    """
-    return {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in model.named_modules()
-        if isinstance(module, Trunk)
-        for name, tensor in pretrained_weights(module).items()
-    }
-
-
 @torch.no_grad()
 def fill(model: nn.Module, weights: Mapping[str, Tensor], seed: int, place: Place) -> None:
     """Gives a model its weights: those given, and for the rest of its meta parameters drawn ones.
@@ -78,7 +62,8 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], seed: int, place: Plac
 
     Args:
         model: Modules that own meta parameters redraw those, and no others, in ``reset_parameters``.
-        weights: Values by parameter name, of any float dtype; also for parameters that have values already.
+        weights: Values by the names of parameters and buffers, of any float dtype; also for those that have values
+            already.
         seed: The run's seed.
         place: Makes the parameter that takes the place of one on the meta device from its name and value.
 
@@ -96,6 +81,10 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], seed: int, place: Plac
                 module.register_parameter(own[name], place(name, value, parameter))
             elif name in weights:
                 parameter.copy_(weights[name])
+        for key, buffer in module.named_buffers(recurse=False):
+            name = f"{prefix}.{key}" if prefix else key
+            if name in weights:
+                buffer.copy_(weights[name])
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from piip_scale.engine.determinism import determinism_lines
 from piip_scale.engine.fp32_precision import fp32_precision_lines
 from piip_scale.engine.optim import build_optimizer, build_param_groups, group_lines
 from piip_scale.engine.report import start_report
+from piip_scale.engine.start_weights import log_notes, start_weights
 from piip_scale.engine.zero.building import (
     Cutter,
     Place,
@@ -27,7 +28,6 @@ from piip_scale.engine.zero.building import (
     fill_blank,
     load_slices,
     load_whole,
-    named_weights,
     settle,
 )
 from piip_scale.engine.zero.checks import checked_plan
@@ -181,8 +181,9 @@ def give_weights(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Shardi
     Raises:
         ModelError: Pretrained weights are absent or do not fit the model, or it cannot draw its own.
     """
-    weights = named_weights(model)
-    _give(model, config, sizes, plan, device, lambda place: fill(model, weights, config.train.seed, place))
+    start = start_weights(model, config)
+    log_notes(start)
+    _give(model, config, sizes, plan, device, lambda place: fill(model, start.tensors, config.train.seed, place))
 
 
 def give_blanks(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Sharding, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from piip_scale.config.classification import ClassificationRun
 from piip_scale.config.model import ClassifierConfig
 from piip_scale.data.batch import ClassificationBatch
 from piip_scale.errors import ModelError
+from piip_scale.models.class_layers import ClassLayer
 from piip_scale.models.classifier import PiipClassifier
 from piip_scale.tasks.pixels import network_input
 
@@ -105,6 +106,11 @@ class ClassificationModel(PiipClassifier):
         """Branches, largest first, then the interactions, and the head."""
         branches = {f"branch {index}": branch for index, branch in enumerate(self.branches)}
         return branches | {"interactions": self.interactions, "heads": self.head}
+
+    def class_layers(self) -> dict[str, ClassLayer]:
+        """The linear layers of the head: a row a class, and nothing else."""
+        names = [name for name in self.state_dict() if name.startswith("head.") and ".linear." in name]
+        return dict.fromkeys(names, ClassLayer(axis=0, each=1, others=0))
 
     def set_precision(self, dtype: torch.dtype) -> None:
         """Dtype of branches and interactions; the head stays float32."""

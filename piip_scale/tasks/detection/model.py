@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from piip_scale.config.detection import AugmentConfig, DetectionRun, DetectorConfig
 from piip_scale.data.batch import DetectionBatch
@@ -17,7 +17,7 @@ from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detection.heads_config import DetectorPlan, plan_detector
 from piip_scale.tasks.detection.mask_results import encode_when_pasted
 from piip_scale.tasks.detection.samples import data_samples, detections
-from piip_scale.tasks.heads import NetworkWithHeads, call_in_float32, quiet_mmengine
+from piip_scale.tasks.heads import Heads, NetworkWithHeads, call_in_float32, quiet_mmengine
 from piip_scale.tasks.mmlab import MODELS, BaseModule, ConfigDict, DefaultScope, DetDataSample
 from piip_scale.tasks.pixels import network_input
 
@@ -42,7 +42,7 @@ def build_detection_model(config: DetectionRun, num_classes: int, network_device
     return DetectionModel(backbone, heads, config.data.augment)
 
 
-class DetectionHeads(nn.Module):
+class DetectionHeads(Heads):
     """Neck and heads as one leaf: float32 inside, whatever the dtype of its weights.
 
     ZeRO-3 follows every module call and compares ranks; what mmdet's heads call depends on the data. As one leaf, whose
@@ -67,6 +67,11 @@ class DetectionHeads(nn.Module):
         self.detector = _build(plan)
         encode_when_pasted(self.detector)
         self.loss_names: tuple[str, ...] = ()
+        self._built_of = config, tuple(features)
+
+    def for_classes(self, num_classes: int) -> DetectionHeads:
+        """See ``Heads.for_classes``."""
+        return DetectionHeads(*self._built_of, num_classes)
 
     def forward(self, *features: Tensor, samples: list[DetDataSample]) -> Tensor | list[Prediction]:
         """Losses in training, predictions otherwise.

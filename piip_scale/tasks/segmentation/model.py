@@ -15,7 +15,7 @@ from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.piip import PIIP
 from piip_scale.tasks.base import Segmentation
-from piip_scale.tasks.heads import NetworkWithHeads, call_in_float32, quiet_mmengine
+from piip_scale.tasks.heads import Heads, NetworkWithHeads, call_in_float32, quiet_mmengine
 from piip_scale.tasks.mmlab import BaseModule, ConfigDict, DefaultScope
 from piip_scale.tasks.pixels import network_input
 from piip_scale.tasks.segmentation.heads_config import plan_segmentor
@@ -47,7 +47,7 @@ def build_segmentation_model(
     return SegmentationModel(backbone, heads, config.data.augment, config.segmentor.inference)
 
 
-class SegmentationHeads(nn.Module):
+class SegmentationHeads(Heads):
     """Decode head and auxiliary head as one leaf: float32 inside, whatever the dtype of its weights.
 
     Their control flow does not depend on the data, so that every rank makes the same collective calls in their batch
@@ -70,6 +70,11 @@ class SegmentationHeads(nn.Module):
         super().__init__()
         self.heads = _build(plan_segmentor(config, features, num_classes))
         self.loss_names: tuple[str, ...] = ()
+        self._built_of = config, tuple(features)
+
+    def for_classes(self, num_classes: int) -> SegmentationHeads:
+        """See ``Heads.for_classes``."""
+        return SegmentationHeads(*self._built_of, num_classes)
 
     def forward(self, *features: Tensor, labels_BHW: Tensor | None = None) -> tuple[Tensor, ...] | Tensor:
         """Losses in training, class scores otherwise.
