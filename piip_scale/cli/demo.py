@@ -200,12 +200,18 @@ def _evaluate(paths: Demo) -> dict[str, float]:
 
 
 def _draw(pair: CocoPair, paths: Demo) -> None:
-    from piip_scale.cli.prediction import predict_and_draw
+    from piip_scale.cli.prediction import predict_photos
+    from piip_scale.cli.prediction_outputs import Sheet
     from piip_scale.data.packing.coco import load_coco_json
+    from piip_scale.data.photos import Reading, find_photos
+    from piip_scale.serving.looking import Looker, Looking
+    from piip_scale.tasks.trained import find_trained
 
     entries = load_coco_json(pair.val)["images"][:NUM_PICTURES]
     photos = [pair.images / entry["file_name"] for entry in entries]
-    predict_and_draw(load_config(paths.run_dir / "config.py"), paths.weights, photos, paths.picture, 0.5)
+    looker = Looker(find_trained(paths.run_dir / "config.py", paths.weights), Looking())
+    sheet = Sheet(paths.picture, looker.predictor, None, tell=lambda line: None)
+    predict_photos(looker, find_photos(map(str, photos), Reading()), sheet, 1, typer.echo).check()
     typer.echo(f"      {len(photos)} validation images: {paths.picture}")
 
 

@@ -5,7 +5,22 @@ from __future__ import annotations
 import typer
 
 from piip_scale import __version__
-from piip_scale.cli import convert, count, demo, detect, evaluate, jobs, plan, shards, submit, supervise, train, weights
+from piip_scale.cli import (
+    convert,
+    count,
+    demo,
+    evaluate,
+    export,
+    jobs,
+    plan,
+    predict,
+    serve,
+    shards,
+    submit,
+    supervise,
+    train,
+    weights,
+)
 from piip_scale.cli.endings import in_one_line
 from piip_scale.errors import WorldError
 from piip_scale.world import read_world
@@ -24,7 +39,7 @@ app = typer.Typer(
         "2. `piip-scale train CONFIG --run-dir runs/mine --set data.train_shards=shards/train`\n\n"
         "3. `piip-scale convert runs/mine/checkpoints mine.safetensors`\n\n"
         "4. `piip-scale evaluate runs/mine`\n\n"
-        "5. `piip-scale predict CONFIG mine.safetensors photo.jpg --out photo.png`\n\n"
+        "5. `piip-scale predict runs/mine photo.jpg --out photo.png`\n\n"
         "Configs are Python files; `--set key.path=value` changes any key of one."
     ),
 )
@@ -34,8 +49,10 @@ app.add_typer(jobs.app, name="jobs")
 train.register(app)
 submit.register(app)
 convert.register(app)
-detect.register(app)
 evaluate.register(app)
+predict.register(app)
+export.register(app)
+serve.register(app)
 count.register(app)
 plan.register(app)
 demo.register(app)

@@ -11,6 +11,10 @@ from piip_scale.errors import ConfigError
 
 ConfigPath = Annotated[Path, typer.Argument(help="Config file (Python), one of configs/ or a run's own config.py.")]
 WeightsPath = Annotated[Path, typer.Argument(help="Weights, a .safetensors file that `piip-scale convert` wrote.")]
+TrainedPath = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG|RUN", help="Config file (Python), the directory of a run, or of an exported model."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key of the config; may be given many times."),

@@ -1,67 +1,85 @@
-"""Predicting single photographs and drawing what was found."""
+"""Predicting photographs: what was found as pictures and as files of results, an image or a batch at a time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
 
-import torch
+from piip_scale.errors import DataError
 
-from piip_scale.config import RunConfig
-from piip_scale.data.orientation import Exif
+if TYPE_CHECKING:
+    from piip_scale.cli.prediction_outputs import Outputs
+    from piip_scale.data.images import Image
+    from piip_scale.data.photos import Photo
+    from piip_scale.serving.looking import Looker
+
+_SOME_FAILED = 1
+
+Tell = Callable[[str], None]
 
 
-def predict_and_draw(
-    config: RunConfig,
-    weights: Path,
-    images: Sequence[Path],
-    out: Path,
-    min_score: float | None,
-    json_out: Path | None = None,
-    *,
-    exif: Exif = "apply",
-    max_pixels: int | None = None,
-) -> list[str]:
-    """Draws what a model finds in photographs into one picture.
+@dataclass
+class Tally:
+    """How many photographs were predicted, and what was wrong with those that were not."""
+
+    done: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises for photographs that could not be read: exit code 1 where others could, 2 where none could.
+
+        Raises:
+            DataError: There are some.
+        """
+        if not self.failures:
+            return
+        total = self.done + len(self.failures)
+        error = DataError(f"{len(self.failures)} of {total} images could not be predicted: {self.failures[-1]}")
+        if self.done:
+            error.exit_code = _SOME_FAILED
+        raise error
+
+
+def predict_photos(looker: Looker, photos: Iterable[Photo], outputs: Outputs, batch_size: int, tell: Tell) -> Tally:
+    """Predicts photographs in their order; those that cannot be read are told of, and passed by.
 
     Args:
-        config: The run's config, with its classes.
-        weights: A safetensors file.
-        images: Photographs.
-        out: The PNG to write.
-        min_score: What scores less is not drawn; ``None`` is 0.5 for objects, 0 for classes.
-        json_out: Where to write all that was found; ``None`` to keep it.
-        exif: What becomes of an orientation in a photograph.
-        max_pixels: Refuse photographs of more; ``None`` takes the config's ``data.max_pixels``.
-
-    Returns:
-        A few words on each photograph.
+        looker: The model.
+        photos: What it looks at; no more than a batch is in memory.
+        outputs: What becomes of what it finds; written also where this is interrupted.
+        batch_size: So many are looked at together.
+        tell: Is given a line on each that is passed by.
 
     Raises:
-        PiipError: A photograph or the weights are absent, damaged, or do not fit.
+        DataError: Outputs cannot be written.
     """
-    from piip_scale.data.images import read_photo
-    from piip_scale.data.reading.files import write_bytes
-    from piip_scale.engine.fp32_precision import apply_fp32_precision
-    from piip_scale.tasks.drawing import contact_sheet, png_bytes
-    from piip_scale.tasks.kinds import build_predictor, load_model
+    tally = Tally()
+    try:
+        for some in _chunks(photos, batch_size):
+            readable = list(_read(some, tally, tell))
+            found = looker.look([pixels for _, pixels in readable]) if readable else []
+            for (photo, pixels), one in zip(readable, found, strict=True):
+                outputs.add(photo, pixels, one)
+                tally.done += 1
+    finally:
+        outputs.close()
+    return tally
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    apply_fp32_precision(config.train)
-    read = partial(read_photo, exif=exif, max_pixels=max_pixels or config.data.max_pixels)
-    # Read twice: a damaged one is refused before any is predicted, and no more than one is in memory.
-    for path in images:
-        read(path)
-    predictor = build_predictor(config, load_model(config, weights).to(device), min_score)
-    found, pictures = [], []
-    for number, path in enumerate(images, 1):
-        pixels = read(path, quiet=True)
-        found.append(predictor.predict(pixels, number))
-        pictures.append(predictor.draw(pixels, found[-1]))
-    write_bytes(out, png_bytes(contact_sheet(pictures, ", ".join(path.name for path in images))))
-    if json_out is not None:
-        entries = [{"image": str(path)} | predictor.entry(one) for path, one in zip(images, found, strict=True)]
-        write_bytes(json_out, f"{json.dumps(entries, indent=1)}\n".encode())
-    return [predictor.summary(one) for one in found]
+
+def _read(photos: Iterable[Photo], tally: Tally, tell: Tell) -> Iterator[tuple[Photo, Image]]:
+    from piip_scale.data.images import ImageError
+
+    for photo in photos:
+        try:
+            yield photo, photo.read()
+        except ImageError as error:
+            tally.failures.append(error.line)
+            tell(f"passed by: {error.line}")
+
+
+def _chunks(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
+    stream = iter(photos)
+    while some := list(islice(stream, size)):
+        yield some

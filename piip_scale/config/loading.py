@@ -8,6 +8,7 @@ branches to others writes ``model.branches`` as a dict of named branches, in the
 from __future__ import annotations
 
 import ast
+import copy
 import pprint
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,11 +33,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: The file cannot be read, or its content cannot be meant; names key, value and rule.
     """
-    values = _read(Path(path))
+    return config_from(_read(Path(path)), overrides)
+
+
+def config_from(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The same of plain values.
+
+    Raises:
+        ConfigError: As of ``load_config``.
+    """
+    changed = copy.deepcopy(dict(values))
     for override in overrides:
         key, value = _parse_override(override)
-        _assign(values, key, value)
-    return check_config(values)
+        _assign(changed, key, value)
+    return check_config(changed)
 
 
 def check_config(values: Mapping[str, Any]) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
     from piip_scale.data.images import Image
+    from piip_scale.tasks.drawing import DrawingStyle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By the config key ``train.precision``."""
@@ -53,6 +54,17 @@ class Detections:
     scores: Tensor
     labels: Tensor
     masks_rle: list[dict[str, object]] | None = None
+
+    def where(self, keep: Tensor) -> Detections:
+        """Those of ``keep``, bool (N,)."""
+        masks = self.masks_rle
+        return replace(
+            self,
+            boxes_xyxy_px=self.boxes_xyxy_px[keep],
+            scores=self.scores[keep],
+            labels=self.labels[keep],
+            masks_rle=None if masks is None else [masks[index] for index in keep.nonzero().flatten().tolist()],
+        )
 
 
 @dataclass(frozen=True)
@@ -225,18 +237,32 @@ class Task(Protocol):
 
 
 class Predictor(Protocol):
-    """A trained model on single images: what it finds, drawn for people and written down for programs."""
+    """A trained model on single images: what it finds, drawn for people and written down for programs.
+
+    Attributes:
+        classes: Names in label order.
+    """
+
+    classes: tuple[str, ...]
 
     def predict(self, pixels: Image, number: int) -> Any:
         """What the model finds in an image, RGB uint8 (H, W, 3); ``number`` is what the image is called."""
         ...
 
-    def draw(self, pixels: Image, found: Any) -> PIL.Image.Image:
-        """The image with what was found drawn on it."""
+    def predict_all(self, images: Sequence[Image], first_number: int = 1) -> list[Any]:
+        """What it finds in several images, as one by one; ``first_number`` and those after it are their names."""
+        ...
+
+    def draw(self, pixels: Image, found: Any, style: DrawingStyle | None = None) -> PIL.Image.Image:
+        """The image with what was found drawn on it; ``style`` is that of a sheet where ``None``."""
         ...
 
     def entry(self, found: Any) -> dict[str, Any]:
         """What was found as values for JSON."""
+        ...
+
+    def rows(self, found: Any) -> list[dict[str, Any]]:
+        """What was found as flat rows of a table, all with the same columns."""
         ...
 
     def summary(self, found: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as coco_mask
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from piip_scale.data.reading.mask_checks import mask_columns
 from piip_scale.tasks.base import Detections
@@ -25,6 +25,7 @@ _Place = tuple[float, float, float, float]
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _MASK_OPACITY = 0.45
 _MOST_NAMES = 6
+_LEAST_EDGE_PX, _MOST_EDGE_PX = 640, 2048
 _BACKGROUND: Rgb = (250, 250, 250)
 _TEXT: Rgb = (30, 30, 30)
 _IGNORED: Rgb = (150, 150, 150)
@@ -41,6 +42,7 @@ class DrawingStyle:
         gap_px: Between images of a sheet, and around them.
         min_score: Detections below it are left out.
         scores: Write scores behind class names; ground truth has none worth writing.
+        by_instance: A colour and an outline for each object, not for each class: neighbours of one class stay apart.
         names_once: Name the largest object of each class alone: colours identify the others, and nothing is hidden.
     """
 
@@ -50,7 +52,15 @@ class DrawingStyle:
     gap_px: int = 10
     min_score: float = 0.5
     scores: bool = True
+    by_instance: bool = False
     names_once: bool = False
+
+    @classmethod
+    def of_picture(cls, size_px: tuple[int, int], **chosen: Any) -> DrawingStyle:
+        """For a picture of its own: near the image's height and width, lines and letters to match."""
+        long_edge_px = min(max(*size_px, _LEAST_EDGE_PX), _MOST_EDGE_PX)
+        text_px, line_px = max(15, long_edge_px // 70), max(2, long_edge_px // 500)
+        return cls(long_edge_px=long_edge_px, text_px=text_px, line_px=line_px, by_instance=True, **chosen)
 
 
 def draw_detections(
@@ -68,22 +78,24 @@ def draw_detections(
     scale = style.long_edge_px / max(image.shape[:2])
     shown = [index for index, score in enumerate(found.scores.tolist()) if score >= style.min_score]
     picture = _scaled(image, style)
-    for index in reversed(shown):
-        if found.masks_rle is not None:
-            _paint_mask(picture, found.masks_rle[index], class_colour(int(found.labels[index])))
-    draw = ImageDraw.Draw(picture)
     boxes = [[edge * scale for edge in found.boxes_xyxy_px[index].tolist()] for index in shown]
     labels = [int(found.labels[index]) for index in shown]
-    for box, label in zip(reversed(boxes), reversed(labels), strict=True):
-        draw.rectangle(box, outline=class_colour(label), width=style.line_px)
+    colours = [class_colour(number if style.by_instance else label) for number, label in enumerate(labels)]
+    if found.masks_rle is not None:
+        outline_px = style.line_px if style.by_instance else 0
+        for index, colour in reversed([*zip(shown, colours, strict=True)]):
+            _paint_mask(picture, found.masks_rle[index], colour, outline_px)
+    draw = ImageDraw.Draw(picture)
+    for box, colour in reversed([*zip(boxes, colours, strict=True)]):
+        draw.rectangle(box, outline=colour, width=style.line_px)
     # Names come last and best first, each where it hides no other.
     taken: list[_Place] = []
     named = _largest_of_each(boxes, labels) if style.names_once else range(len(shown))
-    for index, box, label in ((shown[number], boxes[number], labels[number]) for number in named):
-        score = f" {found.scores[index].item():.2f}" if style.scores else ""
-        name = lettering(classes[label] + score, style.text_px)
-        place = _free_place(name.width_px, box, picture.size, style, taken)
-        _write_tag(draw, name, place, class_colour(label))
+    for number in named:
+        score = f" {found.scores[shown[number]].item():.2f}" if style.scores else ""
+        name = lettering(classes[labels[number]] + score, style.text_px)
+        place = _free_place(name.width_px, boxes[number], picture.size, style, taken)
+        _write_tag(draw, name, place, colours[number])
         taken.append(place)
     return picture
 
@@ -206,7 +218,7 @@ def _scaled(image: Pixels, style: DrawingStyle) -> Image.Image:
     return Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
 
 
-def _paint_mask(picture: Image.Image, rle: dict[str, Any], colour: Rgb) -> None:
+def _paint_mask(picture: Image.Image, rle: dict[str, Any], colour: Rgb, outline_px: int = 0) -> None:
     """Blends a mask into the picture, reading no more columns of it than it covers."""
     height, width = rle["size"]
     left, _, across, _ = coco_mask.toBbox(rle).tolist()
@@ -222,7 +234,12 @@ def _paint_mask(picture: Image.Image, rle: dict[str, Any], colour: Rgb) -> None:
     mask = Image.fromarray(mask_columns(rle, begin, end) * np.uint8(round(255 * _MASK_OPACITY)))
     box = (0, first / scale - begin, height, min(last / scale, width) - begin)
     small = mask.resize((picture.height, last - first), Image.Resampling.BILINEAR, box)
-    picture.paste(colour, (first, 0), small.transpose(Image.Transpose.TRANSPOSE))
+    shade = small.transpose(Image.Transpose.TRANSPOSE)
+    picture.paste(colour, (first, 0), shade)
+    if outline_px:
+        inside = shade.point([255 * (level > 255 * _MASK_OPACITY / 2) for level in range(256)])
+        within = inside.filter(ImageFilter.MinFilter(2 * outline_px + 1))
+        picture.paste(colour, (first, 0), ImageChops.subtract(inside, within))
 
 
 def _free_place(

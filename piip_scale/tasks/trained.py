@@ -16,6 +16,7 @@ from piip_scale.errors import CheckpointError, ConfigError, ModelError
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.tasks.base import DTYPES
 from piip_scale.tasks.classes import class_names
+from piip_scale.tasks.exported import is_exported, read_exported
 from piip_scale.tasks.kinds import build_model
 from piip_scale.tasks.weights import CheckpointWeights, SafetensorsWeights, WeightSource, load_weights
 
@@ -72,10 +73,12 @@ def find_trained(
     step: int | None = None,
     averaged: bool = False,
 ) -> Trained:
-    """What a user means by ``CONFIG WEIGHTS``, ``RUN`` or ``RUN WEIGHTS``. Not collective; writes nothing.
+    """What a user means by ``CONFIG WEIGHTS``, ``RUN``, ``RUN WEIGHTS`` or an exported model. Not collective.
+
+    Writes nothing.
 
     Args:
-        source: A config file, or a run's directory with the config and checkpoints of its own.
+        source: A config file, a run's directory with the config and checkpoints of its own, or an exported model.
         weights: A ``.safetensors`` file, a folder of them, or a checkpoint as ``convert`` takes one; ``None`` takes the
             run's newest whole checkpoint. Files of a checkpoint are held to their sizes, not to their checksums.
         overrides: Changes to the config, as ``load_config`` takes them.
@@ -87,7 +90,10 @@ def find_trained(
         CheckpointError: There is no such checkpoint, or it holds no averages.
         ModelError: Weights are absent or damaged, or ``step`` or ``averaged`` is asked of converted ones.
     """
-    config = load_config(_config_of(source), overrides)
+    if is_exported(source):
+        config, weights = read_exported(source, overrides), weights or source
+    else:
+        config = load_config(_config_of(source), overrides)
     if weights is not None and not _holds_checkpoint(weights):
         _refuse_choice(weights, step, averaged)
         return Trained(config, SafetensorsWeights(weights))
@@ -118,6 +124,11 @@ def load_trained(
     """
     found = find_trained(source, weights, overrides=overrides, step=step, averaged=averaged)
     return found.config, found.load(precision, device)
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a folder is one of weights, or of a checkpoint."""
+    return path.is_dir() and (any(path.glob("*.safetensors")) or _holds_checkpoint(path))
 
 
 def _config_of(source: Path) -> Path:

@@ -126,7 +126,7 @@ def load_weights(model: nn.Module, source: WeightSource) -> None:
         PiipError: A tensor cannot be read.
     """
     state = model.state_dict(keep_vars=True)
-    _check(state, source)
+    check_weights(state, source)
     made: dict[int, Tensor] = {}
     for name in source.shapes:
         place = state[name]
@@ -173,7 +173,12 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _check(state: Mapping[str, Tensor], source: WeightSource) -> None:
+def check_weights(state: Mapping[str, Tensor], source: WeightSource) -> None:
+    """Holds names and shapes to a model's, whose state is given with its parameters (``keep_vars``).
+
+    Raises:
+        ModelError: Some are missing, of another shape, or none of the model's.
+    """
     shapes = source.shapes
     present = {id(state[name]) for name in shapes if name in state}
     missing = [name for name, tensor in state.items() if id(tensor) not in present]

@@ -1,6 +1,7 @@
 """Drawings show boxes, masks and names where they belong, also on small images and sheets."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,3 +100,17 @@ def test_a_sheet_holds_every_picture_and_the_caption():
     lines = (below.min((1, 2)) < 100).astype(int)
     assert (np.diff(lines) == 1).sum() >= 3  # it was broken into lines
     assert below[:, -10:].min() > 200  # and nothing runs out of the sheet
+
+
+def test_neighbours_of_one_class_are_told_apart_by_colour_and_outline():
+    masks = torch.zeros(2, 60, 80, dtype=torch.bool)
+    masks[0, 20:50, 10:40], masks[1, 20:50, 40:70] = True, True
+    found = _found([[10, 20, 40, 50], [40, 20, 70, 50]], [0.9, 0.8], [1, 1], encode_masks(masks))
+    style = DrawingStyle.of_picture((60, 80))
+    pixels = np.asarray(draw_detections(GREY, found, NAMES, style)).astype(int)
+    insides = [pixels[280, x] for x in (200, 440)]
+    assert np.abs(insides[0] - insides[1]).max() > 40
+    # Without the boxes: the outline alone is in the full colour.
+    outlined = np.asarray(draw_detections(GREY, found, NAMES, replace(style, min_score=0.85)))
+    assert _near(outlined[280, 80 + style.line_px - 1], class_colour(0))
+    assert DrawingStyle.of_picture((5000, 4000)).long_edge_px == 2048

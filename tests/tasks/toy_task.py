@@ -45,8 +45,9 @@ class ToyPredictor:
         self.classes, self.min_score = classes, min_score
 
 
-def build_toy_model(config: ToyRun, num_classes: int) -> NetworkWithHeads:
-    backbone = PIIP(config.model)
+def build_toy_model(config: ToyRun, num_classes: int, network_device: str | None = None) -> NetworkWithHeads:
+    with torch.device(network_device or torch.get_default_device()):
+        backbone = PIIP(config.model)
     return NetworkWithHeads(backbone, nn.Linear(backbone.feature_specs[-1].channels, num_classes))
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from piip_scale.data.reading.mask_checks import compressed_runs
+from piip_scale.data.reading.mask_checks import compressed_runs, mask_columns
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.mmlab import FCNMaskHead
 
@@ -85,6 +85,24 @@ def paste_and_encode(scores_HW: Tensor, box_xyxy_px: Tensor, size_px: tuple[int,
         inside = F.grid_sample(scores_HW[None, None], part[None], align_corners=False)[0, 0] >= threshold
         positions.append(_changes(inside, rows, strip, height))
     return {"size": [height, width], "counts": _counts(positions, height, width)}
+
+
+def moved_mask(rle: Rle, left_top_px: tuple[int, int], size_px: tuple[int, int]) -> Rle:
+    """The mask of a part of an image as one of the whole.
+
+    Args:
+        rle: COCO's ``{"size", "counts"}`` of the part.
+        left_top_px: Where the part begins.
+        size_px: Height and width of the whole.
+    """
+    box = coco_mask.toBbox(rle).astype(int).tolist()
+    first, last = box[0], box[0] + box[2]
+    # By columns, as run lengths are; only those that it covers.
+    inside = torch.from_numpy(mask_columns(rle, first, last).astype(bool).T)
+    left, top = left_top_px
+    rows, columns = range(top, top + inside.shape[0]), range(left + first, left + last)
+    positions = [_changes(inside, rows, columns, size_px[0])] if len(columns) else []
+    return {"size": list(size_px), "counts": _counts(positions, *size_px)}
 
 
 def _check_threshold(settings: dict[str, Any]) -> None:

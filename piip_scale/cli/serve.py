@@ -1,0 +1,62 @@
+"""``piip-scale serve``: a trained model over HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from piip_scale.cli.options import Overrides, TrainedPath
+from piip_scale.errors import KernelError
+from piip_scale.text import printable
+
+_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_GRACE_SECONDS = 30
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands."""
+    app.command()(serve)
+
+
+def serve(
+    config: TrainedPath,
+    weights: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Weights: .safetensors, a folder of them, or a checkpoint; default: the run's newest checkpoint."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    max_mib: Annotated[float, typer.Option(min=0.001, help="Refuse larger bodies.")] = 20.0,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Refuse images of more pixels.")] = 50_000_000,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may wait and be answered in.")] = 60.0,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 503.")] = 16,
+    step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Serve a trained model over HTTP, with a page to drop images on.
+
+    `GET /` is the page, `POST /predict` takes an image (as the body, or in a form), `GET /health` and `GET /metrics`
+    are for whoever watches. SIGTERM and Ctrl-C end it once what runs is answered. It asks nobody for a password.
+
+    Example: `piip-scale serve runs/mine --port 8000`
+    """
+    if absent := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise KernelError(
+            f"serving needs {', '.join(absent)}", rule="they are the extra serve", fix="pip install 'piip-scale[serve]'"
+        )
+    import uvicorn
+
+    from piip_scale.serving.answering import Answering
+    from piip_scale.serving.server import Limits, build_app
+    from piip_scale.tasks.trained import find_trained
+
+    found = find_trained(config, weights, overrides=overrides or [], step=step, averaged=ema)
+    app = build_app(Answering(found, max_pixels), Limits(max_mib, max_pixels, timeout, queue))
+    typer.echo(printable(f"serving {config}: http://{host}:{port}"))
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)

@@ -1,0 +1,1 @@
+"""Trained models for others: loaded by three lines of Python, exported for the hub, served over HTTP."""

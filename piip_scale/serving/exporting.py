@@ -1,0 +1,157 @@
+"""A trained model as a folder that others can use: weights, config, classes, preprocessing, and a card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from piip_scale import __version__
+from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
+from piip_scale.errors import ModelError
+from piip_scale.files import disk_errors, sync_file
+from piip_scale.run.run_dir import RunDirectory
+from piip_scale.serving.model_card import Card, card_text
+from piip_scale.tasks.classes import class_names
+from piip_scale.tasks.exported import CONFIG, config_json
+from piip_scale.tasks.kinds import build_model
+from piip_scale.tasks.trained import Trained
+from piip_scale.tasks.weights import WeightSource, check_weights
+
+_GB = 10**9
+_MAX_FILE_GB = 5.0
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        files: In the folder.
+        num_parameters: Elements of all parameters.
+        num_metrics: Measured numbers in the card.
+    """
+
+    files: tuple[str, ...]
+    num_parameters: int
+    num_metrics: int
+
+
+def export_model(
+    found: Trained, out: Path, *, metrics: Mapping[str, float], max_file_gb: float = _MAX_FILE_GB
+) -> ExportReport:
+    """Writes a folder as the Hugging Face hub lays out models. Not collective.
+
+    Weights are read and written one tensor at a time, in float32. Nothing of the machine, the user or the sets gets
+    into it but class names and metrics.
+
+    Args:
+        found: Config and weights.
+        out: The folder; absent, or empty.
+        metrics: Measured by ``evaluate`` or in training, for the card.
+        max_file_gb: Largest size of a file in GB (10^9 bytes); a larger tensor has a file of its own.
+
+    Raises:
+        ModelError: ``out`` holds something, the weights are not the config's, or the disk refuses; no part is left.
+        ConfigError: The config names no classes, or a place of this machine in what must be kept.
+        PiipError: Weights cannot be read.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ModelError(f"{out} is there already", rule="exports go into a new folder", fix="choose another one")
+    classes = class_names(found.config)
+    model = build_model(found.config, len(classes), network_device="meta")
+    check_weights(model.state_dict(keep_vars=True), found.weights)
+    state = model.state_dict()
+    entries = [Entry(name, tuple(shape), state[name].dtype) for name, shape in found.weights.shapes.items()]
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = Card(out.resolve().name, found.config, classes, num_parameters, metrics, found.step)
+    texts = {
+        CONFIG: _json(config_json(found.config, classes, __version__)),
+        "preprocessor_config.json": _json(preprocessing(found.config)),
+        "README.md": card_text(card),
+    }
+    partial = out.with_name(f".{out.name}.partial")
+    with disk_errors(ModelError, f"write {out}"):
+        try:
+            partial.mkdir(parents=True)
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+            _write_weights(partial, _shards(entries, max_file_gb), found.weights)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        sync_file(out.parent)
+    return ExportReport(tuple(sorted(path.name for path in out.iterdir())), num_parameters, len(metrics))
+
+
+def measured_metrics(source: Path, step: int | None, *, averaged: bool, keeps_averages: bool) -> dict[str, float]:
+    """What a run measured of the weights of one of its steps; empty where it did not, or ``source`` is no run.
+
+    Args:
+        source: A run's directory, or anything else.
+        step: Of the weights.
+        averaged: They are running averages.
+        keeps_averages: The run keeps averages, which it then evaluates in place of the weights.
+    """
+    log = RunDirectory(source).metrics
+    if step is None or averaged != keeps_averages or not log.is_file():
+        return {}
+    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    measured = [line for line in lines if line.get("kind") == "evaluation" and line.get("step") == step]
+    return {
+        key.removeprefix("eval/"): value for key, value in (measured or [{}])[-1].items() if key.startswith("eval/")
+    }
+
+
+def preprocessing(config: Any) -> dict[str, Any]:
+    """How images reach the network, in the terms of the hub's ``preprocessor_config.json``; values are of 0 to 1."""
+    scale, augment = 1 / 255, config.data.augment
+    return {
+        "image_processor_type": "piip_scale",
+        "do_rescale": True,
+        "rescale_factor": scale,
+        "do_normalize": True,
+        "image_mean": [value * scale for value in augment.mean],
+        "image_std": [value * scale for value in augment.std],
+        "channels": "RGB",
+        "evaluation": augment.model_dump(mode="json"),
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _shards(entries: list[Entry], max_file_gb: float) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        held = sum(other.num_bytes for other in shards[-1])
+        if shards[-1] and held + entry.num_bytes > max_file_gb * _GB:
+            shards.append([])
+        shards[-1].append(entry)
+    return [in_file_order(shard) for shard in shards]
+
+
+def _write_weights(folder: Path, shards: list[list[Entry]], source: WeightSource) -> None:
+    names = list(_file_names(len(shards)))
+    for name, shard in zip(names, shards, strict=True):
+        with SafetensorsWriter(folder / name, shard, {"format": "pt"}) as writer:
+            for entry in shard:
+                writer.add(source.read(entry.name, entry.dtype))
+    if len(shards) > 1:
+        where = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        total = sum(entry.num_bytes for shard in shards for entry in shard)
+        (folder / _INDEX).write_text(_json({"metadata": {"total_size": total}, "weight_map": where}), encoding="utf-8")
+
+
+def _file_names(count: int) -> Iterator[str]:
+    if count == 1:
+        yield "model.safetensors"
+        return
+    yield from (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
