@@ -26,7 +26,7 @@ from piip_scale.registry import TASKS
 
 COMMANDS = docs_pages.commands()
 OURS = [command for command in COMMANDS if command.arguments[0] == "piip-scale"]
-OTHERS = {"make", "source", "tensorboard", "eval", "launch/minislurm", "sbatch", "torchrun"}
+OTHERS = {"curl", "make", "pip", "source", "tensorboard", "eval", "launch/minislurm", "sbatch", "torchrun"}
 SETS = {
     "detection": ("more_shards/train", "more_shards/val"),
     "segmentation": ("sets/maps", "sets/maps"),
@@ -42,7 +42,9 @@ STARTED = {
 }
 # All that is not run above, but for what README shows of an error.
 OTHERS_OF_OURS = [
-    c for c in OURS if c.arguments[1] not in ("shards", "evaluate", "predict") and "num_heads=5" not in c.arguments[-1]
+    c
+    for c in OURS
+    if c.arguments[1] not in ("shards", "evaluate", "predict", "serve") and "num_heads=5" not in c.arguments[-1]
 ]
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -151,7 +153,7 @@ def with_sets(arguments: tuple[str, ...], desk: Path, monkeypatch) -> list[str]:
     monkeypatch.chdir(desk)
     options = parsed(arguments).params
     config = options.get("config")
-    if arguments[0] in ("jobs", "convert", "weights") or config is None:
+    if arguments[0] in ("jobs", "convert", "weights", "export") or config is None:
         return list(arguments)
     values = [*sets_of(load_config(config, options["overrides"] or []).task), *CUT.get(Path(config).name, ())]
     return [*arguments, *(word for value in values for word in ("--set", value))]

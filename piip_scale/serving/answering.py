@@ -58,7 +58,9 @@ class Answering:
     """
 
     def __init__(self, found: Trained, max_pixels: int) -> None:
-        self._config, self._max_pixels = found.config, max_pixels
+        self._max_pixels = max_pixels
+        # Each task's config has its own.
+        self._augment: Any = found.config.data.augment  # type: ignore[attr-defined]
         self._looker = Looker(found, Looking(0.0))
         branches = [f"branch {n} ({b.kind}, {b.resolution_px} px)" for n, b in enumerate(found.config.model.branches)]
         self.about = {
@@ -111,9 +113,8 @@ class Answering:
         """Objects' boxes as shares of the canvas that the network saw."""
         if not isinstance(found, Detections):
             return []
-        augment = self._config.data.augment
-        geometry = evaluation_geometry((pixels.shape[0], pixels.shape[1]), augment)
-        multiple = augment.pad_multiple_px
+        geometry = evaluation_geometry((pixels.shape[0], pixels.shape[1]), self._augment)
+        multiple = self._augment.pad_multiple_px
         canvas_hw = [-(-side // multiple) * multiple for side in geometry.size_px]
         scale = torch.tensor([geometry.scale_xy[0] / canvas_hw[1], geometry.scale_xy[1] / canvas_hw[0]]).repeat(2)
         return [tuple(box) for box in (found.boxes_xyxy_px * scale).tolist()]

@@ -31,7 +31,7 @@ class BranchShares:
 
     def __init__(self, model: nn.Module) -> None:
         mergings = [module for module in model.modules() if isinstance(module, Merging)]
-        self._parts = list(mergings[-1].parts) if mergings else []
+        self._parts: list[Any] = list(mergings[-1].parts) if mergings else []
         self._handles: list[Any] = []
         self._lengths: dict[int, Tensor] = {}
 
