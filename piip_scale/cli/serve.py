@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from piip_scale.cli.options import Overrides, TrainedPath
-from piip_scale.errors import KernelError
+from piip_scale.errors import KernelError, WorldError
 from piip_scale.text import printable
 
 _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
@@ -56,7 +58,29 @@ def serve(
     from piip_scale.serving.server import Limits, build_app
     from piip_scale.tasks.trained import find_trained
 
-    found = find_trained(config, weights, overrides=overrides or [], step=step, averaged=ema)
-    app = build_app(Answering(found, max_pixels), Limits(max_mib, max_pixels, timeout, queue))
-    typer.echo(printable(f"serving {config}: http://{host}:{port}"))
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS)
+    with listening(host, port) as place:
+        found = find_trained(config, weights, overrides=overrides or [], step=step, averaged=ema)
+        app = build_app(Answering(found, max_pixels), Limits(max_mib, max_pixels, timeout, queue))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS))
+        typer.echo(printable(f"serving {config}: http://{host}:{place.getsockname()[1]}"))
+        # The server raises again what ended it, once all is answered: an end that was asked for is none of an error.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        server.run(sockets=[place])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens, before a model is loaded for it.
+
+    Raises:
+        WorldError: The place is taken, or is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, kind, protocol)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(address)
+    except OSError as error:
+        reason, fix = error.strerror or str(error), "choose another --port or --host"
+        raise WorldError(f"cannot listen on {host}:{port}", value=reason, fix=fix) from None
+    return place

@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.process_collector import ProcessCollector
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from piip_scale.data.images import ImageError
 from piip_scale.errors import DataError, PiipError
@@ -163,10 +164,13 @@ async def _body_of(request: Request, limits: Limits) -> bytes:
     if told.isdecimal() and int(told) > most:
         raise too_large
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise too_large
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise too_large
+    except ClientDisconnect:
+        raise DataError("the body ended before it was whole") from None
     return bytes(body)
 
 

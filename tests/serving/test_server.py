@@ -1,6 +1,7 @@
 """The server answers images, says no to everything else in one line, and never has more waiting than it may."""
 
 import base64
+import importlib.util
 import io
 import struct
 import threading
@@ -15,7 +16,11 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from small_answering import small_answering
 from small_detectors import CLASSES
+from typer.testing import CliRunner
 
+from piip_scale.cli.main import app
+from piip_scale.cli.serve import listening
+from piip_scale.errors import KernelError, WorldError
 from piip_scale.serving.branch_shares import WHOLE, BranchShares
 from piip_scale.serving.server import Limits, build_app
 
@@ -227,14 +232,16 @@ def test_what_is_not_answered_in_time_is_given_up_and_does_not_begin():
         assert client.post("/predict", content=b"3").status_code == 200
 
 
+def test_a_place_that_is_taken_is_one_line_before_anything_is_loaded():
+    with listening("127.0.0.1", 0) as place:
+        place.listen()
+        with pytest.raises(WorldError, match=r"cannot listen on 127\.0\.0\.1:\d+: got 'Address already in use'"):
+            CliRunner().invoke(app, ["serve", "nowhere", "--port", str(place.getsockname()[1])], catch_exceptions=False)
+    with pytest.raises(WorldError, match="cannot listen on no such host"):
+        listening("no such host", 0)
+
+
 def test_without_the_extra_it_is_one_line(monkeypatch):
-    import importlib.util
-
-    from typer.testing import CliRunner
-
-    from piip_scale.cli.main import app
-    from piip_scale.errors import KernelError
-
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "fastapi" else find(name, *a))
     with pytest.raises(KernelError, match=r"serving needs fastapi; .*piip-scale\[serve\]"):
