@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from piip_scale import __version__
+from piip_scale.checkpoint.dtypes import of_torch
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.errors import ModelError
 from piip_scale.files import disk_errors, sync_file
@@ -66,7 +69,7 @@ def export_model(
     model = build_model(found.config, len(classes), network_device="meta")
     check_weights(model.state_dict(keep_vars=True), found.weights)
     state = model.state_dict()
-    entries = [Entry(name, tuple(shape), state[name].dtype) for name, shape in found.weights.shapes.items()]
+    entries = [Entry(name, tuple(shape), of_torch(state[name].dtype)) for name, shape in found.weights.shapes.items()]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     card = Card(out.resolve().name, found.config, classes, num_parameters, metrics, found.step)
     texts = {
@@ -143,7 +146,8 @@ def _write_weights(folder: Path, shards: list[list[Entry]], source: WeightSource
     for name, shard in zip(names, shards, strict=True):
         with SafetensorsWriter(folder / name, shard, {"format": "pt"}) as writer:
             for entry in shard:
-                writer.add(source.read(entry.name, entry.dtype))
+                tensor = source.read(entry.name, entry.dtype.to_torch()).contiguous()
+                writer.write(entry.name, 0, tensor.reshape(-1).view(torch.uint8).numpy().data)
     if len(shards) > 1:
         where = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         total = sum(entry.num_bytes for shard in shards for entry in shard)
