@@ -36,7 +36,7 @@ class ToyRun(RunConfig):
 
 
 class ToyTask:
-    def __init__(self, config, world, broken_samples) -> None:
+    def __init__(self, config, world, broken_samples, val_set=None) -> None:
         self.config, self.world = config, world
 
 
