@@ -40,7 +40,7 @@ class TaskRow:
         config: The ``RunConfig`` of its runs, whose ``task`` is the row's key.
         set_kind: The kind of packed sets it trains on, see ``data.set_kinds``.
         task: The ``Task``, of config, world, the folder for broken samples and a set to evaluate on.
-        model: The model with random weights, of config and number of classes.
+        model: The model with random weights, of config, number of classes and the device of its network.
         predictor: The ``Predictor``, of config, model, class names and the least score to draw.
         counting: The ``Counting`` of its network and heads, of config and number of classes.
         outline: The ``Outline`` for planning memory, of config, number of classes and images on the meta device.

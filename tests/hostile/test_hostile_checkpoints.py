@@ -21,7 +21,7 @@ from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.resuming import read_state
 from piip_scale.errors import CheckpointError, ModelError, PiipError
 from piip_scale.run.heartbeat import read_beats
-from piip_scale.tasks.weights import load_weights
+from piip_scale.tasks.weights import SafetensorsWeights, load_weights
 
 ENTRY = {"bytes": 4, "crc32": "0" * 8}
 DEEP = "[" * 100_000
@@ -272,7 +272,7 @@ def test_safetensors_headers(tmp_path, kind):
     model = nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
     with pytest.raises(ModelError) as caught:
-        load_weights(model, path)
+        load_weights(model, SafetensorsWeights(path))
     assert one_line(caught.value)
     assert torch.equal(model.weight, before)
 
@@ -281,7 +281,7 @@ def test_names_in_a_weights_file_are_text(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"[bold red]x[/]{0.__class__}%s": torch.zeros(2)}, path)
     with pytest.raises(ModelError, match=r"\[bold red\]x\[/\]\{0\.__class__\}%s"):
-        load_weights(nn.Linear(2, 1), path)
+        load_weights(nn.Linear(2, 1), SafetensorsWeights(path))
 
 
 @pytest.mark.parametrize(
