@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -11,7 +12,7 @@ import typer
 
 from piip_scale.cli.options import Overrides
 from piip_scale.cli.plain import plain
-from piip_scale.errors import WorldError
+from piip_scale.errors import ConfigError, WorldError
 from piip_scale.text import printable
 from piip_scale.world import World, read_world
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _SET = "The set, where it is not the config's own"
 
 
+_SCORES = "Scores"
+
+
 def register(app: typer.Typer) -> None:
     """Adds this module's commands."""
     app.command()(evaluate)
@@ -29,8 +33,8 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG|RUN", help="Config file (Python), or the directory of a run.")
-    ],
+        Path | None, typer.Argument(metavar="CONFIG|RUN", help="Config file (Python), or the directory of a run.")
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Argument(
@@ -65,7 +69,21 @@ def evaluate(
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave out annotations that cannot be used.", rich_help_panel=_SET)
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the metrics there, as JSON.")] = None,
+    metric: Annotated[
+        Literal["coco", "lvis", "voc"], typer.Option(help="Of objects.", rich_help_panel=_SCORES)
+    ] = "coco",
+    max_dets: Annotated[
+        int | None,
+        typer.Option(min=1, help="Objects of an image that count; default: 100, LVIS: 300.", rich_help_panel=_SCORES),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Score this COCO results file, without a model.", rich_help_panel=_SCORES),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for metrics, predictions, a table of classes and charts; or a .json for metrics."),
+    ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option(
@@ -81,21 +99,33 @@ def evaluate(
     A run's directory is enough: its own config, its newest whole checkpoint, read without converting it, and the shards
     of its config. Starts its processes itself, or is one rank where torchrun or srun started it.
 
-    Example: `piip-scale evaluate runs/mine --shards shards/val`
+    Example: `piip-scale evaluate runs/mine --shards shards/val --out scores/`
     """
-    from piip_scale.cli.evaluation import Asked, evaluate_model
+    from piip_scale.cli.evaluation import Asked, Outputs, evaluate_model, score_file
     from piip_scale.cli.evaluation_set import SetOptions
+    from piip_scale.config import load_config
+    from piip_scale.tasks.detection.scoring import Scoring
 
     chosen = SetOptions(coco, voc, label_maps, image_folders, images, reduce_zero_label, skip_broken)
-    chosen.check(shards)
+    chosen.check(shards, of_results=results is not None)
+    scoring = Scoring(metric, max_dets)
+    metrics_file = out if out is None or out.suffix == ".json" else out / "metrics.json"
+    outputs = Outputs(predictions, out if metrics_file != out else None)
+    changes = [*(overrides or []), *([f"data.val_shards={shards!r}"] if shards is not None else [])]
+    if results is not None:
+        place = shards or (str(load_config(config, changes).data.val_shards) if config and not chosen.given else "")
+        _report(score_file(results, chosen, place, outputs, scoring), metrics_file)
+        return
+    if config is None:
+        raise ConfigError("no model is named", rule="evaluate CONFIG|RUN [WEIGHTS], or --results FILE")
     world = _world()
     if (procs or 1) > 1 and world.num_ranks == 1:
         _start(procs or 1)
-    changes = [*(overrides or []), *([f"data.val_shards={shards!r}"] if shards is not None else [])]
-    asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision)
-    metrics = evaluate_model(asked, predictions, world)
+    scored = None if scoring == Scoring() else scoring
+    asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision, scored)
+    metrics = evaluate_model(asked, outputs, world)
     if world.is_main:
-        _report(metrics, out)
+        _report(metrics, metrics_file)
 
 
 def _world() -> World:
@@ -132,21 +162,23 @@ def _report(metrics: dict[str, float], out: Path | None) -> None:
 
 
 def metrics_table(metrics: dict[str, float]) -> Table:
-    """A detector's numbers as a table: one row per kind (box, mask), one column per measure; others line by line."""
+    """A detector's numbers as a table: one row per measure, one column per kind (box, mask); others line by line."""
     from rich.table import Table
 
-    if "box_ap" not in metrics:
+    if not any(name.startswith(("box_ap", "mask_ap")) for name in metrics):
         table = Table("metric", "value")
         for name, value in metrics.items():
             table.add_row(plain(name), f"{value:.4f}")
         return table
 
-    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
-    measures = [name.removeprefix("box_") for name in metrics if name.startswith("box_ap")]
-    table = Table(title="COCO average precision")
-    table.add_column("")
-    for measure in measures:
-        table.add_column(measure.upper().replace("_", " "), justify="right")
+    kinds = [kind for kind in ("box", "mask") if any(name.startswith(f"{kind}_ap") for name in metrics)]
+    prefix = f"{kinds[0]}_"
+    measures = [name.removeprefix(prefix) for name in metrics if name.startswith((f"{prefix}ap", f"{prefix}ar"))]
+    caption = "-1: the set holds no such objects, so there is nothing to score" if -1 in metrics.values() else None
+    table = Table("", title="Average precision (AP) and recall (AR)", caption=caption, caption_justify="left")
     for kind in kinds:
-        table.add_row(kind, *(f"{metrics[f'{kind}_{measure}']:.3f}" for measure in measures))
+        table.add_column(kind, justify="right")
+    for measure in measures:
+        shown = [metrics.get(f"{kind}_{measure}", math.nan) for kind in kinds]
+        table.add_row(measure.upper().replace("_", " "), *("-1" if v == -1 else f"{v:.3f}" for v in shown))
     return table

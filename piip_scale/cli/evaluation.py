@@ -13,11 +13,17 @@ import typer
 
 from piip_scale.cli.evaluation_set import SetOptions
 from piip_scale.data.batch import Batch
+from piip_scale.errors import DataError
+from piip_scale.text import printable
 from piip_scale.world import World
+
+PREDICTIONS = "predictions.json"
 
 if TYPE_CHECKING:
     from piip_scale.engine.replicas import Track
     from piip_scale.tasks.base import Metric, Task, TrainableModel
+    from piip_scale.tasks.detection.scoring import Scoring
+    from piip_scale.tasks.report import Report
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Asked:
         overrides: Changes to the config.
         set_options: The set, where it is not the config's own shards.
         precision: Of the network, ``fp32`` or ``bf16``.
+        scoring: Of detections; ``None`` for COCO's, or another task's own.
     """
 
     source: Path
@@ -39,15 +46,31 @@ class Asked:
     overrides: tuple[str, ...] = ()
     set_options: SetOptions = field(default_factory=SetOptions)
     precision: str = "fp32"
+    scoring: Scoring | None = None
 
 
-def evaluate_model(asked: Asked, predictions_out: Path | None = None, world: World | None = None) -> dict[str, float]:
+@dataclass(frozen=True)
+class Outputs:
+    """What is written of an evaluation, where it is asked for.
+
+    Attributes:
+        predictions: A file of what was found in every image, detections in COCO's result format.
+        folder: Gets that as ``predictions.json``, the metrics, and what ``Report.write`` writes.
+    """
+
+    predictions: Path | None = None
+    folder: Path | None = None
+
+
+NO_OUTPUTS = Outputs()
+
+
+def evaluate_model(asked: Asked, outputs: Outputs = NO_OUTPUTS, world: World | None = None) -> dict[str, float]:
     """The task's metrics of a trained model over a set. Collective; the same on every rank.
 
     Args:
         asked: Model and set.
-        predictions_out: Where to write what was found in every image, detections in COCO's result format; ``None`` to
-            keep it.
+        outputs: What to write.
         world: The ranks; ``None`` for one alone.
 
     Raises:
@@ -62,9 +85,59 @@ def evaluate_model(asked: Asked, predictions_out: Path | None = None, world: Wor
         num_broken = count_broken(task, limit)
         if num_broken and world.is_main:
             typer.echo(f"{num_broken} image(s) could not be used; what is in them counts as not found", err=True)
-        if predictions_out is not None:
-            metric.write_results(predictions_out)
-        return metric.compute()
+        for path in (outputs.predictions, outputs.folder and outputs.folder / PREDICTIONS):
+            if path is not None:
+                metric.write_results(path)
+        metrics = metric.compute()
+        if outputs.folder is not None:
+            _write_report(metric.report(), outputs.folder)
+        return metrics
+
+
+def score_file(results: Path, options: SetOptions, shards: str, outputs: Outputs, scoring: Scoring) -> dict[str, float]:
+    """The metrics of a COCO results file, without any model.
+
+    Args:
+        results: The file.
+        options: The set: a COCO file, whose images are not looked at, or none for shards.
+        shards: Packed shards.
+        outputs: What to write.
+        scoring: How.
+
+    Raises:
+        DataError: Results and set do not belong together, or cannot be read.
+    """
+    from piip_scale.data.packing.coco import load_coco_json
+    from piip_scale.data.reading.shards import ShardSet
+    from piip_scale.tasks.detection.foreign_results import federated, read_results
+    from piip_scale.tasks.detection.metric import CocoMetric
+
+    if options.coco is not None:
+        root = load_coco_json(options.coco)
+        truth = root | {"categories": sorted(root["categories"], key=lambda category: category["id"])}
+        if scoring.style == "lvis":
+            truth = federated(truth, root, str(options.coco))
+    elif not shards:
+        raise DataError("--results come without a set", fix="name its annotations with --coco, or --shards")
+    else:
+        truth = ShardSet.open(shards, kind="detection").coco_ground_truth()
+    entries = read_results(results, truth)
+    with_masks = bool(entries) and all("segmentation" in entry for entry in [*entries, *truth["annotations"]])
+    metric = CocoMetric(truth, with_masks, scoring)
+    if with_masks and not all("bbox" in entry for entry in entries):
+        metric.parts = ("mask",)
+    if with_masks:
+        entries = [metric.checked_result(entry) for entry in entries]
+    metrics = metric.score_results(entries)
+    if outputs.folder is not None:
+        _write_report(metric.report_results(entries), outputs.folder)
+    return metrics
+
+
+def _write_report(report: Report | None, folder: Path) -> None:
+    if report is not None:
+        for path in report.write(folder):
+            typer.echo(printable(f"written: {path}"), err=True)
 
 
 def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, float]:
@@ -86,7 +159,26 @@ def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, 
     task = build_task(found.config, world, val_set=val_set)
     model = cast("TrainableModel", found.load(asked.precision, device))
     limit = found.config.data.max_broken_share * task.num_val_samples()
-    return task, predicted(task, model, device, track), limit
+    metric = predicted(task, model, device, track)
+    if asked.scoring is not None:
+        _score_by(metric, asked.scoring, asked.set_options.coco)
+    return task, metric, limit
+
+
+def _score_by(metric: Metric, scoring: Scoring, coco: Path | None) -> None:
+    from piip_scale.data.packing.coco import load_coco_json
+    from piip_scale.tasks.detection.foreign_results import federated
+    from piip_scale.tasks.detection.metric import CocoMetric
+
+    if not isinstance(metric, CocoMetric):
+        raise DataError("--metric and --max-dets", rule="they score objects, and this run finds none")
+    if scoring.style == "lvis":
+        if coco is None:
+            raise DataError(
+                "--metric lvis", rule="it needs what LVIS's file says of images", fix="name that file with --coco"
+            )
+        metric.truth = federated(metric.truth, load_coco_json(coco), str(coco))
+    metric.scoring = scoring
 
 
 @contextmanager

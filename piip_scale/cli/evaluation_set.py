@@ -44,8 +44,12 @@ class SetOptions:
         named["--image-folders"] = self.image_folders
         return {option: path for option, path in named.items() if path is not None}
 
-    def check(self, shards: str | None) -> None:
+    def check(self, shards: str | None, *, of_results: bool = False) -> None:
         """Refuses options that contradict each other.
+
+        Args:
+            shards: Of the set, where they are named.
+            of_results: Results are scored, which needs no images.
 
         Raises:
             DataError: They do.
@@ -53,11 +57,18 @@ class SetOptions:
         options = [*self.given, *(["--shards"] if shards is not None else [])]
         if len(options) > 1:
             raise DataError("the set to evaluate on", value=" ".join(options), rule="it is one", fix="name one of them")
+        if of_results:
+            self._check_for_results(options)
+            return
         needs_images = self.given and self.image_folders is None
         if needs_images and self.images is None:
             raise DataError(f"{options[0]} comes without images", fix="name the folder of its images with --images")
         if not needs_images and self.images is not None:
             raise DataError("--images", value=str(self.images), rule="it goes with --coco, --voc or --label-maps")
+
+    def _check_for_results(self, options: list[str]) -> None:
+        if any(option not in ("--coco", "--shards") for option in options):
+            raise DataError("--results", value=options[0], rule="results are scored against --coco FILE or --shards")
 
     def open(self, config: RunConfig) -> SampleSet | None:
         """The set, ready to be read; ``None`` for the config's own shards. Not collective.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from piip_scale.data.images import Image
     from piip_scale.tasks.drawing import DrawingStyle
+    from piip_scale.tasks.report import Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """By the config key ``train.precision``."""
@@ -140,6 +141,10 @@ class Metric(Protocol):
 
     def compute(self) -> dict[str, float]:
         """The metrics over all ranks. Collective: every rank calls it; the result is the same on all."""
+        ...
+
+    def report(self) -> Report | None:
+        """Tables and pictures of each class, on rank 0 after ``compute``; ``None`` elsewhere. Collective."""
         ...
 
     def write_results(self, path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from commands import failed_in_one_line, piip_scale, succeeded
+from PIL import Image
 from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
@@ -101,3 +102,35 @@ def test_an_unpacked_set_is_the_packed_one(config, scenes, shards):
     assert (unpacked.classes, unpacked.has_masks) == (packed.classes, packed.has_masks)
     assert unpacked.coco_ground_truth() == packed.coco_ground_truth()
     assert [unpacked.read(number) for number in range(len(packed))] == [packed.read(n) for n in range(len(packed))]
+
+
+def test_predictions_score_again_without_the_model(trained, scenes, shards, alone, tmp_path):
+    found = tmp_path / "found.json"
+    found.write_bytes(alone[0])
+    for truth in (("--coco", scenes.val), ("--shards", shards / "val")):
+        folder = tmp_path / truth[0]
+        done = CliRunner().invoke(app, ["evaluate", *map(str, ("--results", found, *truth, "--out", folder))])
+        assert done.exit_code == 0, done.output
+        assert json.loads((folder / "metrics.json").read_text()) == pytest.approx(json.loads(alone[1]), abs=1e-12)
+        names = ["confusion.png", "metrics.json", "per_class.csv", "pr_curve_box.png", "pr_curve_mask.png"]
+        assert sorted(path.name for path in folder.iterdir()) == names
+        assert (folder / "per_class.csv").read_text().splitlines()[0].startswith("class,objects,box_ap50,box_ap,mask_")
+        assert Image.open(folder / "pr_curve_box.png").width > 700
+
+
+def test_results_that_are_none_are_one_line(scenes, tmp_path):
+    results = tmp_path / "results.json"
+    entry = {"image_id": json.loads(scenes.val.read_text())["images"][0]["id"], "category_id": 1, "score": 0.5}
+    for content, message in (
+        ("[", "are not JSON"),
+        ("{}", "are no list"),
+        ([entry | {"image_id": 99999}], "the set has no such image"),
+        ([entry | {"category_id": 99}], "the set has no such category"),
+        ([entry], "with a score or box that is none"),
+    ):
+        results.write_text(content if isinstance(content, str) else json.dumps(content))
+        assert message in refused("--results", results, "--coco", scenes.val)
+    results.write_text("[]")
+    assert "has no neg_category_ids" in refused("--results", results, "--coco", scenes.val, "--metric", "lvis")
+    assert "come without a set" in refused("--results", results)
+    assert "no model is named" in refused()

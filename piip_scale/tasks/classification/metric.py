@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from piip_scale.agreement import gathered_on_main, on_main
+import numpy as np
+
+from piip_scale.agreement import gathered_on_main, is_main_rank, on_main
 from piip_scale.data.batch import ClassificationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.tasks.classification.model import NUM_BEST, Classification
+from piip_scale.tasks.report import Report
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,21 @@ class AccuracyMetric:
     def _scores(self, answers: Sequence[_Answer]) -> dict[str, float]:
         ranks = [1, NUM_BEST] if len(self._classes) > NUM_BEST else [1]
         return {f"top{k}_accuracy": sum(a.label in a.guesses[:k] for a in answers) / len(answers) for k in ranks}
+
+    def report(self) -> Report | None:
+        """Accuracy by class and confusion, on rank 0; ``None`` elsewhere. Collective."""
+        answers = self._merged().values()
+        return self._report(list(answers)) if is_main_rank() else None
+
+    def _report(self, answers: Sequence[_Answer]) -> Report:
+        counts = np.zeros((len(self._classes),) * 2, np.int64)
+        for answer in answers:
+            counts[answer.label, answer.guesses[0]] += 1
+        of_class = counts.sum(1)
+        accuracy = [float(right / n) if n else -1.0 for right, n in zip(counts.diagonal(), of_class, strict=True)]
+        columns = {"images": of_class.tolist(), "top1_accuracy": accuracy}
+        title = "Images by class (row) and first guess (column); percent of rows"
+        return Report(self._classes, columns, counts, self._classes, title)
 
     def write_results(self, path: Path) -> None:
         """Writes every image's class and best guesses, whole or not at all. Collective; rank 0 writes.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from piip_scale.agreement import gathered_on_main, on_main
 from piip_scale.data.batch import Batch
@@ -16,19 +15,9 @@ from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.tasks.absences import absences
 from piip_scale.tasks.base import Detections
-
-Result = dict[str, Any]
-
-_IOU_TYPES = {"box": "bbox", "mask": "segm"}
-_STATS = {
-    "ap": "AP_all",
-    "ap50": "AP_50",
-    "ap75": "AP_75",
-    "ap_s": "AP_small",
-    "ap_m": "AP_medium",
-    "ap_l": "AP_large",
-}
-_ALL_AREAS, _MOST_DETECTIONS = 0, -1
+from piip_scale.tasks.detection.confusion import MIN_IOU, MIN_SCORE, NOTHING, confusion_of
+from piip_scale.tasks.detection.scoring import Result, Scores, Scoring, score
+from piip_scale.tasks.report import Report
 
 
 class CocoMetric:
@@ -37,19 +26,27 @@ class CocoMetric:
     Args:
         ground_truth: A COCO dict with ``images``, ``annotations`` and ``categories``. Categories are in label order.
         with_masks: Score masks too; every annotation then has a ``segmentation``.
+        scoring: How.
+
+    Attributes:
+        truth: The ground truth, complete and checked.
+        parts: What is scored, ``box`` and perhaps ``mask``.
+        scores: By part, on rank 0 after ``compute``.
 
     Raises:
         DataError: Masks are scored, and one is none or does not fill its image.
     """
 
-    def __init__(self, ground_truth: dict[str, Any], with_masks: bool) -> None:
+    def __init__(self, ground_truth: dict[str, Any], with_masks: bool, scoring: Scoring | None = None) -> None:
         self._categories = ground_truth["categories"]
         self._sizes_px = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
         annotations = _complete(ground_truth["annotations"])
         if with_masks:
             annotations = [self._with_mask(annotation) for annotation in annotations]
-        self._ground_truth = ground_truth | {"annotations": annotations}
-        self._parts = ("box", "mask") if with_masks else ("box",)
+        self.truth = ground_truth | {"annotations": annotations}
+        self.parts = ("box", "mask") if with_masks else ("box",)
+        self.scoring = scoring or Scoring()
+        self.scores: dict[str, Scores] = {}
         self._results: dict[int, list[Result]] = {}
 
     def update(self, batch: Batch, predictions: Sequence[Detections]) -> None:
@@ -80,8 +77,10 @@ class CocoMetric:
             PiipError: Scoring failed, on every rank.
 
         Returns:
-            ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_s``, ``box_ap_m``, ``box_ap_l``, and
-            ``per_class/box_ap50/NAME`` for every class; with masks the same for ``mask_``.
+            ``box_ap``, ``box_ap50``, ``box_ap75``, ``box_ap_s``, ``box_ap_m``, ``box_ap_l``; average recalls
+            ``box_ar1``, ``box_ar10``, ``box_ar100``, ``box_ar_s``, ``box_ar_m``, ``box_ar_l``; and
+            ``per_class/box_ap50/NAME`` for every class; with masks the same for ``mask_``. Other styles have measures
+            of their own.
         """
         results = self.results()
         return on_main(lambda: self._all_scores(results))
@@ -100,6 +99,15 @@ class CocoMetric:
         mask = self._checked_mask(annotation.get("segmentation"), annotation["image_id"], name)
         return annotation | {"segmentation": mask}
 
+    def checked_result(self, result: Result) -> Result:
+        """A result from elsewhere whose mask fills its image.
+
+        Raises:
+            DataError: It does not.
+        """
+        mask = self._checked_mask(result["segmentation"], result["image_id"], "a detection")
+        return result | {"segmentation": mask}
+
     def _checked_mask(self, mask: Any, image_id: int, owner: str) -> Any:
         # Comparing run lengths that fall short never ends, in C code that no signal reaches.
         try:
@@ -116,31 +124,47 @@ class CocoMetric:
             ) from None
         return checked
 
+    def report(self) -> Report | None:
+        """Tables and curves, on rank 0 after ``compute``; ``None`` elsewhere. Collective."""
+        results = self.results()
+        return self.report_results(results) if self.scores else None
+
+    def report_results(self, results: Sequence[Result]) -> Report:
+        """The same of results from elsewhere, after ``score_results``. Not collective."""
+        ids = [category["id"] for category in self._categories]
+        names = [category["name"] for category in self._categories]
+        counts = Counter(note["category_id"] for note in self.truth["annotations"] if not note["iscrowd"])
+        columns: dict[str, list[float]] = {"objects": [counts[number] for number in ids]}
+        columns |= {
+            f"{part}_{measure}": [values[number] for number in ids]
+            for part, found in self.scores.items()
+            for measure, values in found.of_classes.items()
+        }
+        places = [sorted(ids).index(number) for number in ids]
+        return Report(
+            names,
+            columns,
+            confusion_of(self.truth, [result for result in results if "bbox" in result], ids),
+            [*names, NOTHING],
+            f"Objects (rows) by what they are found as, IoU >= {MIN_IOU}, score >= {MIN_SCORE}; percent of rows",
+            {part: found.precision_RK[:, places] for part, found in self.scores.items()},
+        )
+
+    def score_results(self, results: Sequence[Result]) -> dict[str, float]:
+        """The metrics of results from elsewhere; see ``compute``. Not collective."""
+        return self._all_scores(list(results))
+
     def _all_scores(self, results: list[Result]) -> dict[str, float]:
-        scores = {key: value for part in self._parts for key, value in self._scores(part, results).items()}
+        scores = {key: value for part in self.parts for key, value in self._scores(part, results).items()}
         for line in absences(scores):
             get_logger(__name__).info(line)
         return scores
 
     def _scores(self, part: str, results: list[Result]) -> dict[str, float]:
-        from faster_coco_eval import COCO, COCOeval_faster
-
-        truth = COCO(self._ground_truth)
-        # Fresh dicts, because loading adds to them; without boxes, so that masks are sized by their own area.
-        drop = "bbox" if part == "mask" else "segmentation"
-        found = truth.loadRes([{k: v for k, v in result.items() if k != drop} for result in results])
-        evaluation = COCOeval_faster(truth, found, iouType=_IOU_TYPES[part])
-        evaluation.run()
-        stats = evaluation.stats_as_dict
-        scores = {f"{part}_{key}": float(stats[name]) for key, name in _STATS.items()}
-        return scores | {f"per_class/{part}_ap50/{name}": value for name, value in self._class_ap50(evaluation).items()}
-
-    def _class_ap50(self, evaluation: Any) -> dict[str, float]:
-        at_50 = int(np.flatnonzero(np.isclose(evaluation.params.iouThrs, 0.5))[0])
-        # (recall, class), classes by rising category id
-        precision = evaluation.eval["precision"][at_50, :, :, _ALL_AREAS, _MOST_DETECTIONS]
-        columns = {category_id: precision[:, k] for k, category_id in enumerate(evaluation.params.catIds)}
-        return {c["name"]: float(columns[c["id"]].mean()) for c in self._categories}
+        found = self.scores[part] = score(self.truth, results, part, self.scoring)
+        means = {f"{part}_{name}": value for name, value in found.means.items()}
+        of_classes = found.of_classes["ap50"]
+        return means | {f"per_class/{part}_ap50/{c['name']}": of_classes[c["id"]] for c in self._categories}
 
 
 def coco_results(found: Detections, category_ids: Sequence[int]) -> list[Result]:

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from piip_scale.agreement import gathered, gathered_on_main, is_distributed, on_main
+from piip_scale.agreement import gathered, gathered_on_main, is_distributed, is_main_rank, on_main
 from piip_scale.data.batch import SegmentationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
 from piip_scale.data.reading.label_maps import IGNORED
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Segmentation
+from piip_scale.tasks.report import Report
 
 Counts = npt.NDArray[np.int64]
 
@@ -96,6 +97,19 @@ class SegmentationMetric:
             scores = {"miou": _mean(iou), "macc": _mean(accuracy), "aacc": float(right.sum() / true.sum())}
         named = zip(self._classes, iou.tolist(), strict=True)
         return scores | {f"per_class/iou/{name}": value for name, value in named if not np.isnan(value)}
+
+    def report(self) -> Report | None:
+        """IoU and accuracy by class, and confusion of pixels, on rank 0; ``None`` elsewhere. Collective."""
+        counts = self.confusion()
+        if not is_main_rank():
+            return None
+        right, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)
+        parts = {"iou": true + found - right, "accuracy": true}
+        columns = {
+            name: [float(a / b) if b else -1.0 for a, b in zip(right, of, strict=True)] for name, of in parts.items()
+        }
+        title = "Pixels by class (row) and prediction (column); percent of rows"
+        return Report(self._classes, {"pixels": true.tolist()} | columns, counts, self._classes, title)
 
     def write_results(self, path: Path) -> None:
         """Writes the area of every class in every image, whole or not at all. Collective; rank 0 writes.
