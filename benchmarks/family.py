@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import building, golden, published
+from sections import building, golden, large_model, published
 from sections.record import measure
 
 # A section returns its Markdown, without its heading.
@@ -17,6 +17,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Published": published.section,
     "Meta": building.meta_section,
     "Bfloat16": building.bf16_section,
+    "Evaluation": large_model.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."
 
@@ -25,7 +26,7 @@ def main(
     names: Annotated[list[str] | None, typer.Argument(help=_NAMES)] = None,
     record: Annotated[bool, typer.Option(help="Replace the sections in family.md beside this script.")] = False,
 ) -> None:
-    """Measure and print; needs the reference files beside the checkout, and 18 GiB of memory for the last section."""
+    """Measure and print; needs the reference files beside the checkout, 18 GiB of memory, and 14 GB of disk."""
     measure(SECTIONS, names, Path(__file__), Path(__file__).with_suffix(".md") if record else None)
 
 

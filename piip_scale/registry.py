@@ -42,6 +42,7 @@ class TaskRow:
         task: The ``Task``, of config, world, the folder for broken samples and a set to evaluate on.
         model: The model with random weights, of config, number of classes and the device of its network.
         predictor: The ``Predictor``, of config, model, class names and the least score to draw.
+        views: What a model finds in several views of a batch, merged: of model, batches of each scale and ``Views``.
         counting: The ``Counting`` of its network and heads, of config and number of classes.
         outline: The ``Outline`` for planning memory, of config, number of classes and images on the meta device.
         training_size_px: Height and width of the largest micro-batch that training can meet, of config.
@@ -53,6 +54,7 @@ class TaskRow:
     task: str
     model: str
     predictor: str
+    views: str
     counting: str
     outline: str
     training_size_px: str
@@ -71,6 +73,7 @@ TASKS: dict[str, TaskRow] = {
         task="piip_scale.tasks.detection.task:DetectionTask",
         model="piip_scale.tasks.detection.model:build_detection_model",
         predictor="piip_scale.tasks.detection.prediction:build_predictor",
+        views="piip_scale.tasks.detection.views:predict_views",
         counting="piip_scale.tasks.detection.counting:DetectionCounting",
         outline="piip_scale.tasks.detection.memory:outline_detector",
         training_size_px="piip_scale.tasks.detection.training_size:training_size_px",
@@ -82,6 +85,7 @@ TASKS: dict[str, TaskRow] = {
         task="piip_scale.tasks.segmentation.task:SegmentationTask",
         model="piip_scale.tasks.segmentation.model:build_segmentation_model",
         predictor="piip_scale.tasks.segmentation.prediction:build_predictor",
+        views="piip_scale.tasks.segmentation.views:predict_views",
         counting="piip_scale.tasks.segmentation.counting:SegmentationCounting",
         outline="piip_scale.tasks.segmentation.memory:outline_segmentor",
         training_size_px="piip_scale.tasks.segmentation.training_size:training_size_px",
@@ -93,6 +97,7 @@ TASKS: dict[str, TaskRow] = {
         task="piip_scale.tasks.classification.task:ClassificationTask",
         model="piip_scale.tasks.classification.model:build_classification_model",
         predictor="piip_scale.tasks.classification.prediction:build_predictor",
+        views="piip_scale.tasks.classification.views:predict_views",
         counting="piip_scale.tasks.classification.counting:ClassificationCounting",
         outline="piip_scale.tasks.classification.memory:outline_classifier",
         training_size_px="piip_scale.tasks.classification.training_size:training_size_px",

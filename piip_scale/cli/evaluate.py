@@ -24,6 +24,7 @@ _SET = "The set, where it is not the config's own"
 
 
 _SCORES = "Scores"
+MOST_SCALE = 16
 
 
 def register(app: typer.Typer) -> None:
@@ -44,6 +45,10 @@ def evaluate(
     step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the network; heads are fp32.")] = "fp32",
+    scales: Annotated[
+        str | None, typer.Option(metavar="0.75,1,1.25", help="Look at images at several scales, and merge.")
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Look at mirrored images too, and merge.")] = False,
     procs: Annotated[
         int | None, typer.Option("--procs", "--gpus", min=1, help="Processes on this machine that share the images.")
     ] = None,
@@ -105,6 +110,7 @@ def evaluate(
     from piip_scale.cli.evaluation_set import SetOptions
     from piip_scale.config import load_config
     from piip_scale.tasks.detection.scoring import Scoring
+    from piip_scale.tasks.views import Views
 
     chosen = SetOptions(coco, voc, label_maps, image_folders, images, reduce_zero_label, skip_broken)
     chosen.check(shards, of_results=results is not None)
@@ -121,11 +127,22 @@ def evaluate(
     world = _world()
     if (procs or 1) > 1 and world.num_ranks == 1:
         _start(procs or 1)
+    views = Views(_factors(scales), flip, scoring.most)
     scored = None if scoring == Scoring() else scoring
-    asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision, scored)
+    asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision, scored, views)
     metrics = evaluate_model(asked, outputs, world)
     if world.is_main:
         _report(metrics, metrics_file)
+
+
+def _factors(text: str | None) -> tuple[float, ...]:
+    try:
+        factors = tuple(float(part) for part in (text or "1").split(","))
+    except ValueError:
+        factors = ()
+    if not factors or not all(0 < factor <= MOST_SCALE for factor in factors):
+        raise ConfigError("--scales", value=text, rule=f"factors above 0, to {MOST_SCALE}, as in 0.75,1,1.25")
+    return factors
 
 
 def _world() -> World:
@@ -174,8 +191,8 @@ def metrics_table(metrics: dict[str, float]) -> Table:
     kinds = [kind for kind in ("box", "mask") if any(name.startswith(f"{kind}_ap") for name in metrics)]
     prefix = f"{kinds[0]}_"
     measures = [name.removeprefix(prefix) for name in metrics if name.startswith((f"{prefix}ap", f"{prefix}ar"))]
-    caption = "-1: the set holds no such objects, so there is nothing to score" if -1 in metrics.values() else None
-    table = Table("", title="Average precision (AP) and recall (AR)", caption=caption, caption_justify="left")
+    caption = "-1: no such objects in the set" if -1 in metrics.values() else None
+    table = Table("", title="Average precision, recall", caption=caption, caption_justify="left")
     for kind in kinds:
         table.add_column(kind, justify="right")
     for measure in measures:

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import typer
 
 from piip_scale.cli.evaluation_set import SetOptions
 from piip_scale.data.batch import Batch
 from piip_scale.errors import DataError
+from piip_scale.tasks.views import Views
 from piip_scale.text import printable
 from piip_scale.world import World
 
@@ -21,7 +22,7 @@ PREDICTIONS = "predictions.json"
 
 if TYPE_CHECKING:
     from piip_scale.engine.replicas import Track
-    from piip_scale.tasks.base import Metric, Task, TrainableModel
+    from piip_scale.tasks.base import Metric, Task
     from piip_scale.tasks.detection.scoring import Scoring
     from piip_scale.tasks.report import Report
 
@@ -37,6 +38,7 @@ class Asked:
         set_options: The set, where it is not the config's own shards.
         precision: Of the network, ``fp32`` or ``bf16``.
         scoring: Of detections; ``None`` for COCO's, or another task's own.
+        views: What each image is looked at as.
     """
 
     source: Path
@@ -47,6 +49,7 @@ class Asked:
     set_options: SetOptions = field(default_factory=SetOptions)
     precision: str = "fp32"
     scoring: Scoring | None = None
+    views: Views = field(default_factory=Views)
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, 
     from piip_scale.engine.fp32_precision import apply_fp32_precision
     from piip_scale.engine.replicas import predicted
     from piip_scale.engine.zero.setup import choose_device
-    from piip_scale.tasks.kinds import build_task
+    from piip_scale.tasks.kinds import build_task, view_predictor
     from piip_scale.tasks.trained import find_trained
 
     device = choose_device(world)
@@ -156,10 +159,11 @@ def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, 
     if val_set is not None:
         found = found.with_classes(val_set.classes)
     apply_fp32_precision(found.config.train)
-    task = build_task(found.config, world, val_set=val_set)
-    model = cast("TrainableModel", found.load(asked.precision, device))
+    tasks = [build_task(config, world, val_set=val_set) for config in asked.views.configs(found.config)]
+    task = tasks[0]
+    predict = view_predictor(found.config, found.load(asked.precision, device), asked.views)
     limit = found.config.data.max_broken_share * task.num_val_samples()
-    metric = predicted(task, model, device, track)
+    metric = predicted(tasks, predict, device, track)
     if asked.scoring is not None:
         _score_by(metric, asked.scoring, asked.set_options.coco)
     return task, metric, limit
@@ -190,7 +194,7 @@ def _track(world: World) -> Iterator[Track]:
     console = Console(stderr=True)
     shown = partial(track, console=console, transient=True, disable=not (world.is_main and console.is_terminal))
 
-    def tracked(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
+    def tracked(batches: Iterable[tuple[Batch, ...]], total: int) -> Iterable[tuple[Batch, ...]]:
         return shown(batches, "evaluating", total)
 
     yield tracked

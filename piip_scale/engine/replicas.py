@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,14 @@ from piip_scale.agreement import LocalFault, apart, gathered
 from piip_scale.data.batch import Batch
 from piip_scale.errors import DataError, LostRankError
 from piip_scale.run.reasons import has_lost_contact
-from piip_scale.tasks.base import Metric, Task, TrainableModel
+from piip_scale.tasks.base import Metric, Task
 from piip_scale.world import World
 
 # Ranks meet once, when the slowest has predicted its last image.
 _LONGEST = timedelta(days=30)
 
 _Value = TypeVar("_Value")
-Track = Callable[[Iterable[Batch], int], Iterable[Batch]]
+Track = Callable[[Iterable[tuple[Batch, ...]], int], Iterable[tuple[Batch, ...]]]
 """Passes batches on, of so many, and shows how far they are."""
 
 
@@ -64,23 +64,26 @@ def together(function: Callable[[], _Value]) -> _Value:
     return found[0]
 
 
-def predicted(task: Task, model: TrainableModel, device: torch.device, track: Track) -> Metric:
+def predicted(
+    tasks: Sequence[Task], predict: Callable[[Sequence[Batch]], Sequence[Any]], device: torch.device, track: Track
+) -> Metric:
     """The metric with this rank's predictions: ranks predict apart, in batches that are the same on any number of them.
 
     Args:
-        task: Gives this rank's batches and the metric.
-        model: In eval mode, on the device.
+        tasks: Give this rank's batches, each at a scale of its own; the first one's metric is it.
+        predict: What a model finds in the images of batches, one for each scale.
         device: Where batches go.
         track: Shows progress.
 
     Raises:
         PiipError: Data or predictions cannot be used.
     """
-    metric = task.build_metric()
+    metric = tasks[0].build_metric()
     with apart():
-        for batch in track(task.own_val_batches(), task.num_own_val_batches()):
-            moved = batch.to(device)
-            metric.update(moved, model.predict(moved))
+        batches = zip(*(task.own_val_batches() for task in tasks), strict=True)
+        for of_scales in track(batches, tasks[0].num_own_val_batches()):
+            moved = [batch.to(device) for batch in of_scales]
+            metric.update(moved[0], predict(moved))
     return metric
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,8 +14,10 @@ from piip_scale.tasks.classes import class_names
 from piip_scale.world import World
 
 if TYPE_CHECKING:
+    from piip_scale.data.batch import Batch
     from piip_scale.data.reading.sample_set import SampleSet
     from piip_scale.tasks.base import Predictor, Task
+    from piip_scale.tasks.views import Views
 
 
 def build_task(
@@ -66,6 +69,14 @@ def load_model(config: RunConfig, weights: Path) -> nn.Module:
     from piip_scale.tasks.weights import SafetensorsWeights
 
     return Trained(config, SafetensorsWeights(weights)).load()
+
+
+def view_predictor(config: RunConfig, model: nn.Module, views: Views) -> Callable[[Sequence[Batch]], Sequence[Any]]:
+    """Predicts images from batches of them, one for each scale of the views."""
+    if views.is_one:
+        return lambda batches: model.predict(batches[0])  # type: ignore[operator]  # a TrainableModel
+    merge = row_of(config.task).load("views")
+    return lambda batches: merge(model, batches, views)
 
 
 def build_predictor(config: RunConfig, model: nn.Module, min_score: float | None) -> Predictor:

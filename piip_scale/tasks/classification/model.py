@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from piip_scale.config.classification import ClassificationRun
 from piip_scale.config.model import ClassifierConfig
-from piip_scale.data.batch import ClassificationBatch
+from piip_scale.data.batch import ClassificationBatch, ImageInfo
 from piip_scale.errors import ModelError
 from piip_scale.models.class_layers import ClassLayer
 from piip_scale.models.classifier import PiipClassifier
@@ -33,6 +34,15 @@ class Classification:
     image_id: int
     labels: Tensor
     probabilities: Tensor
+
+
+def best_classes(logits_BK: Tensor, infos: Sequence[ImageInfo]) -> list[Classification]:
+    """The best classes by logits (B, K) of so many images, on the CPU."""
+    best_BN, labels_BN = logits_BK.softmax(1).topk(min(NUM_BEST, logits_BK.shape[1]))
+    return [
+        Classification(info.image_id, labels, values)
+        for info, labels, values in zip(infos, labels_BN.cpu(), best_BN.cpu(), strict=True)
+    ]
 
 
 def build_classification_model(
@@ -91,12 +101,11 @@ class ClassificationModel(PiipClassifier):
         """
         if self.training:
             raise ModelError("predict needs eval mode", fix="call model.eval() first")
-        probabilities_BK = self.logits(network_input(batch, self._mean, self._std)).softmax(1)
-        best_BN, labels_BN = probabilities_BK.topk(min(NUM_BEST, probabilities_BK.shape[1]))
-        return [
-            Classification(info.image_id, labels, values)
-            for info, labels, values in zip(batch.infos, labels_BN.cpu(), best_BN.cpu(), strict=True)
-        ]
+        return best_classes(self.batch_logits(batch), batch.infos)
+
+    def batch_logits(self, batch: ClassificationBatch) -> Tensor:
+        """The classes' logits of each image, float32 (B, K)."""
+        return self.logits(network_input(batch, self._mean, self._std))
 
     def heads_module(self) -> nn.Module:
         """The head."""

@@ -140,13 +140,16 @@ class SegmentationModel(NetworkWithHeads):
         """
         if self.training:
             raise ModelError("predict needs eval mode", fix="call model.eval() first")
-        pixels = network_input(batch, self._mean, self._std)
-        sizes_px = [info.size_px for info in batch.infos]
-        scores = class_scores(self._scores, pixels, sizes_px, self._inference, self._pad_multiple_px)
         return [
             Segmentation(info.image_id, label_map(one, info.original_size_px))
-            for one, info in zip(scores, batch.infos, strict=True)
+            for one, info in zip(self.scores(batch), batch.infos, strict=True)
         ]
+
+    def scores(self, batch: SegmentationBatch) -> list[Tensor]:
+        """The classes' scores of each image in the network's size, float32 (num_classes, H, W); see ``predict``."""
+        pixels = network_input(batch, self._mean, self._std)
+        sizes_px = [info.size_px for info in batch.infos]
+        return class_scores(self._scores, pixels, sizes_px, self._inference, self._pad_multiple_px)
 
     def _scores(self, pixels: Tensor) -> Tensor:
         scores: Tensor = self.heads(*self.backbone(pixels))
