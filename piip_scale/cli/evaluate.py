@@ -12,9 +12,9 @@ import typer
 
 from piip_scale.cli.options import Overrides
 from piip_scale.cli.plain import plain
-from piip_scale.errors import ConfigError, WorldError
+from piip_scale.errors import ConfigError
 from piip_scale.text import printable
-from piip_scale.world import World, read_world
+from piip_scale.world import read_world
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,7 +124,7 @@ def evaluate(
         return
     if config is None:
         raise ConfigError("no model is named", rule="evaluate CONFIG|RUN [WEIGHTS], or --results FILE")
-    world = _world()
+    world = read_world()
     if (procs or 1) > 1 and world.num_ranks == 1:
         _start(procs or 1)
     views = Views(_factors(scales), flip, scoring.most)
@@ -143,14 +143,6 @@ def _factors(text: str | None) -> tuple[float, ...]:
     if not factors or not all(0 < factor <= MOST_SCALE for factor in factors):
         raise ConfigError("--scales", value=text, rule=f"factors above 0, to {MOST_SCALE}, as in 0.75,1,1.25")
     return factors
-
-
-def _world() -> World:
-    try:
-        return read_world()
-    except WorldError:
-        # Half a world, as some containers set: whoever asks for one process is alone.
-        return World()
 
 
 def _start(num_procs: int) -> NoReturn:
