@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import torch
 
+from piip_scale.checkpoint.dtypes import BFLOAT16, DType, of_torch
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.config import load_config
 from piip_scale.tasks.kinds import build_model
@@ -59,21 +60,26 @@ def _write_weights(path: Path) -> int:
     model = build_model(load_config(CONFIG), _CLASSES, network_device="meta")
     state = model.state_dict()
     block = (torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * _SPREAD).bfloat16()
-    entries = [Entry(name, tuple(t.shape), torch.bfloat16) for name, t in state.items() if t.is_floating_point()]
-    entries += [Entry(name, tuple(t.shape), t.dtype) for name, t in state.items() if not t.is_floating_point()]
-    with SafetensorsWriter(path, in_file_order(entries), {"format": "pt"}) as writer:
-        for entry in in_file_order(entries):
-            writer.add(_values(entry, block))
+    entries = in_file_order(Entry(name, tuple(tensor.shape), _stored(tensor)) for name, tensor in state.items())
+    with SafetensorsWriter(path, entries, {"format": "pt"}) as writer:
+        for entry in entries:
+            values = _values(entry, block)
+            data: Any = values.view(-1).view(torch.uint8).numpy()
+            writer.write(entry.name, 0, memoryview(data))
     return sum(tensor.numel() for tensor in state.values())
 
 
+def _stored(tensor: torch.Tensor) -> DType:
+    return BFLOAT16 if tensor.is_floating_point() else of_torch(tensor.dtype)
+
+
 def _values(entry: Entry, block: torch.Tensor) -> torch.Tensor:
+    dtype, numel = entry.dtype.to_torch(), torch.Size(entry.shape).numel()
     if not entry.dtype.is_floating_point:
-        return torch.zeros(entry.shape, dtype=entry.dtype)
+        return torch.zeros(numel, dtype=dtype)
     if len(entry.shape) == 1 and entry.name.endswith("weight"):
-        return torch.ones(entry.shape, dtype=entry.dtype)
-    numel = torch.Size(entry.shape).numel()
-    return block.repeat(-(-numel // len(block)))[:numel].reshape(entry.shape).contiguous()
+        return torch.ones(numel, dtype=dtype)
+    return block.repeat(-(-numel // len(block)))[:numel]
 
 
 def _write_set(folder: Path) -> None:
