@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from piip_scale.cli.evaluation import Asked, evaluate_model
+from piip_scale.cli.evaluation import Asked, Outputs, evaluate_model
 from piip_scale.cli.main import app
 from piip_scale.cli.predict import split_words
 from piip_scale.config.loading import config_text, load_config
@@ -79,7 +79,7 @@ def test_a_folder_gets_a_picture_an_image_and_results_that_agree(files, photos, 
 def test_coco_results_are_what_evaluation_finds_and_pycocotools_scores_alike(files, photos, scenes, tmp_path):
     words = ("--format", "coco", "--coco-ids", scenes.val, "--no-pictures", "--batch", 2)
     predict(*files, *photos, "--out", tmp_path / "out", *words)
-    metrics = evaluate_model(Asked(*map(Path, files)), tmp_path / "evaluated.json")
+    metrics = evaluate_model(Asked(*map(Path, files)), Outputs(tmp_path / "evaluated.json"))
     found = json.loads((tmp_path / "out" / "coco_results.json").read_text())
 
     def key(one):
