@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import converting
+from sections import converting, layouts
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
 # A section returns its Markdown, without its heading.
 SECTIONS: dict[str, Callable[[], str]] = {
+    "Layouts": layouts.section,
     "Against DeepSpeed": converting.section,
     "Large": converting.large_section,
 }

@@ -15,7 +15,7 @@ from piip_scale.checkpoint.copying import Copied, Job, check_reads, copy
 from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
 from piip_scale.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from piip_scale.checkpoint.origin import own_config
-from piip_scale.checkpoint.output import Replacing, manifest_path
+from piip_scale.checkpoint.output import Replacing, is_manifest, manifest_path
 from piip_scale.checkpoint.renaming import Renaming, shared_prefix_note
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.checkpoint.store import CheckpointStore, find_checkpoint, read_step
@@ -261,7 +261,7 @@ def _check_target(out: Path, options: ConvertOptions) -> None:
             value=str(out),
             rule="one file ends in .safetensors; with a largest shard size the output is a folder",
         )
-    there = [path for path in (out, manifest_path(out)) if path.exists()]
+    there = [path for path in (out, manifest_path(out)) if path.exists() and not is_manifest(path)]
     if there and not options.overwrite:
         raise CheckpointError(f"{there[0]} exists", fix="choose another output, or replace it with --overwrite")
 

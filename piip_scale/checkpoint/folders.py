@@ -24,6 +24,8 @@ def find_files(path: Path) -> Path:
     Raises:
         CheckpointError: There is none, or there are several and none of them is the latest.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", fix="give a checkpoint's folder")
     if path.is_file() and path.name == _LATEST:
         path = path.parent
     if path.is_file() and path.match(MODEL_FILES):

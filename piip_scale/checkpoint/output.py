@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,15 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 def manifest_path(out: Path) -> Path:
     """Where an output's manifest lies: beside a file, inside a folder."""
     return out.with_name(f"{out.stem}.{_MANIFEST}") if out.suffix else out / f"model.{_MANIFEST}"
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest of ours, which without its output is of no use to anybody."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"format", "checkpoint", "tensors"} <= content.keys()
 
 
 class Replacing:

@@ -266,6 +266,20 @@ def test_the_manifest_has_a_checksum_a_tensor(tmp_path):
             assert (entry["shape"], entry["file"]) == (list(read[name].shape), "out.safetensors")
 
 
+def test_a_manifest_alone_is_replaced_and_another_file_of_its_name_is_not(tmp_path):
+    write(tmp_path / "tag")
+    out, manifest = tmp_path / "out.safetensors", tmp_path / "out.manifest.json"
+    convert(tmp_path, out)
+    out.unlink()
+    convert(tmp_path, out, ConvertOptions(dtype="bf16"))
+    assert '"BF16"' in manifest.read_text()
+    out.unlink()
+    manifest.write_text('{"mine": 1}')
+    with pytest.raises(CheckpointError, match=r"out\.manifest\.json exists"):
+        convert(tmp_path, out)
+    assert manifest.read_text() == '{"mine": 1}'
+
+
 def test_a_disk_that_keeps_other_bytes_is_found_by_verify(tmp_path, monkeypatch):
     write(tmp_path / "tag")
 

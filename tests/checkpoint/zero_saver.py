@@ -6,17 +6,20 @@ from torch import nn
 from piip_scale.checkpoint.store import CheckpointStore
 
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 4}}
 VARIANTS = {
     "stage0": ({"stage": 0}, {}),
     "stage0_bf16": ({"stage": 0}, {"bf16": {"enabled": True}}),
     "stage1": ({"stage": 1}, {}),
     "stage1_bf16": ({"stage": 1}, {"bf16": {"enabled": True}}),
     "stage1_bf16_fp32_gradients": ({"stage": 1}, {"bf16": {"enabled": True}} | FP32_GRADIENTS),
+    "stage1_fp16": ({"stage": 1}, FP16),
     "stage2": ({"stage": 2}, {}),
     "stage2_round_robin": ({"stage": 2, "round_robin_gradients": True}, {}),
     "stage2_bf16": ({"stage": 2}, {"bf16": {"enabled": True}} | FP32_GRADIENTS),
     "stage3": ({"stage": 3, "stage3_param_persistence_threshold": 10}, {}),
     "stage3_bf16": ({"stage": 3, "stage3_param_persistence_threshold": 10}, {"bf16": {"enabled": True}}),
+    "stage3_fp16": ({"stage": 3}, FP16),
     "stage3_sub_groups": ({"stage": 3, "sub_group_size": 20}, {"bf16": {"enabled": True}} | FP32_GRADIENTS),
     "stage3_offload": (
         {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
@@ -51,7 +54,7 @@ class Net(nn.Module):
 def train(rank, deepspeed, zero, more):
     torch.manual_seed(0)
     net = Net()
-    dtype = torch.bfloat16 if "bf16" in more else torch.float32
+    dtype = torch.bfloat16 if "bf16" in more else torch.float16 if "fp16" in more else torch.float32
     net = net.to(dtype)
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [
