@@ -44,7 +44,7 @@ def own_config(checkpoint: Path) -> OwnConfig:
         content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         values, removed = _without_secrets(content["config"], "")
         text = config_text(check_config(values))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return OwnConfig(note="the checkpoint holds no config, so the file has none in its metadata")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         reason = error.line if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
