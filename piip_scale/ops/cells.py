@@ -41,4 +41,5 @@ def _make_centres(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _make_size(height: int, width: int, device: torch.device) -> Tensor:
-    return torch.tensor((width, height), dtype=torch.float32, device=device)
+    # Sent without waiting for the device: images of many sizes come.
+    return torch.tensor((width, height), dtype=torch.float32, device="cpu").to(device, non_blocking=True)

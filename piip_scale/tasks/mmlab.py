@@ -14,14 +14,18 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import mmcv.ops  # noqa: E402
 import mmdet.models  # noqa: E402 - registers mmdet's modules
 from mmdet.models.dense_heads import DINOHead, RPNHead  # noqa: E402
-from mmdet.models.layers import inverse_sigmoid  # noqa: E402
-from mmdet.models.losses import CrossEntropyLoss, L1Loss, SmoothL1Loss  # noqa: E402
+from mmdet.models.detectors import DINO  # noqa: E402
+from mmdet.models.layers import CdnQueryGenerator, inverse_sigmoid  # noqa: E402
+from mmdet.models.losses import CrossEntropyLoss, FocalLoss, GIoULoss, L1Loss, SmoothL1Loss  # noqa: E402
+from mmdet.models.losses.iou_loss import giou_loss  # noqa: E402
 from mmdet.models.losses.smooth_l1_loss import l1_loss, smooth_l1_loss  # noqa: E402
 from mmdet.models.roi_heads import FCNMaskHead, SingleRoIExtractor  # noqa: E402
 from mmdet.models.task_modules import AssignResult, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler, SamplingResult  # noqa: E402
 from mmdet.registry import MODELS, TASK_UTILS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh  # noqa: E402
 from mmdet.structures.mask import BaseInstanceMasks, BitmapMasks, PolygonMasks  # noqa: E402
+from mmdet.utils import reduce_mean  # noqa: E402
 from mmengine.config import Config, ConfigDict  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.model import BaseModule  # noqa: E402
@@ -40,6 +44,7 @@ def find_class(name: str) -> Any:
 
 
 __all__ = [
+    "DINO",
     "MODELS",
     "PACKAGE_FOLDER",
     "TASK_UTILS",
@@ -47,6 +52,7 @@ __all__ = [
     "BaseInstanceMasks",
     "BaseModule",
     "BitmapMasks",
+    "CdnQueryGenerator",
     "Config",
     "ConfigDict",
     "CrossEntropyLoss",
@@ -55,6 +61,8 @@ __all__ = [
     "DeltaXYWHBBoxCoder",
     "DetDataSample",
     "FCNMaskHead",
+    "FocalLoss",
+    "GIoULoss",
     "InstanceData",
     "L1Loss",
     "MMLogger",
@@ -65,8 +73,12 @@ __all__ = [
     "SamplingResult",
     "SingleRoIExtractor",
     "SmoothL1Loss",
+    "bbox_cxcywh_to_xyxy",
+    "bbox_xyxy_to_cxcywh",
     "find_class",
+    "giou_loss",
     "inverse_sigmoid",
     "l1_loss",
+    "reduce_mean",
     "smooth_l1_loss",
 ]

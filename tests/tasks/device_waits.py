@@ -12,6 +12,7 @@ from small_detectors import SMALL, batch_of, instances, run_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from piip_scale.tasks.detection.few_waits_dino import HostNumbers
 from piip_scale.tasks.detection.model import build_detection_model
 
 aten = torch.ops.aten
@@ -30,6 +31,8 @@ TO_HOST = {torch.Tensor.cpu, torch.Tensor.tolist}
 SENT = {torch.Tensor.new_tensor, torch.tensor, torch.as_tensor}
 """Python's numbers onto a device: a copy that torch waits for."""
 OURS = "piip_scale"
+NOT_ON_A_GPU = ("keep.nonzero()", "F.one_hot(", "value_list = value.split(", "value_l_ = value_list[level]")
+"""Booleans that stay on the CPU are counted there; the others are mmdet's and mmcv's ways without a CUDA kernel."""
 
 
 class Waits:
@@ -61,7 +64,8 @@ class _Operators(TorchDispatchMode):
         self._sites = sites
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in SIZED_BY_VALUES or (func in INDEXED and _counts_booleans(args)):
+        on_host = any(isinstance(argument, HostNumbers) for argument in args)
+        if (func in SIZED_BY_VALUES and not on_host) or (func in INDEXED and _counts_booleans(args)):
             _note(self._sites, str(func))
         return func(*args, **(kwargs or {}))
 
@@ -72,7 +76,9 @@ class _Calls(TorchFunctionMode):
         self._sites = sites
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        names_device = func is torch.Tensor.new_tensor or (kwargs or {}).get("device") is not None
+        # Of a tensor's device, here the CPU as well, but not by that name.
+        device = (kwargs or {}).get("device")
+        names_device = func is torch.Tensor.new_tensor or (device is not None and not isinstance(device, str))
         if func in TO_HOST or (func in SENT and names_device):
             _note(self._sites, func.__name__)
         return func(*args, **(kwargs or {}))
@@ -85,10 +91,11 @@ def _counts_booleans(args) -> bool:
 
 def _note(sites, what: str) -> None:
     frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][:-2]
+    # What watches calls inside of them is not who made them.
+    frames = [frame for frame in frames if frame.name != "__torch_function__"]
     known = [frame for frame in frames if OURS in frame.filename or "/mm" in frame.filename]
     frame = (known or frames)[-1]
-    # Booleans that stay on the CPU are counted there.
-    if "keep.nonzero()" not in frame.line:
+    if not any(line in frame.line for line in NOT_ON_A_GPU):
         sites[f"{what} at {'/'.join(frame.filename.split('/')[-2:])}: {frame.line}"] += 1
 
 

@@ -17,6 +17,7 @@ from piip_scale.models.counting import PartCount, feature_maps, part_count
 from piip_scale.models.network_work import MACS_PER_SAMPLE
 from piip_scale.models.work import Work, layer, product, total
 from piip_scale.tasks.counting import PyramidCounting
+from piip_scale.tasks.detection.few_waits_dino import FewWaitsDINO
 from piip_scale.tasks.detection.memory import DENOISING_QUERIES
 from piip_scale.tasks.detection.model import DetectionHeads
 from piip_scale.tasks.layer_work import layer_work, linear_work
@@ -68,7 +69,7 @@ def _rule_of(detector: Any) -> _Rule:
     name = type(getattr(detector, "roi_head", detector)).__name__
     if name in _ROI_HEADS:
         return _rcnn_parts
-    if name == "DINO":
+    if type(detector) is FewWaitsDINO:
         return _dino_parts
     rule = f"there are rules for DINO, {' and '.join(_ROI_HEADS)}"
     raise ConfigError("heads cannot be counted", value=name, rule=rule)

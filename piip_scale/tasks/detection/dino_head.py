@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piip_scale.tasks.mmlab import MODELS, DINOHead, inverse_sigmoid
+from piip_scale.tasks.detection.few_waits_dino import FewWaitsDINOHead
+from piip_scale.tasks.mmlab import MODELS, inverse_sigmoid
 
 
 @MODELS.register_module()
-class ReferenceEpsDINOHead(DINOHead):  # type: ignore[misc]  # mmdet has no types
+class ReferenceEpsDINOHead(FewWaitsDINOHead):  # type: ignore[misc]  # mmdet has no types
     """mmdet's DINO head with a bound of one's own on the references of its boxes.
 
     A box is predicted as a difference from its reference in logits, which near the image's border, and for sides that

@@ -8,7 +8,7 @@ that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,18 @@ from piip_scale.tasks.mmlab import (
 )
 
 
-class _SentConstants(TorchFunctionMode):
-    """Inside, ``tensor.new_tensor`` of Python's numbers sends them to the device without waiting for it."""
+class SentConstants(TorchFunctionMode):
+    """Inside, numbers of Python's or the host's memory are sent to the device without waiting for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.new_tensor and len(args) == 2 and not kwargs:
+        kwargs = kwargs or {}
+        if func is Tensor.new_tensor and len(args) == 2 and kwargs.keys() <= {"dtype"}:
             like, values = args
-            return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
-        return func(*args, **(kwargs or {}))
+            dtype = kwargs.get("dtype", like.dtype)
+            return torch.tensor(values, dtype=dtype).to(like.device, non_blocking=True)
+        if func is Tensor.to and args[0].device.type == "cpu":
+            kwargs = kwargs | {"non_blocking": True}
+        return func(*args, **kwargs)
 
 
 @TASK_UTILS.register_module()
@@ -52,13 +56,13 @@ class FewWaitsBoxCoder(DeltaXYWHBBoxCoder):  # type: ignore[misc]  # mmdet has n
 
     def encode(self, *args: Any, **options: Any) -> Tensor:
         """As mmdet's."""
-        with _SentConstants():
+        with SentConstants():
             deltas: Tensor = super().encode(*args, **options)
         return deltas
 
     def decode(self, *args: Any, **options: Any) -> Tensor:
         """As mmdet's."""
-        with _SentConstants():
+        with SentConstants():
             boxes: Tensor = super().decode(*args, **options)
         return boxes
 
@@ -69,7 +73,7 @@ class FewWaitsMaxIoUAssigner(MaxIoUAssigner):  # type: ignore[misc]  # mmdet has
 
     def assign(self, *args: Any, **options: Any) -> AssignResult:
         """As mmdet's."""
-        with _SentConstants():
+        with SentConstants():
             return super().assign(*args, **options)
 
     def assign_wrt_overlaps(self, overlaps: Tensor, gt_labels: Tensor) -> AssignResult:
@@ -284,15 +288,7 @@ class FewWaitsCrossEntropyLoss(CrossEntropyLoss):  # type: ignore[misc]  # mmdet
         return loss
 
 
-def with_few_waits(model: Any) -> Any:
-    """A model's config in which every part that has a class here is built as that."""
-    if isinstance(model, Mapping):
-        changed = {key: with_few_waits(value) for key, value in model.items()}
-        return changed | ({"type": _TWINS[model["type"]]} if model.get("type") in _TWINS else {})
-    return [with_few_waits(value) for value in model] if isinstance(model, list | tuple) else model
-
-
-_TWINS = {
+TWINS = {
     "DeltaXYWHBBoxCoder": "FewWaitsBoxCoder",
     "MaxIoUAssigner": "FewWaitsMaxIoUAssigner",
     "RandomSampler": "FewWaitsRandomSampler",
@@ -303,3 +299,4 @@ _TWINS = {
     "SmoothL1Loss": "FewWaitsSmoothL1Loss",
     "CrossEntropyLoss": "FewWaitsCrossEntropyLoss",
 }
+"""mmdet's names, and those of the classes here."""

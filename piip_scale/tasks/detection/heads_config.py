@@ -11,7 +11,7 @@ from piip_scale.config.detection import DetectorConfig
 from piip_scale.errors import ConfigError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.tasks.detection import dino_head as dino_head  # registers its class
-from piip_scale.tasks.detection.few_waits import with_few_waits
+from piip_scale.tasks.detection.twins import with_few_waits
 from piip_scale.tasks.mmlab import PACKAGE_FOLDER, Config
 from piip_scale.tasks.overrides import Tree, assign, exists, mentions, merged, nested, values_at
 

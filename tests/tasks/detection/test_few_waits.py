@@ -11,7 +11,7 @@ from piip_scale.tasks.detection import heads_config
 from piip_scale.tasks.mmlab import TASK_UTILS
 
 # Of a micro-batch of two images with three objects each. ``device_waits.py`` prints where, and for more images.
-BOUNDS = {"mask_rcnn": 17, "cascade_mask_rcnn": 56}
+BOUNDS = {"mask_rcnn": 17, "cascade_mask_rcnn": 56, "dino": 2}
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
