@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -304,6 +303,8 @@ def _matches(
     costs: np.ndarray, shapes: Sequence[tuple[int, ...]], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Queries, ascending, and the objects they match, for each of the cost matrices; sent all at once."""
+    from scipy.optimize import linear_sum_assignment
+
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
     pairs = [
         np.stack(linear_sum_assignment(own.reshape(shape)))
