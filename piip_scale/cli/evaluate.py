@@ -12,7 +12,7 @@ import typer
 
 from piip_scale.cli.options import Overrides
 from piip_scale.cli.plain import plain
-from piip_scale.errors import ConfigError
+from piip_scale.errors import ConfigError, Interrupted
 from piip_scale.text import printable
 from piip_scale.world import read_world
 
@@ -130,7 +130,13 @@ def evaluate(
     views = Views(_factors(scales), flip, scoring.most)
     scored = None if scoring == Scoring() else scoring
     asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision, scored, views)
-    metrics = evaluate_model(asked, outputs, world)
+    try:
+        metrics = evaluate_model(asked, outputs, world)
+    except KeyboardInterrupt:
+        if world.is_main:
+            raise
+        # Rank 0 says that it was stopped.
+        raise typer.Exit(Interrupted.exit_code) from None
     if world.is_main:
         _report(metrics, metrics_file)
 

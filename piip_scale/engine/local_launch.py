@@ -77,6 +77,9 @@ def launch_without_run(num_procs: int, command: Sequence[str], *, grace_s: float
     _attend(ranks, grace_s)
     if ranks.killed_by_user:
         raise Interrupted("stopped by a second Ctrl-C")
+    # One that was asked before it could listen is killed by that, and lost nothing.
+    if ranks.was_interrupted:
+        return Interrupted.exit_code
     if ranks.unreported is not None:
         raise ranks.unreported
     return ranks.first_failure[1] if ranks.first_failure else 0
@@ -174,6 +177,11 @@ class _Ranks:
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
+
+    @property
+    def was_interrupted(self) -> bool:
+        """A Ctrl-C was passed on."""
+        return self._interrupts > 0
 
     def kill(self) -> None:
         """Ends every rank that still runs, with the processes it started."""
