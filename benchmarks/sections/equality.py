@@ -37,9 +37,10 @@ FIRST_STEP_TOLERANCE = 1e-5
 WEIGHTS_TOLERANCE = 1e-3
 """Of the weights' difference after ``STEPS`` steps, as a share of how far they moved (both as norms).
 
-AdamW moves a weight whose gradient rounds to nearly nothing by up to its rate either way, and a box head has kinks (of
-L1, ReLU, matching) that rounding may cross after the first step. Orders of summation that are equally right gave 9e-6,
-2e-4 and 5e-4 for the same DINO, from 60 weights of 50,000 and more in a layer; a wrong mean shows in the first step.
+AdamW's first step moves a weight whose gradient is next to nothing by up to its rate either way, whatever its size, so
+orders of summation show in such weights. MKL chooses them by a matrix's address, and ZeRO-3's gathered weights lie
+anywhere in a buffer: one rank of DINO is 4e-4 apart after one step, 2e-5 where MKL_CBWR=COMPATIBLE has MKL add in
+one order wherever matrices lie. Under ZeRO-1, whose weights stay where they were allocated, it is 2e-6 to 9e-6.
 """
 
 
