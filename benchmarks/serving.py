@@ -21,20 +21,24 @@ import typer
 from sections.record import measure, table
 
 RECORD = Path(__file__).with_suffix(".md")
-_PORT, _REQUESTS = 8765, 200
+_DEMO = Path("runs") / "demo"
+_PORT, _REQUESTS, _PHOTOS = 8765, 200, 4
 _START_SECONDS = 300
 _MIB = 1 << 20
 _BAD = {"text": b"good morning", "an empty body": b"", "40 MB of zeros": b"\0" * 40_000_000}
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="A folder that `piip-scale export` wrote.")],
-    photos: Annotated[list[Path], typer.Argument(help="Images that are sent in turn.")],
-    record: Annotated[bool, typer.Option(help="Replace the section in serving.md beside this script.")] = False,
+    names: Annotated[list[str] | None, typer.Argument(help="Of Load; all where none is named.")] = None,
+    model: Annotated[Path, typer.Option(help="A folder that `piip-scale export` wrote.")] = _DEMO / "exported",
+    photos: Annotated[Path, typer.Option(help="A folder of JPEGs, of which some are sent.")] = _DEMO
+    / "data"
+    / "images",
+    record: Annotated[bool, typer.Option(help="Replace the sections in serving.md beside this script.")] = False,
 ) -> None:
-    """Serve a model in a process of its own, ask it, measure and print."""
-    contents = [path.read_bytes() for path in photos]
-    measure({"Load": lambda: _load(model, contents)}, None, Path(__file__), RECORD if record else None)
+    """Serve a model in a process of its own, ask it, measure and print; by default the demo's, once it is exported."""
+    contents = [path.read_bytes() for path in sorted(photos.glob("*.jpg"))[:_PHOTOS]]
+    measure({"Load": lambda: _load(str(model), contents)}, names, Path(__file__), RECORD if record else None)
 
 
 def _load(model: str, photos: Sequence[bytes]) -> str:
