@@ -91,7 +91,7 @@ class Folder:
         self, out: Path, predictor: Predictor, results: Sequence[ResultFile], *, pictures: bool, tell: Tell
     ) -> None:
         self._out, self._predictor, self._results = out, predictor, results
-        self._pictures, self._tell = pictures, tell
+        self._pictures, self._tell, self._is_empty = pictures, tell, True
         # As file systems that know no case see them.
         self._taken = {Path(name).stem.casefold() for one in results for name in one.names}
 
@@ -106,7 +106,7 @@ class Folder:
 
         if photo.path.resolve().parent == self._out.resolve():
             raise DataError(f"--out {self._out} holds the photograph {photo.path}", fix="choose another folder")
-        stem = self._free(photo.stem)
+        stem, self._is_empty = self._free(photo.stem), False
         for one in self._results:
             one.add(_looked(photo, stem, pixels, found))
         line = f"{photo.name}: {self._predictor.summary(found)}"
@@ -118,6 +118,8 @@ class Folder:
 
     def close(self) -> None:
         """As in ``Outputs``."""
+        if self._is_empty:
+            return
         for one in self._results:
             one.write()
         self._tell(f"results: {', '.join(str(self._out / name) for one in self._results for name in one.names)}")

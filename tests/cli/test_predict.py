@@ -160,6 +160,13 @@ def test_nothing_of_the_users_is_replaced_unasked(files, photos, tmp_path):
     assert Image.open(sheet).width > 600
 
 
+def test_where_nothing_can_be_read_nothing_is_written(files, tmp_path):
+    with pytest.raises(DataError, match=r"2 of 2 images .*nowhere") as caught:
+        predict(*files, tmp_path / "absent.jpg", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_are_told_from_photographs(files, tmp_path):
     config, weights = map(Path, files)
     (tmp_path / "weights").mkdir()
