@@ -65,7 +65,9 @@ def section(against: Path | None = None) -> str:
 def _in_a_process(package: Path, overrides: list[str]) -> dict[str, float]:
     path = os.pathsep.join([str(package), str(_ROOT / "benchmarks")])
     command = [sys.executable, "-m", "sections.host_time", *overrides]
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True, text=True)
+    # Where it is started would be looked in for the package first.
+    environment = os.environ | {"PYTHONPATH": path}
+    result = subprocess.run(command, cwd=package, env=environment, check=True, capture_output=True, text=True)
     values: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     return values
 

@@ -14,7 +14,7 @@ from tiny_task import TinyModel, TinyTask, make_batch
 from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.schedule import lr_factor
 from piip_scale.engine.step import train_step
-from piip_scale.engine.zero.setup import build_engine, build_model
+from piip_scale.engine.zero.setup import build_engine, build_model, gather_residents
 
 STEPS = 5
 GLOBAL_BATCH = 4
@@ -27,6 +27,7 @@ def weights_of(engine) -> dict[str, np.ndarray]:
     for name, parameter in engine.module.named_parameters():
         with zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
             found[name] = parameter.detach().float().numpy().copy()
+    gather_residents(engine)  # leaving the block has cut them, as training never does
     return found
 
 

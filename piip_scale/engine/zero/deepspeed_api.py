@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import logging
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -41,30 +42,38 @@ PRIVATE_NAMES = (
     "deepspeed.runtime.config:DeepSpeedConfig",
     "deepspeed.runtime.config:DeepSpeedConfigError",
     "deepspeed.runtime.engine:DeepSpeedEngine._copy_recovery_script",
+    "deepspeed.runtime.engine:DeepSpeedEngine._forward_epilogue",
+    "deepspeed.runtime.engine:DeepSpeedEngine._forward_prologue",
     "deepspeed.runtime.engine:DeepSpeedEngine.get_global_grad_norm",
     "deepspeed.runtime.engine:DeepSpeedEngine.was_step_applied",
+    "deepspeed.runtime.engine:DeepSpeedEngine.zero_optimization_partition_weights",
     "deepspeed.runtime.swap_tensor.partitioned_param_swapper:AsyncPartitionedParameterSwapper",
     "deepspeed.runtime.swap_tensor.partitioned_param_swapper:PartitionedParamStatus",
     "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload.get_param_coordinator",
+    "deepspeed.runtime.zero.parameter_offload:print_rank_0",
     "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
     "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses",
     "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses._set_dtype",
     "deepspeed.runtime.zero.partition_parameters:ZeroParamStatus",
+    "deepspeed.runtime.zero.partition_parameters:debug_param2name_id_shape_device",
+    "deepspeed.runtime.zero.partition_parameters:print_rank_0",
+    "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator.release_and_reset_all",
     "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator.reset_step",
+    "deepspeed.runtime.zero.partitioned_param_coordinator:print_rank_0",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._get_param_partition_rank",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._loss_scale_update_and_overflow_cleanup",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._optimizer_states_and_gradient_swap_in",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._optimizer_states_and_gradient_swap_out",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._partition_all_parameters",
-    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._post_step",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._pre_step",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._swappable_optimizer_subgroup",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.checkpoint_event_epilogue",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.checkpoint_event_prologue",
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.independent_gradient_partition_epilogue",
-    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.reduce_independent_p_g_buckets_and_remove_grads",
+    "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.update_lp_params",
+    "deepspeed.utils.nvtx:enable_nvtx",
     "deepspeed.utils:set_z3_leaf_module",
     "torch.distributed.distributed_c10d:_world",
     "torch.utils.cpp_extension:_get_build_directory",
@@ -93,7 +102,30 @@ def load() -> Any:
     # deepspeed 0.19.8: build_shm_op() compiles this op on first use and dies without ninja or a compiler.
     private("deepspeed.ops:__compatible_ops__")["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _quiet_hot_paths()
     return deepspeed
+
+
+def _quiet_hot_paths() -> None:
+    """Spares lines about every parameter that is fetched or released, and ranges for NVIDIA's profiler.
+
+    deepspeed 0.19.8 formats the lines, asks for its rank, and drops them: some 30 us a release of a parameter.
+    """
+    for module in ("parameter_offload", "partition_parameters", "partitioned_param_coordinator"):
+        found: Any = importlib.import_module(f"deepspeed.runtime.zero.{module}")
+        found.print_rank_0 = _said_only_if_forced(found.print_rank_0)
+    partitioning: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    partitioning.debug_param2name_id_shape_device = lambda parameter: parameter.ds_id
+    ranges: Any = importlib.import_module("deepspeed.utils.nvtx")
+    ranges.enable_nvtx = False
+
+
+def _said_only_if_forced(print_on_first: Callable[..., None]) -> Callable[..., None]:
+    def say(message: object, debug: bool = False, force: bool = False) -> None:
+        if debug or force:
+            print_on_first(message, debug, force)
+
+    return say
 
 
 def private(name: str) -> Any:

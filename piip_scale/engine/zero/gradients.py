@@ -6,6 +6,7 @@ left it and written once, into the message to the other ranks or, on a single ra
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,11 +47,30 @@ class GradientSums:
         self._lane = Lane(optimizer.reduce_and_partition_stream)
 
     def attach(self) -> None:
-        """Has the optimiser's hooks come here. Its bucket, which nobody fills any more, is freed."""
-        self._optimizer.reduce_independent_p_g_buckets_and_remove_grads = self.add
-        self._optimizer.independent_gradient_partition_epilogue = self.finish
-        for bucket in self._optimizer.ipg_buckets.values():
+        """Hooks the parameters in the optimiser's place. Its bucket, which nobody fills any more, is freed.
+
+        deepspeed 0.19.8 counts at each gradient how many are still to come, which only a backward pass that the engine
+        does not begin itself needs to know.
+        """
+        optimizer = self._optimizer
+        for handle in (*optimizer._grad_acc_hooks, *optimizer._leaf_module_hooks):
+            handle.remove()
+        in_leaf = {parameter.ds_id for parameters in optimizer.leaf_parameters.values() for parameter in parameters}
+        for parameter in (parameter for group in optimizer.fp16_groups for parameter in group):
+            if parameter.requires_grad and parameter.ds_id not in in_leaf:
+                parameter.register_post_accumulate_grad_hook(self.add)
+        for leaf, parameters in optimizer.leaf_parameters.items():
+            leaf.register_full_backward_hook(functools.partial(self._add_all, parameters))
+        optimizer.independent_gradient_partition_epilogue = self.finish
+        for bucket in optimizer.ipg_buckets.values():
             bucket.buffer = None
+
+    def _add_all(self, parameters: Sequence[Any], *_: object) -> None:
+        """Takes over the gradients of a leaf, when its backward pass is through: zeros where there are none."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.add(parameter)
 
     def add(self, parameter: Any) -> None:
         """Takes over the gradient of one of DeepSpeed's parameters, whole and of this rank alone."""
@@ -76,17 +96,15 @@ class GradientSums:
         for parameter in parameters:
             parameter.grad = None
         with self._lane.carry(gradients), torch.no_grad():
-            self._sum(parameters, self._over_ranks(parameters, [gradient.reshape(-1) for gradient in gradients]))
+            self._sum(parameters, gradients if self.num_ranks == 1 else self._over_ranks(parameters, gradients))
 
     def _over_ranks(self, parameters: Sequence[Any], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's slice of each gradient, summed over the ranks, padding behind it; each (N,)."""
-        if self.num_ranks == 1:
-            return gradients
         lengths = [parameter.partition_numel() for parameter in parameters]
         dtype, device = self._optimizer.communication_data_type, gradients[0].device
         message_RN = torch.empty(self.num_ranks, sum(lengths), dtype=dtype, device=device)
         for gradient, slices_RN in zip(gradients, message_RN.split(lengths, dim=1), strict=True):
-            cut_into_rows(gradient, slices_RN)
+            cut_into_rows(gradient.reshape(-1), slices_RN)
         own = torch.empty(sum(lengths), dtype=dtype, device=device)
         self._reduce_scatter(own, message_RN.view(-1), group=self._group)
         slices: Sequence[Tensor] = own.split(lengths)
@@ -95,19 +113,23 @@ class GradientSums:
     def _sum(self, parameters: Sequence[Any], slices: Sequence[Tensor]) -> None:
         held = [(self._sums[parameter.ds_id], part) for parameter, part in zip(parameters, slices, strict=True)]
         sums = [own for own, _ in held if own.numel()]
-        parts = [part[: own.numel()] for own, part in held if own.numel()]
+        parts = [part if part.numel() == own.numel() else part[: own.numel()] for own, part in held if own.numel()]
         if sums:
             # The first micro-batch of a step begins its sums: nothing has to be zeroed.
             is_first = self._optimizer.micro_step_id == 0
             (torch._foreach_copy_ if is_first else torch._foreach_add_)(sums, parts)
 
     def _own_sums(self, rank: int) -> dict[int, Tensor]:
-        """Of each parameter the part of the total that this rank holds, without padding, by DeepSpeed's number."""
+        """Of each parameter the part of the total that this rank holds, without padding, by DeepSpeed's number.
+
+        Flat; on a single rank of the parameter's shape.
+        """
         found, start = {}, 0
         for parameter in (parameter for group in self._optimizer.fp16_groups for parameter in group):
             length = parameter.partition_numel()
             real = min(max(parameter.ds_numel - rank * length, 0), length)
-            found[parameter.ds_id] = self.total.narrow(0, start, real)
+            own = self.total.narrow(0, start, real)
+            found[parameter.ds_id] = own.view(parameter.ds_shape) if self.num_ranks == 1 else own
             start += length
         return found
 

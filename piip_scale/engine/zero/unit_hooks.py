@@ -5,7 +5,7 @@ Source: DeepSpeed 0.19.8, which hooks every module, and fetches and releases at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,30 @@ def hook_units(engine: Engine, leaf: nn.Module) -> None:
     for handle in (*offload.forward_hooks, *offload.backward_hooks):
         if id(handle.hooks_dict_ref()) in without:
             handle.remove()
+    _look_up_plainly(engine)
+
+
+def _look_up_plainly(engine: Engine) -> None:
+    """Gives modules their dicts of parameters back.
+
+    DeepSpeed's gather what is missing when it is read, in passes whose begin and end every module is told of: nothing
+    is missing here.
+    """
+    for module in engine.module.modules():
+        module._parameters = dict(module._parameters.items())
+    for name in ("_forward_prologue", "_forward_epilogue"):
+        setattr(engine, name, _without_walk(engine, getattr(engine, name)))
+
+
+def _without_walk(engine: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    def instead(*args: Any) -> Any:
+        engine.zero_optimization_partition_weights = lambda: False
+        try:
+            return method(*args)
+        finally:
+            del engine.zero_optimization_partition_weights
+
+    return instead
 
 
 def _fetched(module: Any) -> Iterator[nn.Parameter]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.gradients import GradientSums
+from piip_scale.engine.zero.residents import Residents
 
 
 def shorten_update(engine: Engine) -> None:
@@ -26,15 +27,16 @@ def shorten_update(engine: Engine) -> None:
     """
     optimizer = engine.optimizer
     if _is_plain(optimizer):
-        sums = GradientSums(optimizer)
+        sums, residents = GradientSums(optimizer), Residents(engine)
         sums.attach()
-        optimizer.step = Update(optimizer, sums).step
+        residents.attach(optimizer)
+        optimizer.step = Update(optimizer, sums, residents).step
     else:
         _step_groups_with_parameters(optimizer.optimizer)
 
 
 def _is_plain(optimizer: Any) -> bool:
-    in_memory = not optimizer.offload_optimizer and not optimizer.params_in_nvme_and_cpu
+    in_memory = not optimizer.offload_optimizer and not optimizer.params_in_nvme_and_cpu and not optimizer.offload_param
     exact = optimizer.gradient_accumulation_dtype == optimizer.master_weights_and_grads_dtype == torch.float32
     divides_once = optimizer.postscale_gradients and optimizer.gradient_predivide_factor == 1.0
     return bool(
@@ -48,10 +50,11 @@ class Update:
     Args:
         optimizer: DeepSpeed's of stage 3.
         sums: Its gradients.
+        residents: Its parameters that are whole on every rank.
     """
 
-    def __init__(self, optimizer: Any, sums: GradientSums) -> None:
-        self._optimizer, self._sums = optimizer, sums
+    def __init__(self, optimizer: Any, sums: GradientSums, residents: Residents) -> None:
+        self._optimizer, self._sums, self._residents = optimizer, sums, residents
         self._masters: list[Tensor] = optimizer.fp32_partitioned_groups_flat
         self._members: dict[int, list[Tensor]] = defaultdict(list)
         for sub_group, master in enumerate(self._masters):
@@ -65,7 +68,7 @@ class Update:
         """
         optimizer = self._optimizer
         optimizer._pre_step()
-        optimizer._partition_all_parameters()
+        self._residents.cut_others()
         norm = self._norm()
         optimizer.overflow = not math.isfinite(norm)
         if optimizer._loss_scale_update_and_overflow_cleanup():
@@ -74,7 +77,8 @@ class Update:
         self._scale_gradients(norm)
         self._step_every_group()
         self._copy_to_weights()
-        optimizer._post_step(set())
+        self._residents.gather(changed_by_update=True)
+        optimizer.invalidate_secondary_tensor()
 
     def _norm(self) -> float:
         """Of the mean of all ranks' gradients; in float64 like DeepSpeed's."""

@@ -90,6 +90,30 @@ WORKAROUNDS = (
         ("engine/zero/test_unit_hooks.py", "test_only_the_block_itself_is_hooked"),
     ),
     Workaround(
+        "cuts all residents before each update and makes them whole again behind it, 0.1 ms each",
+        (_OFFLOAD, "self.get_param_coordinator().release_and_reset_all(self.module)"),
+        ("engine/zero/residents.py", "Residents"),
+        ("engine/zero/test_residents.py", "test_residents_stay_where_they_are_and_are_what_their_slices_are"),
+    ),
+    Workaround(
+        "tells every module when a pass begins and ends, and looks up parameters in Python, to gather what is read",
+        (_ENGINE, "module._parameters._in_forward = True"),
+        (_HOOKS, "_look_up_plainly"),
+        ("engine/zero/test_unit_hooks.py", "test_no_module_is_told_of_a_pass"),
+    ),
+    Workaround(
+        "counts at each gradient how many are still to come",
+        (_STAGE3, "current_expected = count_used_parameters_in_backward("),
+        ("engine/zero/gradients.py", "attach"),
+        (_T_UPDATE, "test_a_gradient_calls_nothing_of_deepspeeds"),
+    ),
+    Workaround(
+        "formats lines about each parameter that it fetches or releases, asks for its rank, and drops them",
+        (_PARTITION, 'print_rank_0(f"Before Partitioning Param {param.ds_id}", force=False)'),
+        ("engine/zero/deepspeed_api.py", "_quiet_hot_paths"),
+        ("engine/zero/test_deepspeed_api.py", "test_lines_that_nobody_asked_for_cost_nothing_and_others_are_said"),
+    ),
+    Workaround(
         "updates sub-group by sub-group, each with a message for its norm, a copy of its gradients and a step through "
         "all optimiser groups",
         (_STAGE3, "for sub_group_id, group in enumerate(self.fp16_groups):"),

@@ -101,3 +101,20 @@ def test_the_library_waits_longer_than_any_limit_of_the_run_from_the_first_messa
     train = tiny_config(train={"slow_hang_minutes": 60}).train
     assert group_timeout(train) > timedelta(minutes=train.slow_hang_minutes)
     assert run_ranks(1, started_with) == [(timedelta(minutes=70), str(70 * 60))]
+
+
+def test_lines_that_nobody_asked_for_cost_nothing_and_others_are_said(capsys, monkeypatch):
+    deepspeed_api.load()
+    from deepspeed.runtime.zero import partition_parameters
+
+    class Comm:
+        @staticmethod
+        def get_rank() -> int:
+            print("asked")
+            return 0
+
+    monkeypatch.setattr(partition_parameters, "dist", Comm)
+    partition_parameters.print_rank_0("nobody's")
+    assert capsys.readouterr().out == ""
+    partition_parameters.print_rank_0("somebody's", force=True)
+    assert capsys.readouterr().out == "asked\nsomebody's\n"

@@ -61,6 +61,8 @@ def steps(world, _device):
             watch = Watch(engine) if step == 3 else None
             train_step(engine, [next(iter(task.train_batches(0, step)))], step, 0, world)
         found[checkpointed] = (watch.calls, watch.gathered, watch.ahead, hooks_of(engine.module))
+        found["dicts"] = {type(module._parameters) for module in engine.module.modules()}
+        found["partitions weights"] = engine.zero_optimization_partition_weights()
     return found
 
 
@@ -100,3 +102,8 @@ def test_only_the_block_itself_is_hooked(found):
     assert len(blocks) == NUM_BLOCKS
     assert {hooks[name] for name in blocks} == {4}
     assert {hooks[name] for name in hooks.keys() - blocks} == {0}
+
+
+def test_no_module_is_told_of_a_pass(found):
+    assert found["dicts"] == {dict}
+    assert found["partitions weights"] is True
