@@ -161,6 +161,9 @@ class SamplingOffsets(Linear):
 
     def reset_parameters(self) -> None:
         """Sets point p of head h p + 1 cells away, in the direction of the h-th part of a full turn."""
+        # Likewise a fifth of building a network without memory.
+        if self.weight.is_meta:
+            return
         nn.init.zeros_(self.weight)
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), -1)

@@ -261,6 +261,9 @@ def build_layer_scale(dim: int, start: float | None, kernel: str = "auto") -> nn
 
 
 def _normal_by_fan_out(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    # Without memory there is nothing to draw, and torch's own way to find that out was a fifth of building a network.
+    if conv.weight.is_meta:
+        return
     fan_out = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
     nn.init.normal_(conv.weight, std=math.sqrt(2 / fan_out))
     if conv.bias is not None:

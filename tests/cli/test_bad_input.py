@@ -186,7 +186,7 @@ def wait_for_steps(run_dir, process, seconds=120):
         (["predict", "{config}", "absent.safetensors", "{photo}"], ["absent.safetensors", "convert"]),
         (["predict", "{config}", "{weights}", "{truncated}", "--out", "found.gif"], ["found.gif", ".png"]),
         (["evaluate", "{config}", "{weights}", "--shards", "/nowhere"], ["/nowhere"]),
-        (["evaluate", "{config}", "{weights}", "--out", "{folder}"], ["Is a directory", "name a file"]),
+        (["evaluate", "{config}", "{weights}", "--out", "{below a file}"], ["Not a directory"]),
         (
             ["evaluate", "{config}", "{weights}", "--set", "model.branches.0.depth=4"],
             ["missing", "branches.0.blocks.2"],
@@ -201,7 +201,7 @@ def test_wrong_files_are_named(trained, weights, scenes, tmp_path, words, parts)
     content = photo.read_bytes()
     truncated.write_bytes(content[: len(content) // 3])
     names = {"{config}": trained / "config.py", "{weights}": weights, "{truncated}": truncated, "{photo}": photo}
-    names["{folder}"] = tmp_path
+    names["{below a file}"] = photo / "found"
     before = set(os.listdir())
     failed_in_one_line(piip_scale(*(names.get(word, word) for word in words)), *parts)
     assert set(os.listdir()) == before

@@ -26,7 +26,7 @@ def told(caplog, monkeypatch):
     """Keys in the order they were told of."""
     monkeypatch.setattr(logging.getLogger("piip_scale"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="piip_scale"):
-        yield lambda: [record.args[0] for record in caplog.records if "replaced by a neighbour" in record.msg]
+        yield lambda: [record.args[0] for record in caplog.records if "replaced by a neighbour" in record.getMessage()]
 
 
 def read(ranks, epochs):

@@ -381,7 +381,7 @@ def test_a_broken_sample_is_replaced_the_same_wherever_the_set_lies(tmp_path, ca
             found.append([[content(batch) for batch in rank.batches(e)] for e in range(3) for rank in ranks])
             # Once an epoch in all, whichever rank has it; without a run's folder each that meets it names it once.
             assert sum(rank.num_broken for rank in ranks) == 3
-            named = [record.args[0] for record in caplog.records if "replaced by a neighbour" in record.msg]
+            named = [record.args[0] for record in caplog.records if "replaced by a neighbour" in record.getMessage()]
             assert set(named) == {key}
             assert len(named) == sum(rank.num_broken > 0 for rank in ranks)
         # Whole as it is, the copy of its shard is kept.
