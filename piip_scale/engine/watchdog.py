@@ -148,18 +148,23 @@ class Watchdog:
         beats = {beat.rank: beat for beat in read_beats(self._run.heartbeats, process_start_unix_s())}
         silent = [rank for rank, beat in beats.items() if time.time() - beat.unix_time_s > limit_s / 2]
         _wake([beats[rank] for rank in silent])
-        while self._missing_stacks() and time.monotonic() - began_s < _STACKS_WITHIN_S:
+        # Until nobody writes any more: a launcher kills the others once this rank has ended.
+        sizes: list[int] = []
+        while not all(sizes) or sizes != self._stack_sizes():
+            if time.monotonic() - began_s > _STACKS_WITHIN_S:
+                break
+            sizes = self._stack_sizes()
             time.sleep(self._poll_s)
         error = hang_error(beats, silent, self._world.num_ranks, limit_s, str(self._run.stacks))
         os._exit(report_failure(self._run, self._world.rank, error, self._mark.step))
 
-    def _missing_stacks(self) -> list[int]:
+    def _stack_sizes(self) -> list[int]:
         def size(rank: int) -> int:
             with suppress(OSError):
                 return (self._run.stacks / f"rank_{rank}.txt").stat().st_size
             return 0
 
-        return [rank for rank in range(self._world.num_ranks) if not size(rank)]
+        return [size(rank) for rank in range(self._world.num_ranks)]
 
 
 def hang_error(
