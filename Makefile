@@ -23,8 +23,9 @@ $(INSTALLED): requirements.txt setup.cfg
 demo: $(INSTALLED)  ## data, shards, training on two processes, conversion, evaluation, a picture (DATA=... for your own)
 	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(BOXES_ONLY),--boxes-only)
 
+# Three workers on two cores: while one waits, for a clock or a rank, the others compute.
 test: $(INSTALLED)  ## everything that can be tested without a GPU and Slurm
-	$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
+	$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-slurm: $(INSTALLED)  ## jobs and their faults on a real Slurm, brought up on this machine by launch/minislurm
 	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm

@@ -20,7 +20,7 @@ settings.load_profile("unhurried")
 
 TESTS = Path(__file__).parent
 LONG = ("engine", "cli", "tasks", "test_gpu_benchmark.py", "models", "data")
-"""Of the longest tests: were their files the last to begin, one of two workers would wait for the other."""
+"""Of the longest tests: were their files the last to begin, one worker would be waited for."""
 
 
 def pytest_collection_modifyitems(items):

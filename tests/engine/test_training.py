@@ -192,7 +192,36 @@ def test_ctrl_c_saves_and_stops_every_rank(tmp_path):
     assert not any(rank.is_running() for rank in ranks)
 
 
+DEAF = """
+import os, pathlib, signal, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+(pathlib.Path(sys.argv[1]) / f"rank_{os.environ['RANK']}").touch()
+time.sleep(120)
+"""
+LAUNCHER = """
+import sys
+from piip_scale.engine.local_launch import launch_local
+from piip_scale.run.run_dir import RunDirectory
+launch_local(2, [sys.executable, "-c", sys.argv[1], sys.argv[2]], RunDirectory(sys.argv[2]))
+"""
+
+
 def test_no_rank_outlives_a_launcher_that_is_killed(tmp_path):
+    """Not even one that hears no signal."""
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, DEAF, tmp_path])
+    while not all((tmp_path / f"rank_{rank}").exists() for rank in range(2)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
+    assert len(ranks) == 2
+
+
+@pytest.mark.slow
+def test_no_rank_that_trains_outlives_a_launcher_that_is_killed(tmp_path):
     process = start_anew(tmp_path / "run", "--steps", "500", "--slow", "0.05", env=WITHOUT_COMPILERS)
     wait_for_step(tmp_path / "run", 1, process)
     ranks = psutil.Process(process.pid).children()
