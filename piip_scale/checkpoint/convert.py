@@ -14,18 +14,18 @@ from piip_scale.checkpoint.averages import averaged_weights, open_averages
 from piip_scale.checkpoint.copying import Copied, Job, check_reads, copy
 from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
 from piip_scale.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from piip_scale.checkpoint.hub_layout import file_names, split_into_files, write_index
 from piip_scale.checkpoint.origin import own_config
 from piip_scale.checkpoint.output import Replacing, is_manifest, manifest_path
 from piip_scale.checkpoint.renaming import Renaming, shared_prefix_note
-from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
+from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter
 from piip_scale.checkpoint.store import CheckpointStore, find_checkpoint, read_step
 from piip_scale.checkpoint.stored import Weight
 from piip_scale.checkpoint.verifying import compare
 from piip_scale.errors import CheckpointError
-from piip_scale.files import disk_errors, sync_file
+from piip_scale.files import disk_errors
 
 FORMAT_VERSION = "1"
-INDEX = "model.safetensors.index.json"
 
 _DTYPES = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}
 _NO_MANIFEST = "no manifest of ours: sizes and numbers of ranks were checked, and"
@@ -33,7 +33,6 @@ _CHECKSUMS = "the checksums that torch left in the files"
 _NO_CHECKSUMS = "no checksums, of which some records have none"
 _NO_FROZEN = "it was saved without frozen parameters: those of the model that were not trained are not in the file"
 _NO_MASTERS = "it holds no fp32 master weights by name: what is written are the 16-bit weights the model computed with"
-_GB = 10**9  # as the Hugging Face hub counts shards
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,8 @@ class _Run:
         in_folder = self._options.max_shard_gb is not None
         with Replacing(out, is_folder=in_folder) as replacing:
             if in_folder:
-                _write_index(replacing.path / INDEX, shards, files)
+                named = zip(files, shards, strict=True)
+                write_index(replacing.path, {file.name: [job.entry for job in shard] for file, shard in named})
             done: dict[str, list[Copied]] = {}
             for shard, file in zip(shards, files, strict=True):
                 target = replacing.path / file.name if in_folder else replacing.path
@@ -268,22 +268,10 @@ def _check_target(out: Path, options: ConvertOptions) -> None:
 
 def _plan(weights: Mapping[str, Weight], options: ConvertOptions) -> list[list[Job]]:
     """The tensors of each file, in the model's order from file to file."""
-    shards: list[list[Job]] = [[]]
-    held = 0
-    most = math.inf if options.max_shard_gb is None else options.max_shard_gb * _GB
-    for name, weight in weights.items():
-        job = Job(Entry(name, weight.shape, _output_dtype(weight, _DTYPES[options.dtype])), weight)
-        if shards[-1] and held + job.entry.num_bytes > most:
-            shards.append([])
-            held = 0
-        shards[-1].append(job)
-        held += job.entry.num_bytes
-    return [_in_file_order(shard) for shard in shards]
-
-
-def _in_file_order(shard: Sequence[Job]) -> list[Job]:
-    weights = {job.entry.name: job.weight for job in shard}
-    return [Job(entry, weights[entry.name]) for entry in in_file_order(job.entry for job in shard)]
+    dtype = _DTYPES[options.dtype]
+    entries = [Entry(name, weight.shape, _output_dtype(weight, dtype)) for name, weight in weights.items()]
+    files = split_into_files(entries, options.max_shard_gb or math.inf)
+    return [[Job(entry, weights[entry.name]) for entry in file] for file in files]
 
 
 def _output_dtype(weight: Weight, dtype: DType) -> DType:
@@ -295,14 +283,7 @@ def _output_dtype(weight: Weight, dtype: DType) -> DType:
 def _file_names(out: Path, count: int, in_folder: bool) -> list[Path]:
     if not in_folder:
         return [out]
-    return [out / f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
-
-
-def _write_index(path: Path, shards: Sequence[Sequence[Job]], files: Sequence[Path]) -> None:
-    names = {job.entry.name: file.name for shard, file in zip(shards, files, strict=True) for job in shard}
-    total = sum(job.entry.num_bytes for shard in shards for job in shard)
-    path.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2), encoding="utf-8")
-    sync_file(path)
+    return [out / name for name in file_names(count)]
 
 
 def _num_parameters(weights: Mapping[str, Weight]) -> int:

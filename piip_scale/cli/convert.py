@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from piip_scale.cli.options import Averages
 from piip_scale.cli.progress import progress_bar
 from piip_scale.errors import ConfigError
 
@@ -33,7 +34,7 @@ def convert(
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the weights written.")] = "fp32",
     max_shard_gb: Annotated[float | None, typer.Option(help="Split into files of at most this size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
-    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
+    ema: Averages = False,
     strip: Annotated[
         list[str] | None,
         typer.Option(metavar="PREFIX", help="Take a prefix off the names that have it, as `_forward_module.`"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from piip_scale.cli.options import Overrides
+from piip_scale.cli.options import Averages, ChosenWeights, Overrides, Step
 from piip_scale.cli.plain import plain
 from piip_scale.errors import ConfigError, Interrupted
 from piip_scale.text import printable
@@ -36,14 +36,9 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Argument(metavar="CONFIG|RUN", help="Config file (Python), or the directory of a run.")
     ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Weights: .safetensors, a folder of them, or a checkpoint; default: the run's newest checkpoint."
-        ),
-    ] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
+    weights: ChosenWeights = None,
+    step: Step = None,
+    ema: Averages = False,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the network; heads are fp32.")] = "fp32",
     scales: Annotated[
         str | None, typer.Option(metavar="0.75,1,1.25", help="Look at images at several scales, and merge.")

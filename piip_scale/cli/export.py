@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from piip_scale.cli.options import Overrides, TrainedPath
+from piip_scale.cli.options import Averages, Overrides, Step, TrainedPath
 from piip_scale.errors import DataError
 from piip_scale.text import printable
 
@@ -30,8 +30,8 @@ def export(
         Path | None, typer.Option(help="What `evaluate --out` wrote, for the card; default: what the run measured.")
     ] = None,
     max_file_gb: Annotated[float, typer.Option(min=0.001, help="Split weights into files of at most this size.")] = 5.0,
-    step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
+    step: Step = None,
+    ema: Averages = False,
     overrides: Overrides = None,
 ) -> None:
     """Write a trained model as a folder in the layout of the Hugging Face hub.

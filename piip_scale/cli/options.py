@@ -15,6 +15,14 @@ TrainedPath = Annotated[
     Path,
     typer.Argument(metavar="CONFIG|RUN", help="Config file (Python), the directory of a run, or of an exported model."),
 ]
+ChosenWeights = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Weights: .safetensors, a folder of them, or a checkpoint; default: the run's newest checkpoint."
+    ),
+]
+Step = Annotated[int | None, typer.Option("--step", min=0, help="The run's checkpoint of this step.")]
+Averages = Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key of the config; may be given many times."),

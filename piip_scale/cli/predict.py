@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from piip_scale.cli.options import Overrides, TrainedPath
+from piip_scale.cli.options import Averages, Overrides, Step, TrainedPath
 from piip_scale.errors import ConfigError, DataError
 from piip_scale.text import printable
 
@@ -77,8 +77,8 @@ def predict(
         typer.Option(min=1, help="Refuse photographs of more; default: data.max_pixels."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out and --json name.")] = False,
-    step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
+    step: Step = None,
+    ema: Averages = False,
     overrides: Overrides = None,
 ) -> None:
     """Find objects in photographs, or the classes of photographs, draw them and write them down.

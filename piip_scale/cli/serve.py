@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import signal
 import socket
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from piip_scale.cli.options import Overrides, TrainedPath
+from piip_scale.cli.options import Averages, ChosenWeights, Overrides, Step, TrainedPath
 from piip_scale.errors import KernelError, WorldError
 from piip_scale.text import printable
 
@@ -25,20 +24,15 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     config: TrainedPath,
-    weights: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Weights: .safetensors, a folder of them, or a checkpoint; default: the run's newest checkpoint."
-        ),
-    ] = None,
+    weights: ChosenWeights = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     max_mib: Annotated[float, typer.Option(min=0.001, help="Refuse larger bodies.")] = 20.0,
     max_pixels: Annotated[int, typer.Option(min=1, help="Refuse images of more pixels.")] = 50_000_000,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may wait and be answered in.")] = 60.0,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 503.")] = 16,
-    step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
+    step: Step = None,
+    ema: Averages = False,
     overrides: Overrides = None,
 ) -> None:
     """Serve a trained model over HTTP, with a page to drop images on.

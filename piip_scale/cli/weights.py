@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from piip_scale.cli.options import Overrides
+from piip_scale.cli.options import Averages, ChosenWeights, Overrides, Step
 from piip_scale.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -58,17 +58,12 @@ def export_weights(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG|RUN", help="Config file (Python), or the directory of a run.")
     ],
-    weights: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Weights: .safetensors, a folder of them, or a checkpoint; default: the run's newest checkpoint."
-        ),
-    ] = None,
+    weights: ChosenWeights = None,
     *,
     out: Annotated[Path, typer.Option(help="The .pth or .safetensors file to write.")],
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights written.")] = "fp32",
-    step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The running averages of a run with train.ema_decay.")] = False,
+    step: Step = None,
+    ema: Averages = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
     overrides: Overrides = None,
 ) -> None:

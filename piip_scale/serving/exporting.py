@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from piip_scale import __version__
 from piip_scale.checkpoint.dtypes import of_torch
-from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
+from piip_scale.checkpoint.hub_layout import file_names, split_into_files, write_index
+from piip_scale.checkpoint.output import Replacing
+from piip_scale.checkpoint.safetensors_writer import Entry
+from piip_scale.checkpoint.tensor_file import write_tensors
 from piip_scale.errors import ModelError
-from piip_scale.files import disk_errors, sync_file
+from piip_scale.files import disk_errors
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.serving.model_card import Card, card_text
 from piip_scale.tasks.classes import class_names
@@ -24,9 +24,8 @@ from piip_scale.tasks.kinds import build_model
 from piip_scale.tasks.trained import Trained
 from piip_scale.tasks.weights import WeightSource, check_weights
 
-_GB = 10**9
 _MAX_FILE_GB = 5.0
-_INDEX = "model.safetensors.index.json"
+_ONE_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ def export_model(
 
     Raises:
         ModelError: ``out`` holds something, the weights are not the config's, or the disk refuses; no part is left.
+        CheckpointError: Another process is writing it.
         ConfigError: The config names no classes, or a place of this machine in what must be kept.
         PiipError: Weights cannot be read.
     """
@@ -77,19 +77,10 @@ def export_model(
         "preprocessor_config.json": _json(preprocessing(found.config)),
         "README.md": card_text(card),
     }
-    partial = out.with_name(f".{out.name}.partial")
-    with disk_errors(ModelError, f"write {out}"):
-        try:
-            partial.mkdir(parents=True)
-            for name, text in texts.items():
-                (partial / name).write_text(text, encoding="utf-8")
-            _write_weights(partial, _shards(entries, max_file_gb), found.weights)
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        sync_file(out.parent)
+    with disk_errors(ModelError, f"write {out}"), Replacing(out, is_folder=True) as replacing:
+        for name, text in texts.items():
+            (replacing.path / name).write_text(text, encoding="utf-8")
+        _write_weights(replacing.path, split_into_files(entries, max_file_gb), found.weights)
     return ExportReport(tuple(sorted(path.name for path in out.iterdir())), num_parameters, len(metrics))
 
 
@@ -131,31 +122,15 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _shards(entries: list[Entry], max_file_gb: float) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        held = sum(other.num_bytes for other in shards[-1])
-        if shards[-1] and held + entry.num_bytes > max_file_gb * _GB:
-            shards.append([])
-        shards[-1].append(entry)
-    return [in_file_order(shard) for shard in shards]
-
-
-def _write_weights(folder: Path, shards: list[list[Entry]], source: WeightSource) -> None:
-    names = list(_file_names(len(shards)))
-    for name, shard in zip(names, shards, strict=True):
-        with SafetensorsWriter(folder / name, shard, {"format": "pt"}) as writer:
-            for entry in shard:
-                tensor = source.read(entry.name, entry.dtype.to_torch()).contiguous()
-                writer.write(entry.name, 0, tensor.reshape(-1).view(torch.uint8).numpy().data)
-    if len(shards) > 1:
-        where = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-        total = sum(entry.num_bytes for shard in shards for entry in shard)
-        (folder / _INDEX).write_text(_json({"metadata": {"total_size": total}, "weight_map": where}), encoding="utf-8")
-
-
-def _file_names(count: int) -> Iterator[str]:
-    if count == 1:
-        yield "model.safetensors"
-        return
-    yield from (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+def _write_weights(folder: Path, files: list[list[Entry]], source: WeightSource) -> None:
+    names = file_names(len(files)) if len(files) > 1 else [_ONE_FILE]
+    for name, entries in zip(names, files, strict=True):
+        dtypes = {entry.name: entry.dtype.to_torch() for entry in entries}
+        write_tensors(
+            folder / name,
+            {entry.name: (tuple(entry.shape), dtypes[entry.name]) for entry in entries},
+            {"format": "pt"},
+            lambda key, dtypes=dtypes: source.read(key, dtypes[key]),  # type: ignore[misc]
+        )
+    if len(files) > 1:
+        write_index(folder, dict(zip(names, files, strict=True)))

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from zero_files import write_checkpoint
 
-from piip_scale.checkpoint.convert import INDEX, ConvertOptions, convert
+from piip_scale.checkpoint.convert import ConvertOptions, convert
 from piip_scale.checkpoint.dtypes import of_torch
+from piip_scale.checkpoint.hub_layout import INDEX
 from piip_scale.checkpoint.origin import STATE_FILE, own_config
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter, in_file_order
 from piip_scale.checkpoint.store import CheckpointStore

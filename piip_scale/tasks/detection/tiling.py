@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_area
 
+from piip_scale.data.augment.geometry import Window
 from piip_scale.data.images import Image
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.base import Detections
@@ -43,26 +44,6 @@ class Tiling:
             raise ConfigError("--tile", value=self.tile_px, rule="the side of a tile in px, at least 1")
         if not 0 <= self.overlap < 1:
             raise ConfigError("--overlap", value=self.overlap, rule="a share of the tile, from 0 to below 1")
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of an image, in its px."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    def is_cut(self, boxes_xyxy_px: Tensor, size_px: tuple[int, int]) -> Tensor:
-        """Which boxes, float32 (N, 4) in px of the image, end at an edge beyond which the image goes on: bool (N,)."""
-        height, width = size_px
-        edge_px = _EDGE_SHARE * max(self.right - self.left, self.bottom - self.top)
-        left, top, right, bottom = boxes_xyxy_px.unbind(1)
-        cut = (left < self.left + edge_px) & (self.left > 0)
-        cut |= (top < self.top + edge_px) & (self.top > 0)
-        cut |= (right > self.right - edge_px) & (self.right < width)
-        return cut | ((bottom > self.bottom - edge_px) & (self.bottom < height))
 
 
 def windows(size_px: tuple[int, int], tiling: Tiling) -> list[Window]:
@@ -116,7 +97,7 @@ def merge(found: Sequence[Detections], looks: Sequence[Window], size_px: tuple[i
     corners = torch.tensor([[window.left, window.top] * 2 for window in looks], dtype=torch.float32)
     boxes = torch.cat([one.boxes_xyxy_px for one in found]) + corners[look]
     scores, labels = (torch.cat([getattr(one, name) for one in found]) for name in ("scores", "labels"))
-    is_cut = torch.cat([w.is_cut(b, size_px) for w, b in zip(looks, boxes.split(counts.tolist()), strict=True)])
+    is_cut = torch.cat([cut_off(w, b, size_px) for w, b in zip(looks, boxes.split(counts.tolist()), strict=True)])
     kept = _distinct(boxes, labels, look, is_cut, torch.where(is_cut, box_area(boxes), scores))
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
     merged = replace(found[-1], boxes_xyxy_px=boxes[kept], scores=scores[kept], labels=labels[kept])
@@ -125,6 +106,17 @@ def merge(found: Sequence[Detections], looks: Sequence[Window], size_px: tuple[i
     masks = [(mask, window) for one, window in zip(found, looks, strict=True) for mask in one.masks_rle or ()]
     chosen = [masks[index] for index in kept.tolist()]
     return replace(merged, masks_rle=[moved_mask(mask, (at.left, at.top), size_px) for mask, at in chosen])
+
+
+def cut_off(window: Window, boxes_xyxy_px: Tensor, size_px: tuple[int, int]) -> Tensor:
+    """Which boxes, float32 (N, 4) in px of the image, end at an edge beyond which the image goes on: bool (N,)."""
+    height, width = size_px
+    edge_px = _EDGE_SHARE * max(window.right - window.left, window.bottom - window.top)
+    left, top, right, bottom = boxes_xyxy_px.unbind(1)
+    cut = (left < window.left + edge_px) & (window.left > 0)
+    cut |= (top < window.top + edge_px) & (window.top > 0)
+    cut |= (right > window.right - edge_px) & (window.right < width)
+    return cut | ((bottom > window.bottom - edge_px) & (window.bottom < height))
 
 
 def _starts(length_px: int, tiling: Tiling) -> list[int]:
