@@ -47,6 +47,9 @@ class TaskRow:
         outline: The ``Outline`` for planning memory, of config, number of classes and images on the meta device.
         training_size_px: Height and width of the largest micro-batch that training can meet, of config.
         public_set: Counted for by default.
+        hub_pipeline: What the Hugging Face hub calls it.
+        finds_objects: A predictor finds ``Detections``.
+        released_key: Under which the released tools look for the weights of a checkpoint.
     """
 
     config: str
@@ -59,6 +62,9 @@ class TaskRow:
     outline: str
     training_size_px: str
     public_set: PublicSet
+    hub_pipeline: str
+    finds_objects: bool = False
+    released_key: str = "state_dict"
 
     def load(self, part: str) -> Any:
         """The part of this name, imported."""
@@ -78,6 +84,8 @@ TASKS: dict[str, TaskRow] = {
         outline="piip_scale.tasks.detection.memory:outline_detector",
         training_size_px="piip_scale.tasks.detection.training_size:training_size_px",
         public_set=PublicSet("COCO", 80),
+        hub_pipeline="object-detection",
+        finds_objects=True,
     ),
     "segmentation": TaskRow(
         config="piip_scale.config.segmentation:SegmentationRun",
@@ -90,6 +98,7 @@ TASKS: dict[str, TaskRow] = {
         outline="piip_scale.tasks.segmentation.memory:outline_segmentor",
         training_size_px="piip_scale.tasks.segmentation.training_size:training_size_px",
         public_set=PublicSet("ADE20K", 150),
+        hub_pipeline="image-segmentation",
     ),
     "classification": TaskRow(
         config="piip_scale.config.classification:ClassificationRun",
@@ -102,6 +111,8 @@ TASKS: dict[str, TaskRow] = {
         outline="piip_scale.tasks.classification.memory:outline_classifier",
         training_size_px="piip_scale.tasks.classification.training_size:training_size_px",
         public_set=PublicSet("ImageNet", 1000),
+        hub_pipeline="image-classification",
+        released_key="model",  # as DeiT's
     ),
 }
 """By the value of the config key ``task``."""

@@ -71,7 +71,7 @@ def export_weights(
 
     Example: `piip-scale weights export runs/mine --out released.pth`
     """
-    from piip_scale.tasks.exporting import SUFFIXES, export_released
+    from piip_scale.tasks.released_export import SUFFIXES, export_released
     from piip_scale.tasks.trained import find_trained
 
     _check_target(out, SUFFIXES, overwrite)
@@ -89,7 +89,7 @@ def _check_target(out: Path, suffixes: Sequence[str], overwrite: bool) -> None:
 
 def _whole(file: Path, config: Path, overrides: list[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     from piip_scale.config import load_config
-    from piip_scale.tasks.importing import import_released
+    from piip_scale.tasks.released_import import import_released
 
     found = import_released(load_config(config, overrides), file)
     return found.tensors, found.classes

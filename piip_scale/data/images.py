@@ -208,14 +208,38 @@ def _decode_flawed_jpeg(content: bytes, reason: str, flaws: list[str]) -> Image:
 
 def _decode_other(content: bytes, name: str, orientation: int, max_pixels: int, flaws: list[str]) -> Image:
     with _opened(content, name, max_pixels) as (image, notices):
-        if image.mode not in _PHOTO_MODES:
-            raise ValueError(f"its pixels are of mode {image.mode}, not 8-bit")
+        _check_mode(image)
         own = _loaded_orientation(image)
-        # Pillow warns of palettes with alpha that become RGB at once; the colours are the same.
-        opaque = image.convert("RGBA") if isinstance(image.info.get("transparency"), bytes) else image
-        pixels = reoriented(np.asarray(opaque.convert("RGB")), own, orientation)
+        pixels = reoriented(_rgb(image), own, orientation)
         flaws.extend(filter(None, [_first_line(notices)]))
         return pixels
+
+
+def photo_of(image: PIL.Image.Image, max_pixels: int = MAX_PIXELS) -> Image:
+    """An image of Pillow's as RGB uint8 (H, W, 3), turned upright as its EXIF data say.
+
+    Raises:
+        ImageError: It has more pixels than that, or values of more than 8 bits, which RGB would cut off.
+    """
+    import PIL.ImageOps
+
+    _check_pixels(image.height, image.width, "image", max_pixels)
+    try:
+        _check_mode(image)
+    except ValueError as error:
+        raise ImageError("image", value=str(error), rule="8 bits a channel") from None
+    return _rgb(PIL.ImageOps.exif_transpose(image))
+
+
+def _check_mode(image: PIL.Image.Image) -> None:
+    if image.mode not in _PHOTO_MODES:
+        raise ValueError(f"its pixels are of mode {image.mode}, not 8-bit")
+
+
+def _rgb(image: PIL.Image.Image) -> Image:
+    # Pillow warns of palettes with alpha that become RGB at once; the colours are the same.
+    opaque = image.convert("RGBA") if isinstance(image.info.get("transparency"), bytes) else image
+    return np.asarray(opaque.convert("RGB"))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from piip_scale.engine.fp32_precision import apply_fp32_precision
 from piip_scale.errors import ConfigError
+from piip_scale.registry import row_of
 from piip_scale.tasks.classes import class_names
 from piip_scale.tasks.kinds import build_predictor
 
@@ -56,7 +57,7 @@ class Looker:
     """
 
     def __init__(self, found: Trained, looking: Looking) -> None:
-        self.is_detector = found.config.task == "detection"
+        self.is_detector = row_of(found.config.task).finds_objects
         self._looking = looking
         self._labels = _labels(looking, class_names(found.config), self.is_detector)
         apply_fp32_precision(found.config.train)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
-import PIL.ImageOps
 
-from piip_scale.data.images import Image, ImageError, read_photo
+from piip_scale.data.images import Image, ImageError, photo_of, read_photo
 from piip_scale.errors import ModelError
+from piip_scale.registry import row_of
 from piip_scale.serving.looking import Looker, Looking
 from piip_scale.tasks.base import Detections, Segmentation
 from piip_scale.tasks.drawing import DrawingStyle
@@ -100,7 +100,7 @@ class Model:
         found = find_trained(Path(source), Path(weights) if weights is not None else None)
         self.task = found.config.task
         self._max_pixels = found.config.data.max_pixels
-        self._looker = Looker(found, Looking(threshold if self.task == "detection" else None))
+        self._looker = Looker(found, Looking(threshold if row_of(self.task).finds_objects else None))
         self.classes = self._looker.predictor.classes
 
     def predict(self, image: ImageLike) -> Result:
@@ -131,12 +131,12 @@ def pixels_of(image: ImageLike, max_pixels: int) -> Image:
     """An image in any of its forms as RGB uint8 (H, W, 3).
 
     Raises:
-        ImageError: It is none, or of more pixels.
+        ImageError: It is none, of more pixels, or of more than 8 bits a channel.
     """
     if isinstance(image, str | Path):
         return read_photo(Path(image), max_pixels=max_pixels)
     if isinstance(image, PIL.Image.Image):
-        return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+        return photo_of(image, max_pixels)
     is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8
     if not is_array or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         shown = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__

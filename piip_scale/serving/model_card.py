@@ -9,12 +9,8 @@ from typing import Any
 
 from piip_scale import __version__
 from piip_scale.config.run import RunConfig
+from piip_scale.registry import row_of
 
-_PIPELINES = {
-    "detection": "object-detection",
-    "segmentation": "image-segmentation",
-    "classification": "image-classification",
-}
 _MOST_CLASSES_SHOWN = 100
 _PER_CLASS = "per_class/"
 
@@ -49,7 +45,7 @@ def card_text(card: Card) -> str:
 
 
 def _metadata(card: Card) -> dict[str, Any]:
-    kind = _PIPELINES.get(card.config.task, card.config.task)
+    kind = row_of(card.config.task).hub_pipeline
     data: dict[str, Any] = {"library_name": "piip_scale", "pipeline_tag": kind}
     data["tags"] = ["piip", "parameter-inverted-image-pyramid", card.config.task]
     overall = {name: value for name, value in card.metrics.items() if not name.startswith(_PER_CLASS)}
@@ -95,9 +91,7 @@ def _measured(card: Card) -> str:
 
 
 def _use(card: Card) -> str:
-    shown = {"detection": "objects", "segmentation": "classes", "classification": "classes"}.get(
-        card.config.task, "entry"
-    )
+    shown = "objects" if row_of(card.config.task).finds_objects else "classes"
     return (
         "## Use\n```python\nimport piip_scale\n\n"
         f'model = piip_scale.load("{card.name}")\nprint(model.predict("photo.jpg").{shown})\n```\n'

@@ -123,6 +123,16 @@ def test_any_form_of_an_image_is_seen_alike(exported, image, tmp_path):
             model.predict(wrong)
 
 
+def test_an_image_of_16_bits_is_refused_in_either_form(exported, tmp_path):
+    """As RGB its values would be cut off at 255."""
+    image = Image.fromarray(np.full((40, 60), 40_000, np.uint16))
+    image.save(tmp_path / "deep.png")
+    model = piip_scale.load(exported)
+    for form in (image, tmp_path / "deep.png"):
+        with pytest.raises(ImageError, match="mode I;16, not 8-bit"):
+            model.predict(form)
+
+
 def test_large_weights_are_files_that_an_index_names(files, exported, tmp_path):
     report = export_model(find_trained(*files), tmp_path / "out", metrics={}, max_file_gb=0.0006)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -27,6 +27,7 @@ ROW = {
     "counting": "toy_task:ToyCounting",
     "outline": "toy_task:outline_toy",
     "training_size_px": "toy_task:training_size_px",
+    "hub_pipeline": "image-feature-extraction",
 }
 
 

@@ -16,15 +16,13 @@ from piip_scale.errors import ModelError
 from piip_scale.files import disk_errors
 from piip_scale.models.released import released_name, released_network, released_shape
 from piip_scale.models.whole_file import CLASSES, describe_misfits, list_misfits
+from piip_scale.registry import row_of
 from piip_scale.tasks.base import DTYPES
 from piip_scale.tasks.classes import class_names
 from piip_scale.tasks.kinds import build_model
 from piip_scale.tasks.weights import WeightSource
 
 SUFFIXES = (".pth", ".safetensors")
-_WRAPPERS = {"classification": "model"}
-_WRAPPER = "state_dict"
-"""What the released tools look into; those for classification, which are DeiT's, into another."""
 
 
 def export_released(
@@ -59,7 +57,7 @@ def export_released(
         try:
             shapes = _write(part, config, weights, dtypes, classes)
             if out.suffix == ".pth":
-                _as_pickle(part, _WRAPPERS.get(config.task, _WRAPPER), classes)
+                _as_pickle(part, row_of(config.task).released_key, classes)
             part.replace(out)
         finally:
             part.unlink(missing_ok=True)
@@ -94,13 +92,13 @@ def _write(
     return shapes
 
 
-def _as_pickle(path: Path, wrapper: str, classes: tuple[str, ...]) -> None:
+def _as_pickle(path: Path, key: str, classes: tuple[str, ...]) -> None:
     """Puts a pickle in the place of a file of tensors, which are mapped on their way."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    content: dict[str, Any] = {"meta": {"CLASSES": classes}, wrapper: tensors}
+    content: dict[str, Any] = {"meta": {"CLASSES": classes}, key: tensors}
     pickled = path.with_name(f"{path.name}.pth")
     try:
         torch.save(content, pickled)
