@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict, Unpack
 
 from piip_scale.data.packing.coco import CocoImage, CocoSet, read_coco
 from piip_scale.data.packing.door import stored_name
@@ -63,41 +65,29 @@ def pack_coco(
     return pack_items(source.items, Path(out), source.facts, how, source.problems)
 
 
-def coco_source(
-    annotations: Path,
-    images: Path,
-    *,
-    classes: Sequence[str] = (),
-    subset: bool = False,
-    drop_unused: bool = False,
-    clip_boxes: bool = False,
-    boxes_only: bool = False,
-    how: PackOptions,
-) -> PackSource:
+class CocoChoice(TypedDict, total=False):
+    """What is taken of a COCO set; see ``pack_coco``."""
+
+    classes: Sequence[str]
+    subset: bool
+    drop_unused: bool
+    clip_boxes: bool
+    boxes_only: bool
+
+
+def coco_source(annotations: Path, images: Path, *, how: PackOptions, **choice: Unpack[CocoChoice]) -> PackSource:
     """A COCO set as it would be packed; arguments as of ``pack_coco``.
 
     Raises:
         DataError: What keeps the whole file from being read.
     """
     problems = how.problems()
-    found = read_coco(
-        annotations,
-        images,
-        classes=classes,
-        subset=subset,
-        drop_unused=drop_unused,
-        clip_boxes=clip_boxes,
-        boxes_only=boxes_only,
-        exif=how.exif,
-        max_pixels=how.max_pixels,
-        problems=problems,
-    )
-    asked = {"clip_boxes": clip_boxes, "boxes_only": boxes_only, "classes": list(classes)} | _if_set(
-        {"subset": subset, "drop_unused": drop_unused}
-    )
+    found = read_coco(annotations, images, exif=how.exif, max_pixels=how.max_pixels, problems=problems, **choice)
     source = {"annotations": stored_name(annotations.name), "annotations_sha256": sha256_of_file(annotations)}
     # The parsed annotations of a large set take gigabytes: they end here, before processes are forked.
-    return PackSource(_facts(found, asked, source), _items(found, images), problems)
+    return PackSource(
+        _facts(found, _asked(choice, "clip_boxes", "boxes_only"), source), _items(found, images), problems
+    )
 
 
 def pack_voc(
@@ -142,46 +132,36 @@ def pack_voc(
     return pack_items(source.items, Path(out), source.facts, how, source.problems)
 
 
-def voc_source(
-    annotations: Path,
-    images: Path,
-    *,
-    names: Path | None = None,
-    instance_maps: Path | None = None,
-    classes: Sequence[str] = (),
-    subset: bool = False,
-    clip_boxes: bool = False,
-    how: PackOptions,
-) -> PackSource:
+class VocChoice(TypedDict, total=False):
+    """What is taken of a Pascal VOC set; see ``pack_voc``."""
+
+    names: Path | None
+    instance_maps: Path | None
+    classes: Sequence[str]
+    subset: bool
+    clip_boxes: bool
+
+
+def voc_source(annotations: Path, images: Path, *, how: PackOptions, **choice: Unpack[VocChoice]) -> PackSource:
     """A Pascal VOC set as it would be packed; arguments as of ``pack_voc``.
 
     Raises:
         DataError: What keeps the whole set from being read.
     """
     problems = how.problems()
-    found = read_voc(
-        annotations,
-        images,
-        names=names,
-        instance_maps=instance_maps,
-        classes=classes,
-        subset=subset,
-        clip_boxes=clip_boxes,
-        exif=how.exif,
-        max_pixels=how.max_pixels,
-        problems=problems,
-    )
-    asked = {"clip_boxes": clip_boxes, "classes": list(classes)} | _if_set({"subset": subset})
+    found = read_voc(annotations, images, exif=how.exif, max_pixels=how.max_pixels, problems=problems, **choice)
+    names = choice.get("names")
     source = {
         "annotations": stored_name(annotations.name),
         "names": stored_name(names.name) if names is not None else None,
     }
-    return PackSource(_facts(found, asked, source), _items(found, images), problems)
+    return PackSource(_facts(found, _asked(choice, "clip_boxes"), source), _items(found, images), problems)
 
 
-def _if_set(options: dict[str, Any]) -> dict[str, Any]:
-    """Flags that are on: sets packed before there were any stay the same."""
-    return {key: value for key, value in options.items() if value is True}
+def _asked(choice: Mapping[str, Any], *always: str) -> dict[str, Any]:
+    """What a manifest keeps of a choice: sets packed before there were the other flags stay the same."""
+    kept = {key: bool(choice.get(key)) for key in always} | {"classes": list(choice.get("classes", ()))}
+    return kept | {key: True for key in ("subset", "drop_unused") if choice.get(key)}
 
 
 def _facts(found: CocoSet, options: dict[str, Any], source: dict[str, Any]) -> SetFacts:
