@@ -123,6 +123,13 @@ def block_queries(channels: int) -> int:
 
 
 @triton.jit
+def _point(places, weights, sample, known):
+    x = tl.load(places + 2 * sample, mask=known, other=0.0).to(tl.float32)
+    y = tl.load(places + 2 * sample + 1, mask=known, other=0.0).to(tl.float32)
+    return x, y, tl.load(weights + sample, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _corner(row, column, height, width, STRIDE: tl.constexpr, channels, keep):
     """Offsets (queries, channels) of one corner's cells from the first cell, and which of them lie on the map."""
     # Compared as floats, and outside the map replaced: a location far away must not wrap around as an integer.
@@ -188,9 +195,7 @@ def _forward_kernel(
     # Not unrolled: four points' loads at once would take most registers of a multiprocessor from other programs.
     for point in range(NUM_POINTS):
         sample = items * NUM_POINTS + point
-        x = tl.load(places + 2 * sample, mask=known, other=0.0).to(tl.float32)
-        y = tl.load(places + 2 * sample + 1, mask=known, other=0.0).to(tl.float32)
-        weight = tl.load(weights + sample, mask=known, other=0.0).to(tl.float32)
+        x, y, weight = _point(places, weights, sample, known)
         if ON_GRID:
             x, y = centre_x + x - 0.5, centre_y + y - 0.5
             weight = tl.exp(weight - highest) / exponentials
@@ -249,9 +254,7 @@ def _backward_kernel(
         _, highest, exponentials = _softmax(weights, items, known, NUM_POINTS, BLOCK_POINTS)
     for point in range(NUM_POINTS):
         sample = items * NUM_POINTS + point
-        x = tl.load(places + 2 * sample, mask=known, other=0.0).to(tl.float32)
-        y = tl.load(places + 2 * sample + 1, mask=known, other=0.0).to(tl.float32)
-        weight = tl.load(weights + sample, mask=known, other=0.0).to(tl.float32)
+        x, y, weight = _point(places, weights, sample, known)
         if ON_GRID:
             x, y = centre_x + x - 0.5, centre_y + y - 0.5
             weight = tl.exp(weight - highest) / exponentials
