@@ -188,12 +188,24 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(part, path)
+        if durable:
+            _take_name(part, path)
+        else:
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-    if durable:
-        sync_file(path.parent)
+
+
+def _take_name(part: Path, path: Path) -> None:
+    """Renames a file, and waits until its folder has it on the disk."""
+    # Open before: who waits for the file may rename its folder as soon as it is there.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.replace(part, path)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -25,6 +25,19 @@ def test_a_refused_write_leaves_the_old_text_and_no_rubbish(tmp_path, monkeypatc
     assert path.read_text(encoding="utf-8") == "new ü"
 
 
+def test_a_folder_may_be_renamed_as_soon_as_the_file_has_its_name(tmp_path, monkeypatch):
+    """As rank 0 renames a checkpoint's once the last rank's mark is there."""
+    replace, folder = os.replace, tmp_path / "staging"
+
+    def replace_and_rename(part, path):
+        replace(part, path)
+        folder.rename(tmp_path / "step_1")
+
+    monkeypatch.setattr(os, "replace", replace_and_rename)
+    write_text_atomically(folder / "mark", "done")
+    assert [file.name for file in (tmp_path / "step_1").iterdir()] == ["mark"]
+
+
 def test_only_a_file_is_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
