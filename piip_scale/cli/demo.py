@@ -210,7 +210,7 @@ def _draw(pair: CocoPair, paths: Demo) -> None:
     entries = load_coco_json(pair.val)["images"][:NUM_PICTURES]
     photos = [pair.images / entry["file_name"] for entry in entries]
     looker = Looker(find_trained(paths.run_dir / "config.py", paths.weights), Looking())
-    sheet = Sheet(paths.picture, looker.predictor, None, tell=lambda line: None)
+    sheet = Sheet(paths.picture, looker.predictor, None, report=lambda line: None)
     predict_photos(looker, find_photos(map(str, photos), Reading()), sheet, 1, typer.echo).check()
     typer.echo(f"      {len(photos)} validation images: {paths.picture}")
 

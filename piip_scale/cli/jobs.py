@@ -29,7 +29,7 @@ app = typer.Typer(
 _HEADS = ("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
-# Whether it can be read is told in one line, as of all other runs.
+# Whether it can be read is said in one line, as of all other runs.
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.", readable=False)]
 
 
@@ -76,7 +76,7 @@ def logs(
     """Print the end of a job's log, the newest where it had several."""
     found = _read(run, _queue()[0])
     if found.spec is None:
-        raise RunError(f"{run} has no job, and so no log", fix=f"metrics.jsonl and errors/ in {run} tell how it went")
+        raise RunError(f"{run} has no job, and so no log", fix=f"metrics.jsonl and errors/ in {run} show how it went")
     if not found.spec.log:
         raise RunError(
             f"the job of {run} was submitted by hand", fix="its log is where the batch script's output option says"

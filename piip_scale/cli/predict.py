@@ -83,7 +83,7 @@ def predict(
 ) -> None:
     """Find objects in photographs, or the classes of photographs, draw them and write them down.
 
-    Images that cannot be read are told of and passed by; the exit code is then 1, or 2 where none could be read.
+    Images that cannot be read are reported and passed by; the exit code is then 1, or 2 where none could be read.
 
     Example: `piip-scale predict runs/mine photos/ --out found/ --format coco`
     """
@@ -112,7 +112,7 @@ def predict(
             is_detector=looker.is_detector,
             coco_ids=coco_ids,
             pictures=pictures,
-            tell=_tell,
+            report=_report,
         )
     )
     predict_photos(looker, find_photos(words, reading, sys.stdin), outputs, batch, _complain).check()
@@ -151,7 +151,7 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     typer.echo(printable(line))
 
 

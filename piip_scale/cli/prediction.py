@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SOME_FAILED = 1
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass
@@ -42,15 +42,15 @@ class Tally:
         raise error
 
 
-def predict_photos(looker: Looker, photos: Iterable[Photo], outputs: Outputs, batch_size: int, tell: Tell) -> Tally:
-    """Predicts photographs in their order; those that cannot be read are told of, and passed by.
+def predict_photos(looker: Looker, photos: Iterable[Photo], outputs: Outputs, batch_size: int, report: Report) -> Tally:
+    """Predicts photographs in their order; those that cannot be read are reported and passed by.
 
     Args:
         looker: The model.
         photos: What it looks at; no more than a batch is in memory.
         outputs: What becomes of what it finds; written also where this is interrupted.
         batch_size: So many are looked at together.
-        tell: Is given a line on each that is passed by.
+        report: Is given a line on each that is passed by.
 
     Raises:
         DataError: Outputs cannot be written.
@@ -58,7 +58,7 @@ def predict_photos(looker: Looker, photos: Iterable[Photo], outputs: Outputs, ba
     tally = Tally()
     try:
         for some in _chunks(photos, batch_size):
-            readable = list(_read(some, tally, tell))
+            readable = list(_read(some, tally, report))
             found = looker.look([pixels for _, pixels in readable]) if readable else []
             for (photo, pixels), one in zip(readable, found, strict=True):
                 outputs.add(photo, pixels, one)
@@ -68,7 +68,7 @@ def predict_photos(looker: Looker, photos: Iterable[Photo], outputs: Outputs, ba
     return tally
 
 
-def _read(photos: Iterable[Photo], tally: Tally, tell: Tell) -> Iterator[tuple[Photo, Image]]:
+def _read(photos: Iterable[Photo], tally: Tally, report: Report) -> Iterator[tuple[Photo, Image]]:
     from piip_scale.data.images import ImageError
 
     for photo in photos:
@@ -76,7 +76,7 @@ def _read(photos: Iterable[Photo], tally: Tally, tell: Tell) -> Iterator[tuple[P
             yield photo, photo.read()
         except ImageError as error:
             tally.failures.append(error.line)
-            tell(f"passed by: {error.line}")
+            report(f"passed by: {error.line}")
 
 
 def _chunks(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:

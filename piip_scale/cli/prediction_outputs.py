@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MOST_ON_A_SHEET = 100
 _PICTURE = ".png"
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class Outputs(Protocol):
@@ -41,13 +41,13 @@ class Sheet:
         out: The PNG to write.
         predictor: Draws.
         json_out: Where to write all that was found; ``None`` to keep it.
-        tell: Is given a line on each photograph.
+        report: Is given a line on each photograph.
     """
 
-    def __init__(self, out: Path, predictor: Predictor, json_out: Path | None, tell: Tell) -> None:
+    def __init__(self, out: Path, predictor: Predictor, json_out: Path | None, report: Report) -> None:
         from piip_scale.tasks.result_files import JsonResults
 
-        self._out, self._predictor, self._tell = out, predictor, tell
+        self._out, self._predictor, self._report = out, predictor, report
         self._json = JsonResults(json_out, predictor) if json_out else None
         self._pictures: list[PIL.Image.Image] = []
         self._names: list[str] = []
@@ -61,8 +61,8 @@ class Sheet:
             self._names.append(photo.path.name)
         elif len(self._pictures) == len(self._names):
             self._names.append("...")
-            self._tell(f"the sheet holds the first {_MOST_ON_A_SHEET}: --out DIR draws a picture of each")
-        self._tell(f"{photo.name}: {self._predictor.summary(found)}")
+            self._report(f"the sheet holds the first {_MOST_ON_A_SHEET}: --out DIR draws a picture of each")
+        self._report(f"{photo.name}: {self._predictor.summary(found)}")
 
     def close(self) -> None:
         """As in ``Outputs``."""
@@ -71,7 +71,7 @@ class Sheet:
 
         if self._pictures:
             write_bytes(self._out, png_bytes(contact_sheet(self._pictures, ", ".join(self._names))))
-            self._tell(f"picture: {self._out}")
+            self._report(f"picture: {self._out}")
         if self._json and self._pictures:
             self._json.write()
 
@@ -84,14 +84,14 @@ class Folder:
         predictor: Draws.
         results: Already opened in it.
         pictures: Draw pictures.
-        tell: Is given a line on each photograph.
+        report: Is given a line on each photograph.
     """
 
     def __init__(
-        self, out: Path, predictor: Predictor, results: Sequence[ResultFile], *, pictures: bool, tell: Tell
+        self, out: Path, predictor: Predictor, results: Sequence[ResultFile], *, pictures: bool, report: Report
     ) -> None:
         self._out, self._predictor, self._results = out, predictor, results
-        self._pictures, self._tell, self._is_empty = pictures, tell, True
+        self._pictures, self._report, self._is_empty = pictures, report, True
         # As file systems that know no case see them.
         self._taken = {Path(name).stem.casefold() for one in results for name in one.names}
 
@@ -114,7 +114,7 @@ class Folder:
             picture = self._predictor.draw(pixels, found, DrawingStyle.of_picture(pixels.shape[:2]))
             write_bytes(self._out / f"{stem}{_PICTURE}", png_bytes(picture), durable=False)
             line += f" -> {self._out / stem}{_PICTURE}"
-        self._tell(line)
+        self._report(line)
 
     def close(self) -> None:
         """As in ``Outputs``."""
@@ -122,7 +122,7 @@ class Folder:
             return
         for one in self._results:
             one.write()
-        self._tell(f"results: {', '.join(str(self._out / name) for one in self._results for name in one.names)}")
+        self._report(f"results: {', '.join(str(self._out / name) for one in self._results for name in one.names)}")
 
     def _free(self, stem: str) -> str:
         """The name, numbered where another photograph has it."""
@@ -160,7 +160,7 @@ def open_folder(
     is_detector: bool,
     coco_ids: Path | None,
     pictures: bool,
-    tell: Tell,
+    report: Report,
 ) -> Folder:
     """A folder for pictures and results of some formats.
 
@@ -173,7 +173,7 @@ def open_folder(
         open_results(kind, out, predictor, is_detector=is_detector, coco_ids=coco_ids)
         for kind in dict.fromkeys(formats)
     ]
-    return Folder(out, predictor, results, pictures=pictures, tell=tell)
+    return Folder(out, predictor, results, pictures=pictures, report=report)
 
 
 def _looked(photo: Photo, stem: str, pixels: Image, found: Any) -> Any:

@@ -29,7 +29,7 @@ class Step(Protocol):
         ...
 
     def ask_to_stop(self) -> None:
-        """Tells every rank to save and stop."""
+        """Asks every rank to save and stop."""
         ...
 
     def ask_for_stacks(self) -> None:
@@ -151,7 +151,7 @@ class ProcessStep:
             self.process.send_signal(number)
 
     def ask_to_stop(self) -> None:
-        """Tells every rank to save and stop: who started them passes it on."""
+        """Asks every rank to save and stop: who started them passes it on."""
         self.signal(signal.SIGUSR2)
 
     def end(self) -> None:

@@ -104,6 +104,6 @@ def split_values(text: str) -> list[str]:
 
 def _point(index: int, keys: Sequence[str], values: Sequence[str], digits: int) -> Point:
     overrides = tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-    told = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, values, strict=True))
-    safe = re.sub(r"[^A-Za-z0-9._=+-]+", "_", told).strip("_")
+    settings = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, values, strict=True))
+    safe = re.sub(r"[^A-Za-z0-9._=+-]+", "_", settings).strip("_")
     return Point(index, overrides, f"{index:0{digits}d}-{safe}"[:_MAX_NAME])

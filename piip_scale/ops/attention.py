@@ -128,7 +128,7 @@ def _resolve_for_program(name: str, device_type: str, dtype: torch.dtype, size: 
 
 
 def usable_attention_kernels(device_type: str, dtype: torch.dtype, size: int, biased: bool) -> tuple[str, ...]:
-    """The kernels worth measuring for an attention; whether one refuses it only a call tells."""
+    """The kernels worth measuring for an attention; whether one refuses it only a call shows."""
     if device_type != "cuda" or dtype not in _HALF:
         return ("sdpa",)
     flash = not biased and size in _FLASH_HEAD_SIZES and _find_flash() is not None

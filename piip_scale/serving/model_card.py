@@ -17,7 +17,7 @@ _PER_CLASS = "per_class/"
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells.
+    """What a card holds.
 
     Attributes:
         name: Of the model.

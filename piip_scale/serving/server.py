@@ -59,7 +59,7 @@ class Limits:
 
 
 class _Metrics:
-    """What ``/metrics`` tells."""
+    """What ``/metrics`` holds."""
 
     def __init__(self, line: WaitingLine) -> None:
         self.registry = CollectorRegistry()
@@ -100,7 +100,7 @@ def build_app(answering: Answering, limits: Limits) -> FastAPI:
         return {"status": "ok", "waiting": line.length, **answering.about}
 
     @app.get("/metrics")
-    async def tell() -> Response:
+    async def exposition() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/predict")
@@ -160,8 +160,8 @@ async def _image_of(request: Request, limits: Limits) -> bytes:
 async def _body_of(request: Request, limits: Limits) -> bytes:
     most = int(limits.mib * _MIB) + _FORM_ROOM
     too_large = TooLargeError(f"the body is larger than {limits.mib:g} MiB", fix="send a smaller image")
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told) > most:
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
         raise too_large
     body = bytearray()
     try:

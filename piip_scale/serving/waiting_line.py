@@ -62,9 +62,9 @@ def _counter(line: WaitingLine, loop: asyncio.AbstractEventLoop) -> Callable[[ob
     def leave() -> None:
         line.length -= 1
 
-    def tell(_: object) -> None:
+    def answered(_: object) -> None:
         # Called in the thread that computed; the count belongs to the loop's.
         if not loop.is_closed():
             loop.call_soon_threadsafe(leave)
 
-    return tell
+    return answered

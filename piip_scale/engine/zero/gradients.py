@@ -81,7 +81,7 @@ class GradientSums:
         self._numel += numel
 
     def finish(self) -> None:
-        """Ends a micro-batch: all sums are whole to whatever the device is told next. The host does not wait."""
+        """Ends a micro-batch: all sums are whole to whatever the device runs next. The host does not wait."""
         self._send()
         self._lane.join()
         self._optimizer._epilogue_ran_this_backward = True

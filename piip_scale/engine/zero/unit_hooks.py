@@ -42,7 +42,7 @@ def hook_units(engine: Engine, leaf: nn.Module) -> None:
 def _look_up_plainly(engine: Engine) -> None:
     """Gives modules their dicts of parameters back.
 
-    DeepSpeed's gather what is missing when it is read, in passes whose begin and end every module is told of: nothing
+    DeepSpeed's gather what is missing when it is read, in passes whose begin and end every module hears of: nothing
     is missing here.
     """
     for module in engine.module.modules():
