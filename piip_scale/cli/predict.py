@@ -103,7 +103,7 @@ def predict(
     looker = Looker(found, Looking(threshold, chosen, Tiling(tile, overlap) if tile else None, batch))
     reading = Reading(exif, max_pixels or found.config.data.max_pixels, every)
     outputs = (
-        Sheet(out, looker.predictor, json_out, _tell)
+        Sheet(out, looker.predictor, json_out, _report)
         if is_sheet(out)
         else open_folder(
             out,
