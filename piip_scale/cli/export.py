@@ -55,8 +55,10 @@ def export(
         keeps = found.config.train.ema_decay is not None
         measured = measured_metrics(config, found.step, averaged=ema, keeps_averages=keeps)
     report = export_model(found, paths[-1], metrics=measured, max_file_gb=max_file_gb)
-    measured = f"{report.num_metrics} metrics" if report.num_metrics else "no metrics, since the run has none of it"
-    typer.echo(printable(f"{paths[-1]}: {report.num_parameters:,} parameters, {measured}; {', '.join(report.files)}"))
+    with_metrics = f"{report.num_metrics} metrics" if report.num_metrics else "no metrics, since the run has none of it"
+    typer.echo(
+        printable(f"{paths[-1]}: {report.num_parameters:,} parameters, {with_metrics}; {', '.join(report.files)}")
+    )
 
 
 def _read_metrics(path: Path) -> dict[str, float]:
