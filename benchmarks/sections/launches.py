@@ -20,8 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from piip_scale.config.model import InteractionConfig, Kernels, PyramidConfig, VitBranchConfig
+from piip_scale.config.branches import VitBranchConfig
+from piip_scale.config.interaction import InteractionConfig
+from piip_scale.config.model import Kernels
 from piip_scale.config.presets import expand_preset
+from piip_scale.config.pyramid import PyramidConfig
 from piip_scale.engine.rehearsal import FusedOnGpu
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.interaction import InteractionUnit

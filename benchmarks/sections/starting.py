@@ -18,9 +18,11 @@ import torch.distributed as dist
 
 from piip_scale.checkpoint.dtypes import BFLOAT16
 from piip_scale.checkpoint.safetensors_writer import Entry, SafetensorsWriter
+from piip_scale.config.branches import BranchConfig
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.loading import load_config
-from piip_scale.config.model import BranchConfig, PiipConfig, PyramidConfig
+from piip_scale.config.model import PiipConfig
+from piip_scale.config.pyramid import PyramidConfig
 from piip_scale.engine.start_weights import start_weights
 from piip_scale.engine.zero.plan import measure, plan_sharding
 from piip_scale.engine.zero.setup import give_weights

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from piip_scale.config.base import Strict
-from piip_scale.config.model import PiipConfig, Positive
+from piip_scale.config.base import Positive, Strict
+from piip_scale.config.model import PiipConfig
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]

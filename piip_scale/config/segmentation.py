@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from piip_scale.config.base import Strict
-from piip_scale.config.model import Positive
+from piip_scale.config.base import Positive, Strict
 from piip_scale.config.run import DataConfig, PositiveFloat, Rate, Rgb, RunConfig, check_padding
 
 Size = tuple[Positive, Positive]

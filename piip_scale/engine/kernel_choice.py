@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from piip_scale.agreement import on_main
-from piip_scale.config.model import BranchConfig, VitBranchConfig
+from piip_scale.config.branches import BranchConfig, VitBranchConfig
 from piip_scale.config.run import RunConfig
 from piip_scale.geometry import block_windows
 from piip_scale.ops.attention import prefer_attention_kernel, resolve_attention

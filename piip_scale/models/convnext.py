@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from piip_scale.config.model import AUTO_KERNELS, ConvNextBranchConfig, Kernels
+from piip_scale.config.branches import ConvNextBranchConfig
+from piip_scale.config.model import AUTO_KERNELS, Kernels
 from piip_scale.geometry import depth_of, drop_path_rate, is_downsampling, locate
 from piip_scale.models.branch import Branch, BranchState, check_size
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Mlp, build_norm

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.model import InteractionConfig, Kernels
+from piip_scale.config.interaction import InteractionConfig
+from piip_scale.config.model import Kernels
 from piip_scale.geometry import scaled_width
 from piip_scale.models.layers import Conv2d, DropPath, LayerScale, Linear, build_norm
 from piip_scale.models.unit import Unit

@@ -6,14 +6,9 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from piip_scale.config.model import (
-    BranchConfig,
-    ClassifierConfig,
-    ConvNextBranchConfig,
-    InteractionConfig,
-    PiipConfig,
-    VitBranchConfig,
-)
+from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.interaction import InteractionConfig
+from piip_scale.config.model import ClassifierConfig, PiipConfig
 from piip_scale.geometry import (
     Grid,
     block_windows,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig
+from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig
+from piip_scale.config.model import PiipConfig
 from piip_scale.errors import ModelError
 from piip_scale.geometry import is_downsampling, locate
 from piip_scale.models.official_config import OfficialModel

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, PiipConfig, VitBranchConfig
+from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.model import PiipConfig
 from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 from piip_scale.geometry import depth_of

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.model import PyramidConfig
+from piip_scale.config.pyramid import PyramidConfig
 from piip_scale.errors import ModelError
 from piip_scale.geometry import level_stride_px
 from piip_scale.models.branch import FeatureSpec

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from piip_scale.config.model import ConvNextBranchConfig, PiipConfig
+from piip_scale.config.branches import ConvNextBranchConfig
+from piip_scale.config.model import PiipConfig
 from piip_scale.models.official_config import OfficialModel
 from piip_scale.models.official_keys import (
     Renames,

@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.model import BranchConfig, ConvNextBranchConfig, Kernels, PiipConfig
+from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig
+from piip_scale.config.model import Kernels, PiipConfig
 from piip_scale.geometry import num_frozen_blocks
 from piip_scale.models.branch import Branch, BranchState, FeatureSpec
 from piip_scale.models.convnext import ConvNext

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.model import AUTO_KERNELS, Kernels, VitBranchConfig
+from piip_scale.config.branches import VitBranchConfig
+from piip_scale.config.model import AUTO_KERNELS, Kernels
 from piip_scale.geometry import block_windows, drop_path_rate, scaled_width
 from piip_scale.models.branch import Branch, BranchState, check_size
 from piip_scale.models.layers import LINEAR_STD, Conv2d, DropPath, Linear, Mlp, build_layer_scale, build_norm

@@ -10,7 +10,7 @@ import torch
 from released import ROOT, expanded, given_branches, read, there_and_back
 
 from piip_scale.config import load_config
-from piip_scale.config.model import ConvNextBranchConfig
+from piip_scale.config.branches import ConvNextBranchConfig
 from piip_scale.models.official_config import read_official_config
 
 RELEASED = {

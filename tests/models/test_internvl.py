@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from piip_scale.config.model import VitBranchConfig
+from piip_scale.config.branches import VitBranchConfig
 from piip_scale.models.vit import Vit
 
 pytest.importorskip("transformers", reason="transformers is not installed (pip install transformers)")

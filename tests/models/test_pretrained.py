@@ -9,7 +9,8 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from piip_scale.config.model import ConvNextBranchConfig, PiipConfig, VitBranchConfig
+from piip_scale.config.branches import ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.model import PiipConfig
 from piip_scale.errors import ModelError
 from piip_scale.models.convnext import ConvNext
 from piip_scale.models.official_keys import official_branch_name

@@ -7,7 +7,8 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from piip_scale.config.model import AUTO_KERNELS, ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.branches import ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.model import AUTO_KERNELS
 from piip_scale.geometry import section_at
 from piip_scale.models.convnext import ConvNext
 from piip_scale.models.vit import Attention, Vit

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from piip_scale.config.model import InteractionConfig, Kernels, VitBranchConfig
+from piip_scale.config.branches import VitBranchConfig
+from piip_scale.config.interaction import InteractionConfig
+from piip_scale.config.model import Kernels
 from piip_scale.models.interaction import InteractionUnit
 from piip_scale.models.unit import Unit
 from piip_scale.models.vit import Block

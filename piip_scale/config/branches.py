@@ -1,0 +1,145 @@
+"""Configs of the kinds of branches: a row of BranchConfig each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from piip_scale.config.base import DropPathMode, Positive, Share, Strict
+from piip_scale.geometry import Section, Sections, block_windows, convnext_sections, depth_of
+
+
+class _BranchConfig(Strict):
+    """What every kind of branch says.
+
+    Attributes:
+        resolution_px: Image size this branch is meant for; only ratios between branches matter.
+        blocks_per_stage: Blocks before each interaction; empty divides the depth evenly over ``num_stages``
+            of the model. Their sum is the depth.
+        drop_path_schedule: ``constant`` for every block (DeiT), or ``linear`` in the block's index (InternViT).
+        pretrained: File of weights to start training from, in the format of the backbone's own release; see
+            ``models.pretrained``.
+        drop_path_mode: ``zero`` computes dropped residuals and multiplies by 0; ``skip`` leaves a fixed share of the
+            batch's samples out of the computation, drawn anew for every residual.
+        frozen_blocks: So many first blocks, and the embedding below them, are never updated and drop no paths; ``all``
+            freezes the whole branch.
+        checkpoint_blocks: Keep each block's input only and compute the block again in the backward pass; ``auto``
+            decides at the start of a training by the plan's memory, and where nothing decides means yes.
+    """
+
+    resolution_px: Positive
+    pretrained: str | None = None
+    frozen_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    blocks_per_stage: tuple[Positive, ...] = ()
+    drop_path_rate: Share = 0.0
+    drop_path_schedule: Literal["constant", "linear"] = "constant"
+    drop_path_mode: DropPathMode = "zero"
+    checkpoint_blocks: bool | Literal["auto"] = False
+
+
+class VitBranchConfig(_BranchConfig):
+    """A plain vision transformer branch: DeiT, InternViT and their kin differ by these numbers only.
+
+    Attributes:
+        window_size_tokens: Window of each block, 0 for full attention; empty is full attention everywhere.
+        pretrain_resolution_px: Image size of the position embedding's own grid.
+        norm: ``rmsnorm`` is torch's own; ``apex_rmsnorm`` the same by NVIDIA's apex, where it is installed.
+        key_bias: Whether the qkv bias has a part for keys (BEiT has none).
+        qk_norm: Normalise queries and keys, as the tokens are, over the whole width before heads are split.
+        layer_scale_init: Start of the per-channel scales, ``None`` for none.
+        position_embedding: Learn a position for each cell of the grid.
+        position_class_slot: The position embedding keeps a slot for a class token at index 0.
+        frame_positions: Learned positions in time, of which an image takes the first (Uni-Perceiver).
+        relative_position_bias: Learn a bias on the scores for every distance inside a window (BEiT).
+        class_token: Carry a class token through the blocks; interactions leave it out.
+        embedding_norm: Normalise the tokens before the first block (Uni-Perceiver).
+    """
+
+    kind: Literal["vit"] = "vit"
+    embed_dim: Positive
+    depth: Positive
+    num_heads: Positive
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    patch_size_px: Positive = 16
+    pretrain_resolution_px: Positive = 224
+    window_size_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    norm: Literal["layernorm", "rmsnorm", "apex_rmsnorm"] = "layernorm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    qkv_bias: bool = True
+    key_bias: bool = True
+    qk_norm: bool = False
+    layer_scale_init: float | None = None
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    position_embedding: bool = True
+    position_class_slot: bool = False
+    frame_positions: Annotated[int, Field(ge=0)] = 0
+    relative_position_bias: bool = False
+    class_token: bool = False
+    embedding_norm: bool = False
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> VitBranchConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide embed_dim={self.embed_dim}")
+        if self.pretrain_resolution_px < self.patch_size_px:
+            raise ValueError(
+                f"pretrain_resolution_px={self.pretrain_resolution_px} must be at least "
+                f"patch_size_px={self.patch_size_px}"
+            )
+        if self.blocks_per_stage and sum(self.blocks_per_stage) != self.depth:
+            raise ValueError(f"blocks_per_stage={list(self.blocks_per_stage)} must add up to depth={self.depth}")
+        if self.window_size_tokens and len(self.window_size_tokens) != self.depth:
+            raise ValueError(
+                f"window_size_tokens names {len(self.window_size_tokens)} blocks and must name depth={self.depth}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_agree(self) -> VitBranchConfig:
+        windows = block_windows(self.window_size_tokens, self.depth)
+        if self.class_token and any(windows):
+            raise ValueError("class_token needs full attention: leave window_size_tokens empty")
+        if self.relative_position_bias and not all(windows):
+            raise ValueError("relative_position_bias needs a window in every block: set window_size_tokens")
+        return self
+
+    @property
+    def sections(self) -> Sections:
+        """Its blocks, all of one width and stride."""
+        return (Section(self.depth, self.embed_dim, self.patch_size_px),)
+
+
+class ConvNextBranchConfig(_BranchConfig):
+    """A ConvNeXt branch. Its layers count in order, each later stage's downsampling as one of its own.
+
+    Attributes:
+        depths: Layers of each of its own four stages, downsampling left out.
+        widths: Channels of each of its own stages.
+    """
+
+    kind: Literal["convnext"] = "convnext"
+    depths: tuple[Positive, ...]
+    widths: tuple[Positive, ...]
+    layer_scale_init: float = 1e-6
+    drop_path_schedule: Literal["constant", "linear"] = "linear"
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> ConvNextBranchConfig:
+        if not self.depths or len(self.depths) != len(self.widths):
+            raise ValueError(f"depths={list(self.depths)} and widths={list(self.widths)} must name the same stages")
+        depth = depth_of(self.sections)
+        if self.blocks_per_stage and sum(self.blocks_per_stage) != depth:
+            raise ValueError(
+                f"blocks_per_stage={list(self.blocks_per_stage)} must add up to {depth}, the layers of "
+                f"depths={list(self.depths)} and {len(self.depths) - 1} downsamplings"
+            )
+        return self
+
+    @property
+    def sections(self) -> Sections:
+        """Its own stages, each later one's downsampling included."""
+        return convnext_sections(self.depths, self.widths)
+
+
+BranchConfig = Annotated[VitBranchConfig | ConvNextBranchConfig, Field(discriminator="kind")]
