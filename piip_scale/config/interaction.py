@@ -14,6 +14,8 @@ class InteractionConfig(Strict):
 
     Attributes:
         num_stages: Stages, each of blocks and then units.
+        direction: ``to_small`` lets only the smaller model of each pair receive: a larger one that is frozen then runs
+            without a graph, and keeps no activations.
         attention: ``deform`` (deformable attention, one level) or ``cross`` (plain cross-attention).
         value_ratio: Width of the deformable attention's values over the query's width.
         ffn_ratio: Hidden width of the unit's feed-forward over the query's width; 0 leaves it out.
@@ -22,6 +24,7 @@ class InteractionConfig(Strict):
     """
 
     num_stages: Positive
+    direction: Literal["both", "to_small"] = "both"
     attention: Literal["deform", "cross"] = "deform"
     num_heads: Positive = 16
     num_points: Positive = 4

@@ -49,6 +49,45 @@ class InteractionUnit(Unit):
         )
 
 
+class ToSmallUnit(Unit):
+    """The half of an ``InteractionUnit`` that the smaller model receives, by the same names; nothing flows back.
+
+    Args:
+        config: The units' numbers.
+        large_dim: Width of the larger model.
+        small_dim: Width of the smaller model.
+        kernels: Names of the kernels.
+    """
+
+    def __init__(self, config: InteractionConfig, large_dim: int, small_dim: int, kernels: Kernels) -> None:
+        super().__init__(config.checkpoint_units)
+        self.project_to_small: nn.Module = Linear(large_dim, small_dim) if config.projection else nn.Identity()
+        self.inject_into_small = Injection(config, small_dim, small_dim if config.projection else large_dim, kernels)
+
+    def draw(self, large_BHWC: Tensor, small_BHWC: Tensor) -> tuple[Paths | None, ...]:
+        """See ``Unit.draw``."""
+        return (self.inject_into_small.draw(small_BHWC),)
+
+    def compute(self, drawn: tuple[Paths | None, ...], large_BHWC: Tensor, small_BHWC: Tensor) -> Tensor:
+        """Both branches' grids to the smaller model's, of the same shape."""
+        output: Tensor = self.inject_into_small(small_BHWC, self.project_to_small(large_BHWC), drawn[0])
+        return output
+
+
+def build_unit(config: InteractionConfig, large_dim: int, small_dim: int, kernels: Kernels) -> Unit:
+    """The unit of a config's direction; arguments as those of ``InteractionUnit``."""
+    kind = InteractionUnit if config.direction == "both" else ToSmallUnit
+    return kind(config, large_dim, small_dim, kernels)
+
+
+def exchange(unit: Unit, large_BHWC: Tensor, small_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+    """Both branches' grids after their unit; one that receives nothing is passed on as it is."""
+    if isinstance(unit, ToSmallUnit):
+        return large_BHWC, unit(large_BHWC, small_BHWC)
+    found: tuple[Tensor, Tensor] = unit(large_BHWC, small_BHWC)
+    return found
+
+
 class Injection(nn.Module):
     """Adds to a branch what it finds in another's features, then a feed-forward of the sum."""
 

@@ -102,7 +102,7 @@ class NetworkWork:
         work = sampling = Work()
         for pair, (large, small) in enumerate(pairwise(ends)):
             # Units run from the last pair down: the smaller model of all but the last has been through one.
-            met = pair + 1 < len(ends) - 1
+            met = pair + 1 < len(ends) - 1 and self._receives(pair + 1, from_small=True)
             units, samples = self._unit(large, End(small.cells, small.dim, small.upstream or met))
             work, sampling = work + units, sampling + samples
         return work, sampling
@@ -117,7 +117,11 @@ class NetworkWork:
             # The first branch has the common width already.
             return total(layer(_MERGE_KERNEL**2 * end.cells * end.dim * merged) for end in ends[1:])
         first, *others = (kernel**2 for kernel in self._convention.simple_merge_kernels)
-        return total(layer(end.cells * merged * (first * end.dim + sum(others) * merged)) for end in ends)
+        return total(
+            layer(end.cells * merged * first * end.dim, upstream=end.upstream)
+            + layer(end.cells * merged * sum(others) * merged)
+            for end in ends
+        )
 
     def pyramid(self) -> Work:
         """Of enlarging the merged map, level by level."""
@@ -140,9 +144,8 @@ class NetworkWork:
 
     def ends(self, stage: int) -> list[End]:
         """All branches after a stage and its units."""
-        joined = len(self.config.branches) > 1
         ends = [self._before_units(index, stage) for index in range(len(self.config.branches))]
-        return [End(end.cells, end.dim, end.upstream or joined) for end in ends]
+        return [End(end.cells, end.dim, end.upstream or self._receives(index)) for index, end in enumerate(ends)]
 
     def _before_units(self, index: int, stage: int) -> End:
         last = self._geometry.last_block(index, stage)
@@ -153,8 +156,13 @@ class NetworkWork:
     def _upstream(self, index: int, block: int) -> bool:
         """Whether what enters a block has a gradient: a block below it is trained, or units, which always are."""
         frozen = _num_frozen(self.config.branches[index])
-        met = len(self.config.branches) > 1 and block > self._geometry.last_block(index, 0)
+        met = self._receives(index) and block > self._geometry.last_block(index, 0)
         return frozen == 0 or block > frozen or met
+
+    def _receives(self, index: int, *, from_small: bool = False) -> bool:
+        """Whether units change a branch: any of its own, or that with the smaller model next to it."""
+        has_smaller = index < len(self.config.branches) - 1 and self.config.interaction.direction == "both"
+        return has_smaller or (index > 0 and not from_small)
 
     def _block(self, index: int, block: int) -> Work:
         branch, grid = self.config.branches[index], self._grids[index][block]
@@ -173,15 +181,11 @@ class NetworkWork:
 
     def _unit(self, large: End, small: End) -> tuple[Work, Work]:
         unit = self.config.interaction
-        to_large, to_small, work = small, large, Work()
-        if unit.projection:
-            macs = large.dim * small.dim
-            work = layer(small.cells * macs, upstream=small.upstream) + layer(
-                large.cells * macs, upstream=large.upstream
-            )
-            to_large, to_small = End(small.cells, large.dim, True), End(large.cells, small.dim, True)
-        sampling = Work()
-        for query, source in ((large, to_large), (small, to_small)):
+        work = sampling = Work()
+        for query, source in [(small, large)] if unit.direction == "to_small" else [(large, small), (small, large)]:
+            if unit.projection:
+                work += layer(source.cells * source.dim * query.dim, upstream=source.upstream)
+                source = End(source.cells, query.dim, True)
             work += self._injection(unit, query, source)
             if unit.attention == "deform":
                 sampling += product(MACS_PER_SAMPLE * query.cells * unit.num_points * query.dim)

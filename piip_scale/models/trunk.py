@@ -14,9 +14,10 @@ from piip_scale.config.model import Kernels, PiipConfig
 from piip_scale.geometry import num_frozen_blocks
 from piip_scale.models.branch import Branch, BranchState, FeatureSpec
 from piip_scale.models.convnext import ConvNext
-from piip_scale.models.interaction import InteractionUnit
+from piip_scale.models.interaction import build_unit, exchange
 from piip_scale.models.layers import DropPath
 from piip_scale.models.rules import ParameterRule
+from piip_scale.models.unit import Unit
 from piip_scale.models.vit import Vit
 from piip_scale.ops.attention import require_attention_kernel
 from piip_scale.ops.deform_attention import require_deform_kernel
@@ -64,8 +65,8 @@ class Trunk(nn.Module):
             grids = [state.grid_BHWC for state in states]
             # From the highest-resolution pair down, so detail reaches the largest model within one stage.
             for large in reversed(range(len(grids) - 1)):
-                unit = cast("nn.ModuleList", units)[large]
-                grids[large], grids[large + 1] = unit(grids[large], grids[large + 1])
+                unit = cast("Unit", cast("nn.ModuleList", units)[large])
+                grids[large], grids[large + 1] = exchange(unit, grids[large], grids[large + 1])
             states = [BranchState(grid, state.class_token_B1C) for grid, state in zip(grids, states, strict=True)]
             yield states
 
@@ -122,7 +123,7 @@ class Trunk(nn.Module):
     def _build_units(self, stage: int) -> nn.ModuleList:
         kernels = self.config.kernels
         return nn.ModuleList(
-            InteractionUnit(self.config.interaction, large.channels, small.channels, kernels)
+            build_unit(self.config.interaction, large.channels, small.channels, kernels)
             for large, small in pairwise(self.specs_after(stage))
         )
 

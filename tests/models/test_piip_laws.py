@@ -45,6 +45,7 @@ def networks(draw):
         "attention": draw(st.sampled_from(["deform", "cross"])),
         "ffn_ratio": draw(st.sampled_from([0.0, 0.25])),
         "projection": draw(st.booleans()),
+        "direction": draw(st.sampled_from(["both", "to_small"])),
         "norm": draw(st.sampled_from(["layernorm", "none"])),
         "gamma_init": 0.1,
     }

@@ -16,6 +16,7 @@ SMALL = LARGE | {"resolution_px": 64, "embed_dim": 32, "depth": 2}
 CONVNEXT = {"kind": "convnext", "resolution_px": 64, "depths": (1, 2, 1, 1), "widths": (16, 32, 32, 64)}
 CONVNEXT |= {"blocks_per_stage": (4, 4)}
 UNIT = {"num_stages": 2, "num_heads": 4}
+TO_SMALL = UNIT | {"direction": "to_small"}
 REGULAR = {"kind": "regular", "scales": (1.0, 1.0), "stages": (0, 1)}
 BARE = UNIT | {"projection": False, "norm": "none"}
 NETWORKS = {
@@ -32,6 +33,13 @@ NETWORKS = {
     "one branch": ((LARGE,), UNIT),
     "one branch, half frozen": ((LARGE | {"frozen_blocks": 2},), UNIT),
     "one frozen branch": ((LARGE | {"frozen_blocks": "all"},), UNIT),
+    "to small": ((LARGE, SMALL), TO_SMALL),
+    "to small from a frozen branch": ((LARGE | {"frozen_blocks": "all"}, SMALL), TO_SMALL),
+    "to small from two frozen branches": (
+        (LARGE | {"frozen_blocks": "all"}, SMALL | {"frozen_blocks": "all"}, SMALL),
+        BARE | {"direction": "to_small", "attention": "cross"},
+    ),
+    "to small convnext": ((LARGE | {"frozen_blocks": "all"}, CONVNEXT | {"frozen_blocks": "all"}, CONVNEXT), TO_SMALL),
     "skipped paths": (
         (LARGE | {"drop_path_rate": 0.5, "drop_path_mode": "skip", "frozen_blocks": 1}, SMALL),
         UNIT | {"drop_path_rate": 0.3, "drop_path_mode": "skip"},
