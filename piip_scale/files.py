@@ -7,7 +7,8 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,6 +45,7 @@ _PASSING = {
     errno.EREMOTEIO,
 }
 IO_REASON = "input or output"
+_CHUNK_BYTES = 16 << 20
 
 
 def may_pass(error: OSError) -> bool:
@@ -162,6 +164,20 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checksum_of(paths: Iterable[Path]) -> tuple[int, int]:
+    """Bytes of files and the CRC-32 of all these bytes, one file after the other.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    num_bytes = crc = 0
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                num_bytes, crc = num_bytes + len(chunk), zlib.crc32(chunk, crc)
+    return num_bytes, crc
 
 
 @contextlib.contextmanager

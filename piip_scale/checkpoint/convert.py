@@ -15,6 +15,7 @@ from piip_scale.checkpoint.copying import Copied, Job, check_reads, copy
 from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
 from piip_scale.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from piip_scale.checkpoint.hub_layout import file_names, split_into_files, write_index
+from piip_scale.checkpoint.left_out import Given, given_weights, left_out_of
 from piip_scale.checkpoint.origin import own_config
 from piip_scale.checkpoint.output import Replacing, is_manifest, manifest_path
 from piip_scale.checkpoint.renaming import Renaming, shared_prefix_note
@@ -75,6 +76,7 @@ class ConvertOptions:
         averaged: The running averages of the trained weights (``train.ema_decay``) instead of the weights.
         renaming: Other names for the tensors.
         allowed: Classes whose objects the files may hold beside tensors and plain values, as ``argparse.Namespace``.
+        given: Reads frozen weights that a checkpoint leaves to other files.
         verify: Check every file of a checkpoint of ours against its manifest first, and compare what was written with
             the checkpoint, byte for byte, last.
     """
@@ -85,6 +87,7 @@ class ConvertOptions:
     averaged: bool = False
     renaming: Renaming = field(default_factory=Renaming)
     allowed: Collection[str] = ()
+    given: Given | None = None
     verify: bool = False
 
 
@@ -150,7 +153,13 @@ class _Source:
         if found is not None and options.verify:
             CheckpointStore(found.parent, keep=1).validate(found)
         files = DeepSpeedFiles.open(found or checkpoint, options.allowed)
-        weights = files.weights()
+        left_out = left_out_of(found or checkpoint).get("names", ())
+        if left_out and options.given is None:
+            raise CheckpointError(
+                f"{found or checkpoint} leaves {len(left_out)} frozen weights to a file of pretrained ones",
+                fix="name a reader of them in ConvertOptions.given, as the command does",
+            )
+        weights = files.weights(left_out, given_weights(found or checkpoint, options.given))
         if options.averaged:
             weights = averaged_weights(weights, open_averages(found or checkpoint, len(files.optimizers) or 1))
         names = options.renaming.apply(weights)

@@ -100,29 +100,35 @@ class DeepSpeedFiles:
         content: dict[str, Any] = self.models[0].get()
         return content
 
-    def weights(self) -> dict[str, Weight]:
+    def weights(self, left_out: Collection[str] = (), given: Mapping[str, Weight] | None = None) -> dict[str, Weight]:
         """Every weight, in the order of the model's state dict.
+
+        Args:
+            left_out: Names of those that are not in the files.
+            given: What takes their places; without, they are absent.
 
         Raises:
             CheckpointError: The files do not fit together, or hold no values of a weight.
         """
         with _in_their_layout(self.folder):
-            return self._weights()
+            return self._weights(set(left_out), given or {})
 
-    def _weights(self) -> dict[str, Weight]:
+    def _weights(self, left_out: Collection[str], given: Mapping[str, Weight]) -> dict[str, Weight]:
         model = self.models[0]
-        module: dict[str, StoredTensor] = model.get("module")
-        _check_module(model, module)
+        every: dict[str, StoredTensor] = model.get("module")
+        _check_module(model, every)
+        module = {name: value for name, value in every.items() if name not in left_out}
         buffers = set(self._model.get("buffer_names") or ())
         found = self._masters() if self.stage else _trained_whole(model)
-        found |= self._frozen() if self.stage == 3 else {}
+        found |= self._frozen(left_out) if self.stage == 3 else {}
         found |= {n: whole_weight(model, n, "module", n, is_buffer=True) for n in module if n in buffers}
         unknown = [name for name in found if name not in module]
         if unknown:
             raise CheckpointError(f"{model.path}: the model has no {unknown[0]}", fix="take another checkpoint")
         found |= self._untrained({name: value for name, value in module.items() if name not in found}, module, found)
         _check_whole(self.folder, found)
-        return {name: found[name] for name in module if name in found}
+        found |= given
+        return {name: found[name] for name in every if name in found}
 
     def _untrained(
         self, left: dict[str, StoredTensor], module: dict[str, StoredTensor], found: dict[str, Weight]
@@ -181,11 +187,12 @@ class DeepSpeedFiles:
             StoredSlice(part, self.optimizers[part.rank], (*root, part.group), (*states, part.group)) for part in slices
         )
 
-    def _frozen(self) -> dict[str, Weight]:
+    def _frozen(self, left_out: Collection[str]) -> dict[str, Weight]:
         """Stage 3's frozen parameters: each rank holds a flat part of the same length."""
         weights = {}
         # None where nothing is frozen, or where frozen parameters were left out of the checkpoint.
-        for name, shape in (self._model.get("frozen_param_shapes") or {}).items():
+        shapes = self._model.get("frozen_param_shapes") or {}
+        for name, shape in ((name, shape) for name, shape in shapes.items() if name not in left_out):
             keys = ("frozen_param_fragments", name)
             held = self.models[0].tensor(*keys)
             slices = layout.slices_of_parts(name, layout.num_elements(shape), held.numel, len(self.models))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from piip_scale.config.loading import check_config, config_text
-from piip_scale.errors import ConfigError
+from piip_scale.config.run import RunConfig
+from piip_scale.errors import CheckpointError, ConfigError
 
 STATE_FILE = "training.json"
 """In each of our checkpoints: what it says of its training, beside the tensors."""
@@ -36,6 +37,20 @@ class OwnConfig:
 
     text: str = ""
     note: str = ""
+
+
+def trained_config(checkpoint: Path) -> RunConfig:
+    """The run that a checkpoint of ours was saved by.
+
+    Raises:
+        CheckpointError: It does not say, or this version cannot read it.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        return check_config(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        reason = error.line if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"the config in {path} cannot be read: {reason}") from error
 
 
 def own_config(checkpoint: Path) -> OwnConfig:

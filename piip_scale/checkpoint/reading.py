@@ -40,6 +40,19 @@ class OpenFiles:
                     )
                 done += count
 
+    def read_elements(self, out: memoryview, tensor: StoredTensor, element: int) -> None:
+        """Fills a buffer with a tensor's bytes from an element on, as ``start_of`` counts them.
+
+        Raises:
+            CheckpointError: As of ``read_into``.
+        """
+        data = tensor.storage.data
+        if data is None:
+            self.read_into(out, tensor.storage.path, start_of(tensor, element))
+        else:
+            first = (tensor.offset + element) * tensor.dtype.itemsize
+            out[:] = data[first : first + len(out)]
+
     def _opened(self, path: Path) -> FileIO:
         if path not in self._files:
             if len(self._files) >= _MOST_OPEN:

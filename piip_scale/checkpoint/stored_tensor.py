@@ -20,6 +20,7 @@ class Storage:
         place: Where in the file it begins, or where a header of a zip file's record begins that it follows.
         has_header: It follows one.
         crc32: Of all its bytes, as whoever wrote them left it; ``None`` where nobody did.
+        data: All its bytes where they are in memory; nothing is read of the file then.
     """
 
     path: Path
@@ -27,6 +28,7 @@ class Storage:
     place: int = 0
     has_header: bool = False
     crc32: int | None = None
+    data: memoryview | None = None
 
     @cached_property
     def start(self) -> int:

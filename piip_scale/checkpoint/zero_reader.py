@@ -11,7 +11,8 @@ from torch import Tensor
 
 from piip_scale.checkpoint.averages import averaged_weights, num_updates, open_averages
 from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
-from piip_scale.checkpoint.reading import OpenFiles, start_of
+from piip_scale.checkpoint.left_out import Given, given_weights, left_out_of
+from piip_scale.checkpoint.reading import OpenFiles
 from piip_scale.checkpoint.stored_tensor import StoredTensor
 
 # Steps that the optimiser counted for a tensor, among its states.
@@ -32,6 +33,7 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
         folder: Holds DeepSpeed's files, directly or in one folder (its tag).
         averaged: Trained parameters are their running averages instead.
         allowed: Classes whose objects the files may hold beside tensors and plain values.
+        given: Reads frozen weights that the checkpoint leaves to other files; without, they are absent here too.
 
     Attributes:
         folder: That holds the files.
@@ -46,11 +48,14 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
         CheckpointError: Files are missing, cannot be read safely, or do not fit together.
     """
 
-    def __init__(self, folder: Path, *, averaged: bool = False, allowed: Collection[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, averaged: bool = False, allowed: Collection[str] = (), given: Given | None = None
+    ) -> None:
         files = DeepSpeedFiles.open(Path(folder), allowed)
         self.folder, self.stage, self.num_ranks = files.folder, files.stage, files.num_ranks
         self.step, self.leaves_out_frozen = files.step, files.leaves_out_frozen
-        self.weights = files.weights()
+        left_out = left_out_of(Path(folder)).get("names", ())
+        self.weights = files.weights(left_out, given_weights(Path(folder), given))
         self.num_updates = 0
         self._files = OpenFiles()
         if averaged:
@@ -122,7 +127,7 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
     def _fill(self, out: Tensor, tensor: StoredTensor, element: int) -> None:
         if out.numel():
             bytes_of = out.view(torch.uint8).numpy().data
-            self._files.read_into(bytes_of, tensor.storage.path, start_of(tensor, element))
+            self._files.read_elements(bytes_of, tensor, element)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,7 @@ from piip_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from piip_scale.checkpoint.convert import ConvertReport
+    from piip_scale.checkpoint.left_out import Given
 
 _MB = 10**6
 
@@ -49,6 +51,12 @@ def convert(
             help="Pass over records of a class that the files hold beside the weights, as `argparse.Namespace`.",
         ),
     ] = None,
+    pretrained: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Where a file is now that holds frozen weights which the checkpoint leaves out; known by its checksum."
+        ),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -75,6 +83,7 @@ def convert(
         averaged=ema,
         renaming=Renaming(tuple(strip or ()), tuple(map(_pair, rename or ()))),
         allowed=tuple(allow or ()),
+        given=_reader(checkpoint, pretrained or []),
         verify=verify,
     )
     with progress_bar("converting") as on_progress:
@@ -82,6 +91,23 @@ def convert(
     typer.echo(_closing_line(out, report, verify))
     for note in report.notes:
         typer.echo(note, err=True)
+
+
+def _reader(checkpoint: Path, places: Sequence[Path]) -> Given | None:
+    """Of frozen weights that a checkpoint leaves out; torch is loaded only where there are some."""
+    from piip_scale.checkpoint.left_out import left_out_of
+    from piip_scale.checkpoint.origin import trained_config
+    from piip_scale.checkpoint.store import find_checkpoint
+
+    found = find_checkpoint(checkpoint)
+    record = left_out_of(found) if found else {}
+    if found is None or not record:
+        if places:
+            raise ConfigError("--pretrained", value=str(places[0]), rule="the checkpoint holds all of its weights")
+        return None
+    from piip_scale.models.frozen_files import moved, reader_of
+
+    return reader_of(moved(trained_config(found).model, record, places))
 
 
 def _pair(text: str) -> tuple[str, str]:

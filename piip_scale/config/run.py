@@ -203,6 +203,8 @@ class TrainConfig(Strict):
         milestone_every_steps: Checkpoints of steps that it divides stay whatever their age; 0 for none.
         background_saves: Write checkpoints while training goes on, from a copy in host memory that is as large as
             this rank's files; without, training waits for the disk.
+        save_frozen: Checkpoints hold frozen weights too. Without, what starts from files of pretrained weights stays
+            out, and a checkpoint holds these files' checksums: resuming and converting need the files.
         ema_decay: Keep a running average of the weights, of which this share stays at every step; evaluation during
             training and ``convert --ema`` use it. 4 bytes a trained parameter, sharded like the optimiser's state.
         ema_warmup: The average follows faster at first: the decay of update n is at most 1 - (1 + n)^(-2/3).
@@ -234,6 +236,7 @@ class TrainConfig(Strict):
     keep_checkpoints: Positive = 2
     milestone_every_steps: NonNegative = 0
     background_saves: bool = True
+    save_frozen: bool = True
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     ema_warmup: bool = False
     max_skipped_steps: Positive = 10
@@ -320,6 +323,16 @@ class RunConfig(Strict):
             raise ValueError(
                 f"zero.reduce_dtype={self.zero.reduce_dtype!r} would round gradients that train.precision='fp32' keeps "
                 "exact: set train.precision='bf16', or leave zero.reduce_dtype out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_is_elsewhere(self) -> RunConfig:
+        files = (self.model.pretrained, *(branch.pretrained for branch in self.model.branches))
+        if not self.train.save_frozen and not any(files):
+            raise ValueError(
+                "train.save_frozen=False leaves out what pretrained weights bring, and no file of them is named: set "
+                "model.branches.N.pretrained or model.pretrained, or leave save_frozen out"
             )
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from piip_scale.engine.zero.deepspeed_api import Engine, real_shape
 from piip_scale.engine.zero.engine_files import engine_files
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
+from piip_scale.models.frozen_files import NAMES, describe_left_out
 from piip_scale.telemetry.records import SaveRecord
 from piip_scale.world import World
 
@@ -51,6 +52,7 @@ class TrainingState:
         versions: Of the libraries that wrote it.
         config: The resolved config.
         sets: What the task's ``data_id`` says; empty in checkpoints of older versions.
+        left_out: Frozen parameters that are not in it, and the files that are (``models.frozen_files``).
         format: Of this description.
     """
 
@@ -65,11 +67,12 @@ class TrainingState:
     versions: dict[str, str]
     config: dict[str, Any]
     sets: str = ""
+    left_out: dict[str, Any] = field(default_factory=dict)
     format: int = STATE_FORMAT
 
 
 class Checkpointer:
-    """Saves one engine. Every method but ``add_part``, ``describe`` and ``close`` is collective.
+    """Saves one engine. Building it and every method but ``add_part``, ``describe`` and ``close`` is collective.
 
     A save copies to host memory and returns; ``poll`` after each step says when the checkpoint is visible.
 
@@ -95,6 +98,7 @@ class Checkpointer:
         self._store = CheckpointStore(folder, config.train.keep_checkpoints, config.train.milestone_every_steps)
         self._steps_per_epoch, self._sets = steps_per_epoch, sets
         self._shapes, self._groups = _describe(engine)
+        self._left_out = {} if config.train.save_frozen else on_main(self._describe_left_out)
         self._parts: dict[str, Callable[[], object]] = {}
         self._copies = HostCopies()
         self._job: SaveJob | None = None
@@ -109,6 +113,10 @@ class Checkpointer:
                 before ``save`` returns.
         """
         self._parts[name] = state
+
+    def _describe_left_out(self) -> dict[str, Any]:
+        trained = {name for group in self._groups for name in group}
+        return describe_left_out(self._config.model, self._shapes.keys() - trained)
 
     def save(self, step: int) -> SaveRecord | None:
         """Copies the state after ``step`` steps and has it written, after an earlier save has ended.
@@ -169,7 +177,9 @@ class Checkpointer:
         self._copies.start()
         frozen = self._copies.copy if self._config.train.background_saves else _unchanged
         staging, state = self._store.staging(step), asdict(self.describe(step))
-        tensors = engine_files(self._engine, staging, ZERO_FOLDER, {_CLIENT_KEY: state}, frozen)
+        tensors = engine_files(
+            self._engine, staging, ZERO_FOLDER, {_CLIENT_KEY: state}, frozen, self._left_out.get(NAMES, ())
+        )
         for name, part in self._parts.items():
             tensors[_part_name(name, self._world.rank)] = frozen(part())
         return SaveFiles(tensors, {STATE_FILE: json.dumps(state, indent=1)} if self._world.is_main else {})
@@ -212,6 +222,7 @@ class Checkpointer:
             versions=versions(),
             config=self._config.model_dump(mode="json"),
             sets=self._sets,
+            left_out=self._left_out,
         )
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from piip_scale.agreement import on_main
 from piip_scale.checkpoint.origin import STATE_FILE
 from piip_scale.checkpoint.store import CheckpointStore
+from piip_scale.config.loading import check_config
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import keep_images_per_step
 from piip_scale.engine.checkpointing import TrainingState
@@ -22,6 +23,7 @@ from piip_scale.engine.zero.restoring import restore
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors
 from piip_scale.logging import get_logger
+from piip_scale.models.frozen_files import reader_of
 from piip_scale.run.checkpoint_signs import sign_of_checkpoints
 from piip_scale.run.run_dir import RunDirectory
 
@@ -66,12 +68,14 @@ class Checkpoint:
 
         Raises:
             CheckpointError: It belongs to another model, optimiser, precision or order of the data, or is damaged.
+            ModelError: It leaves frozen weights to a file that is not there any more, or another one now.
         """
         _check(self.path, self.state, now)
         if dist.get_rank() == 0:
             warn_of_other_versions(self.path, self.state.versions)
             warn_of_other_sets(self.path, self.state.sets, now.sets)
-        restore(engine, self.path)
+        given = reader_of(check_config(now.config).model) if self.state.left_out else None
+        restore(engine, self.path, given)
         engine.global_steps = self.state.step
         engine.global_samples = self.state.step * self.state.images_per_step
         return self.state.step

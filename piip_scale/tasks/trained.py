@@ -13,6 +13,7 @@ from piip_scale.checkpoint.store import CheckpointStore, find_checkpoint, read_s
 from piip_scale.config.loading import load_config
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import CheckpointError, ConfigError, ModelError
+from piip_scale.models.frozen_files import reader_of
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.tasks.base import DTYPES
 from piip_scale.tasks.classes import class_names
@@ -104,7 +105,9 @@ def find_trained(
             fix="name weights after it (.safetensors, or a checkpoint), or give the run's directory in its place",
         )
     checkpoint = _checkpoint(weights or source, step)
-    return Trained(config, CheckpointWeights(checkpoint, averaged=averaged), read_step(checkpoint))
+    return Trained(
+        config, CheckpointWeights(checkpoint, averaged=averaged, given=reader_of(config.model)), read_step(checkpoint)
+    )
 
 
 def load_trained(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from piip_scale.checkpoint.left_out import Given
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
@@ -93,14 +94,15 @@ class CheckpointWeights:
     Args:
         folder: The checkpoint.
         averaged: Trained parameters are their running averages.
+        given: Reads frozen weights that the checkpoint leaves to other files.
 
     Raises:
         CheckpointError: Its files are damaged, or hold no averages.
     """
 
-    def __init__(self, folder: Path, *, averaged: bool = False) -> None:
+    def __init__(self, folder: Path, *, averaged: bool = False, given: Given | None = None) -> None:
         self.name = f"{folder}{' (averages)' if averaged else ''}"
-        self._checkpoint = ZeroCheckpoint(folder, averaged=averaged)
+        self._checkpoint = ZeroCheckpoint(folder, averaged=averaged, given=given)
         weights = self._checkpoint.weights
         self.shapes: Mapping[str, tuple[int, ...]] = {name: weight.shape for name, weight in weights.items()}
 

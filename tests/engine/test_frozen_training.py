@@ -9,36 +9,57 @@ import pytest
 import torch
 from pyramid_task import PyramidTask, network, pyramid_config
 from ranks import FORCED_RELEASE, run_ranks
+from safetensors.torch import load_file, save_file
 from test_equality import weights_of
 from tiny_task import make_batch
 
+from piip_scale.checkpoint.convert import ConvertOptions, convert
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.resuming import find_checkpoint
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.building import fill, load_whole
 from piip_scale.engine.zero.setup import build_engine, build_model, give_blanks, give_weights
+from piip_scale.errors import CheckpointError, ConfigError, ModelError
+from piip_scale.models.frozen_files import describe_left_out, moved, reader_of
+from piip_scale.models.official_keys import official_branch_name
+from piip_scale.models.vit import Vit
 from piip_scale.world import World
 
 # Checkpointed blocks below and above the border: the reentrant kind of checkpointing would lose gradients here.
 STEM = {"large": {"frozen_blocks": 2, "checkpoint_blocks": True}}
+FROM_FILE = {"large": {"frozen_blocks": 3, "pretrained": "large.safetensors"}}
 WHOLE = {"large": {"frozen_blocks": "all", "checkpoint_blocks": True}, "small": {"frozen_blocks": 1}}
 CASES = {
     "stem": (STEM, 3, "fp32"),
     "whole branch": (WHOLE, 3, "fp32"),
     "stem in bf16": (STEM, 3, "bf16"),
     "stem at stage 1 in bf16": (STEM, 1, "bf16"),
+    "left out": (FROM_FILE, 3, "bf16"),
+    "left out at stage 1": (FROM_FILE, 1, "fp32"),
 }
+LEFT_OUT = [case for case in CASES if "left out" in case]
 
 
-def config_of(case: str):
+def config_of(case: str, folder: Path = Path()):
     frozen, stage, precision = CASES[case]
+    large = frozen["large"]
+    if "pretrained" in large:
+        frozen = frozen | {"large": large | {"pretrained": str(folder / large["pretrained"])}}
     return pyramid_config(
         network(**frozen),
         optimizer={"lr": 1e-2},
         zero={"stage": stage, "deepspeed": FORCED_RELEASE if stage == 3 else {}},
-        train={"precision": precision, "background_saves": False},
+        train={"precision": precision, "background_saves": False, "save_frozen": case not in LEFT_OUT},
     )
+
+
+def write_large(path: Path) -> None:
+    """Weights of the large branch by the names of their release, other ones than its own first draw."""
+    torch.manual_seed(7)
+    config = pyramid_config().model.branches[0]
+    weights = {name: torch.randn(tensor.shape) / 8 for name, tensor in Vit(config).state_dict().items()}
+    save_file({official_branch_name(name, config, "deit"): tensor for name, tensor in weights.items()}, path)
 
 
 def steps(engine, world, first: int, last: int) -> list[tuple[float, float]]:
@@ -55,7 +76,7 @@ def trained(world, device, folder: Path) -> dict[str, dict]:
     """Four steps with a checkpoint after the second, and the last two again from there."""
     found = {}
     for name in CASES:
-        config = config_of(name)
+        config = config_of(name, folder)
 
         def begin(give, config=config, path=folder / name):
             task = PyramidTask(config, world)
@@ -85,6 +106,7 @@ def trained(world, device, folder: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
+    write_large(folder / "large.safetensors")
     return folder, run_ranks(2, trained, folder)
 
 
@@ -92,7 +114,8 @@ def expected_names(case: str) -> set[str]:
     large, small = "backbone.branches.0.", "backbone.branches.1."
     if case == "whole branch":
         return {large, f"{small}embedding.", f"{small}blocks.0."}
-    return {f"{large}embedding.", f"{large}blocks.0.", f"{large}blocks.1."}
+    found = {f"{large}embedding.", f"{large}blocks.0.", f"{large}blocks.1."}
+    return found | {f"{large}blocks.2."} if case in LEFT_OUT else found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,13 +153,71 @@ def test_it_trains_as_torch_alone(results, case):
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoints_keep_frozen_parts(results, case):
     folder, ranks = results
-    checkpoint = ZeroCheckpoint(folder / case / "step_00000002")
+    given = reader_of(config_of(case, folder).model) if case in LEFT_OUT else None
+    checkpoint = ZeroCheckpoint(folder / case / "step_00000002", given=given)
     start = ranks[0][case]["start"]
     assert set(start) <= set(checkpoint)
     for name in ranks[0][case]["frozen"]:
-        np.testing.assert_array_equal(checkpoint[name].float().numpy(), start[name], err_msg=name)
+        # What a file holds is not rounded to the run's precision.
+        saved = checkpoint[name].to(torch.bfloat16 if "bf16" in CASES[case] else torch.float32)
+        np.testing.assert_array_equal(saved.float().numpy(), start[name], err_msg=name)
     for rank in ranks:
         trace, weights = rank[case]["resumed"]
         assert trace == rank[case]["trace"][2:]
         for name, weight in rank[case]["end"].items():
             np.testing.assert_array_equal(weights[name], weight, err_msg=name)
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_checkpoint_without_frozen_parts_is_small_and_converts_to_a_whole_model(results, case, tmp_path):
+    folder, ranks = results
+    checkpoint, out = folder / case / "step_00000002", tmp_path / "whole.safetensors"
+    frozen = set(ranks[0][case]["frozen"])
+    assert not frozen & set(ZeroCheckpoint(checkpoint))
+    files = [torch.load(path, weights_only=False) for path in checkpoint.glob("zero/*model_states.pt")]
+    held = {
+        n
+        for file in files
+        for key in ("module", "frozen_param_fragments")
+        for n, v in (file[key] or {}).items()
+        if v.numel()
+    }
+    assert not held & frozen
+    with pytest.raises(CheckpointError, match=r"leaves 45 frozen weights to a file of pretrained ones"):
+        convert(checkpoint, out)
+    given = reader_of(config_of(case, folder).model)
+    convert(checkpoint, out, ConvertOptions(given=given, verify=True))
+    written, source = load_file(out), load_file(folder / "large.safetensors")
+    assert set(written) == {*ranks[0][case]["start"], "head.offset"}
+    config = pyramid_config().model.branches[0]
+    for name in frozen:
+        own = official_branch_name(name.removeprefix("backbone.branches.0."), config, "deit")
+        assert torch.equal(written[name], source[own]), name
+
+
+def test_another_file_is_refused_and_a_moved_one_is_known_by_its_checksum(results, tmp_path):
+    folder, ranks = results
+    model = config_of("left out", folder).model
+    record = describe_left_out(model, ranks[0]["left out"]["frozen"])
+    elsewhere, other = tmp_path / "same.safetensors", tmp_path / "other.safetensors"
+    elsewhere.write_bytes((folder / "large.safetensors").read_bytes())
+    changed = bytearray(elsewhere.read_bytes())
+    changed[-1] ^= 1
+    other.write_bytes(changed)
+    assert set(reader_of(moved(model, record, [elsewhere]))(record)) == set(record["names"])
+    with pytest.raises(
+        ModelError, match=r"other.safetensors are not those that the checkpoint left its frozen weights"
+    ):
+        moved(model, record, [other])
+    branch = model.branches[0].model_copy(update={"pretrained": str(other)})
+    changed_model = model.model_copy(update={"branches": (branch, *model.branches[1:])})
+    with pytest.raises(ModelError, match=r"large.safetensors of \d+ bytes with CRC-32"):
+        reader_of(changed_model)(record)
+    gone = branch.model_copy(update={"pretrained": str(tmp_path / "gone")})
+    with pytest.raises(ModelError, match=r"model.branches.0.pretrained is not there"):
+        reader_of(model.model_copy(update={"branches": (gone, *model.branches[1:])}))(record)
+
+
+def test_there_must_be_something_to_leave_out():
+    with pytest.raises(ConfigError, match=r"train.save_frozen=False leaves out what pretrained weights bring"):
+        pyramid_config(network(**STEM), train={"save_frozen": False})

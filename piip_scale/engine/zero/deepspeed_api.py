@@ -44,6 +44,7 @@ PRIVATE_NAMES = (
     "deepspeed.runtime.engine:DeepSpeedEngine._copy_recovery_script",
     "deepspeed.runtime.engine:DeepSpeedEngine._forward_epilogue",
     "deepspeed.runtime.engine:DeepSpeedEngine._forward_prologue",
+    "deepspeed.runtime.engine:DeepSpeedEngine._get_param_fragment_func",
     "deepspeed.runtime.engine:DeepSpeedEngine.get_global_grad_norm",
     "deepspeed.runtime.engine:DeepSpeedEngine.was_step_applied",
     "deepspeed.runtime.engine:DeepSpeedEngine.zero_optimization_partition_weights",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from piip_scale.checkpoint.swapped import SWAPPED
 from piip_scale.engine.zero.deepspeed_api import Engine
@@ -14,9 +17,16 @@ from piip_scale.engine.zero.partitions import frozen_parts
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors
 
+_NOTHING = torch.empty(0)
+
 
 def engine_files(
-    engine: Engine, folder: Path, tag: str, client_state: Mapping[str, Any], copy: Callable[[object], Any]
+    engine: Engine,
+    folder: Path,
+    tag: str,
+    client_state: Mapping[str, Any],
+    copy: Callable[[object], Any],
+    left_out: Collection[str] = (),
 ) -> dict[str, Any]:
     """This rank's files of a DeepSpeed checkpoint. Collective; writes none of them but offloaded state on disks.
 
@@ -26,6 +36,7 @@ def engine_files(
         tag: The folder in it for DeepSpeed's files.
         client_state: Merged into DeepSpeed's own state.
         copy: Makes what is written of a file's content: DeepSpeed's tensors change with the next step.
+        left_out: Names of frozen parameters whose values are not written.
 
     Returns:
         Contents for ``torch.save`` by path inside ``folder``.
@@ -33,7 +44,7 @@ def engine_files(
     Raises:
         CheckpointError: The disk refuses what DeepSpeed copies from another: optimiser state that lives on a disk.
     """
-    catch = _Catch(engine, copy)
+    catch = _Catch(engine, copy, left_out)
     with disk_errors(CheckpointError, f"write checkpoint {folder}"), _instead_of_writing(engine, catch):
         engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state), save_latest=False)
     return {str(path.relative_to(folder)): content for path, content in catch.files.items()}
@@ -42,12 +53,24 @@ def engine_files(
 class _Catch:
     """Stands in for DeepSpeed's checkpoint engine, with the methods that deepspeed 0.19.8 calls while it saves."""
 
-    def __init__(self, engine: Engine, copy: Callable[[object], Any]) -> None:
+    def __init__(self, engine: Engine, copy: Callable[[object], Any], left_out: Collection[str]) -> None:
         self.files: dict[Path, Any] = {}
-        self._engine, self._copy = engine, copy
+        self._engine, self._copy, self._left_out = engine, copy, set(left_out)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        self.files[Path(path)] = self._copy(state_dict | self._off_disk(state_dict))
+        state = state_dict | self._off_disk(state_dict)
+        # By name, so that the model's order stays.
+        for key in ("module", "frozen_param_fragments") if self._left_out else ():
+            if state.get(key):
+                state[key] = {n: _NOTHING if n in self._left_out else v for n, v in state[key].items()}
+        self.files[Path(path)] = self._copy(state)
+
+    def fragment(self, parameter: Any) -> Tensor:
+        """In the place of DeepSpeed's own, which copies each frozen parameter to the host first."""
+        if self._engine.param_names[parameter] in self._left_out:
+            return _NOTHING
+        part: Tensor = getattr(parameter, "ds_tensor", parameter)
+        return part.detach().cpu()
 
     def _off_disk(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What deepspeed 0.19.8 leaves out of a file where the tensors are on a disk."""
@@ -79,8 +102,9 @@ def _instead_of_writing(engine: Engine, catch: _Catch) -> Iterator[None]:
     engine.checkpoint_engine = catch
     # deepspeed 0.19.8 puts two scripts into each checkpoint, from this thread; `convert` does what they do.
     engine._copy_recovery_script = lambda path: None
+    engine._get_param_fragment_func = catch.fragment
     try:
         yield
     finally:
         engine.checkpoint_engine = writer
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine._get_param_fragment_func

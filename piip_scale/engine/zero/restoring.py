@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
+from piip_scale.checkpoint.left_out import Given
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.partitions import Partition, frozen_parts, partitions_in_memory, publish
 from piip_scale.errors import CheckpointError
 
 
-def restore(engine: Engine, checkpoint: Path) -> None:
+def restore(engine: Engine, checkpoint: Path, given: Given | None = None) -> None:
     """Puts weights, optimiser state and buffers of a checkpoint into an engine. Collective.
 
     Settings of the optimiser's groups stay as the engine was built with. Memory: what the engine holds anyway.
@@ -26,11 +27,12 @@ def restore(engine: Engine, checkpoint: Path) -> None:
     Args:
         engine: The engine, of the same model and optimiser groups.
         checkpoint: Its folder.
+        given: Reads frozen weights that the checkpoint leaves to other files.
 
     Raises:
         CheckpointError: The files are damaged.
     """
-    saved = ZeroCheckpoint(checkpoint)
+    saved = ZeroCheckpoint(checkpoint, given=given)
     with torch.no_grad():
         for partition in partitions_in_memory(engine):
             copy_slices(saved, partition, partition.master)
