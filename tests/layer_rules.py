@@ -13,6 +13,7 @@ LAYERS = {
     "registry": 0,
     "geometry": 0,
     "config": 0,
+    "pages": 1,
     "agreement": 1,
     "world": 1,
     "ops": 1,

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,17 +18,22 @@ from piip_scale.launch.control import requeue_run, stop_run
 from piip_scale.launch.logs import find_logs, follow, sizes, tail
 from piip_scale.launch.queue import QueuedJob, ended_states, has_slurm, queued_jobs
 from piip_scale.launch.runs import Row, Run, describe, find_runs, read_run, with_ends
+from piip_scale.launch.words import duration
 
 app = typer.Typer(
     help=(
         "List runs, read a run's log, stop it, send it through the queue again.\n\n"
-        "Of the states, `stalled` runs and stands still; `waiting` is between two attempts; `held` waits for a "
-        "release, which `requeue` gives; `given-up` waits for a person to look; `lost` ended without a report, as do "
-        "`timeout`, `out-of-memory`, `node-lost` and `preempted`, which Slurm names; all go on with `requeue`."
+        "SEEN is how long ago the last sign came that a state rests on: a step, a heartbeat, a submission, an end.\n\n"
+        "Of the states, `stalled` runs and stands still; `stopping` was asked to save and end; `waiting` is between "
+        "two attempts; `held` waits for a release, which `requeue` gives; `given-up` waits for a person to look; "
+        "`lost` ended without a report, as do `timeout`, `out-of-memory`, `node-lost` and `preempted`, which Slurm "
+        "names; all go on with `requeue`."
     )
 )
-_HEADS = ("RUN", "STATE", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")
-_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
+_HEADS = ("RUN", "STATE", "SEEN", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")
+_EVERY_S = 5.0
+
+Listing = tuple[list[Row], str]
 
 # Whether it can be read is said in one line, as of all other runs.
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.", readable=False)]
@@ -40,6 +46,10 @@ def jobs(
         list[Path] | None, typer.Option("--runs", metavar="DIR", help="Folders of runs; default: runs/; many times.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay, and show how they go on; Ctrl-C leaves.")] = False,
+    every_s: Annotated[
+        float, typer.Option("--every", metavar="SECONDS", min=1, help="How often --watch looks.")
+    ] = _EVERY_S,
 ) -> None:
     """List runs with state, step, images/s, time to go, restarts and last event, from the queue and their files.
 
@@ -51,9 +61,34 @@ def jobs(
     for folder in folders if runs else ():
         if not folder.is_dir():
             raise RunError("--runs", value=str(folder), rule="a folder that is there")
-    queue, warning = _queue()
+    if watch and as_json:
+        raise RunError("--watch and --json", rule="a program asks again by itself", fix="leave out --watch")
+    is_live = watch and sys.stdout.isatty()
+    if is_live:
+        from piip_scale.cli.watch import Ends, watch_table
+
+        watch_table(partial(listing, folders, Ends()), every_s)
+        return
+    rows, warning = listing(folders)
+    _print(rows, folders, as_json=as_json)
+    for line in (warning, "--watch needs a terminal; this is how they are now" if watch else ""):
+        if line:
+            typer.echo(line, err=True)
+
+
+def listing(folders: Sequence[Path], ask: Callable[[Sequence[int]], Mapping[int, str]] = ended_states) -> Listing:
+    """All runs in folders as they are now, and a warning where the queue could not be asked.
+
+    Args:
+        folders: Searched for runs.
+        ask: As ``ended_states``.
+    """
+    queue, warning = known_queue()
     found = [read_run(path, queue) for path in find_runs(folders)]
-    rows = [describe(run) for run in (found if queue is None or not has_slurm() else with_ends(found, ended_states))]
+    return [describe(run) for run in (found if queue is None or not has_slurm() else with_ends(found, ask))], warning
+
+
+def _print(rows: Sequence[Row], folders: Sequence[Path], *, as_json: bool) -> None:
     if as_json:
         for row in rows:
             typer.echo(json.dumps(asdict(row) | {"run": str(row.run)}))
@@ -61,8 +96,6 @@ def jobs(
         typer.echo("\n".join(table(rows, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)))
     else:
         typer.echo(f"no runs in {', '.join(map(str, folders))}; --runs DIR looks elsewhere", err=True)
-    if warning:
-        typer.echo(warning, err=True)
 
 
 @app.command()
@@ -74,7 +107,7 @@ def logs(
     ] = False,
 ) -> None:
     """Print the end of a job's log, the newest where it had several."""
-    found = _read(run, _queue()[0])
+    found = _read(run, known_queue()[0])
     if found.spec is None:
         raise RunError(f"{run} has no job, and so no log", fix=f"metrics.jsonl and errors/ in {run} show how it went")
     if not found.spec.log:
@@ -144,24 +177,14 @@ def _cells(row: Row) -> tuple[str, ...]:
     total = "" if row.total_steps is None else f"/{row.total_steps}"
     rate = "-" if row.images_per_second is None else f"{row.images_per_second:.1f}"
     eta = "-" if row.eta_s is None else duration(row.eta_s)
-    cells = (str(row.run), row.state, row.job, f"{row.step}{total}", rate, eta, str(row.restarts), row.event)
+    seen = "-" if row.seen_s is None else duration(row.seen_s)
+    cells = (str(row.run), row.state, seen, row.job, f"{row.step}{total}", rate, eta, str(row.restarts), row.event)
     return tuple(map(printable, cells))
 
 
 def printable(text: str) -> str:
     """A text from outside as a terminal may see it: line breaks, escapes and broken letters are spelled out."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
-def duration(seconds: float) -> str:
-    """A time to go, to two units: ``3d 4h``, ``5h 20m``, ``12m``, ``40s``."""
-    if seconds < _MINUTE_S:
-        return f"{seconds:.0f}s"
-    if seconds < _HOUR_S:
-        return f"{seconds / _MINUTE_S:.0f}m"
-    if seconds < _DAY_S:
-        return f"{int(seconds // _HOUR_S)}h {int(seconds % _HOUR_S // _MINUTE_S):02d}m"
-    return f"{int(seconds // _DAY_S)}d {int(seconds % _DAY_S // _HOUR_S):02d}h"
 
 
 def _read(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
@@ -175,7 +198,7 @@ def _read(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
     return found
 
 
-def _queue() -> tuple[list[QueuedJob] | None, str]:
+def known_queue() -> tuple[list[QueuedJob] | None, str]:
     """The queue, and a warning instead where a controller that should be there does not answer."""
     if not has_slurm():
         return [], ""

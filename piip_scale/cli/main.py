@@ -14,6 +14,7 @@ from piip_scale.cli import (
     jobs,
     plan,
     predict,
+    report,
     serve,
     shards,
     submit,
@@ -55,6 +56,7 @@ export.register(app)
 serve.register(app)
 count.register(app)
 plan.register(app)
+report.register(app)
 demo.register(app)
 supervise.register(app)
 

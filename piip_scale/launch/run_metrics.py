@@ -15,7 +15,7 @@ from typing import Any
 METRICS_FILE = "metrics.jsonl"
 _TAIL_BYTES = 1 << 16
 _STEPS_AVERAGED = 20
-_START, _CHECKPOINT = b'"kind": "start"', b'"kind": "checkpoint"'
+_START, _CHECKPOINT, _EVENT = b'"kind": "start"', b'"kind": "checkpoint"', b'"kind": "event"'
 _WRITE = "checkpoint/write_seconds"
 _SAVES_READ, _SAVES_WITHIN_BYTES = 10, 1 << 26
 
@@ -107,7 +107,6 @@ def read_pace(run_dir: Path) -> Pace:
 def _pace(content: mmap.mmap) -> Pace:
     lines = list(_lines(content[max(len(content) - _TAIL_BYTES, 0) :]))
     steps = [line for line in lines if line.get("kind") == "step"][-_STEPS_AVERAGED:]
-    events = [str(line.get("text", "")) for line in lines if line.get("kind") == "event"]
     times = [time for line in steps if isinstance(time := line.get("time/step_ms"), float | int)]
     rate = steps[-1].get("throughput/images_per_second") if steps else None
     return Pace(
@@ -115,7 +114,8 @@ def _pace(content: mmap.mmap) -> Pace:
         total_steps=_total_steps(content),
         images_per_second=float(rate) if isinstance(rate, float | int) else None,
         seconds_per_step=sum(times) / len(times) / 1e3 if times else None,
-        event=events[-1] if events else "",
+        # It may stand far before the end: between two saves there are thousands of steps.
+        event=str(_last(content, _EVENT).get("text", "")),
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from piip_scale.launch.signs import SILENT_S, pause, standstill
 from piip_scale.launch.submitting import submitted_jobs
-from piip_scale.run.heartbeat import COMPUTING, WAITING, Beat
+from piip_scale.launch.words import duration
 
 if TYPE_CHECKING:
     from piip_scale.launch.attempts import Attempt
@@ -28,10 +29,6 @@ _SLURM_ENDS = {
 }
 _GOES_ON = "it goes on with piip-scale jobs requeue, or --resume"
 _HELD = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-# A rank writes its heartbeat every two seconds, also while it waits; disks and clocks of nodes may be late.
-_SILENT_S = 60.0
-# So many times the usual step is no longer a slow one.
-_STEPS_STILL = 10
 # A job that was submitted a moment ago need not be in a queue that was read before.
 _QUEUED_WITHIN_S = 60.0
 _OUT_OF_QUEUE = "left the queue before it began: cancelled, or its deadline passed; piip-scale jobs requeue submits it"
@@ -93,7 +90,7 @@ def _state_at_rest(run: Run, now_unix_s: float) -> str:
 def _spoke_after(run: Run, last: Attempt) -> bool:
     """Whether a later training, which no supervisor started, has left a status."""
     ended_s = last.ended_unix_s
-    return run.status is not None and ended_s is not None and run.status_unix_s > ended_s + _SILENT_S
+    return run.status is not None and ended_s is not None and run.status_unix_s > ended_s + SILENT_S
 
 
 def _state_decided(run: Run, last: Attempt) -> str:
@@ -127,28 +124,6 @@ def _state_unbegun(run: Run, now_unix_s: float) -> str:
     return "cancelled" if is_old and run.queue_known and submitted_jobs(run.path) else "submitted"
 
 
-def standstill(run: Run, now_unix_s: float) -> str:
-    """What a run that runs has stood still at, in one line; empty where it goes on, as far as is known."""
-    beat = run.beat
-    if beat is None or (run.attempts and beat.unix_time_s < run.attempts[-1].started_unix_s):
-        return ""
-    silent_s = max(now_unix_s - beat.unix_time_s, 0.0)
-    if silent_s > _SILENT_S:
-        return f"no sign of rank {beat.rank} on {beat.host} for {silent_s:.0f} s, after step {beat.step}"
-    still_s = beat.waiting_s + silent_s
-    if still_s > _patience_s(run, beat):
-        return f"{beat.phase} for {still_s:.0f} s, after step {beat.step}"
-    return ""
-
-
-def _patience_s(run: Run, beat: Beat) -> float:
-    usual_s = run.pace.seconds_per_step
-    # A first step compiles kernels and starts loaders; evaluations and saves have limits of their own.
-    if beat.phase not in (WAITING, COMPUTING) or usual_s is None or not run.is_stepping:
-        return beat.limit_s
-    return min(max(_STEPS_STILL * usual_s, _SILENT_S), beat.limit_s)
-
-
 def event_of(run: Run, state: str, now_unix_s: float) -> str:
     """What happened last, in one line."""
     if run.problem:
@@ -162,11 +137,15 @@ def event_of(run: Run, state: str, now_unix_s: float) -> str:
     if state == "stalled":
         return standstill(run, now_unix_s)
     if state == "running":
+        if run.is_stepping and (instead := pause(run, now_unix_s)):
+            return instead
         if run.is_stepping and run.pace.event:
             return run.pace.event
         return f"starting, attempt {last.attempt}" if last else "starting"
     if state == "stopping" and run.request is not None:
-        return f"{run.request.action} was asked for" + f" by {run.request.user}" * bool(run.request.user)
+        asked = f"{run.request.action} was asked for" + f" by {run.request.user}" * bool(run.request.user)
+        ago = f"{asked} {duration(max(now_unix_s - run.request.unix_time_s, 0.0))} ago"
+        return "; ".join(filter(None, (ago, standstill(run, now_unix_s))))
     return _event_at_rest(run, state, outcome)
 
 

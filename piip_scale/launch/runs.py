@@ -16,6 +16,7 @@ from piip_scale.launch.logs import find_logs
 from piip_scale.launch.queue import QueuedJob
 from piip_scale.launch.run_metrics import Pace, read_pace
 from piip_scale.launch.run_state import LOST, event_of, state_of
+from piip_scale.launch.signs import pause, sign_age_s
 from piip_scale.launch.spec import JobFiles, JobSpec, Request, load_request, load_spec
 from piip_scale.launch.submitting import is_job_of, submitted_jobs
 from piip_scale.run.heartbeat import Beat, read_beat
@@ -73,7 +74,10 @@ class Run:
     @property
     def is_stepping(self) -> bool:
         """Its pace is of the attempt that runs, not of one before it."""
-        return not self.attempts or self.pace.unix_time_s > self.attempts[-1].started_unix_s
+        began_unix_s = self.beat.started_unix_s if self.beat else 0.0
+        if self.attempts:
+            began_unix_s = self.attempts[-1].started_unix_s
+        return self.pace.unix_time_s > began_unix_s
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,11 @@ class Row:
         job: As Slurm calls it, or the process and host of a run without one.
         step: Optimiser steps behind it.
         total_steps: Of the whole run.
-        images_per_second: While it runs.
-        eta_s: To its end, while it runs.
+        images_per_second: While it steps.
+        eta_s: To its end, while it steps.
         restarts: Attempts after the first.
         event: What happened last, in one line.
+        seen_s: How long ago the last sign came that the state rests on, as ``sign_age_s`` has it.
     """
 
     run: Path
@@ -101,6 +106,7 @@ class Row:
     eta_s: float | None
     restarts: int
     event: str
+    seen_s: float | None = None
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
@@ -247,7 +253,7 @@ def describe(run: Run, now_unix_s: float | None = None) -> Row:
     now_s = time.time() if now_unix_s is None else now_unix_s
     alive = is_alive(run.beat, now_s)
     state = state_of(run, alive, now_s)
-    stepping = state == "running" and run.is_stepping
+    stepping = state == "running" and run.is_stepping and not pause(run, now_s)
     return Row(
         run=run.path,
         state=state,
@@ -258,6 +264,7 @@ def describe(run: Run, now_unix_s: float | None = None) -> Row:
         eta_s=run.pace.eta_s(run.step) if stepping else None,
         restarts=max(len(run.attempts) - 1, 0),
         event=event_of(run, state, now_s),
+        seen_s=sign_age_s(run, state, now_s),
     )
 
 

@@ -155,7 +155,8 @@ def test_a_request_of_an_earlier_job_stops_nothing(run_dir):
         ({"waiting_s": 300.0}, "stalled", "computing for 30"),
         ({"waiting_s": 300.0, "phase": "waiting for data"}, "stalled", "waiting for data for 30"),
         # An evaluation or a save has a limit of its own.
-        ({"waiting_s": 300.0, "phase": "evaluating", "limit_s": 3600.0}, "running", ""),
+        ({"waiting_s": 300.0, "phase": "evaluating", "limit_s": 3600.0}, "running", "evaluating for 30"),
+        ({"waiting_s": 3.0, "phase": "evaluating", "limit_s": 3600.0}, "running", ""),
         ({"waiting_s": 300.0, "phase": "evaluating", "limit_s": 60.0}, "stalled", "evaluating"),
         # No heartbeat either: the process stands still, or its node.
         ({"unix_time_s": NOW - 90}, "stalled", "no sign of rank 0"),
@@ -171,7 +172,9 @@ def test_a_run_that_stands_still_is_not_running(run_dir, changes, state, event):
     found = row(run_dir, [job(run_dir)])
     assert found.state == state
     assert event in found.event
-    assert (found.eta_s is None) == (found.images_per_second is None) == (state == "stalled")
+    # Neither a rate nor a time to go of what makes no steps.
+    stands = state == "stalled" or "evaluating" in event
+    assert (found.eta_s is None) == (found.images_per_second is None) == stands
 
 
 def test_a_local_run_whose_process_is_stopped_stands_still(run_dir):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from run_files import NOW, attempt, beat, job, make_spec, row, steps, write_metrics, write_status
 
-from piip_scale.cli.jobs import duration, table
+from piip_scale.cli.jobs import table
 from piip_scale.errors import RunError
 from piip_scale.launch.attempts import History
 from piip_scale.launch.control import requeue_run, stop_run
@@ -20,6 +20,7 @@ from piip_scale.launch.queue import parse_queue
 from piip_scale.launch.run_metrics import read_pace
 from piip_scale.launch.runs import find_runs, is_alive, read_run, refuse_active
 from piip_scale.launch.spec import JobFiles, load_request, load_spec
+from piip_scale.launch.words import duration
 from piip_scale.run.ending import Ending
 from piip_scale.run.heartbeat import write_beat
 
@@ -43,7 +44,7 @@ def test_a_running_job_tells_step_pace_and_time_to_go(run_dir):
     assert found.eta_s == pytest.approx((100 - 41) * 0.5)
     assert found.event == "saved step_00000040"
     lines = table([found], None)
-    assert lines[0].split() == ["RUN", "STATE", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST", "EVENT"]
+    assert lines[0].split() == ["RUN", "STATE", "SEEN", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST", "EVENT"]
     assert "41/100  16.0      30s  0         saved step_00000040" in lines[1]
     assert table([found], 20) == [line[:20] for line in lines]
 

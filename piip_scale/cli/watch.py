@@ -1,0 +1,104 @@
+"""``piip-scale jobs --watch``: the table of runs, drawn again and again on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from piip_scale.cli.jobs import Listing, table
+from piip_scale.launch.queue import ended_states
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from piip_scale.launch.runs import Row
+
+_ASK_AGAIN_S = 60.0
+_LINES_AROUND = 4
+_STYLES = {
+    "running": "green",
+    "done": "green",
+    "queued": "cyan",
+    "submitted": "cyan",
+    "waiting": "cyan",
+    "stopping": "cyan",
+    "stopped": "yellow",
+    "cancelled": "yellow",
+    "held": "yellow",
+}
+_NEEDS_A_LOOK = "bold red"
+
+
+class Ends:
+    """Asks Slurm's records seldom: they are another daemon's, and what they say of an ended job stays."""
+
+    def __init__(self, ask: Callable[[Sequence[int]], Mapping[int, str]] = ended_states) -> None:
+        self._ask, self._known, self._asked_s = ask, dict[int, str](), dict[int, float]()
+
+    def __call__(self, job_ids: Sequence[int]) -> dict[int, str]:
+        """What is known of these jobs' ends."""
+        now_s = time.monotonic()
+        unknown = [job for job in job_ids if job not in self._known]
+        due = [job for job in unknown if now_s - self._asked_s.get(job, float("-inf")) > _ASK_AGAIN_S]
+        if due:
+            self._known |= self._ask(due)
+            self._asked_s |= dict.fromkeys(due, now_s)
+        return {job: self._known[job] for job in job_ids if job in self._known}
+
+
+def watch_table(look: Callable[[], Listing], every_s: float, console: Console | None = None) -> None:
+    """Draws what ``look`` finds until Ctrl-C.
+
+    Args:
+        look: Reads all runs.
+        every_s: How often.
+        console: The terminal; standard output where ``None``.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    console = console or Console()
+    try:
+        with Live(console=console, auto_refresh=False, screen=True) as live:
+            while True:
+                rows, warning = look()
+                live.update(frame(rows, warning, console.size.width, console.size.height, every_s), refresh=True)
+                time.sleep(every_s)
+    except KeyboardInterrupt:
+        return
+
+
+def frame(rows: Sequence[Row], warning: str, width: int, height: int, every_s: float) -> Text:
+    """One picture of the table.
+
+    Args:
+        rows: All runs; those that need a look come first where not all have room.
+        warning: A line below.
+        width: Of the terminal, in letters.
+        height: In lines.
+        every_s: How often it is drawn.
+    """
+    from rich.text import Text
+
+    room = max(height - _LINES_AROUND, 1)
+    shown = list(rows) if len(rows) <= room else sorted(rows, key=_urgency)[:room]
+    counts = Counter(row.state for row in rows)
+    summary = ", ".join(f"{number} {state}" for state, number in counts.most_common()) or "no runs"
+    head, *lines = table(shown, width)
+    text = Text(f"{time.strftime('%H:%M:%S')}  {summary}"[:width], style="bold", no_wrap=True)
+    text.append(f"\n{head}", "dim")
+    for row, line in zip(shown, lines, strict=True):
+        text.append(f"\n{line}", _STYLES.get(row.state, _NEEDS_A_LOOK))
+    hidden = f"{len(rows) - len(shown)} more have no room here; " if len(shown) < len(rows) else ""
+    told = "; ".join(filter(None, (f"{hidden}every {every_s:g} s, Ctrl-C leaves", warning)))
+    text.append(f"\n{told}"[: width + 1], "dim")
+    return text
+
+
+def _urgency(row: Row) -> int:
+    if row.state not in _STYLES:
+        return 0
+    return 1 if row.state not in ("done", "stopped", "cancelled") else 2

@@ -1,0 +1,72 @@
+"""What limits a run's steps, in words, by what its last steps say of themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_STEP, _WAIT, _MFU = "time/step_ms", "time/data_wait_ms", "throughput/mfu"
+_PREFIX, _SUFFIX = "time/", "_ms"
+# Below it a cure would not be noticed.
+_MUCH = 0.1
+_CURES = {
+    "communication": "messages between GPUs: zero.node_partition or a larger micro-batch helps",
+    "update": "the optimiser's update: a larger micro-batch, or offloading less, helps",
+}
+
+
+def what_limits(steps: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Sentences on where the time of a step goes, the verdict first.
+
+    Args:
+        steps: The last lines of steps in a run's metrics; what one of them lacks is not spoken of.
+    """
+    lines = list(steps)
+    step_ms = _mean(lines, _STEP)
+    if not step_ms:
+        return ["Not known: no step has written its time yet."]
+    shares = {name: value / step_ms for name, value in _parts(lines).items()}
+    wait = min(_mean(lines, _WAIT) / step_ms, 1.0)
+    return [_verdict(wait, shares), *_split(wait, shares, step_ms), *_utilisation(lines)]
+
+
+def _verdict(wait: float, shares: Mapping[str, float]) -> str:
+    if wait >= _MUCH:
+        return (
+            f"Data: {wait:.0%} of a step waits for the loaders. More data.workers, a cache near the GPUs, or smaller "
+            "images help."
+        )
+    name = max(shares, key=lambda key: shares[key], default="")
+    if name in _CURES and shares[name] > 0.5:
+        return f"{name.capitalize()}: {shares[name]:.0%} of a step are {_CURES[name]}."
+    return f"Computing: loaders keep up, {wait:.0%} of a step waits for data."
+
+
+def _split(wait: float, shares: Mapping[str, float], step_ms: float) -> list[str]:
+    told = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items()]
+    left = [f"waiting for data {wait:.0%}"]
+    return [f"A step takes {step_ms:.0f} ms: {', '.join(left + told)}."]
+
+
+def _utilisation(lines: list[Mapping[str, Any]]) -> list[str]:
+    mfu = _mean(lines, _MFU)
+    return [f"MFU {mfu:.1%}: the model's own multiply-adds over what the devices could do."] if mfu else []
+
+
+def _parts(lines: list[Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds of each named part of a step, other than its wait for data."""
+    tags = {
+        tag: None
+        for line in lines
+        for tag in line
+        if tag.startswith(_PREFIX) and tag.endswith(_SUFFIX) and tag not in (_STEP, _WAIT)
+    }
+    means = {tag.removeprefix(_PREFIX).removesuffix(_SUFFIX): _mean(lines, tag) for tag in tags}
+    return dict(sorted(means.items(), key=lambda item: -item[1]))
+
+
+def _mean(lines: list[Mapping[str, Any]], tag: str) -> float:
+    """Over the lines that have it; 0 where none has."""
+    values = [value for line in lines if isinstance(value := line.get(tag), float | int) and math.isfinite(value)]
+    return sum(values) / len(values) if values else 0.0

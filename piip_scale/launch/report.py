@@ -1,0 +1,219 @@
+"""``piip-scale report``: how runs go, as one HTML file that opens anywhere; without torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from piip_scale.config.differences import differing_keys, resolved_keys
+from piip_scale.launch.bottleneck import what_limits
+from piip_scale.launch.report_charts import EVALUATION, Named, further_charts, main_charts, main_metrics
+from piip_scale.launch.run_curves import RunCurves, read_curves
+from piip_scale.launch.run_pictures import last_pictures
+from piip_scale.launch.runs import Row
+from piip_scale.launch.words import duration
+from piip_scale.pages.charts import chip
+from piip_scale.pages.html import Html, document, joined, picture, table, tag
+from piip_scale.run.run_dir import RunDirectory
+
+_MOST_DIFFERENCES = 200
+_MOST_EVENTS = 30
+_TONES = {
+    "good": ("running", "done"),
+    "busy": ("queued", "submitted", "waiting", "stopping"),
+    "odd": ("stopped", "cancelled", "held", "empty"),
+}
+
+
+@dataclass(frozen=True)
+class Reported:
+    """All that the report shows of a run.
+
+    Attributes:
+        row: Its state.
+        curves: Its metrics.
+        config: Its resolved config by key; empty where that cannot be read.
+        changed: Keys that its last resume changed, with both values.
+        environment: Versions, machine and command, as far as they can be read.
+    """
+
+    row: Row
+    curves: RunCurves
+    config: Mapping[str, str]
+    changed: Mapping[str, Sequence[str | None]]
+    environment: Mapping[str, Any]
+
+
+def read_reported(row: Row) -> Reported:
+    """A run's files as the report needs them; what is absent or broken is left out.
+
+    Args:
+        row: Its state, as ``jobs`` has it.
+    """
+    files = RunDirectory(row.run)
+    config, resumed = _config(files.config), _config(files.resumed_config)
+    changed = differing_keys([config, resumed]) if resumed else {}
+    return Reported(row, read_curves(row.run), config, changed, _environment(files.environment))
+
+
+def report_page(runs: Sequence[Reported], now_unix_s: float | None = None) -> bytes:
+    """The page.
+
+    Args:
+        runs: At least one.
+        now_unix_s: When it is made.
+    """
+    names = _short_names([run.row.run for run in runs])
+    named = [Named(name, run.curves, number) for number, (name, run) in enumerate(zip(names, runs, strict=True))]
+    when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(now_unix_s))
+    title = f"{names[0]}: how it goes" if len(runs) == 1 else f"{len(runs)} runs: how they go"
+    cards = [_card(run, name, number) for number, (name, run) in enumerate(zip(names, runs, strict=True))]
+    sections = [
+        tag("section", joined(cards), class_="grid pair" if len(runs) > 1 else None),
+        _section("Curves", tag("div", *main_charts(named), class_="grid")),
+        _section("Last evaluation", _evaluations(runs, names)),
+        *(_pictures(run, name) for run, name in zip(runs, names, strict=True)),
+        _section("Where their configs differ", _differences(runs, names)) if len(runs) > 1 else "",
+        *(_details(run, name) for run, name in zip(named, names, strict=True)),
+        *(_events(run, name) for run, name in zip(runs, names, strict=True)),
+    ]
+    return document(title, *filter(None, sections), note=f"piip-scale report, {when}")
+
+
+def _config(path: Path) -> dict[str, str]:
+    with suppress(OSError):
+        return resolved_keys(path)
+    return {}
+
+
+def _environment(path: Path) -> Mapping[str, Any]:
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The runs' own names; with the folders above where two are called alike."""
+    absolute = [path.absolute() for path in paths]
+    for depth in range(1, max(len(path.parts) for path in absolute)):
+        names = ["/".join(path.parts[-depth:]) for path in absolute]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in absolute]
+
+
+def _section(title: str, content: Html | str) -> Html | str:
+    return tag("section", tag("h2", title), content) if content else ""
+
+
+def _card(run: Reported, name: str, number: int) -> Html:
+    row = run.row
+    state = tag("span", row.state, class_=f"state {_tone(row.state)}")
+    share = min(row.step / row.total_steps, 1.0) if row.total_steps else 0.0
+    facts = {
+        "step": f"{row.step}" + (f" of {row.total_steps}, {share:.0%}" if row.total_steps else ""),
+        "time to go": duration(row.eta_s) if row.eta_s is not None else "",
+        "images/s": f"{row.images_per_second:.4g}" if row.images_per_second is not None else "",
+        "last sign": f"{duration(row.seen_s)} ago" if row.seen_s is not None else "",
+        "restarts": _restarts(run),
+        "job": row.job if row.job != "-" else "",
+        "last event": row.event,
+        "note": _notes(run.curves),
+        "command": _command(run.environment),
+    }
+    rows = [tag("dt", key) + tag("dd", value) for key, value in facts.items() if value]
+    bar = tag("div", tag("i", style=f"width:{share:.1%}"), class_="bar")
+    limits = [tag("p", sentence) for sentence in what_limits(run.curves.last_steps)]
+    return tag(
+        "article",
+        tag("div", tag("h3", chip(number), name), state, class_="head"),
+        bar,
+        tag("dl", *map(Html, rows)),
+        tag("h3", "What limits a step"),
+        *limits,
+        class_="card",
+    )
+
+
+def _tone(state: str) -> str:
+    return next((tone for tone, states in _TONES.items() if state in states), "bad")
+
+
+def _restarts(run: Reported) -> str:
+    number = max(run.row.restarts, len(run.curves.starts) - 1, 0)
+    lost = sum(steps for _, steps in run.curves.superseded)
+    return f"{number}" + f", {lost} steps done again" * bool(lost)
+
+
+def _notes(curves: RunCurves) -> str:
+    bad = f"{curves.bad_lines} line(s) of its metrics cannot be read" if curves.bad_lines else ""
+    return "; ".join(filter(None, (curves.problem, bad)))
+
+
+def _command(environment: Mapping[str, Any]) -> str:
+    words = environment.get("command")
+    return " ".join(map(str, words)) if isinstance(words, list) else ""
+
+
+def _evaluations(runs: Sequence[Reported], names: Sequence[str]) -> Html | str:
+    evaluated = [(name, run.curves.last_evaluation) for name, run in zip(names, runs, strict=True)]
+    evaluated = [(name, found) for name, found in evaluated if found]
+    if not evaluated:
+        return ""
+    metrics = dict.fromkeys(metric for _, found in evaluated for metric in main_metrics(found))
+    heads = ["metric, 0 to 1", *(f"{name}, step {found['step']}" for name, found in evaluated)]
+    rows = [[name.removeprefix(EVALUATION), *(_score(found.get(name)) for _, found in evaluated)] for name in metrics]
+    missing = any(found.get(name) == -1 for _, found in evaluated for name in metrics)
+    return joined([table(heads, rows), tag("p", "-1: the set holds no such objects", class_="soft") if missing else ""])
+
+
+def _score(value: object) -> str:
+    if value == -1:
+        return "-1"
+    return f"{value:.4f}" if isinstance(value, float | int) else str(value if value is not None else "-")
+
+
+def _pictures(run: Reported, name: str) -> Html | str:
+    found = last_pictures(run.row.run)
+    figures = [
+        tag("figure", picture(path.content, path.kind, path.name), tag("figcaption", path.name)) for path in found
+    ]
+    return _section(f"Pictures of {name}", tag("div", *figures, class_="grid")) if figures else ""
+
+
+def _differences(runs: Sequence[Reported], names: Sequence[str]) -> Html:
+    known = [(name, run.config) for name, run in zip(names, runs, strict=True) if run.config]
+    unknown = [name for name, run in zip(names, runs, strict=True) if not run.config]
+    told = [tag("p", f"no config can be read of: {', '.join(unknown)}", class_="soft")] if unknown else []
+    rows = differing_keys([config for _, config in known]) if len(known) > 1 else {}
+    if not rows:
+        return joined([tag("p", "in no key"), *told])
+    shown = [[key, *(value if value is not None else "-" for value in row)] for key, row in rows.items()]
+    if len(shown) > _MOST_DIFFERENCES:
+        told.append(tag("p", f"{len(shown) - _MOST_DIFFERENCES} more keys differ", class_="soft"))
+    heads = ["key", *(name for name, _ in known)]
+    return joined([table(heads, shown[:_MOST_DIFFERENCES], class_="words"), *told])
+
+
+def _details(run: Named, name: str) -> Html | str:
+    charts = further_charts(run)
+    if not charts:
+        return ""
+    return tag("details", tag("summary", f"All other curves of {name}"), tag("div", *charts, class_="grid"))
+
+
+def _events(run: Reported, name: str) -> Html | str:
+    events = list(run.curves.events)[-_MOST_EVENTS:]
+    changed = [
+        tag("li", f"the last resume changed {key}: {was} became {now}") for key, (was, now) in run.changed.items()
+    ]
+    lines = [tag("li", tag("small", f"step {step} "), text) for step, text in reversed(events)]
+    if not lines and not changed:
+        return ""
+    return _section(f"What happened to {name}, the newest first", tag("ol", *changed, *lines, class_="log card"))

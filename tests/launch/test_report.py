@@ -1,0 +1,162 @@
+"""The report of runs: what it shows of whole and of broken ones, in a browser, and that it stays small."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from browser import needs_browser, shown
+from run_files import steps, write_beat, write_metrics, write_status
+from typer.testing import CliRunner
+
+from piip_scale.cli.main import app
+from piip_scale.launch.bottleneck import what_limits
+from piip_scale.launch.run_curves import read_curves
+
+EVIL = "<script>window.ran=1</script><img src=x onerror='window.ran=1'>\"'&\x1b\udce9"
+
+
+def step_line(step, **more):
+    times = {"time/step_ms": 500.0, "time/data_wait_ms": 20.0, "time/backward_ms": 300.0, "time/forward_ms": 150.0}
+    values = {"loss/total": 3 / step, "throughput/images_per_second": 16.0, "memory/peak_gib": 60.0}
+    return {"step": step, "kind": "step", **values, "throughput/mfu": 0.4, **times, **more}
+
+
+def make_run(folder, *, lr=1e-4, lines=()):
+    write_status(folder, "running", 41)
+    start = {"step": 1, "kind": "start", "start/imports_seconds": 1.0, "total_steps": 100}
+    evaluation = {
+        "step": 20,
+        "kind": "evaluation",
+        "eval/box_ap": 0.3,
+        "eval/box_ap_s": -1,
+        "eval/per_class/x/cat": 0.1,
+    }
+    again = [start | {"step": 21}, {"step": 21, "kind": "event", "text": f"resumed {EVIL}"}]
+    write_metrics(
+        folder, [start, *map(step_line, range(1, 21)), evaluation, *again, *map(step_line, range(21, 42)), *lines]
+    )
+    (folder / "config.py").write_text(f"model = {{'branches': [{{'depth': 2}}]}}\noptimizer = {{'lr': {lr}}}\n")
+    (folder / "environment.json").write_text(json.dumps({"command": ["piip-scale", "train", EVIL]}))
+    return folder
+
+
+def report(*arguments, exit_code=0):
+    done = CliRunner().invoke(app, ["report", *map(str, arguments)])
+    assert done.exit_code == exit_code, done.output
+    return str(done.exception) if exit_code else done.stdout
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    first = make_run(folder / f"one {EVIL}".replace("/", "|"))
+    write_beat(first, host="elsewhere", step=41)
+    superseded = [{"step": 20, "kind": "superseded"}, step_line(33)]
+    (first / "metrics.superseded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in superseded))
+    second = make_run(folder / "two", lr=2e-4, lines=[step_line(42, **{"loss/total": "nan"})])
+    write_status(second, "failed", 42, f"rank 3 met a loss that is not finite {EVIL}")
+    (second / "pictures" / "step_20").mkdir(parents=True)
+    from PIL import Image
+
+    Image.new("RGB", (40, 30)).save(second / "pictures" / "step_20" / "a.png")
+    out = folder / "out" / "report.html"
+    assert "2 run(s)" in report(first, second, "--out", out)
+    return out
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_two_runs_on_a_desk_and_on_a_phone(page, tmp_path, dark):
+    for frame in shown(page.read_bytes(), tmp_path, dark=dark):
+        words = frame["words"]
+        assert {"running", "failed"} <= set(words.split())
+        assert "41 of 100, 41%" in words
+        assert "1, 13 steps done again" in words
+        assert "rank 3 met a loss that is not finite <script>" in words
+        assert "Computing: loaders keep up, 4% of a step waits for data." in words
+        assert "waiting for data 4%, backward 60%, forward 30%" in words
+        assert frame["charts"][:3] == ["Loss, total", "box_ap", "Images/s, all GPUs"]
+        assert frame["marks"] > 2
+        assert frame["paths"] > 10
+        assert frame["images"] == [40]
+        assert "1 value(s) not finite, in red" in words
+        assert "-1: the set holds no such objects" in words
+        differs = words[words.index("Where their configs differ") :]
+        assert "optimizer.lr" in differs
+        assert "model.branches" not in differs
+
+
+def test_half_a_million_steps_are_a_small_file_and_no_extreme_is_lost(tmp_path):
+    run = tmp_path / "long"
+    write_status(run, "done", 500_000)
+    count = 20_000
+    with (run / "metrics.jsonl").open("w") as file:
+        for number in range(count):
+            loss = 77.0 if number == 11_111 else 1.0 + math.sin(number)
+            file.write(f'{{"step": {number * 25 + 25}, "kind": "step", "loss/total": {loss}, "train/lr": {number}}}\n')
+        file.write('{"step": 500000, "kind": "st')
+    curves = read_curves(run)
+    loss = curves.traces["loss/total"]
+    assert (loss.high, curves.bad_lines) == (77.0, 1)
+    assert sum(span.count for span in loss.spans) == count
+    assert sum(span.total for span in curves.traces["train/lr"].spans) == pytest.approx(count * (count - 1) / 2)
+    assert (loss.spans[0].first_x, loss.spans[-1].last_x) == (25, 500_000)
+    report(run, "--out", tmp_path / "long.html")
+    assert (tmp_path / "long.html").stat().st_size < 60_000
+
+
+def test_broken_runs_are_shown_as_far_as_they_can_be_read(tmp_path):
+    empty, odd, bare = (tmp_path / name for name in ("empty", "odd", "bare"))
+    write_status(empty, "failed", 0, "out of memory")
+    write_status(bare, "stopped", 3)
+    write_metrics(bare, steps(1, 3))
+    write_status(odd, "running", 3)
+    (odd / "metrics.jsonl").write_bytes(
+        b'\xff\xfe\n[1]\n{"step": "x"}\n{"step": 1, "kind": "step", "loss/total": 1e999}\n{"st'
+    )
+    (odd / "config.py").write_text("import os\nmodel = os.environ\ntrain = {'steps': 3}\nthis is no Python")
+    (odd / "environment.json").write_text("[")
+    (odd / "metrics.superseded.jsonl").write_text('{"kind": "superseded", "step": 2}\n')
+    (odd / "pictures").mkdir()
+    for out in ("a.html", "b.html"):
+        report(tmp_path, "--out", tmp_path / out)
+        text = (tmp_path / out).read_text()
+    for told in (
+        "out of memory",
+        "it wrote no metrics",
+        "4 line(s) of its metrics",
+        "no finite value",
+        "lost",
+        "stopped",
+    ):
+        assert told in text
+    report(empty, "--out", tmp_path / "b.html")
+
+
+def test_what_is_asked_wrongly_is_one_line_and_nothing_is_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_status(tmp_path / "run", "done", 3)
+    (tmp_path / "report.html").write_text("<p>mine")
+    assert "no report is there, but another file" in report("run", exit_code=1)
+    assert (tmp_path / "report.html").read_text() == "<p>mine"
+    assert "this is a folder" in report("run", "--out", tmp_path, exit_code=1)
+    assert "no run's directory, and none in it" in report("run", tmp_path / "none", exit_code=1)
+    report("run", "--out", "new/it's.html")
+    report("run", "--out", "new/it's.html")
+
+
+@pytest.mark.parametrize(
+    ("line", "verdict"),
+    [
+        ({}, "Not known"),
+        ({"time/step_ms": 100.0}, "Computing"),
+        ({"time/step_ms": 100.0, "time/data_wait_ms": 40.0}, "Data: 40%"),
+        ({"time/step_ms": 100.0, "time/communication_ms": 60.0, "time/forward_ms": 10.0}, "Communication: 60%"),
+        ({"time/step_ms": 100.0, "time/update_ms": 55.0}, "Update: 55%"),
+        ({"time/step_ms": "nan", "time/data_wait_ms": None}, "Not known"),
+    ],
+)
+def test_what_limits_a_step_is_said_by_its_parts(line, verdict):
+    assert what_limits([line])[0].startswith(verdict)

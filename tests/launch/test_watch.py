@@ -1,0 +1,146 @@
+"""``jobs --watch``: a live table on a terminal, a table once and a word elsewhere."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from run_files import NOW, job, row, steps, write_attempt, write_beat, write_metrics, write_status
+from typer.testing import CliRunner
+
+from piip_scale.cli import jobs as command
+from piip_scale.cli.main import app
+from piip_scale.cli.watch import Ends, frame, watch_table
+from piip_scale.launch.runs import Row, describe, read_run
+from piip_scale.launch.spec import Request, save_request
+
+ROW = Row(Path("runs/a"), "running", "12", 40, 100, 16.0, 30.0, 0, "saved", 2.0)
+
+
+def test_without_a_terminal_it_prints_once_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "has_slurm", lambda: False)
+    write_status(tmp_path / "run", "done", 3)
+    done = CliRunner().invoke(app, ["jobs", "--watch", "--runs", str(tmp_path)])
+    assert done.exit_code == 0
+    assert len(done.stdout.splitlines()) == 2
+    assert "--watch needs a terminal" in done.stderr
+    both = CliRunner().invoke(app, ["jobs", "--watch", "--json", "--runs", str(tmp_path)])
+    assert "a program asks again by itself" in str(both.exception)
+
+
+def test_on_a_terminal_it_shows_what_changes_until_ctrl_c(monkeypatch):
+    states, written = iter(["running", "stalled"]), io.StringIO()
+    pauses = iter([None, KeyboardInterrupt()])
+
+    def sleep(seconds):
+        assert seconds == 7.0
+        if end := next(pauses):
+            raise end
+
+    monkeypatch.setattr("time.sleep", sleep)
+    console = Console(file=written, force_terminal=True, width=120, height=20)
+    watch_table(lambda: ([replace(ROW, state=next(states))], ""), 7.0, console)
+    text = written.getvalue()
+    assert text.index("1 running") < text.index("1 stalled")
+    # Another screen, which is left at the end.
+    assert text.index("\x1b[?1049h") < text.index("1 running")
+    assert text.index("\x1b[?1049l") > text.index("1 stalled")
+
+
+def test_what_needs_a_look_comes_first_where_not_all_have_room():
+    rows = [replace(ROW, run=Path(f"runs/{n}"), state=state) for n, state in enumerate(["done"] * 30 + ["stalled"])]
+    text = frame(rows, "without the queue: no answer", 80, 10, 5.0).plain
+    first, head, *lines = text.splitlines()
+    assert "30 done, 1 stalled" in first
+    assert head.split()[:3] == ["RUN", "STATE", "SEEN"]
+    assert lines[0].split()[:2] == ["runs/30", "stalled"]
+    assert "25 more have no room here" in lines[-1]
+    assert len(text.splitlines()) <= 10
+    assert max(map(len, text.splitlines())) <= 80
+    assert "no runs" in frame([], "", 80, 10, 5.0).plain
+
+
+def test_slurms_records_are_asked_seldom(monkeypatch):
+    asked = []
+
+    def ask(jobs):
+        asked.append(list(jobs))
+        return {7: "FAILED"}
+
+    ends, now = Ends(ask), [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    for _ in range(5):
+        assert ends([7, 8]) == {7: "FAILED"}
+    now[0] = 100.0
+    ends([7, 8])
+    assert asked == [[7, 8], [8]]
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A run of 16 images/s whose last metrics are of now."""
+    write_status(tmp_path / "run", "running", 40)
+    write_metrics(tmp_path / "run", [{"step": 1, "kind": "start", "total_steps": 100}, *steps(1, 40)])
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen_s", "steps_on"),
+    [
+        ({"waiting_s": 3.0}, 3.0, True),
+        # The same process has written nothing yet: what is known of its pace is of the one before.
+        ({"waiting_s": 400.0, "limit_s": 3600.0, "started_unix_s": NOW + 50}, 400.0, False),
+        ({"waiting_s": 30.0, "phase": "in EvaluationHook", "limit_s": 3600.0}, 30.0, False),
+    ],
+)
+def test_a_rate_is_of_steps_that_are_made_now(running, changes, seen_s, steps_on):
+    write_beat(running, unix_time_s=NOW + 60, **changes)
+    os.utime(running / "metrics.jsonl", (NOW, NOW))
+    run = read_run(running, [])
+    found = describe(run, NOW + 60)
+    assert found.state == "running"
+    assert (found.images_per_second is not None) == (found.eta_s is not None) == steps_on
+    assert found.seen_s == pytest.approx(min(seen_s, 60.0) if steps_on or "phase" in changes else seen_s)
+
+
+@pytest.mark.parametrize(
+    ("wrote_s_ago", "began_s_ago", "state", "event"),
+    [
+        (20, 5000, "running", ""),
+        (900, 5000, "stalled", "no heartbeat, and no metrics for 900 s, after step 40"),
+        (900, 100, "running", "starting"),
+        (9000, 5000, "stalled", "no heartbeat and no metrics since it began, 5000 s ago"),
+    ],
+)
+def test_a_job_without_heartbeats_is_judged_by_its_metrics(running, wrote_s_ago, began_s_ago, state, event):
+    write_attempt(running, started_unix_s=NOW - began_s_ago)
+    os.utime(running / "metrics.jsonl", (NOW - wrote_s_ago, NOW - wrote_s_ago))
+    found = describe(read_run(running, [job(running, command="x")]), NOW)
+    assert found.state == state
+    assert event in found.event
+    assert found.seen_s == pytest.approx(min(wrote_s_ago, began_s_ago))
+
+
+def test_a_request_that_is_old_says_so(running):
+    write_attempt(running, started_unix_s=NOW - 5000)
+    save_request(running, Request(action="stop", unix_time_s=NOW - 600, user="ann"))
+    write_beat(running, unix_time_s=NOW - 500, host="elsewhere")
+    found = describe(read_run(running, [job(running, command="x")]), NOW)
+    assert found.state == "stopping"
+    assert found.event.startswith("stop was asked for by ann 10m ago; no sign of rank 0 on elsewhere for 500 s")
+
+
+def test_the_last_event_is_found_however_far_it_lies_behind(running):
+    write_attempt(running, started_unix_s=NOW - 5000)
+    event = {"step": 1, "kind": "event", "text": "saved step_00000001"}
+    write_metrics(running, [event, *steps(1, 2000)])
+    assert row(running, [job(running, command="x")]).event == "saved step_00000001"
+
+
+def test_a_run_at_rest_tells_for_how_long(tmp_path):
+    write_status(tmp_path / "run", "done", 3, seconds_ago=7200)
+    assert describe(read_run(tmp_path / "run", []), NOW).seen_s == pytest.approx(7200)
