@@ -16,6 +16,7 @@ from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
 from piip_scale.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from piip_scale.checkpoint.hub_layout import file_names, split_into_files, write_index
 from piip_scale.checkpoint.left_out import Given, given_weights, left_out_of
+from piip_scale.checkpoint.lora import merged
 from piip_scale.checkpoint.origin import own_config
 from piip_scale.checkpoint.output import Replacing, is_manifest, manifest_path
 from piip_scale.checkpoint.renaming import Renaming, shared_prefix_note
@@ -76,6 +77,7 @@ class ConvertOptions:
         averaged: The running averages of the trained weights (``train.ema_decay``) instead of the weights.
         renaming: Other names for the tensors.
         allowed: Classes whose objects the files may hold beside tensors and plain values, as ``argparse.Namespace``.
+        merge_lora: Put low-rank additions into the weights that they are added to, in float32 before the dtype.
         given: Reads frozen weights that a checkpoint leaves to other files.
         verify: Check every file of a checkpoint of ours against its manifest first, and compare what was written with
             the checkpoint, byte for byte, last.
@@ -87,6 +89,7 @@ class ConvertOptions:
     averaged: bool = False
     renaming: Renaming = field(default_factory=Renaming)
     allowed: Collection[str] = ()
+    merge_lora: bool = True
     given: Given | None = None
     verify: bool = False
 
@@ -162,6 +165,8 @@ class _Source:
         weights = files.weights(left_out, given_weights(found or checkpoint, options.given))
         if options.averaged:
             weights = averaged_weights(weights, open_averages(found or checkpoint, len(files.optimizers) or 1))
+        if options.merge_lora:
+            weights = merged(found or checkpoint, weights)
         names = options.renaming.apply(weights)
         renamed = {names[name]: weight for name, weight in weights.items()}
         return cls(found or files.folder, found, files, renamed, read_step(found) if found else files.step)
@@ -172,7 +177,7 @@ class _Run:
 
     def __init__(self, source: _Source, options: ConvertOptions, progress: _Progress) -> None:
         self._source, self._options = source, options
-        self._config = own_config(source.path)
+        self._config = own_config(source.path, with_lora=not options.merge_lora)
         self._unknown = 0
         self.progress = progress
         self.disk_seconds = 0.0

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 from piip_scale.checkpoint.casts import cast
 from piip_scale.checkpoint.crc import combined
+from piip_scale.checkpoint.dtypes import DType
 from piip_scale.checkpoint.reading import OpenFiles
 from piip_scale.checkpoint.safetensors_writer import Entry
 from piip_scale.checkpoint.stored import Weight
-from piip_scale.checkpoint.stored_tensor import Storage, StoredTensor
+from piip_scale.checkpoint.stored_tensor import Read, Storage, StoredTensor
 from piip_scale.errors import CheckpointError
 
 # Large enough that a read costs more than the call, small enough for a core's cache.
@@ -37,16 +38,6 @@ class Job:
 
     entry: Entry
     weight: Weight
-
-
-@dataclass(frozen=True)
-class Read:
-    """Bytes of a storage that were read, and their CRC-32."""
-
-    storage: Storage
-    first: int
-    num_bytes: int
-    crc32: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ class _Worker:
         reads: list[Read] = []
         for part in job.weight.parts:
             tensor = part.tensor(job.weight.dtype)
-            convert = None if tensor.dtype == entry.dtype else cast(tensor.dtype, entry.dtype)
+            convert = _conversion(job, tensor.dtype, part.slice.first)
             is_as_read = convert is None and tensor.is_contiguous
             read_crc = 0
             for raw, chunk in self._chunks(tensor, part.slice.start, part.slice.length):
@@ -121,7 +112,7 @@ class _Worker:
             reads.append(_read(tensor, part.slice.start, part.slice.length, read_crc))
             if is_as_read:
                 crc = combined(crc, read_crc, reads[-1].num_bytes)
-        return Copied(entry, crc, tuple(reads))
+        return Copied(entry, crc, (*reads, *(job.weight.addition.reads if job.weight.addition else ())))
 
     def _cast(self, convert: Callable[[memoryview], memoryview], chunk: memoryview, entry: Entry) -> memoryview:
         try:
@@ -147,6 +138,13 @@ class _Worker:
             self._files.read_elements(chunk, tensor, first)
             yield chunk, chunk
             first += len(chunk) // size
+
+
+def _conversion(job: Job, dtype: DType, first: int) -> Callable[[memoryview], memoryview] | None:
+    """From bytes of a weight from an element on to those of the entry; ``None`` where they are the same."""
+    if job.weight.addition is not None:
+        return job.weight.addition.adder(dtype, job.entry.dtype, first)
+    return None if dtype == job.entry.dtype else cast(dtype, job.entry.dtype)
 
 
 def _read(tensor: StoredTensor, first: int, length: int, crc: int) -> Read:

@@ -53,11 +53,18 @@ def trained_config(checkpoint: Path) -> RunConfig:
         raise CheckpointError(f"the config in {path} cannot be read: {reason}") from error
 
 
-def own_config(checkpoint: Path) -> OwnConfig:
-    """The config inside a checkpoint, without the secrets that its locations may carry."""
+def own_config(checkpoint: Path, *, with_lora: bool = True) -> OwnConfig:
+    """The config inside a checkpoint, without the secrets that its locations may carry.
+
+    Args:
+        checkpoint: Its folder.
+        with_lora: Or without the low-rank additions of branches, which have been merged.
+    """
     try:
         content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         values, removed = _without_secrets(content["config"], "")
+        for branch in () if with_lora else values["model"]["branches"]:
+            branch.pop("lora", None)
         text = config_text(check_config(values))
     except (FileNotFoundError, NotADirectoryError):
         return OwnConfig(note="the checkpoint holds no config, so the file has none in its metadata")

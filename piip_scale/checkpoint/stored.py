@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from piip_scale.checkpoint.dtypes import DType
 from piip_scale.checkpoint.slices import Slice, whole
@@ -13,6 +13,9 @@ from piip_scale.checkpoint.stored_tensor import StoredTensor
 from piip_scale.checkpoint.swapped import SWAPPED, attach_swapped
 from piip_scale.checkpoint.torch_file import read_torch_file
 from piip_scale.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from piip_scale.checkpoint.lora import Addition
 
 
 class StoredFile:
@@ -129,12 +132,14 @@ class Weight:
         dtype: Its stored dtype: float32 for parameters that are trained under ZeRO, else the model's own.
         is_buffer: A buffer, not a parameter.
         parts: Where its elements are, in order.
+        addition: What is added to them when they are copied.
     """
 
     shape: tuple[int, ...]
     dtype: DType
     is_buffer: bool
     parts: tuple[StoredSlice, ...]
+    addition: Addition | None = None
 
     @property
     def numel(self) -> int:

@@ -40,6 +40,16 @@ class Storage:
         return _behind_header(self.path, self.place) if self.has_header else self.place
 
 
+@dataclass(frozen=True)
+class Read:
+    """Bytes of a storage that were read, and their CRC-32."""
+
+    storage: Storage
+    first: int
+    num_bytes: int
+    crc32: int
+
+
 # Of a zip file's local header: its fixed part, and where in it the lengths of its name and extra field stand.
 _HEADER_BYTES = 30
 _NAME_LENGTH, _EXTRA_LENGTH = slice(26, 28), slice(28, 30)

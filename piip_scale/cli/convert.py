@@ -51,6 +51,9 @@ def convert(
             help="Pass over records of a class that the files hold beside the weights, as `argparse.Namespace`.",
         ),
     ] = None,
+    keep_lora: Annotated[
+        bool, typer.Option("--keep-lora", help="Write low-rank additions beside the weights, not merged into them.")
+    ] = False,
     pretrained: Annotated[
         list[Path] | None,
         typer.Option(
@@ -83,6 +86,7 @@ def convert(
         averaged=ema,
         renaming=Renaming(tuple(strip or ()), tuple(map(_pair, rename or ()))),
         allowed=tuple(allow or ()),
+        merge_lora=not keep_lora,
         given=_reader(checkpoint, pretrained or []),
         verify=verify,
     )

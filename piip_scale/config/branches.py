@@ -10,6 +10,25 @@ from piip_scale.config.base import DropPathMode, Positive, Share, Strict
 from piip_scale.geometry import Section, Sections, block_windows, convnext_sections, depth_of
 
 
+class LoraConfig(Strict):
+    """Low-rank additions to linear layers, which are all that is trained of a branch then.
+
+    Attributes:
+        rank: Channels between the two factors.
+        alpha: What the addition is multiplied by, times the rank.
+        targets: Layers that get one: an attention's ``qkv`` and ``proj``, and those of the ``mlp``.
+    """
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    targets: Annotated[tuple[Literal["qkv", "proj", "mlp"], ...], Field(min_length=1)] = ("qkv", "proj")
+
+    @property
+    def scale(self) -> float:
+        """The addition's factor."""
+        return self.alpha / self.rank
+
+
 class _BranchConfig(Strict):
     """What every kind of branch says.
 
@@ -54,6 +73,7 @@ class VitBranchConfig(_BranchConfig):
         relative_position_bias: Learn a bias on the scores for every distance inside a window (BEiT).
         class_token: Carry a class token through the blocks; interactions leave it out.
         embedding_norm: Normalise the tokens before the first block (Uni-Perceiver).
+        lora: Freezes the branch and trains low-rank additions to its blocks above ``frozen_blocks`` in its place.
     """
 
     kind: Literal["vit"] = "vit"
@@ -77,6 +97,7 @@ class VitBranchConfig(_BranchConfig):
     relative_position_bias: bool = False
     class_token: bool = False
     embedding_norm: bool = False
+    lora: LoraConfig | None = None
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> VitBranchConfig:
@@ -92,6 +113,15 @@ class VitBranchConfig(_BranchConfig):
         if self.window_size_tokens and len(self.window_size_tokens) != self.depth:
             raise ValueError(
                 f"window_size_tokens names {len(self.window_size_tokens)} blocks and must name depth={self.depth}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lora_has_blocks(self) -> VitBranchConfig:
+        if self.lora is not None and self.frozen_blocks in ("all", self.depth):
+            raise ValueError(
+                f"lora trains the blocks above frozen_blocks={self.frozen_blocks!r}, which are none: leave "
+                "frozen_blocks out, or name fewer"
             )
         return self
 

@@ -91,8 +91,8 @@ class OptimizerConfig(Strict):
 
     Attributes:
         layer_decay: Factor on the rate for every layer further from the output.
-        fresh_lr_ratio: Factor on the rate of what lies outside the branches (interactions, merging, heads) and starts
-            from random weights where branches are pretrained.
+        fresh_lr_ratio: Factor on the rate of what lies outside the branches (interactions, merging, heads), or is
+            added to one (``lora``), and starts from random weights where branches are pretrained.
         decay_all: Weight decay on norms and biases too, which it spares otherwise.
         clip_grad_norm: Bound on the norm of the whole gradient; 0 leaves it alone.
         lr_scaling: How the rate follows the images of a step: multiplied by their ratio to the reference

@@ -13,6 +13,7 @@ from piip_scale.config.run import RunConfig
 from piip_scale.errors import ModelError
 from piip_scale.logging import get_logger
 from piip_scale.models.class_layers import num_classes_of
+from piip_scale.models.lora import LORA
 from piip_scale.models.pretrained import pretrained_weights
 from piip_scale.models.released import from_released, is_released
 from piip_scale.models.trunk import Trunk
@@ -94,6 +95,7 @@ class _Start:
         file = read_whole_file(self._path)
         found = self._by_our_names(file)
         notes, afresh = self._afresh(found, file)
+        afresh |= {name for name in self._network if LORA in name and name not in found}
         kept = {name: tensor for name, tensor in found.items() if name not in afresh}
         if self._heads <= afresh:
             kept = {name: tensor for name, tensor in kept.items() if name in self._state}

@@ -22,7 +22,20 @@ NORM_EPS = 1e-6
 
 
 class Linear(nn.Linear):
-    """A linear layer that starts from a normal distribution cut at two standard deviations, bias at zero."""
+    """A linear layer that starts from a normal distribution cut at two standard deviations, bias at zero.
+
+    Attributes:
+        lora: Added to its output, where there is one.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.lora: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        output = super().forward(x)
+        return output if self.lora is None else output + self.lora(x)
 
     def reset_parameters(self) -> None:
         """Draws the weights anew."""
@@ -138,9 +151,9 @@ class GeluLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim_in) to (..., dim_out)."""
-        if self.activation == "gelu":
+        if self.activation == "gelu" and self.lora is None:
             return linear_gelu(x, self.weight, self.bias, self.kernel)
-        return functional.gelu(super().forward(x), approximate="tanh")
+        return functional.gelu(super().forward(x), approximate="none" if self.activation == "gelu" else "tanh")
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig, LoraConfig, VitBranchConfig
 from piip_scale.config.interaction import InteractionConfig
 from piip_scale.config.model import ClassifierConfig, PiipConfig
 from piip_scale.geometry import (
@@ -91,9 +91,9 @@ class NetworkWork:
     def branch(self, index: int) -> Work:
         """Of a branch, its embedding included."""
         config, grids = self.config.branches[index], self._grids[index]
-        frozen = _num_frozen(config)
         # No image has a gradient, and the embedding is frozen with the first block.
-        embedding = layer(_embedding_macs(config, grids[0]), trained=not frozen, upstream=False)
+        trained = not _num_frozen(config) and _lora_of(config) is None
+        embedding = layer(_embedding_macs(config, grids[0]), trained=trained, upstream=False)
         return embedding + total(self._block(index, block) for block in range(len(grids)))
 
     def stage(self, stage: int) -> tuple[Work, Work]:
@@ -157,7 +157,7 @@ class NetworkWork:
         """Whether what enters a block has a gradient: a block below it is trained, or units, which always are."""
         frozen = _num_frozen(self.config.branches[index])
         met = self._receives(index) and block > self._geometry.last_block(index, 0)
-        return frozen == 0 or block > frozen or met
+        return (frozen == 0 and _lora_of(self.config.branches[index]) is None) or block > frozen or met
 
     def _receives(self, index: int, *, from_small: bool = False) -> bool:
         """Whether units change a branch: any of its own, or that with the smaller model next to it."""
@@ -212,6 +212,10 @@ def _num_frozen(branch: BranchConfig) -> int:
     return num_frozen_blocks(branch.sections, branch.frozen_blocks)
 
 
+def _lora_of(branch: BranchConfig) -> LoraConfig | None:
+    return branch.lora if isinstance(branch, VitBranchConfig) else None
+
+
 def _embedding_macs(branch: BranchConfig, grid: Grid) -> int:
     first = branch.sections[0]
     return num_cells(grid) * 3 * first.stride_px**2 * first.width
@@ -224,11 +228,25 @@ def _vit_work(
     padded = num_cells(grid, window) if window else tokens
     projected = padded if convention.padded_qkv else tokens
     attended = padded if convention.padded_attention else tokens
-    mlp = 2 * tokens * dim * scaled_width(dim, branch.mlp_ratio)
-    # A trained block begins with a trained norm: inside it everything has a gradient.
-    inside = trained or upstream
-    layers = layer(projected * 3 * dim**2 + tokens * dim**2 + mlp, trained=trained, upstream=inside)
-    return layers + product(2 * attended * (window**2 if window else tokens) * dim, upstream=inside)
+    lora, hidden = branch.lora if trained else None, scaled_width(dim, branch.mlp_ratio)
+    # A trained block begins with a trained norm: inside it everything has a gradient. Low-rank additions have theirs.
+    inside = upstream or (trained and lora is None)
+    work = Work()
+    for target, cells, dim_in, dim_out in (
+        ("qkv", projected, dim, 3 * dim),
+        ("scores", attended, dim, 2 * (window**2 if window else tokens)),
+        ("proj", tokens, dim, dim),
+        ("mlp", tokens, dim, hidden),
+        ("mlp", tokens, hidden, dim),
+    ):
+        if target == "scores":
+            work += product(cells * dim_in * dim_out, upstream=inside)
+            continue
+        work += layer(cells * dim_in * dim_out, trained=trained and lora is None, upstream=inside)
+        if lora is not None and target in lora.targets:
+            work += layer(cells * dim_in * lora.rank, upstream=inside) + layer(cells * lora.rank * dim_out)
+            inside = True
+    return work
 
 
 def _convnext_work(branch: ConvNextBranchConfig, block: int, grid: Grid, trained: bool, upstream: bool) -> Work:

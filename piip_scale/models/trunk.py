@@ -9,13 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig
+from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig, VitBranchConfig
 from piip_scale.config.model import Kernels, PiipConfig
 from piip_scale.geometry import num_frozen_blocks
 from piip_scale.models.branch import Branch, BranchState, FeatureSpec
 from piip_scale.models.convnext import ConvNext
 from piip_scale.models.interaction import build_unit, exchange
 from piip_scale.models.layers import DropPath
+from piip_scale.models.lora import LORA, add_lora
 from piip_scale.models.rules import ParameterRule
 from piip_scale.models.unit import Unit
 from piip_scale.models.vit import Vit
@@ -45,6 +46,8 @@ class Trunk(nn.Module):
         self.interactions = nn.ModuleList(self._build_units(stage) for stage in range(config.interaction.num_stages))
         for branch, numbers in zip(self._branches, config.branches, strict=True):
             _freeze(branch, num_frozen_blocks(numbers.sections, numbers.frozen_blocks))
+            if isinstance(numbers, VitBranchConfig):
+                add_lora(branch, numbers)
 
     def walk(self, image_BCHW: Tensor) -> Iterator[list[BranchState]]:
         """The branches' states after each stage.
@@ -100,7 +103,7 @@ class Trunk(nn.Module):
             name: ParameterRule(
                 layer_ids.get(id(p), rest),
                 decays=_decays(name, p) and id(p) not in kept_whole,
-                fresh=not name.startswith("branches."),
+                fresh=not name.startswith("branches.") or LORA in name,
             )
             for name, p in self.named_parameters()
         }

@@ -14,6 +14,7 @@ from piip_scale.checkpoint.tensor_file import write_tensors
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import ModelError
 from piip_scale.files import disk_errors
+from piip_scale.models.lora import LORA
 from piip_scale.models.released import released_name, released_network, released_shape
 from piip_scale.models.whole_file import CLASSES, describe_misfits, list_misfits
 from piip_scale.registry import row_of
@@ -45,6 +46,7 @@ def export_released(
         ModelError: The weights are not this config's model, or the disk refuses; ``out`` is as it was then.
         PiipError: A tensor cannot be read.
     """
+    _refuse_our_own(config, weights)
     classes = class_names(config)
     with torch.device("meta"):
         model = build_model(config, len(classes))
@@ -62,6 +64,21 @@ def export_released(
         finally:
             part.unlink(missing_ok=True)
     return shapes
+
+
+def _refuse_our_own(config: RunConfig, weights: WeightSource) -> None:
+    """What the released code has no names for."""
+    if config.model.interaction.direction != "both":
+        raise ModelError(
+            f"weights {weights.name} cannot have released names: interaction.direction="
+            f"{config.model.interaction.direction!r}",
+            rule="the released units lead both ways",
+        )
+    if any(LORA in name for name in weights.shapes):
+        raise ModelError(
+            f"weights {weights.name} hold low-rank additions, which have no released names",
+            fix="`piip-scale convert` merges them: export what it writes",
+        )
 
 
 def _dtype(tensor: Tensor, is_buffer: bool, dtype: str) -> torch.dtype:

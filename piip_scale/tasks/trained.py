@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from piip_scale.checkpoint.store import CheckpointStore, find_checkpoint, read_step, resolve_checkpoint
+from piip_scale.config.branches import VitBranchConfig
 from piip_scale.config.loading import load_config
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import CheckpointError, ConfigError, ModelError
 from piip_scale.models.frozen_files import reader_of
+from piip_scale.models.lora import LORA
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.tasks.base import DTYPES
 from piip_scale.tasks.classes import class_names
@@ -97,7 +99,8 @@ def find_trained(
         config = load_config(_config_of(source), overrides)
     if weights is not None and not _holds_checkpoint(weights):
         _refuse_choice(weights, step, averaged)
-        return Trained(config, SafetensorsWeights(weights))
+        converted = SafetensorsWeights(weights)
+        return Trained(_as_merged(config, converted), converted)
     if weights is None and not source.is_dir():
         raise ConfigError(
             f"config {source} comes without weights",
@@ -132,6 +135,17 @@ def load_trained(
 def holds_weights(path: Path) -> bool:
     """Whether a folder is one of weights, or of a checkpoint."""
     return path.is_dir() and (any(path.glob("*.safetensors")) or _holds_checkpoint(path))
+
+
+def _as_merged(config: RunConfig, weights: WeightSource) -> RunConfig:
+    """The config without low-rank additions where the weights have none: converting merges them."""
+    if any(LORA in name for name in weights.shapes):
+        return config
+    branches = tuple(
+        branch.model_copy(update={"lora": None}) if isinstance(branch, VitBranchConfig) else branch
+        for branch in config.model.branches
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"branches": branches})})
 
 
 def _config_of(source: Path) -> Path:

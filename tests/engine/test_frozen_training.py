@@ -17,6 +17,7 @@ from piip_scale.checkpoint.convert import ConvertOptions, convert
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.resuming import find_checkpoint
+from piip_scale.engine.start_weights import start_weights
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.building import fill, load_whole
 from piip_scale.engine.zero.setup import build_engine, build_model, give_blanks, give_weights
@@ -29,13 +30,15 @@ from piip_scale.world import World
 # Checkpointed blocks below and above the border: the reentrant kind of checkpointing would lose gradients here.
 STEM = {"large": {"frozen_blocks": 2, "checkpoint_blocks": True}}
 FROM_FILE = {"large": {"frozen_blocks": 3, "pretrained": "large.safetensors"}}
+LORA = {"rank": 2, "alpha": 3.0, "targets": ["qkv", "proj", "mlp"]}
+ADDED = {"large": {"frozen_blocks": 1, "checkpoint_blocks": True, "pretrained": "large.safetensors", "lora": LORA}}
 WHOLE = {"large": {"frozen_blocks": "all", "checkpoint_blocks": True}, "small": {"frozen_blocks": 1}}
 CASES = {
     "stem": (STEM, 3, "fp32"),
     "whole branch": (WHOLE, 3, "fp32"),
     "stem in bf16": (STEM, 3, "bf16"),
     "stem at stage 1 in bf16": (STEM, 1, "bf16"),
-    "left out": (FROM_FILE, 3, "bf16"),
+    "left out": (ADDED, 3, "bf16"),
     "left out at stage 1": (FROM_FILE, 1, "fp32"),
 }
 LEFT_OUT = [case for case in CASES if "left out" in case]
@@ -115,14 +118,15 @@ def expected_names(case: str) -> set[str]:
     if case == "whole branch":
         return {large, f"{small}embedding.", f"{small}blocks.0."}
     found = {f"{large}embedding.", f"{large}blocks.0.", f"{large}blocks.1."}
-    return found | {f"{large}blocks.2."} if case in LEFT_OUT else found
+    return found | {f"{large}blocks.{block}." for block in (2, 3)[: 1 + (case == "left out")] if case in LEFT_OUT}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_only_the_rest_moves_and_has_state(results, case):
     first, second = (rank[case] for rank in results[1])
     frozen = set(first["frozen"])
-    assert frozen == {name for name in first["start"] if name.startswith(tuple(expected_names(case)))}
+    of_frozen = {name for name in first["start"] if name.startswith(tuple(expected_names(case)))}
+    assert frozen == {name for name in of_frozen if ".lora." not in name}
     for name, weight in first["start"].items():
         assert np.array_equal(first["end"][name], weight) == (name in frozen), name
     assert first["gradients"] == second["gradients"] == []
@@ -183,16 +187,32 @@ def test_a_checkpoint_without_frozen_parts_is_small_and_converts_to_a_whole_mode
         if v.numel()
     }
     assert not held & frozen
-    with pytest.raises(CheckpointError, match=r"leaves 45 frozen weights to a file of pretrained ones"):
+    with pytest.raises(CheckpointError, match=r"leaves \d+ frozen weights to a file of pretrained ones"):
         convert(checkpoint, out)
     given = reader_of(config_of(case, folder).model)
     convert(checkpoint, out, ConvertOptions(given=given, verify=True))
     written, source = load_file(out), load_file(folder / "large.safetensors")
-    assert set(written) == {*ranks[0][case]["start"], "head.offset"}
-    config = pyramid_config().model.branches[0]
+    assert set(written) == {name for name in ranks[0][case]["start"] if ".lora." not in name} | {"head.offset"}
+    saved, config = ZeroCheckpoint(checkpoint, given=given), pyramid_config().model.branches[0]
     for name in frozen:
-        own = official_branch_name(name.removeprefix("backbone.branches.0."), config, "deit")
-        assert torch.equal(written[name], source[own]), name
+        own = source[official_branch_name(name.removeprefix("backbone.branches.0."), config, "deit")]
+        stem = name.removesuffix(".weight")
+        if f"{stem}.lora.up" in saved:
+            own = own + 1.5 * saved[f"{stem}.lora.up"] @ saved[f"{stem}.lora.down"]
+            assert (own - written[name]).abs().max() < 1e-6, name
+            assert saved[f"{stem}.lora.up"].any()
+        else:
+            assert torch.equal(written[name], own), name
+
+
+def test_merged_weights_start_a_training_with_additions(results, tmp_path):
+    folder, _ = results
+    out = tmp_path / "merged.safetensors"
+    given = reader_of(config_of("left out", folder).model)
+    convert(folder / "left out" / "step_00000002", out, ConvertOptions(given=given))
+    config = pyramid_config(network(large={"lora": LORA}, pretrained=str(out)))
+    model = build_model(PyramidTask(config, World()), 0)
+    assert set(start_weights(model, config).tensors) == {name for name in model.state_dict() if ".lora." not in name}
 
 
 def test_another_file_is_refused_and_a_moved_one_is_known_by_its_checksum(results, tmp_path):

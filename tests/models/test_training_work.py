@@ -40,6 +40,14 @@ NETWORKS = {
         BARE | {"direction": "to_small", "attention": "cross"},
     ),
     "to small convnext": ((LARGE | {"frozen_blocks": "all"}, CONVNEXT | {"frozen_blocks": "all"}, CONVNEXT), TO_SMALL),
+    "lora": ((LARGE | {"lora": {"rank": 4}, "window_size_tokens": (0, 3, 3, 0), "resolution_px": 48}, SMALL), TO_SMALL),
+    "lora of feed-forwards above a frozen block": (
+        (
+            LARGE | {"lora": {"rank": 4, "targets": ("mlp",)}, "frozen_blocks": 1},
+            SMALL | {"lora": {"targets": ("proj",)}},
+        ),
+        UNIT,
+    ),
     "skipped paths": (
         (LARGE | {"drop_path_rate": 0.5, "drop_path_mode": "skip", "frozen_blocks": 1}, SMALL),
         UNIT | {"drop_path_rate": 0.3, "drop_path_mode": "skip"},
