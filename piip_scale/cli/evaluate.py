@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -14,7 +16,7 @@ from piip_scale.cli.options import Averages, ChosenWeights, Overrides, Step
 from piip_scale.cli.plain import plain
 from piip_scale.errors import ConfigError, Interrupted
 from piip_scale.text import printable
-from piip_scale.world import read_world
+from piip_scale.world import World, read_world
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,6 +136,33 @@ def evaluate(
         raise typer.Exit(Interrupted.exit_code) from None
     if world.is_main:
         _report(metrics, metrics_file)
+
+
+def check_evaluation(values: Mapping[str, Any]) -> None:
+    """Whether model and set of an evaluation are there and belong together; predicts nothing.
+
+    Args:
+        values: Of ``evaluate``'s parameters, by name.
+
+    Raises:
+        PiipError: One is absent, damaged, or not the other's.
+    """
+    from piip_scale.cli.evaluation_set import SetOptions
+    from piip_scale.tasks.kinds import build_task
+    from piip_scale.tasks.trained import find_trained
+
+    chosen = SetOptions(**{field.name: values[field.name] for field in fields(SetOptions)})
+    chosen.check(values["shards"])
+    _factors(values["scales"])
+    shards = values["shards"]
+    changes = [*(values["overrides"] or []), *([f"data.val_shards={shards!r}"] if shards is not None else [])]
+    found = find_trained(
+        values["config"], values["weights"], overrides=changes, step=values["step"], averaged=values["ema"]
+    )
+    val_set = chosen.open(found.config)
+    if val_set is not None:
+        found = found.with_classes(val_set.classes)
+    build_task(found.config, World(), val_set=val_set).num_val_samples()
 
 
 def _factors(text: str | None) -> tuple[float, ...]:

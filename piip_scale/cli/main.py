@@ -18,6 +18,7 @@ from piip_scale.cli import (
     serve,
     shards,
     submit,
+    submit_evaluation,
     supervise,
     train,
     weights,
@@ -28,6 +29,7 @@ from piip_scale.world import read_world
 
 app = typer.Typer(
     name="piip-scale",
+    cls=submit_evaluation.TwoWordGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,6 +51,7 @@ app.add_typer(weights.app, name="weights")
 app.add_typer(jobs.app, name="jobs")
 train.register(app)
 submit.register(app)
+submit_evaluation.register(app)
 convert.register(app)
 evaluate.register(app)
 predict.register(app)
@@ -62,7 +65,10 @@ supervise.register(app)
 
 
 # What ranks may do together, or what looks after them; everything else is one process's work.
-_FOR_RANKS = ("train", "evaluate", "supervise", "preflight", "preflight-node", "submit", "jobs")
+_FOR_RANKS = (
+    *("train", "supervise", "preflight", "preflight-node", "evaluate", "evaluate-ranks"),
+    *("submit", submit_evaluation.NAME, "jobs"),
+)
 
 
 @app.callback(invoke_without_command=True)

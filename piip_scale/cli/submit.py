@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +12,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides
+from piip_scale.cli.submit_options import (
+    Account,
+    Constraint,
+    CpusPerTask,
+    Dependency,
+    DryRun,
+    FurtherOptions,
+    GpusPerNode,
+    Memory,
+    NodeNames,
+    Partition,
+    ProfileName,
+    Qos,
+    Reservation,
+    checked_job_name,
+    merged_options,
+)
 from piip_scale.errors import ConfigError, DataError, ModelError
 from piip_scale.launch.logs import log_of
-from piip_scale.launch.options import OptionValue, check_options, merge_options, options_of_environment, parse_options
 from piip_scale.launch.profiles import Profile, load_profile
 from piip_scale.launch.queue import queued_jobs
 from piip_scale.launch.runs import refuse_active
@@ -38,25 +54,21 @@ def register(app: typer.Typer) -> None:
 def submit(
     config: ConfigPath,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that train.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and so ranks, of a node.")] = 8,
+    gpus_per_node: GpusPerNode = 8,
     spares: Annotated[int, typer.Option(min=0, help="Further nodes of the job, to replace lost ones at once.")] = 0,
-    profile: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="The site's facts: a name in launch/profiles/, or a .toml file.")
-    ] = "",
-    partition: Annotated[str, typer.Option(metavar="NAME")] = "",
-    account: Annotated[str, typer.Option(metavar="NAME")] = "",
-    qos: Annotated[str, typer.Option(metavar="NAME")] = "",
+    profile: ProfileName = "",
+    partition: Partition = "",
+    account: Account = "",
+    qos: Qos = "",
     time: Annotated[str, typer.Option(metavar="D-HH:MM:SS", help="Time limit of one job, not of the training.")] = "",
-    constraint: Annotated[str, typer.Option(metavar="FEATURES")] = "",
-    exclude: Annotated[str, typer.Option(metavar="NODES")] = "",
-    nodelist: Annotated[str, typer.Option(metavar="NODES")] = "",
-    reservation: Annotated[str, typer.Option(metavar="NAME")] = "",
-    dependency: Annotated[str, typer.Option(metavar="TYPE:JOB")] = "",
-    cpus_per_task: Annotated[str, typer.Option(metavar="N", help="Cores of a rank and its loaders.")] = "",
-    mem: Annotated[str, typer.Option(metavar="SIZE", help="Host memory of a node.")] = "",
-    sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Any other option of sbatch; many times.")
-    ] = None,
+    constraint: Constraint = "",
+    exclude: NodeNames = "",
+    nodelist: NodeNames = "",
+    reservation: Reservation = "",
+    dependency: Dependency = "",
+    cpus_per_task: CpusPerTask = "",
+    mem: Memory = "",
+    sbatch: FurtherOptions = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY.PATH=V1,V2,...", help="A run for each value, as tasks of an array; many times."),
@@ -72,7 +84,7 @@ def submit(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over at step 1; a run that is there is set aside in RUN/earlier.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and send nothing.")] = False,
+    dry_run: DryRun = False,
     data_on_nodes: Annotated[
         bool,
         typer.Option("--data-on-nodes", help="Only the nodes see shards and weights: the job's preflight checks them."),
@@ -98,7 +110,7 @@ def submit(
     job = JobSpec.of_command(
         config,
         folder,
-        name=_job_name(job_name) or folder.name,
+        name=checked_job_name(job_name) or folder.name,
         given_overrides=tuple(overrides or ()),
         num_nodes=nodes,
         ranks_per_node=gpus_per_node,
@@ -107,7 +119,7 @@ def submit(
         max_stale_restarts=max_stale_restarts,
         profile=profile,
     )
-    options = _merged(site, {name: value for name, value in named.items() if value}, sbatch or [])
+    options = merged_options(site, named, sbatch or [])
     order = Order(job, site, options, tuple(points), limit)
     submission = _submitted(order, resume=resume, restart=restart, dry_run=dry_run, data_on_nodes=data_on_nodes)
     if watch and not dry_run:
@@ -142,24 +154,12 @@ def _start_over(submission: Submission) -> None:
         RunDirectory(spec.run_dir).start_over()
 
 
-def _merged(site: Profile, named: Mapping[str, OptionValue], texts: list[str]) -> dict[str, OptionValue]:
-    """The command line's options before the profile's, and those before the environment's."""
-    given = check_options(named, "command line") | parse_options(texts, "--sbatch")
-    return merge_options(options_of_environment(os.environ), site.sbatch, given)
-
-
 def _points(sweep: list[str], array: str) -> tuple[list[Point], str]:
     if sweep:
         return choose_points(sweep_points(sweep), array)
     if array:
         raise ConfigError("--array", value=array, rule="it chooses among the runs of a --sweep", fix="add --sweep")
     return [], ""
-
-
-def _job_name(name: str) -> str:
-    if not name.isprintable():
-        raise ConfigError("--job-name", value=name, rule="one line of printable characters")
-    return name
 
 
 @dataclass(frozen=True)

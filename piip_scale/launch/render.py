@@ -1,4 +1,4 @@
-"""The batch script of a job: launch/train.sbatch with its marked sections filled in. Pure functions."""
+"""The batch script of a job: one of launch/*.sbatch with its marked sections filled in. Pure functions."""
 
 from __future__ import annotations
 
@@ -43,6 +43,36 @@ def render_script(
     return fill_sections(template, sections)
 
 
+def render_evaluation(
+    template: str, spec: JobSpec, profile: Profile, options: Mapping[str, OptionValue], words: Sequence[str]
+) -> str:
+    """The script that evaluates.
+
+    Args:
+        template: Text of launch/evaluate.sbatch.
+        spec: The job, with frozen code.
+        profile: The site.
+        options: What the user and the site ask of the job beyond what follows from the spec.
+        words: Arguments of ``evaluate``.
+
+    Raises:
+        RunError: The template lacks a section.
+    """
+    assert spec.code_dir is not None
+    command = [spec.python, *entry_command(spec.code_dir), "evaluate-ranks"]
+    sections = {
+        "options": option_lines(job_options([spec], profile, options)),
+        "site": [*_profile_lines(spec, profile), *site_lines(profile)],
+        "run": [
+            "# With the code as it was when this was submitted: editing the checkout changes nothing.",
+            _code_line(spec.code_dir),
+            f"EVALUATE=({shlex.join([*command, str(spec.run_dir)])})",
+            f"set -- {shlex.join(words)}",
+        ],
+    }
+    return fill_sections(template, sections)
+
+
 def fill_sections(template: str, sections: Mapping[str, Sequence[str]]) -> str:
     """Replaces the lines between ``# [NAME]`` and ``# [/NAME]``, and the two marks.
 
@@ -51,7 +81,9 @@ def fill_sections(template: str, sections: Mapping[str, Sequence[str]]) -> str:
     """
     found = sorted(match[1] for match in _SECTION.finditer(template))
     if found != sorted(sections):
-        raise RunError("launch/train.sbatch", value=found, rule=f"it has the sections {sorted(sections)}, each once")
+        raise RunError(
+            "the batch script's template", value=found, rule=f"it has the sections {sorted(sections)}, each once"
+        )
     return _SECTION.sub(lambda match: "".join(f"{line}\n" for line in sections[match[1]]), template)
 
 
@@ -128,10 +160,14 @@ def _command_lines(specs: Sequence[JobSpec]) -> list[str]:
     if spec.code_dir is not None:
         lines += [
             "# as it was, and with the code as it was, when this was submitted: editing the checkout changes nothing.",
-            f"export PYTHONPATH={shlex.quote(str(spec.code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+            _code_line(spec.code_dir),
         ]
     command = [spec.python, *entry_command(spec.code_dir), "supervise"]
     return [*lines, f"SUPERVISE=({shlex.join(command)})"]
+
+
+def _code_line(code_dir: Path) -> str:
+    return f"export PYTHONPATH={shlex.quote(str(code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
 
 
 def _argument_lines(specs: Sequence[JobSpec]) -> list[str]:

@@ -25,6 +25,8 @@ from piip_scale.world import Allocation, World, given_meeting_point, rendezvous_
 
 # Why a job ends whose processes still run, where its state has it already.
 _CAUSES = {"TIMEOUT": "time limit", "DEADLINE": "time limit", "PREEMPTED": "preemption", "CANCELLED": "cancel"}
+# Whose ranks are nothing without each other.
+_TOGETHER = ("train", "evaluate")
 # Slurm's KillWait and UnkillableStepTimeout as they come: 30 and 60 s.
 _KILLED_WITHIN_S, _LOOK_AGAIN_S = 120.0, 5.0
 
@@ -124,13 +126,13 @@ class SlurmExecutor:
 
     def start(self, args: Sequence[str], nodes: Sequence[str], tasks_per_node: int, number: int, beats: Path) -> Step:
         """Starts one step."""
-        is_training = args[0] == "train"
+        together = args[0] in _TOGETHER
         command = srun_command(
             self._spec,
             nodes,
             tasks_per_node,
-            self._allocation.cpus_per_task if is_training else None,
-            alone=not is_training,
+            self._allocation.cpus_per_task if together else None,
+            alone=not together,
         )
         environment = step_environment(with_code(self._spec, os.environ))
         environment |= self._meeting_point(nodes, tasks_per_node, number)

@@ -168,6 +168,8 @@ class JobFiles:
         self.folder = run_dir / "job"
         self.spec = self.folder / "spec.json"
         self.script = self.folder / "train.sbatch"
+        self.evaluation = self.folder / "evaluation.json"
+        self.evaluation_script = self.folder / "evaluate.sbatch"
         self.frozen = self.folder / "frozen"
         self.attempts = self.folder / "attempts.jsonl"
         self.bad_nodes = self.folder / "bad_nodes.json"
@@ -194,6 +196,25 @@ def load_spec(run_dir: Path) -> JobSpec | None:
         RunError: It cannot be read.
     """
     return _read(JobFiles(run_dir).spec, JobSpec)
+
+
+def save_evaluation(spec: JobSpec) -> None:
+    """Writes the spec of an evaluation into the folder of its results, under another name than a run's.
+
+    Raises:
+        RunError: The disk refuses.
+    """
+    _write(JobFiles(spec.run_dir).evaluation, spec)
+
+
+def load_evaluation(folder: Path) -> JobSpec | None:
+    """The spec of the evaluation whose results a folder gets; ``None`` where none was submitted.
+
+    Raises:
+        ConfigError: The file is no spec.
+        RunError: It cannot be read.
+    """
+    return _read(JobFiles(folder).evaluation, JobSpec)
 
 
 def save_request(run_dir: Path, request: Request) -> None:

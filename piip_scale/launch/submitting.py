@@ -81,7 +81,7 @@ def plan_submission(order: Order) -> Submission:
         # A relative one would begin anew with each job that goes on.
         options["deadline"] = absolute_moment(deadline, time.time())
     check_lead(given_limits(options), order.profile.signal_lead_s)
-    shared = job.with_facts(**_site_facts(job, order.profile), time_limit=str(options.get("time", "")))
+    shared = job.with_facts(**site_facts(job, order.profile), time_limit=str(options.get("time", "")))
     specs = tuple(_run_spec(shared, point) for point in order.points or (None,))
     template = (launch_folder() / "train.sbatch").read_text(encoding="utf-8")
     script = render_script(template, specs, order.profile, options, order.array_limit)
@@ -187,8 +187,8 @@ def is_job_of(job: QueuedJob, spec: JobSpec) -> bool:
     return spec.script is not None and job.command == str(spec.script) and job.array_task == spec.array_task
 
 
-def _site_facts(job: JobSpec, profile: Profile) -> dict[str, Any]:
-    """What the site makes of a job, by the names of ``JobSpec``."""
+def site_facts(job: JobSpec, profile: Profile) -> dict[str, Any]:
+    """What a site makes of a job, by the names of ``JobSpec``."""
     container, python = profile.container, profile.python or sys.executable
     folders = (job.run_dir, job.working_dir)
     return {

@@ -10,6 +10,7 @@ from commands import command, environment, failed_in_one_line, piip_scale, succe
 from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
+from piip_scale.errors import PiipError
 
 BATCH = ("--nodes", 2, "--gpus-per-node", 1)
 
@@ -82,6 +83,42 @@ def test_a_dry_run_renders_where_data_or_weights_are_elsewhere(config, tmp_path,
     promised = CliRunner().invoke(app, [*map(str, words), "--data-on-nodes"])
     assert promised.exit_code == 0, promised.output
     assert "looked at by the job's preflight" in promised.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["run"], ["Missing option '--out'"]),
+        (["--out", "o"], ["it evaluates a model"]),
+        (["run", "--out", "o.json"], ["--out: got 'o.json'", "a job writes a folder"]),
+        (["run", "--out", "o", "--procs", "2"], ["--procs: got 2", "--gpus-per-node"]),
+        (["run", "--out", "o", "--mteric", "voc"], ["No such option: --mteric"]),
+        (["run", "--out", "o", "--metric", "vox"], ["Invalid value for '--metric'"]),
+        (["run", "--out", "o", "--results", "r.json"], ["needs no job"]),
+        (["run", "--out", "a\\b"], ["--out", "without backslashes"]),
+        (["run", "--out", "o", "--profile", "infiniban"], ["did you mean infiniband"]),
+        (["run", "--out", "o", "--sbatch", "nodes=3"], ["option nodes; it follows from --nodes"]),
+        (["run", "--out", "o"], ["run"]),
+    ],
+)
+def test_an_evaluation_that_cannot_be_meant_is_not_sent(monkeypatch, tmp_path, words, parts):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["submit", "evaluate", *words, "--dry-run"], env={"COLUMNS": "200"})
+    told = done.output + (done.exception.line if isinstance(done.exception, PiipError) else "")
+    assert done.exit_code
+    assert isinstance(done.exception, PiipError | SystemExit)
+    for part in parts:
+        assert part in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_of_what_only_the_nodes_see_is_rendered(config, tmp_path):
+    words = ["submit", "evaluate", config, "/nodes/w.safetensors", "--out", tmp_path / "o", "--flip", "--dry-run"]
+    done = CliRunner().invoke(app, [*map(str, words), "--data-on-nodes", "--gpus-per-node", "2"])
+    assert done.exit_code == 0, done.output
+    frozen = tmp_path / "o" / "job" / "frozen"
+    assert f"set -- {frozen}/config.py /nodes/w.safetensors --flip --out {tmp_path}/o\n" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from piip_scale.launch.evaluating import plan_evaluation
 from piip_scale.launch.profiles import Container, Profile, load_profile
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import Order
@@ -55,6 +56,27 @@ ORDERS = {
             environment={"CACHE": '${HOME}/a "b" `c` $(d) \\e', "PLAIN": "1"},
         ),
         options={"comment": 'say "hi" \\ #2', "contiguous": True, "exclusive": False},
+    ),
+}
+
+
+def evaluation(run_dir="/shared/scores", words=(), profile=None, **changes):
+    """An evaluation as it would be sent; ``changes`` are fields of its order, or of its job."""
+    asked = order(run_dir=run_dir, profile=profile, **changes)
+    return plan_evaluation(asked.job, asked.profile, asked.options, words)
+
+
+EVALUATIONS = {
+    "evaluation": lambda: evaluation(
+        words=["--coco", "val.json", "--images", "images"],
+        config=Path("/shared/runs/h6b"),
+        profile=load_profile("infiniband"),
+    ),
+    "evaluation_hostile": lambda: evaluation(
+        HOSTILE,
+        ["--set", "data.val_shards=it's $HOME", "a\n exit 3"],
+        name="my 'job' #1",
+        working_dir=Path("/home/o'neil/my work"),
     ),
 }
 

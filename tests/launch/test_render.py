@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from orders import APPTAINER, HOSTILE, ORDERS, order, shipped_as
+from orders import APPTAINER, EVALUATIONS, HOSTILE, ORDERS, order, shipped_as
 
 from piip_scale.errors import ConfigError, RunError
 from piip_scale.launch.options import option_lines, option_value
@@ -21,7 +21,10 @@ from piip_scale.launch.submitting import plan_submission
 GOLDEN = Path(__file__).parent / "golden"
 LAUNCH = Path(__file__).parents[2] / "launch"
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-SCRIPTS = [*sorted(GOLDEN.glob("*.sbatch")), *(LAUNCH / name for name in ("train.sbatch", "minislurm"))]
+SCRIPTS = [
+    *sorted(GOLDEN.glob("*.sbatch")),
+    *(LAUNCH / name for name in ("train.sbatch", "evaluate.sbatch", "minislurm")),
+]
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -33,8 +36,17 @@ def test_scripts_are_as_recorded(name):
     assert script == path.read_text()
 
 
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_scripts_of_evaluations_are_as_recorded(name):
+    script = EVALUATIONS[name]().script
+    path = GOLDEN / f"{name}.sbatch"
+    if os.environ.get("WRITE_GOLDEN"):
+        path.write_text(script)
+    assert script == path.read_text()
+
+
 def test_every_recorded_script_is_rendered():
-    assert {path.stem for path in GOLDEN.iterdir()} == set(ORDERS)
+    assert {path.stem for path in GOLDEN.iterdir()} == {*ORDERS, *EVALUATIONS}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
