@@ -32,6 +32,64 @@ def call_in_float32(module: nn.Module, *inputs: Any, **options: Any) -> Any:
     return result
 
 
+class Anchor:
+    """Ties losses to features: in the backward pass each feature gets a gradient, one that no loss reads gets zeros.
+
+    A rank without objects must reach every feature all the same, or its backward pass differs from the others'. Adding
+    each feature's sum times zero to the losses would do so too, at the price of reading every map, and of adding zeros
+    to every gradient.
+    """
+
+    def __init__(self) -> None:
+        self.zero: Tensor | None = None
+
+    def take(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The features (B, C, H, W), for whatever computes losses of them."""
+        taken: tuple[Tensor, ...] = _Taken.apply(self, *features)
+        return taken
+
+    def tie(self, losses: Sequence[Tensor], features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The losses as they are.
+
+        Args:
+            losses: Of any shapes.
+            features: From ``take``.
+        """
+        tied: tuple[Tensor, ...] = _Tied.apply(self, len(losses), *losses, *features)
+        return tied
+
+
+class _Taken(torch.autograd.Function):
+    """Features as they are; zeros for the gradient of one that has none."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Anchor, *features: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.anchor, ctx.shapes = anchor, [feature.shape for feature in features]
+        return tuple(feature.view_as(feature) for feature in features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        zero = ctx.anchor.zero
+        pairs = zip(gradients, ctx.shapes, strict=True)
+        return None, *(zero.expand(shape) if gradient is None else gradient for gradient, shape in pairs)
+
+
+class _Tied(torch.autograd.Function):
+    """Losses as they are; features stand among the inputs, so that their backward pass comes after this one."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Anchor, num_losses: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.anchor, ctx.num_features = anchor, len(inputs) - num_losses
+        return tuple(loss.view_as(loss) for loss in inputs[:num_losses])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # NaN where a loss was not finite: that must reach every rank.
+        ctx.anchor.zero = torch.stack([gradient.sum() for gradient in gradients]).sum() * 0
+        return None, None, *gradients, *[None] * ctx.num_features
+
+
 class Heads(nn.Module):
     """A leaf of foreign heads."""
 

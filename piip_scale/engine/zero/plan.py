@@ -196,7 +196,6 @@ def _decided(config: RunConfig, sizes: Sizes, threshold: int, num_ranks: int) ->
         "zero_optimization": {
             "stage": config.zero.stage,
             **_zero_keys(config.zero.stage, sizes, threshold),
-            **_linear_keys(config, num_ranks),
             **_offload_keys(config.zero, sizes, num_ranks),
         },
         "zero_force_ds_cpu_optimizer": False,
@@ -223,20 +222,9 @@ def _zero_keys(stage: int, sizes: Sizes, threshold: int) -> dict[str, Any]:
         "stage3_prefetch_bucket_size": bucket,
         "stage3_param_persistence_threshold": threshold,
         "sub_group_size": _SUB_GROUP_ELEMENTS,
+        # Torch's own: see kept_weights.
+        "memory_efficient_linear": False,
     }
-
-
-def _linear_keys(config: RunConfig, num_ranks: int) -> dict[str, Any]:
-    """Which linear layer ZeRO-3 uses: torch's own, wherever that keeps no gathered weights for the backward pass.
-
-    Torch keeps a view of the weight, and with it all of it, which a checkpointed block does for its own backward pass
-    only, and a single rank anyway. DeepSpeed's own keeps the parameter, whose memory can go; it is Python, and adds
-    the bias in a pass of its own.
-    """
-    if config.zero.stage < 3:
-        return {}
-    keeps_weights = num_ranks > 1 and not config.model.branches[0].checkpoint_blocks
-    return {"memory_efficient_linear": keeps_weights}
 
 
 def _offload_keys(zero: ZeroConfig, sizes: Sizes, num_ranks: int) -> dict[str, Any]:

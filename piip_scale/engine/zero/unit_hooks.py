@@ -5,12 +5,14 @@ Source: DeepSpeed 0.19.8, which hooks every module, and fetches and releases at 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from piip_scale.engine.zero.deepspeed_api import Engine, load
+from piip_scale.engine.zero.kept_weights import keeping_parameters
 from piip_scale.models.unit import units_of
 
 
@@ -24,9 +26,13 @@ def hook_units(engine: Engine, leaf: nn.Module) -> None:
     to no hook; one that is away after all comes when it is read (DeepSpeed's parameter dict sees to that).
     """
     inside: set[int] = set()
+    copies = _gathers_copies(engine.optimizer)
     for unit in units_of(engine.module):
-        for parameter in filter(_is_sharded, unit.parameters()):
+        sharded = list(filter(_is_sharded, unit.parameters()))
+        for parameter in sharded:
             load().zero.register_external_parameter(unit, parameter)
+        if sharded and copies and not unit.checkpointed:
+            unit.replace_computation(functools.partial(keeping_parameters, parameters=sharded))
         inside |= {id(module) for module in unit.modules() if module is not unit}
     without: set[int] = set()
     for module in engine.module.modules():
@@ -37,6 +43,12 @@ def hook_units(engine: Engine, leaf: nn.Module) -> None:
         if id(handle.hooks_dict_ref()) in without:
             handle.remove()
     _look_up_plainly(engine)
+
+
+def _gathers_copies(optimizer: Any) -> bool:
+    """Whether a gathered parameter has memory beside its slices."""
+    num_ranks: int = load().comm.get_world_size(group=optimizer.dp_process_group)
+    return num_ranks > 1 or bool(optimizer.offload_param)
 
 
 def _look_up_plainly(engine: Engine) -> None:

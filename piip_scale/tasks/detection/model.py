@@ -17,7 +17,7 @@ from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detection.heads_config import DetectorPlan, plan_detector
 from piip_scale.tasks.detection.mask_results import encode_when_pasted
 from piip_scale.tasks.detection.samples import data_samples, detections
-from piip_scale.tasks.heads import Heads, NetworkWithHeads, call_in_float32, quiet_mmengine
+from piip_scale.tasks.heads import Anchor, Heads, NetworkWithHeads, call_in_float32, quiet_mmengine
 from piip_scale.tasks.mmlab import MODELS, BaseModule, ConfigDict, DefaultScope, DetDataSample
 from piip_scale.tasks.pixels import network_input
 
@@ -89,11 +89,12 @@ class DetectionHeads(Heads):
         with torch.autocast(features[0].device.type, enabled=False):
             if not self.training:
                 return [_prediction(sample) for sample in self._run(features, samples, "predict")]
-            losses = _scalars(self._run(features, samples, "loss"))
+            anchor = Anchor()
+            taken = anchor.take(features)
+            losses = _scalars(self._run(taken, samples, "loss"))
             self.loss_names = tuple(losses)
-            # A rank without objects must reach every feature all the same, or its backward pass differs from others'.
-            anchor = sum(feature.float().sum() for feature in features) * 0
-            return torch.stack(list(losses.values())) + anchor
+            (tied,) = anchor.tie([torch.stack(list(losses.values()))], taken)
+            return tied
 
     def _run(self, features: Sequence[Tensor], samples: list[DetDataSample], mode: str) -> Any:
         taken = tuple(features[index].float() for index in self.feature_indices)

@@ -15,7 +15,7 @@ from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.models.piip import PIIP
 from piip_scale.tasks.base import Segmentation
-from piip_scale.tasks.heads import Heads, NetworkWithHeads, call_in_float32, quiet_mmengine
+from piip_scale.tasks.heads import Anchor, Heads, NetworkWithHeads, call_in_float32, quiet_mmengine
 from piip_scale.tasks.mmlab import BaseModule, ConfigDict, DefaultScope
 from piip_scale.tasks.pixels import network_input
 from piip_scale.tasks.segmentation.heads_config import plan_segmentor
@@ -89,13 +89,14 @@ class SegmentationHeads(Heads):
         """
         with torch.autocast(features[0].device.type, enabled=False):
             singles = tuple(feature.float() for feature in features)
-            result = call_in_float32(self.heads, singles, labels_BHW)
             if not self.training:
-                scores: Tensor = result
+                scores: Tensor = call_in_float32(self.heads, singles, labels_BHW)
                 return scores
-            self.loss_names = tuple(result)
-            anchor = sum(feature.sum() for feature in singles) * 0
-            return tuple(loss + anchor for loss in result.values())
+            anchor = Anchor()
+            taken = anchor.take(singles)
+            losses = call_in_float32(self.heads, taken, labels_BHW)
+            self.loss_names = tuple(losses)
+            return anchor.tie(list(losses.values()), taken)
 
 
 class SegmentationModel(NetworkWithHeads):
