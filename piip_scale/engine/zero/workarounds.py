@@ -90,6 +90,16 @@ WORKAROUNDS = (
         ("engine/zero/test_unit_hooks.py", "test_only_the_block_itself_is_hooked"),
     ),
     Workaround(
+        "puts a linear layer of its own in the place of torch's, lest gathered weights be kept: Python, and the bias "
+        "in a pass of its own",
+        (_PARTITION, "torch.nn.functional.linear = zero3_linear_wrap"),
+        ("engine/zero/kept_weights.py", "keeping_parameters"),
+        (
+            "engine/zero/test_kept_weights.py",
+            "test_matrices_can_go_and_come_back_and_gradients_are_those_of_the_plain_call",
+        ),
+    ),
+    Workaround(
         "cuts all residents before each update and makes them whole again behind it, 0.1 ms each",
         (_OFFLOAD, "self.get_param_coordinator().release_and_reset_all(self.module)"),
         ("engine/zero/residents.py", "Residents"),
