@@ -84,7 +84,7 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="A folder for metrics, predictions, a table of classes and charts; or a .json for metrics."),
+        typer.Option(help="A folder for a page, metrics, predictions, classes and charts; or a .json for metrics."),
     ] = None,
     predictions: Annotated[
         Path | None,

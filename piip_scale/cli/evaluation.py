@@ -19,8 +19,10 @@ from piip_scale.text import printable
 from piip_scale.world import World
 
 PREDICTIONS = "predictions.json"
+PAGE = "evaluation.html"
 
 if TYPE_CHECKING:
+    from piip_scale.data.reading.sample_set import SampleSet
     from piip_scale.engine.replicas import Track
     from piip_scale.tasks.base import Metric, Task
     from piip_scale.tasks.detection.scoring import Scoring
@@ -58,7 +60,7 @@ class Outputs:
 
     Attributes:
         predictions: A file of what was found in every image, detections in COCO's result format.
-        folder: Gets that as ``predictions.json``, the metrics, and what ``Report.write`` writes.
+        folder: Gets that as ``predictions.json``, the metrics, what ``Report.write`` writes, and ``evaluation.html``.
     """
 
     predictions: Path | None = None
@@ -81,6 +83,7 @@ def evaluate_model(asked: Asked, outputs: Outputs = NO_OUTPUTS, world: World | N
             marked as an echo.
     """
     from piip_scale.engine.replicas import count_broken, joined, together
+    from piip_scale.tasks.shard_task import ShardTask
 
     world = world or World()
     with joined(world), _track(world) as track:
@@ -93,8 +96,22 @@ def evaluate_model(asked: Asked, outputs: Outputs = NO_OUTPUTS, world: World | N
                 metric.write_results(path)
         metrics = metric.compute()
         if outputs.folder is not None:
-            _write_report(metric.report(), outputs.folder)
+            report = metric.report()
+            if report is not None:
+                samples = task.val_set if isinstance(task, ShardTask) else None
+                source = f"{asked.source}, on {samples.location}" if samples else str(asked.source)
+                _write_report(_Scored(metrics, report, source, samples), outputs.folder)
         return metrics
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What is written of an evaluation, on rank 0; ``samples`` where its images can be drawn."""
+
+    metrics: dict[str, float]
+    report: Report
+    source: str
+    samples: SampleSet | None = None
 
 
 def score_file(results: Path, options: SetOptions, shards: str, outputs: Outputs, scoring: Scoring) -> dict[str, float]:
@@ -115,6 +132,7 @@ def score_file(results: Path, options: SetOptions, shards: str, outputs: Outputs
     from piip_scale.tasks.detection.foreign_results import federated, read_results
     from piip_scale.tasks.detection.metric import CocoMetric
 
+    samples = None
     if options.coco is not None:
         root = load_coco_json(options.coco)
         truth = root | {"categories": sorted(root["categories"], key=lambda category: category["id"])}
@@ -123,7 +141,8 @@ def score_file(results: Path, options: SetOptions, shards: str, outputs: Outputs
     elif not shards:
         raise DataError("--results come without a set", fix="name its annotations with --coco, or --shards")
     else:
-        truth = ShardSet.open(shards, kind="detection").coco_ground_truth()
+        samples = ShardSet.open(shards, kind="detection")
+        truth = samples.coco_ground_truth()
     entries = read_results(results, truth)
     with_masks = bool(entries) and all("segmentation" in entry for entry in [*entries, *truth["annotations"]])
     metric = CocoMetric(truth, with_masks, scoring)
@@ -133,14 +152,21 @@ def score_file(results: Path, options: SetOptions, shards: str, outputs: Outputs
         entries = [metric.checked_result(entry) for entry in entries]
     metrics = metric.score_results(entries)
     if outputs.folder is not None:
-        _write_report(metric.report_results(entries), outputs.folder)
+        scored = _Scored(metrics, metric.report_results(entries), str(results), samples)
+        _write_report(scored, outputs.folder)
     return metrics
 
 
-def _write_report(report: Report | None, folder: Path) -> None:
-    if report is not None:
-        for path in report.write(folder):
-            typer.echo(printable(f"written: {path}"), err=True)
+def _write_report(scored: _Scored, folder: Path) -> None:
+    from piip_scale.data.reading.files import write_bytes
+    from piip_scale.tasks.cases import drawn_cases
+    from piip_scale.tasks.evaluation_page import Evaluated, evaluation_page
+
+    best, worst = drawn_cases(scored.report, scored.samples) if scored.samples else ([], [])
+    evaluated = Evaluated(scored.metrics, scored.report, scored.source, best, worst)
+    write_bytes(folder / PAGE, evaluation_page(evaluated))
+    for path in [folder / PAGE, *scored.report.write(folder)]:
+        typer.echo(printable(f"written: {path}"), err=True)
 
 
 def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, float]:

@@ -87,7 +87,9 @@ def chip(number: int) -> Html:
     return tag("i", class_="chip", style=f"background:{colour_of(number)}")
 
 
-def line_chart(title: str, curves: Sequence[Curve], marks: Iterable[Mark] = (), note: str = "") -> Html:
+def line_chart(
+    title: str, curves: Sequence[Curve], marks: Iterable[Mark] = (), note: str = "", *, shows_last: bool = True
+) -> Html:
     """A figure of curves over one x axis; curves without a number are left out, and named.
 
     Args:
@@ -95,6 +97,7 @@ def line_chart(title: str, curves: Sequence[Curve], marks: Iterable[Mark] = (), 
         curves: In order of their keys.
         marks: Upright lines.
         note: Below the keys.
+        shows_last: Keys have the curves' last values.
     """
     shown = [curve for curve in curves if curve.trace.spans]
     heading = tag("h3", title)
@@ -111,7 +114,7 @@ def line_chart(title: str, curves: Sequence[Curve], marks: Iterable[Mark] = (), 
     picture = tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label)
     notes = [note, "logarithmic" if up.is_log else "", _gap_note(curves)]
     below = tag("figcaption", "; ".join(filter(None, notes))) if any(notes) else ""
-    return tag("figure", heading, picture, _keys(curves), below)
+    return tag("figure", heading, picture, _keys(curves, shows_last), below)
 
 
 def number_text(value: float) -> str:
@@ -197,9 +200,10 @@ def _gap_note(curves: Sequence[Curve]) -> str:
     return f"{number} value(s) not finite, in red" if number else ""
 
 
-def _keys(curves: Sequence[Curve]) -> Html:
+def _keys(curves: Sequence[Curve], shows_last: bool) -> Html:
     entries = [
-        tag("li", chip(curve.colour), f"{curve.name} {number_text(curve.trace.last)}") for curve in curves[:_MOST_KEYS]
+        tag("li", chip(curve.colour), f"{curve.name} {number_text(curve.trace.last)}" if shows_last else curve.name)
+        for curve in curves[:_MOST_KEYS]
     ]
     if len(curves) > _MOST_KEYS:
         entries.append(tag("li", f"and {len(curves) - _MOST_KEYS} more"))

@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,10 @@ import numpy.typing as npt
 from piip_scale.data.reading.files import write_bytes
 from piip_scale.tasks.charts import draw_confusion, draw_curves
 from piip_scale.tasks.drawing import png_bytes
+
+if TYPE_CHECKING:
+    from piip_scale.tasks.cases import Case
+    from piip_scale.tasks.detection.error_kinds import ErrorKinds
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Report:
         names: The classes, and what else there is beside them.
         confusion_title: What is counted.
         curves: Precision at an IoU of 0.5 by rising recall, (R, K) in label order, by what is scored.
+        errors: Why detections are wrong, likewise.
+        cases: How single images went; all of them, or the best and the worst.
     """
 
     classes: Sequence[str]
@@ -35,6 +42,8 @@ class Report:
     names: Sequence[str]
     confusion_title: str
     curves: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    errors: Mapping[str, ErrorKinds] = field(default_factory=dict)
+    cases: Sequence[Case] = ()
 
     def write(self, folder: Path) -> list[Path]:
         """Writes ``per_class.csv``, ``confusion.png`` and a ``pr_curve_*.png`` for each curve; returns their paths.

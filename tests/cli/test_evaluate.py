@@ -112,10 +112,13 @@ def test_predictions_score_again_without_the_model(trained, scenes, shards, alon
         done = CliRunner().invoke(app, ["evaluate", *map(str, ("--results", found, *truth, "--out", folder))])
         assert done.exit_code == 0, done.output
         assert json.loads((folder / "metrics.json").read_text()) == pytest.approx(json.loads(alone[1]), abs=1e-12)
-        names = ["confusion.png", "metrics.json", "per_class.csv", "pr_curve_box.png", "pr_curve_mask.png"]
+        names = ["confusion.png", "evaluation.html", "metrics.json", "per_class.csv", "pr_curve_box.png"]
+        names.append("pr_curve_mask.png")
         assert sorted(path.name for path in folder.iterdir()) == names
         assert (folder / "per_class.csv").read_text().splitlines()[0].startswith("class,objects,box_ap50,box_ap,mask_")
         assert Image.open(folder / "pr_curve_box.png").width > 700
+        # A COCO file alone has no images that could be drawn.
+        assert ('<figure class="sides">' in (folder / "evaluation.html").read_text()) == (truth[0] == "--shards")
 
 
 def test_results_that_are_none_are_one_line(scenes, tmp_path):

@@ -39,6 +39,11 @@ class UnpackedSet(SampleSet):
         self.keys = [item.key for item in source.items]
 
     @property
+    def kind(self) -> SetKind:
+        """What its samples are labelled with."""
+        return self._facts.kind
+
+    @property
     def categories(self) -> tuple[Category, ...]:
         """In label order."""
         return self._facts.categories

@@ -9,6 +9,7 @@ from typing import Any
 
 from piip_scale.data.reading.manifest import Category, MapRule
 from piip_scale.data.reading.raw import RawSample
+from piip_scale.registry import SetKind
 
 
 class SampleSet(ABC):
@@ -16,6 +17,7 @@ class SampleSet(ABC):
 
     Attributes:
         location: Where it lies, as the user wrote it.
+        kind: What its samples are labelled with.
         keys: Name of every sample, N of them.
         categories: In label order.
         has_masks: Every annotation has a segmentation.
@@ -27,6 +29,10 @@ class SampleSet(ABC):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    @abstractmethod
+    def kind(self) -> SetKind: ...  # noqa: D102 - an attribute
 
     @property
     @abstractmethod

@@ -113,6 +113,11 @@ class ShardSet(SampleSet):
         return shards
 
     @property
+    def kind(self) -> SetKind:
+        """What its samples are labelled with."""
+        return self.manifest.kind
+
+    @property
     def categories(self) -> tuple[Category, ...]:
         """In label order."""
         return self.manifest.categories

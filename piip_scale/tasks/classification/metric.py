@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from piip_scale.agreement import gathered_on_main, is_main_rank, on_main
 from piip_scale.data.batch import ClassificationBatch
 from piip_scale.data.reading.files import json_bytes, write_bytes
+from piip_scale.tasks.classification.cases import class_case
 from piip_scale.tasks.classification.model import NUM_BEST, Classification
 from piip_scale.tasks.report import Report
 
@@ -56,18 +58,32 @@ class AccuracyMetric:
 
     def report(self) -> Report | None:
         """Accuracy by class and confusion, on rank 0; ``None`` elsewhere. Collective."""
-        answers = self._merged().values()
-        return self._report(list(answers)) if is_main_rank() else None
+        answers = self._merged()
+        return self._report(answers) if is_main_rank() else None
 
-    def _report(self, answers: Sequence[_Answer]) -> Report:
+    def _report(self, answers_by_id: Mapping[int, _Answer]) -> Report:
+        answers = answers_by_id.values()
         counts = np.zeros((len(self._classes),) * 2, np.int64)
         for answer in answers:
             counts[answer.label, answer.guesses[0]] += 1
         of_class = counts.sum(1)
         accuracy = [float(right / n) if n else -1.0 for right, n in zip(counts.diagonal(), of_class, strict=True)]
         columns = {"images": of_class.tolist(), "top1_accuracy": accuracy}
+        if len(self._classes) > NUM_BEST:
+            columns["top5_accuracy"] = self._best_five(answers)
         title = "Images by class (row) and first guess (column); percent of rows"
-        return Report(self._classes, columns, counts, self._classes, title)
+        cases = [
+            class_case(image_id, one.label, one.guesses, one.probabilities, self._classes)
+            for image_id, one in sorted(answers_by_id.items())
+        ]
+        return Report(self._classes, columns, counts, self._classes, title, cases=cases)
+
+    def _best_five(self, answers: Iterable[_Answer]) -> list[float]:
+        """By class, how often it was among the first guesses; -1 for a class without images."""
+        found: dict[int, list[bool]] = defaultdict(list)
+        for answer in answers:
+            found[answer.label].append(answer.label in answer.guesses[:NUM_BEST])
+        return [sum(found[k]) / len(found[k]) if found[k] else -1.0 for k in range(len(self._classes))]
 
     def write_results(self, path: Path) -> None:
         """Writes every image's class and best guesses, whole or not at all. Collective; rank 0 writes.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import PIL.Image
 
 from piip_scale.data.reading.decoding import decode_labelled
-from piip_scale.data.reading.shards import ShardSet
+from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.tasks.drawing import DrawingStyle, draw_names
 
 
-def draw_label(shards: ShardSet, number: int, style: DrawingStyle) -> PIL.Image.Image:
+def draw_label(shards: SampleSet, number: int, style: DrawingStyle) -> PIL.Image.Image:
     """The image with the name of its class.
 
     Raises:

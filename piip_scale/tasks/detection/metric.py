@@ -15,7 +15,9 @@ from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.tasks.absences import absences
 from piip_scale.tasks.base import Detections
+from piip_scale.tasks.detection.cases import detection_cases
 from piip_scale.tasks.detection.confusion import MIN_IOU, MIN_SCORE, NOTHING, confusion_of
+from piip_scale.tasks.detection.error_kinds import error_kinds
 from piip_scale.tasks.detection.scoring import Result, Scores, Scoring, score
 from piip_scale.tasks.report import Report
 
@@ -141,6 +143,7 @@ class CocoMetric:
             for measure, values in found.of_classes.items()
         }
         places = [sorted(ids).index(number) for number in ids]
+        errors = {part: error_kinds(self.truth, results, part, self.scoring.most) for part in self.parts}
         return Report(
             names,
             columns,
@@ -148,6 +151,8 @@ class CocoMetric:
             [*names, NOTHING],
             f"Objects (rows) by what they are found as, IoU >= {MIN_IOU}, score >= {MIN_SCORE}; percent of rows",
             {part: found.precision_RK[:, places] for part, found in self.scores.items()},
+            errors,
+            list(detection_cases(errors[self.parts[-1]].tallies, results, self._categories)),
         )
 
     def score_results(self, results: Sequence[Result]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from piip_scale.data.reading.label_maps import IGNORED
 from piip_scale.errors import DataError
 from piip_scale.tasks.base import Segmentation
 from piip_scale.tasks.report import Report
+from piip_scale.tasks.segmentation.cases import KeptMap, image_iou, keep, map_cases
 
 Counts = npt.NDArray[np.int64]
 
@@ -34,6 +35,7 @@ class SegmentationMetric:
         self._classes = tuple(classes)
         self._pairs: dict[int, tuple[Counts, Counts]] = {}
         self._areas: dict[int, Counts] = {}
+        self._kept: dict[int, KeptMap] = {}
 
     def update(self, batch: SegmentationBatch, predictions: Sequence[Segmentation]) -> None:
         """Adds one batch; an image seen before, as at a padded end, counts once.
@@ -61,6 +63,7 @@ class SegmentationMetric:
         cells, numbers = np.unique(pairs.numpy(), return_counts=True)
         self._pairs[found.image_id] = cells, numbers
         self._areas[found.image_id] = np.bincount(found.labels_HW.numpy().ravel(), minlength=len(self._classes))
+        keep(self._kept, found, image_iou(cells, numbers, len(self._classes)))
 
     def confusion(self) -> Counts:
         """Pixels by true (row) and predicted class, int64, every image once. Collective; the same on every rank."""
@@ -100,7 +103,7 @@ class SegmentationMetric:
 
     def report(self) -> Report | None:
         """IoU and accuracy by class, and confusion of pixels, on rank 0; ``None`` elsewhere. Collective."""
-        counts = self.confusion()
+        counts, kept = self.confusion(), gathered_on_main(self._kept)
         if not is_main_rank():
             return None
         right, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)
@@ -109,7 +112,9 @@ class SegmentationMetric:
             name: [float(a / b) if b else -1.0 for a, b in zip(right, of, strict=True)] for name, of in parts.items()
         }
         title = "Pixels by class (row) and prediction (column); percent of rows"
-        return Report(self._classes, {"pixels": true.tolist()} | columns, counts, self._classes, title)
+        all_columns = {"pixels": true.tolist()} | columns
+        cases = map_cases({number: one for part in kept for number, one in part.items()}, self._classes)
+        return Report(self._classes, all_columns, counts, self._classes, title, cases=cases)
 
     def write_results(self, path: Path) -> None:
         """Writes the area of every class in every image, whole or not at all. Collective; rank 0 writes.

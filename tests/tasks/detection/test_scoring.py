@@ -9,10 +9,21 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import piip_scale.tasks.mmlab  # noqa: F401 - stands in for mmcv's compiled ops, which mmdet imports
+from piip_scale.tasks.detection import error_kinds
 from piip_scale.tasks.detection.metric import CocoMetric
 from piip_scale.tasks.detection.scoring import Scoring
 
 SIDE, IMAGES, CLASSES = 200, 40, 6
+# What tidecv 1.0.1 counts in the set below, and what AP50 it says that each kind of error costs; AP50 itself.
+TIDE = {
+    "classification": (37, 0.049612516166),
+    "localisation": (91, 0.135703029663),
+    "both": (80, 0.039373146453),
+    "duplicate": (64, 0.010762490903),
+    "background": (82, 0.040074401089),
+    "missed": (52, 0.07864036148),
+}
+TIDE_AP50 = 0.21794096244170177
 # What lvis 0.5.3 gives for the set below: AP, AP50, AP75, small, medium, large, rare, common, frequent, and recall.
 LVIS = {
     300: {
@@ -171,6 +182,30 @@ def reference(found, max_dets):
     names = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_s", "APm": "ap_m", "APl": "ap_l"}
     names |= {"APr": "ap_rare", "APc": "ap_common", "APf": "ap_frequent", f"AR@{max_dets}": f"ar{max_dets}"}
     return {f"box_{mine}": float(found[theirs]) for theirs, mine in names.items()}
+
+
+def test_errors_by_kind_are_tides(made, monkeypatch):
+    truth, results = copy.deepcopy(made)
+    for image in truth["images"]:
+        # It has another way to say which classes an image is not labelled with.
+        del image["neg_category_ids"], image["not_exhaustive_category_ids"]
+    # Its places of recall differ from COCO's in their last bits, which recalls such as 7/20 meet.
+    monkeypatch.setattr(error_kinds, "_RECALLS", np.arange(101) / 100)
+    found = error_kinds.error_kinds(truth, results, "box", 100)
+    assert found.ap50 == pytest.approx(TIDE_AP50, abs=1e-12)
+    assert found.counts == {kind: count for kind, (count, _) in TIDE.items()}
+    assert found.costs == pytest.approx({kind: cost for kind, (_, cost) in TIDE.items()}, abs=1e-11)
+
+
+@pytest.mark.parametrize("style", ["coco", "lvis"])
+def test_the_precision_that_errors_are_held_against_is_the_evaluations(made, style):
+    truth, results = copy.deepcopy(made)
+    if style == "coco":
+        for image in truth["images"]:
+            del image["neg_category_ids"], image["not_exhaustive_category_ids"]
+    metric = CocoMetric(truth, with_masks=False, scoring=Scoring(style))
+    ap50 = metric.score_results(results)["box_ap50"]
+    assert metric.report_results(results).errors["box"].ap50 == pytest.approx(ap50, abs=1e-12)
 
 
 def test_confusion_counts_each_object_and_each_detection_once(made):

@@ -1,0 +1,117 @@
+"""Images that an evaluation went best and worst on, drawn with the truth beside what was found."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import PIL.Image
+
+from piip_scale.data.images import Image
+from piip_scale.data.reading.decoding import decode_pixels
+from piip_scale.data.reading.sample_set import SampleSet
+from piip_scale.data.set_kinds import SET_KINDS
+from piip_scale.errors import DataError
+from piip_scale.tasks.drawing import DrawingStyle
+
+if TYPE_CHECKING:
+    from piip_scale.tasks.report import Report
+
+MOST_CASES = 6
+"""Of the best, and of the worst."""
+_STYLE = DrawingStyle(long_edge_px=512, text_px=13, min_score=0.0)
+_OF_TRUTH = replace(_STYLE, scores=False)
+_QUALITY = 82
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image of an evaluation.
+
+    Attributes:
+        image_id: The image's.
+        score: How it went, 0 to 1, the higher the better.
+        words: The same for people.
+        draw: What was found, drawn on the image's pixels.
+    """
+
+    image_id: int
+    score: float
+    words: str
+    draw: Callable[[Image, DrawingStyle], PIL.Image.Image]
+
+
+@dataclass(frozen=True)
+class DrawnCase:
+    """A case as a page shows it.
+
+    Attributes:
+        key: The sample's name in its set.
+        words: How it went.
+        truth: What is on it, JPEG.
+        found: What was found, JPEG.
+    """
+
+    key: str
+    words: str
+    truth: bytes
+    found: bytes
+
+
+def best_and_worst(cases: Iterable[Case]) -> tuple[list[Case], list[Case]]:
+    """The best cases, best first, and the worst, worst first; none is in both."""
+    ranked = sorted(cases, key=lambda case: -case.score)
+    num_best = min(MOST_CASES, (len(ranked) + 1) // 2)
+    return ranked[:num_best], ranked[num_best:][::-1][:MOST_CASES]
+
+
+def draw_cases(cases: Sequence[Case], samples: SampleSet) -> list[DrawnCase]:
+    """The cases, drawn; an image that cannot be read is left out.
+
+    Args:
+        cases: Of images of the set.
+        samples: The set.
+    """
+    numbers = _numbers(samples, {case.image_id for case in cases})
+    return [
+        drawn for case in cases if case.image_id in numbers and (drawn := _drawn(case, samples, numbers[case.image_id]))
+    ]
+
+
+def drawn_cases(report: Report, samples: SampleSet) -> tuple[list[DrawnCase], list[DrawnCase]]:
+    """A report's best and worst cases, drawn."""
+    best, worst = best_and_worst(report.cases)
+    return draw_cases(best, samples), draw_cases(worst, samples)
+
+
+def _numbers(samples: SampleSet, image_ids: set[int]) -> Mapping[int, int]:
+    found: dict[int, int] = {}
+    for number, image_id in enumerate(_image_ids(samples)):
+        if image_id in image_ids:
+            found[image_id] = number
+            if len(found) == len(image_ids):
+                break
+    return found
+
+
+def _image_ids(samples: SampleSet) -> Iterator[int]:
+    for number in range(len(samples)):
+        yield samples.notes(number)["image_id"]
+
+
+def _drawn(case: Case, samples: SampleSet, number: int) -> DrawnCase | None:
+    try:
+        truth = SET_KINDS[samples.kind].load("picture")(samples, number, _OF_TRUTH)
+        found = case.draw(decode_pixels(samples.read(number)), _STYLE)
+    except DataError:
+        # It was counted and told as broken while the set was looked at.
+        return None
+    return DrawnCase(str(samples.keys[number]), case.words, _jpeg(truth), _jpeg(found))
+
+
+def _jpeg(image: PIL.Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=_QUALITY)
+    return buffer.getvalue()
