@@ -16,7 +16,7 @@ from piip_scale.tasks.cases import DrawnCase
 from piip_scale.tasks.charts import draw_confusion
 from piip_scale.tasks.detection.error_kinds import KINDS, ErrorKinds
 from piip_scale.tasks.drawing import png_bytes
-from piip_scale.tasks.metric_words import words_of
+from piip_scale.tasks.metric_words import KINDS_OF_SHAPES, measure_of, words_of
 from piip_scale.tasks.report import Report
 
 _MOST_CELLS = 24
@@ -69,8 +69,20 @@ def _section(title: str, *content: Html | str) -> Html:
 
 
 def _metrics(metrics: Mapping[str, float]) -> Html:
-    rows = [[name, _score(value), words_of(name)] for name, value in metrics.items() if "/" not in name]
-    return joined([table(["metric", "value", "meaning"], rows, class_="words"), tag("p", _ABSENT, class_="soft")])
+    """A row a measure; a column for boxes and one for masks where they are scored."""
+    wholes = {name: value for name, value in metrics.items() if "/" not in name}
+    kinds = [kind for kind in KINDS_OF_SHAPES if any(name.startswith(f"{kind}_") for name in wholes)] or [""]
+    measures = dict.fromkeys(measure_of(name) for name in wholes)
+    rows = [
+        [
+            measure,
+            *(_score(wholes.get(f"{kind}_{measure}" if kind else measure, -1)) for kind in kinds),
+            words_of(measure),
+        ]
+        for measure in measures
+    ]
+    heads = ["measure", *(kind or "value" for kind in kinds), "meaning"]
+    return joined([table(heads, rows, class_="words"), tag("p", _ABSENT, class_="soft")])
 
 
 def _score(value: float) -> str:

@@ -23,17 +23,23 @@ _WORDS = {
     r"top1_accuracy": "share of images whose first guess is right",
     r"top5_accuracy": "share of images whose class is among the first five guesses",
 }
-_KINDS = {"box_": "boxes: ", "mask_": "masks: "}
+KINDS_OF_SHAPES = ("box", "mask")
+"""What a measure of objects is of."""
 
 
-def words_of(metric: str) -> str:
-    """A metric's meaning by its name; empty for one that is not known.
+def measure_of(metric: str) -> str:
+    """A metric's name without the kind of shape that it is of.
 
     Args:
         metric: As ``Metric.compute`` names it.
     """
-    prefix = next((prefix for prefix in _KINDS if metric.startswith(prefix)), "")
+    kind, _, measure = metric.partition("_")
+    return measure if kind in KINDS_OF_SHAPES else metric
+
+
+def words_of(measure: str) -> str:
+    """A measure's meaning by its name; empty for one that is not known."""
     for pattern, words in _WORDS.items():
-        if match := re.fullmatch(pattern, metric.removeprefix(prefix)):
-            return _KINDS.get(prefix, "") + match.expand(words)
+        if match := re.fullmatch(pattern, measure):
+            return match.expand(words)
     return ""

@@ -23,7 +23,7 @@ from piip_scale.tasks.classification.metric import AccuracyMetric
 from piip_scale.tasks.classification.model import Classification
 from piip_scale.tasks.detection.metric import CocoMetric
 from piip_scale.tasks.evaluation_page import Evaluated, evaluation_page
-from piip_scale.tasks.metric_words import words_of
+from piip_scale.tasks.metric_words import measure_of, words_of
 from piip_scale.tasks.segmentation.cases import image_iou, keep
 from piip_scale.tasks.segmentation.metric import SegmentationMetric
 
@@ -66,7 +66,8 @@ def _rle(entry, truth):
 def test_a_detectors_page_is_read_on_a_desk_and_on_a_phone(detection, tmp_path, dark):
     for frame in shown(detection, tmp_path, dark=dark):
         words = frame["words"]
-        assert "masks: average precision, mean over IoU of 0.50 to 0.95" in words
+        assert "measure\tbox\tmask\tmeaning" in words
+        assert "average precision, mean over IoU of 0.50 to 0.95" in words
         assert "-1 is no score" in words
         assert "Errors by kind (box)" in words
         assert "Errors by kind (mask)" in words
@@ -165,6 +166,6 @@ def test_an_images_iou_is_that_of_its_classes():
 
 def test_every_metric_has_words():
     for name in ("box_ap", "mask_ap50", "box_ar300", "mask_ar_s", "box_ap_rare", "miou", "top5_accuracy"):
-        assert words_of(name)
-    assert words_of("box_ar10") == "boxes: average recall with at most 10 detections an image"
+        assert words_of(measure_of(name))
+    assert words_of(measure_of("box_ar10")) == "average recall with at most 10 detections an image"
     assert words_of("of a later version") == ""
