@@ -20,6 +20,7 @@ from piip_scale.world import World
 
 PREDICTIONS = "predictions.json"
 PAGE = "evaluation.html"
+PICTURES = "pictures"
 
 if TYPE_CHECKING:
     from piip_scale.data.reading.sample_set import SampleSet
@@ -60,7 +61,8 @@ class Outputs:
 
     Attributes:
         predictions: A file of what was found in every image, detections in COCO's result format.
-        folder: Gets that as ``predictions.json``, the metrics, what ``Report.write`` writes, and ``evaluation.html``.
+        folder: Gets that as ``predictions.json``, the metrics, what ``Report.write`` writes, ``evaluation.html`` and
+            ``pictures/``.
     """
 
     predictions: Path | None = None
@@ -159,12 +161,13 @@ def score_file(results: Path, options: SetOptions, shards: str, outputs: Outputs
 
 def _write_report(scored: _Scored, folder: Path) -> None:
     from piip_scale.data.reading.files import write_bytes
-    from piip_scale.tasks.cases import drawn_cases
+    from piip_scale.tasks.cases import drawn_cases, write_pictures
     from piip_scale.tasks.evaluation_page import Evaluated, evaluation_page
 
     best, worst = drawn_cases(scored.report, scored.samples) if scored.samples else ([], [])
     evaluated = Evaluated(scored.metrics, scored.report, scored.source, best, worst)
     write_bytes(folder / PAGE, evaluation_page(evaluated))
+    write_pictures(folder / PICTURES, best, worst)
     for path in [folder / PAGE, *scored.report.write(folder)]:
         typer.echo(printable(f"written: {path}"), err=True)
 

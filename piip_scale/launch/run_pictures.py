@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PICTURES = "pictures"
-_MOST, _MOST_BYTES = 8, 4 << 20
+"""The folder in what an evaluation writes."""
+_MOST, _MOST_BYTES = 6, 4 << 20
 _KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
@@ -17,7 +18,7 @@ class FoundPicture:
     """A picture's file.
 
     Attributes:
-        name: Where it is, inside the run's pictures.
+        name: Where it is, inside the run.
         kind: ``png`` or ``jpeg``.
         content: Its bytes.
     """
@@ -28,20 +29,23 @@ class FoundPicture:
 
 
 def last_pictures(run_dir: Path) -> list[FoundPicture]:
-    """The pictures of the newest evaluation in ``pictures/``; none where there are none that can be read."""
-    folder = run_dir / PICTURES
+    """The pictures of the newest evaluation written into a run, the worst first; none where none can be read.
+
+    Looks into ``pictures/`` of each folder in it, as ``evaluate RUN --out RUN/scores`` leaves them.
+    """
     with suppress(OSError):
-        newest = max((path for path in folder.iterdir() if path.is_dir()), key=_age, default=folder)
-        return list(_read(sorted(newest.iterdir()), folder))[:_MOST]
+        newest = max(run_dir.glob(f"*/{PICTURES}"), key=_age, default=None)
+        if newest is not None:
+            return list(_read(newest, run_dir))[:_MOST]
     return []
 
 
-def _age(path: Path) -> tuple[float, str]:
-    return path.stat().st_mtime, path.name
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
 
 
-def _read(paths: list[Path], folder: Path) -> Iterator[FoundPicture]:
-    for path in paths:
+def _read(folder: Path, run_dir: Path) -> Iterator[FoundPicture]:
+    for path in sorted(folder.iterdir(), key=lambda path: (not path.name.startswith("worst"), path.name)):
         kind = _KINDS.get(path.suffix.lower())
         if kind is not None and path.is_file() and path.stat().st_size <= _MOST_BYTES:
-            yield FoundPicture(str(path.relative_to(folder)), kind, path.read_bytes())
+            yield FoundPicture(str(path.relative_to(run_dir)), kind, path.read_bytes())

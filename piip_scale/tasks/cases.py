@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import PIL.Image
 
 from piip_scale.data.images import Image
 from piip_scale.data.reading.decoding import decode_pixels
+from piip_scale.data.reading.files import write_bytes
 from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.set_kinds import SET_KINDS
 from piip_scale.errors import DataError
@@ -50,14 +52,22 @@ class DrawnCase:
     Attributes:
         key: The sample's name in its set.
         words: How it went.
-        truth: What is on it, JPEG.
-        found: What was found, JPEG.
+        truth: What is on it.
+        found: What was found.
     """
 
     key: str
     words: str
-    truth: bytes
-    found: bytes
+    truth: PIL.Image.Image
+    found: PIL.Image.Image
+
+    def beside(self) -> PIL.Image.Image:
+        """Both as one picture, the truth on the left."""
+        size = self.truth.width + self.found.width, max(self.truth.height, self.found.height)
+        both = PIL.Image.new("RGB", size)
+        both.paste(self.truth, (0, 0))
+        both.paste(self.found, (self.truth.width, 0))
+        return both
 
 
 def best_and_worst(cases: Iterable[Case]) -> tuple[list[Case], list[Case]]:
@@ -108,10 +118,22 @@ def _drawn(case: Case, samples: SampleSet, number: int) -> DrawnCase | None:
     except DataError:
         # It was counted and told as broken while the set was looked at.
         return None
-    return DrawnCase(str(samples.keys[number]), case.words, _jpeg(truth), _jpeg(found))
+    return DrawnCase(str(samples.keys[number]), case.words, truth, found)
 
 
-def _jpeg(image: PIL.Image.Image) -> bytes:
+def write_pictures(folder: Path, best: Sequence[DrawnCase], worst: Sequence[DrawnCase]) -> None:
+    """Writes drawn cases as ``worst_1.jpg``, ``best_1.jpg`` and so on, the truth beside what was found.
+
+    Raises:
+        DataError: The disk is full, or the folder cannot be written.
+    """
+    for name, cases in (("worst", worst), ("best", best)):
+        for number, case in enumerate(cases, 1):
+            write_bytes(folder / f"{name}_{number}.jpg", jpeg_bytes(case.beside()))
+
+
+def jpeg_bytes(image: PIL.Image.Image) -> bytes:
+    """A picture as the content of a JPEG file, small rather than exact."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=_QUALITY)
     return buffer.getvalue()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from piip_scale.pages.charts import NUM_COLOURS, Curve, line_chart
 from piip_scale.pages.html import Html, document, joined, picture, table, tag
 from piip_scale.pages.trace import Trace
-from piip_scale.tasks.cases import DrawnCase
+from piip_scale.tasks.cases import DrawnCase, jpeg_bytes
 from piip_scale.tasks.charts import draw_confusion
 from piip_scale.tasks.detection.error_kinds import KINDS, ErrorKinds
 from piip_scale.tasks.drawing import png_bytes
@@ -189,7 +189,10 @@ def _cases(title: str, cases: Sequence[DrawnCase]) -> Html | str:
     figures = [
         tag(
             "figure",
-            tag("div", picture(case.truth, "jpeg", "truth"), picture(case.found, "jpeg", "found")),
+            tag(
+                "div",
+                *(picture(jpeg_bytes(one), "jpeg", alt) for one, alt in ((case.truth, "truth"), (case.found, "found"))),
+            ),
             tag("figcaption", f"{case.key}: {case.words}"),
             class_="sides",
         )

@@ -114,7 +114,10 @@ def test_predictions_score_again_without_the_model(trained, scenes, shards, alon
         assert json.loads((folder / "metrics.json").read_text()) == pytest.approx(json.loads(alone[1]), abs=1e-12)
         names = ["confusion.png", "evaluation.html", "metrics.json", "per_class.csv", "pr_curve_box.png"]
         names.append("pr_curve_mask.png")
-        assert sorted(path.name for path in folder.iterdir()) == names
+        drawn = sorted(path.name for path in (folder / "pictures").glob("*"))
+        pairs = [f"{kind}_{number}.jpg" for kind in ("best", "worst") for number in (1, 2, 3)]
+        assert drawn == (pairs if truth[0] == "--shards" else [])
+        assert sorted(path.name for path in folder.iterdir() if path.is_file()) == names
         assert (folder / "per_class.csv").read_text().splitlines()[0].startswith("class,objects,box_ap50,box_ap,mask_")
         assert Image.open(folder / "pr_curve_box.png").width > 700
         # A COCO file alone has no images that could be drawn.

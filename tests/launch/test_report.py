@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 from browser import needs_browser, shown
-from run_files import steps, write_beat, write_metrics, write_status
+from PIL import Image
+from run_files import NOW, steps, write_beat, write_metrics, write_status
 from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
@@ -57,10 +59,15 @@ def page(tmp_path_factory):
     (first / "metrics.superseded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in superseded))
     second = make_run(folder / "two", lr=2e-4, lines=[step_line(42, **{"loss/total": "nan"})])
     write_status(second, "failed", 42, f"rank 3 met a loss that is not finite {EVIL}")
-    (second / "pictures" / "step_20").mkdir(parents=True)
-    from PIL import Image
-
-    Image.new("RGB", (40, 30)).save(second / "pictures" / "step_20" / "a.png")
+    # Of two evaluations the newer; the worst come first, and what is no picture is left out.
+    for name, width, ago_s in (("scores", 40, 0), ("before", 50, 100)):
+        folder = second / name / "pictures"
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("none")
+        for number in range(4):
+            for kind in ("best", "worst"):
+                Image.new("RGB", (width + number, 30)).save(folder / f"{kind}_{number}.jpg")
+        os.utime(folder, (NOW - ago_s, NOW - ago_s))
     out = folder / "out" / "report.html"
     assert "2 run(s)" in report(first, second, "--out", out)
     return out
@@ -80,7 +87,7 @@ def test_a_browser_shows_two_runs_on_a_desk_and_on_a_phone(page, tmp_path, dark)
         assert frame["charts"][:3] == ["Loss, total", "box_ap", "Images/s, all GPUs"]
         assert frame["marks"] > 2
         assert frame["paths"] > 10
-        assert frame["images"] == [40]
+        assert frame["images"] == [40, 41, 42, 43, 40, 41]
         assert "1 value(s) not finite, in red" in words
         assert "-1: the set holds no such objects" in words
         differs = words[words.index("Where their configs differ") :]
@@ -119,7 +126,7 @@ def test_broken_runs_are_shown_as_far_as_they_can_be_read(tmp_path):
     (odd / "config.py").write_text("import os\nmodel = os.environ\ntrain = {'steps': 3}\nthis is no Python")
     (odd / "environment.json").write_text("[")
     (odd / "metrics.superseded.jsonl").write_text('{"kind": "superseded", "step": 2}\n')
-    (odd / "pictures").mkdir()
+    (odd / "x" / "pictures" / "worst_1.jpg").mkdir(parents=True)
     for out in ("a.html", "b.html"):
         report(tmp_path, "--out", tmp_path / out)
         text = (tmp_path / out).read_text()
