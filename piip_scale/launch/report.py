@@ -113,11 +113,23 @@ def _section(title: str, content: Html | str) -> Html | str:
 
 
 def _card(run: Reported, name: str, number: int) -> Html:
+    state = tag("span", run.row.state, class_=f"state {_tone(run.row.state)}")
+    facts = [tag("dt", key) + tag("dd", value) for key, value in _facts(run).items() if value]
+    return tag(
+        "article",
+        tag("div", tag("h3", chip(number), name), state, class_="head"),
+        tag("div", tag("i", style=f"width:{_share(run.row):.1%}"), class_="bar"),
+        tag("dl", *map(Html, facts)),
+        tag("h3", "What limits a step"),
+        *(tag("p", sentence) for sentence in what_limits(run.curves.last_steps)),
+        class_="card",
+    )
+
+
+def _facts(run: Reported) -> dict[str, str]:
     row = run.row
-    state = tag("span", row.state, class_=f"state {_tone(row.state)}")
-    share = min(row.step / row.total_steps, 1.0) if row.total_steps else 0.0
-    facts = {
-        "step": f"{row.step}" + (f" of {row.total_steps}, {share:.0%}" if row.total_steps else ""),
+    return {
+        "step": f"{row.step}" + (f" of {row.total_steps}, {_share(row):.0%}" if row.total_steps else ""),
         "time to go": duration(row.eta_s) if row.eta_s is not None else "",
         "images/s": f"{row.images_per_second:.4g}" if row.images_per_second is not None else "",
         "last sign": f"{duration(row.seen_s)} ago" if row.seen_s is not None else "",
@@ -127,18 +139,10 @@ def _card(run: Reported, name: str, number: int) -> Html:
         "note": _notes(run.curves),
         "command": _command(run.environment),
     }
-    rows = [tag("dt", key) + tag("dd", value) for key, value in facts.items() if value]
-    bar = tag("div", tag("i", style=f"width:{share:.1%}"), class_="bar")
-    limits = [tag("p", sentence) for sentence in what_limits(run.curves.last_steps)]
-    return tag(
-        "article",
-        tag("div", tag("h3", chip(number), name), state, class_="head"),
-        bar,
-        tag("dl", *map(Html, rows)),
-        tag("h3", "What limits a step"),
-        *limits,
-        class_="card",
-    )
+
+
+def _share(row: Row) -> float:
+    return min(row.step / row.total_steps, 1.0) if row.total_steps else 0.0
 
 
 def _tone(state: str) -> str:
