@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +35,7 @@ class Message:
         num_bytes: Of those elements.
         inside: The watched module whose forward was running, if any.
         phase: As told by ``CollectiveSpy.phase``.
+        ranks: Of its group, in the order of a ring of them.
     """
 
     kind: str
@@ -41,6 +43,13 @@ class Message:
     num_bytes: int
     inside: str
     phase: str
+    ranks: tuple[int, ...]
+
+    def hop(self, rank: int) -> tuple[int, float]:
+        """The next rank of a ring of the group, and the bytes that this one sends there."""
+        position, size = self.ranks.index(rank), len(self.ranks)
+        rounds = 2 if self.kind == "all-reduce" else 1
+        return self.ranks[(position + 1) % size], rounds * (size - 1) * self.num_bytes / size
 
 
 class CollectiveSpy(TorchDispatchMode):
@@ -67,7 +76,8 @@ class CollectiveSpy(TorchDispatchMode):
         sides = [tensors for tensors in (list(_tensors(arg)) for arg in args[:2]) if tensors]
         whole = max(sides, key=lambda tensors: sum(tensor.numel() for tensor in tensors))
         elements, num_bytes = sum(t.numel() for t in whole), sum(t.nbytes for t in whole)
-        self.messages.append(Message(kind, elements, num_bytes, "".join(self._inside[-1:]), self.phase))
+        ranks = next(_group_ranks(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        self.messages.append(Message(kind, elements, num_bytes, "".join(self._inside[-1:]), self.phase, ranks))
 
     @contextmanager
     def watching(self, modules: dict[str, nn.Module]) -> Iterator[None]:
@@ -84,6 +94,11 @@ class CollectiveSpy(TorchDispatchMode):
 
     def _leave(self) -> None:
         self._inside.pop()
+
+
+def _group_ranks(group: torch.ScriptObject) -> tuple[int, ...]:
+    # The first object in each collective's arguments is its group.
+    return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from piip_scale.cli.options import ConfigPath, Overrides, read_size
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
     from piip_scale.engine.planning import Change, MemoryPlan
+    from piip_scale.engine.zero.traffic import Collective
 
 _GIB = 2**30
 _TERA = 1e12
@@ -58,24 +59,26 @@ def plan(
     from piip_scale.config.loading import load_config
     from piip_scale.engine.checkpoint_choice import leaves_open, settled_line
     from piip_scale.engine.planning import Planner, change_lines, host_line, kept_blocks_line, memory_lines
+    from piip_scale.engine.zero.traffic import traffic_lines
     from piip_scale.tasks.counting import likely_classes
     from piip_scale.tasks.outline import outline_run
 
     run = load_config(Path(config), overrides or [])
     size_px = read_size(size) if size else None
     outline_of = partial(outline_run, num_classes=likely_classes(run)[1], size_px=size_px)
-    planner, ranks = Planner(outline_of, gpu_memory_gib * _GIB), nodes * gpus_per_node
+    planner, ranks = Planner(outline_of, gpu_memory_gib * _GIB, gpus_per_node), nodes * gpus_per_node
     settled = [settled_line(planner.settled(run, ranks), int(gpu_memory_gib * _GIB))] if leaves_open(run) else []
     run = planner.settled(run, ranks)
     found, changes = planner.plan(run, ranks), planner.changes(run, ranks)
+    traffic = planner.traffic(run, ranks)
     pace = Pace.of(run, found, size_px, None if mfu is None else mfu * peak_tflops * _TERA)
     if as_json:
-        typer.echo(json.dumps(_as_json(found, changes, pace), indent=1))
+        typer.echo(json.dumps(_as_json(found, changes, pace, _sent(traffic, gpus_per_node)), indent=1))
     else:
         host = host_line(found, gpus_per_node, None if host_memory_gib is None else host_memory_gib * _GIB)
         kept = kept_blocks_line(planner.without_checkpoints(run, ranks), pace.recomputed_share)
         lines = [*settled, *memory_lines(found), *filter(None, [kept, host]), *change_lines(found, changes)]
-        typer.echo("\n".join([*lines, *pace.lines()]))
+        typer.echo("\n".join([*lines, *traffic_lines(traffic, gpus_per_node), *pace.lines()]))
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,21 @@ def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
     return len(shards) // plan.images_per_step
 
 
-def _as_json(plan: MemoryPlan, changes: Sequence[Change], pace: Pace) -> dict[str, Any]:
+def _sent(traffic: Sequence[Collective], ranks_per_node: int) -> list[dict[str, Any]]:
+    return [
+        asdict(each) | {"inside": each.inside(ranks_per_node), "between": each.between(ranks_per_node)}
+        for each in traffic
+    ]
+
+
+def _as_json(
+    plan: MemoryPlan, changes: Sequence[Change], pace: Pace, traffic: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     ways = [{"knob": change.knob, "total": change.plan.total, "fits": change.plan.fits} for change in changes]
-    return asdict(plan) | {"total": plan.total, "fits": plan.fits, "changes": ways, "pace": asdict(pace)}
+    return asdict(plan) | {
+        "total": plan.total,
+        "fits": plan.fits,
+        "changes": ways,
+        "traffic": traffic,
+        "pace": asdict(pace),
+    }

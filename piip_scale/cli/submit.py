@@ -242,7 +242,8 @@ def _memory_line(config: RunConfig, order: Order) -> str:
     from piip_scale.tasks.outline import outline_run
 
     assert order.profile.gpu_memory_gib is not None
-    planner = Planner(partial(outline_run, num_classes=len(config.data.classes)), order.profile.gpu_memory_gib * _GIB)
+    outline_of = partial(outline_run, num_classes=len(config.data.classes))
+    planner = Planner(outline_of, order.profile.gpu_memory_gib * _GIB, order.job.ranks_per_node)
     plan = planner.plan(config, order.job.num_ranks)
     planned = f"planned memory: {plan.total / _GIB:.1f} of {order.profile.gpu_memory_gib:g} GiB a GPU"
     return planned if plan.fits else f"warning: {planned}; piip-scale plan lists what helps"

@@ -155,6 +155,9 @@ class ZeroConfig(Strict):
             over micro-batches are float32 either way. Only with ``train.precision='bf16'``.
         node_partition: Ranks of a node that between them keep a second copy of the sharded parameters, so that
             gathers of the backward pass stay inside the node (hpZ); 1 keeps none. Stage 3 only.
+        shard_over: Ranks that share one copy of parameters, gradients and optimiser state: ``all``, those of each
+            ``node``, or so many that follow each other. Each such group is a replica of the others, and the slices of
+            its gradients are summed with theirs once a step, not once a micro-batch. Stage 3 only, without offloading.
         deepspeed: Raw DeepSpeed keys on top, of those that are known to leave numbers and checkpoints as they are; the
             value ``auto`` leaves a key to us.
     """
@@ -165,6 +168,7 @@ class ZeroConfig(Strict):
     offload_parameters: Offload = "none"
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     node_partition: Positive = 1
+    shard_over: Literal["all", "node"] | Positive = "all"
     deepspeed: dict[str, Any] = {}
 
     @property
@@ -180,9 +184,25 @@ class ZeroConfig(Strict):
             ("offload_optimizer to a disk", self.optimizer_is_on_disk),
             ("offload_parameters", self.offload_parameters != "none"),
             ("node_partition", self.node_partition > 1),
+            (f"shard_over={self.shard_over!r}", self.shard_over != "all"),
         ):
             if used and self.stage != 3:
                 raise ValueError(f"{name} needs stage=3, got stage={self.stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_can(self) -> ZeroConfig:
+        if self.shard_over == "all":
+            return self
+        for name, used, why in (
+            ("offload_optimizer", self.offload_optimizer != "none", "replicas sum their gradients on the device"),
+            ("offload_parameters", self.offload_parameters != "none", "replicas sum their gradients on the device"),
+            ("node_partition", self.node_partition > 1, "gathers stay inside the ranks of shard_over without"),
+        ):
+            if used:
+                raise ValueError(
+                    f"{name} does not go with shard_over={self.shard_over!r}: {why}; leave one of them out"
+                )
         return self
 
 

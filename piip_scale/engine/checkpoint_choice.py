@@ -39,7 +39,9 @@ def settle_checkpointing(
         return _decided_as_before(config, found.state.config)
     capacity = torch.tensor([device_bytes(device, world.ranks_per_node)], dtype=torch.int64, device=device)
     dist.all_reduce(capacity, dist.ReduceOp.MIN)
-    settled = on_main(lambda: Planner(task.outline, int(capacity)).settled(config, world.num_ranks))
+    settled = on_main(
+        lambda: Planner(task.outline, int(capacity), world.ranks_per_node).settled(config, world.num_ranks)
+    )
     get_logger(__name__).info(settled_line(settled, int(capacity)))
     return settled
 

@@ -22,6 +22,7 @@ from piip_scale.engine.save_job import LAST_SECONDS, Progress, SaveFiles, SaveJo
 from piip_scale.engine.versions import STATE_FORMAT, versions
 from piip_scale.engine.zero.deepspeed_api import Engine, real_shape
 from piip_scale.engine.zero.engine_files import engine_files
+from piip_scale.engine.zero.replicas import saves_slices, slices_rank
 from piip_scale.errors import CheckpointError
 from piip_scale.logging import get_logger
 from piip_scale.models.frozen_files import NAMES, describe_left_out
@@ -105,7 +106,7 @@ class Checkpointer:
         self._stall_seconds = 0.0
 
     def add_part(self, name: str, state: Callable[[], object]) -> None:
-        """Has every rank's checkpoints hold something beside the engine, as ``part_path`` finds it.
+        """Has checkpoints hold something of every rank beside the engine, as ``part_path`` finds it; of replicas once.
 
         Args:
             name: A word.
@@ -180,8 +181,8 @@ class Checkpointer:
         tensors = engine_files(
             self._engine, staging, ZERO_FOLDER, {_CLIENT_KEY: state}, frozen, self._left_out.get(NAMES, ())
         )
-        for name, part in self._parts.items():
-            tensors[_part_name(name, self._world.rank)] = frozen(part())
+        for name, part in self._parts.items() if saves_slices(self._engine) else ():
+            tensors[_part_name(name, slices_rank(self._engine))] = frozen(part())
         return SaveFiles(tensors, {STATE_FILE: json.dumps(state, indent=1)} if self._world.is_main else {})
 
     def _agree(self, job: SaveJob) -> Progress:

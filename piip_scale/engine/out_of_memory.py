@@ -34,7 +34,7 @@ def device_memory_error(task: Task, config: RunConfig, world: World, device: tor
         device: The rank's.
     """
     capacity = device_bytes(device)
-    planner = Planner(task.outline, capacity)
+    planner = Planner(task.outline, capacity, world.ranks_per_node)
     # What was left to memory was decided with all of it, and more of it is a change like any other.
     config = planner.settled(config, world.num_ranks)
     plan = planner.plan(config, world.num_ranks)

@@ -13,6 +13,7 @@ from piip_scale.engine.batching import images_per_step, scale_to_ranks
 from piip_scale.engine.rehearsal import Rehearsal, rehearse
 from piip_scale.engine.report import bytes_per_rank
 from piip_scale.engine.zero.plan import Part, Sharding, Sizes, measure, plan_sharding
+from piip_scale.engine.zero.traffic import Collective, step_traffic
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.base import Outline
 
@@ -120,15 +121,16 @@ class Planner:
     Args:
         outline_of: The outline of a run: what planning needs of its task.
         capacity: Bytes of a GPU.
+        ranks_per_node: GPUs of a node; ``None`` has all on one.
     """
 
-    def __init__(self, outline_of: OutlineOf, capacity: float) -> None:
-        self._outline_of, self._capacity = outline_of, capacity
+    def __init__(self, outline_of: OutlineOf, capacity: float, ranks_per_node: int | None = None) -> None:
+        self._outline_of, self._capacity, self._ranks_per_node = outline_of, capacity, ranks_per_node
         self._known: dict[object, _Rehearsed] = {}
 
     def within(self, capacity: float) -> Planner:
         """The same for GPUs of another size; what was rehearsed stays known."""
-        other = Planner(self._outline_of, capacity)
+        other = Planner(self._outline_of, capacity, self._ranks_per_node)
         other._known = self._known
         return other
 
@@ -143,7 +145,7 @@ class Planner:
         config = self.settled(config, num_ranks)
         scaled = scale_to_ranks(config, num_ranks)
         rehearsed = self._rehearsed(config)
-        sharding = plan_sharding(scaled, rehearsed.sizes, num_ranks)
+        sharding = plan_sharding(scaled, rehearsed.sizes, num_ranks, self._ranks_per_node)
         share = config.data.micro_batch_size / rehearsed.micro_batch_size
         kept = {name: share * activations for name, activations in rehearsed.kept.items()}
         parts = tuple(_part_memory(part, sharding, kept.pop(part.name, 0.0)) for part in rehearsed.sizes.parts)
@@ -159,6 +161,16 @@ class Planner:
             images_per_step=images_per_step(config, num_ranks),
             host_memory=sum(_host_memory(part, config) for part in parts),
         )
+
+    def traffic(self, config: RunConfig, num_ranks: int) -> tuple[Collective, ...]:
+        """What a step of a run sends.
+
+        Raises:
+            ConfigError: As ``plan``.
+        """
+        scaled = scale_to_ranks(config, num_ranks)
+        sizes = self._rehearsed(config).sizes
+        return step_traffic(sizes, plan_sharding(scaled, sizes, num_ranks, self._ranks_per_node))
 
     def settled(self, config: RunConfig, num_ranks: int) -> RunConfig:
         """The run with ``checkpoint_blocks="auto"`` decided: as few branches compute blocks again as memory allows.

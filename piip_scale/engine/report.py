@@ -90,6 +90,8 @@ def start_report(sizes: Sizes, plan: Sharding) -> list[str]:
 
 def _title(plan: Sharding) -> str:
     terms = [f"ZeRO stage {plan.stage} on {plan.num_ranks} rank{'s' if plan.num_ranks > 1 else ''}", plan.precision]
+    if plan.num_replicas > 1:
+        terms.append(f"{plan.num_replicas} replicas of so many")
     for name, place in (("optimiser", plan.zero.offload_optimizer), ("parameters", plan.zero.offload_parameters)):
         if place != "none":
             terms.append(f"{name} offloaded to {'host memory' if place == 'cpu' else place}")

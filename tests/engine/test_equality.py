@@ -31,10 +31,10 @@ def weights_of(engine) -> dict[str, np.ndarray]:
     return found
 
 
-def global_batches(step: int, accumulation: int, world, boxless) -> list:
+def global_batches(step: int, accumulation: int, world, boxless, images: int = GLOBAL_BATCH) -> list:
     """The same images in a step for every number of ranks and of micro-batches."""
-    size = GLOBAL_BATCH // (accumulation * world.num_ranks)
-    whole = [make_batch(step * GLOBAL_BATCH + i, 1, boxes=(step, i) not in boxless) for i in range(GLOBAL_BATCH)]
+    size = images // (accumulation * world.num_ranks)
+    whole = [make_batch(step * images + i, 1, boxes=(step, i) not in boxless) for i in range(images)]
     first = [(micro * world.num_ranks + world.rank) * size for micro in range(accumulation)]
     return [functools.reduce(joined, whole[start : start + size]) for start in first]
 
@@ -83,7 +83,7 @@ def plan_sizes(engine):
     return measure(engine.module, engine.module.parts()).parameters
 
 
-def plain(accumulation: int = 1, boxless=frozenset()) -> dict:
+def plain(accumulation: int = 1, boxless=frozenset(), images: int = GLOBAL_BATCH) -> dict:
     """The reference: torch alone, nothing of the engine but the schedule."""
     torch.manual_seed(0)
     config = tiny_config()
@@ -100,7 +100,7 @@ def plain(accumulation: int = 1, boxless=frozenset()) -> dict:
             group["lr"] = 1e-2 * group["scale"] * lr_factor(config.schedule, step, STEPS)
         optimizer.zero_grad()
         total = 0.0
-        for batch in global_batches(step, accumulation, world, boxless):
+        for batch in global_batches(step, accumulation, world, boxless, images):
             losses = model(batch)
             loss = (losses["loss_score"] + losses["loss_box"]) / accumulation
             loss.backward()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from piip_scale.checkpoint.slices import Slice, rank_slice
@@ -28,10 +29,11 @@ class Cutter:
 
     Args:
         config: DeepSpeed's config dict.
+        group: Process group of the ranks that share the parameters; ``None`` for all.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._init = zero_init(config)
+    def __init__(self, config: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+        self._init = zero_init(config, group)
 
     def cut(self, value: Tensor, like: nn.Parameter) -> nn.Parameter:
         """This rank's part of a value as a parameter with the shape and dtype of another, in ZeRO-3's form."""

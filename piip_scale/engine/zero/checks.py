@@ -38,7 +38,7 @@ def checked_plan(model: nn.Module, config: RunConfig, world: World) -> tuple[Siz
         ModelError: The model names no parts.
     """
     sizes = measure(model, cast(TrainableModel, model).parts())
-    plan = plan_sharding(config, sizes, world.num_ranks)
+    plan = plan_sharding(config, sizes, world.num_ranks, world.ranks_per_node)
     _check_node_partition(config.zero.node_partition, world)
     for name in ("offload_optimizer", "offload_parameters"):
         place = getattr(config.zero, name)

@@ -75,6 +75,7 @@ PRIVATE_NAMES = (
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.invalidate_secondary_tensor",
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.update_lp_params",
     "deepspeed.utils.nvtx:enable_nvtx",
+    "deepspeed.utils:groups",
     "deepspeed.utils:set_z3_leaf_module",
     "torch.distributed.distributed_c10d:_world",
     "torch.utils.cpp_extension:_get_build_directory",
@@ -180,9 +181,14 @@ def real_shape(parameter: torch.Tensor) -> torch.Size:
     return shape
 
 
-def zero_init(config: dict[str, Any]) -> Any:
-    """ZeRO-3's converter of parameters, of an empty module: has read the config, and has nothing to convert."""
-    return load().zero.Init(module=nn.Module(), config_dict_or_path=config)
+def zero_init(config: dict[str, Any], group: dist.ProcessGroup | None = None) -> Any:
+    """ZeRO-3's converter of parameters, of an empty module: has read the config, and has nothing to convert.
+
+    Args:
+        config: DeepSpeed's config dict.
+        group: Process group of the ranks among which it cuts; ``None`` for all.
+    """
+    return load().zero.Init(module=nn.Module(), config_dict_or_path=config, data_parallel_group=group)
 
 
 def _exists(name: str) -> bool:

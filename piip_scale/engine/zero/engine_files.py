@@ -14,6 +14,7 @@ from piip_scale.checkpoint.swapped import SWAPPED
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.disk_offload import swapped_files
 from piip_scale.engine.zero.partitions import frozen_parts
+from piip_scale.engine.zero.replicas import saves_slices
 from piip_scale.errors import CheckpointError
 from piip_scale.files import disk_errors
 
@@ -39,7 +40,7 @@ def engine_files(
         left_out: Names of frozen parameters whose values are not written.
 
     Returns:
-        Contents for ``torch.save`` by path inside ``folder``.
+        Contents for ``torch.save`` by path inside ``folder``; none on ranks whose slices a replica's saves.
 
     Raises:
         CheckpointError: The disk refuses what DeepSpeed copies from another: optimiser state that lives on a disk.
@@ -58,6 +59,8 @@ class _Catch:
         self._engine, self._copy, self._left_out = engine, copy, set(left_out)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if not saves_slices(self._engine):
+            return
         state = state_dict | self._off_disk(state_dict)
         # By name, so that the model's order stays.
         for key in ("module", "frozen_param_fragments") if self._left_out else ():

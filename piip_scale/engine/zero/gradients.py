@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from piip_scale.engine.zero.deepspeed_api import load
+from piip_scale.engine.zero.replicas import Replicas, SumsAcross
 
 # Messages under way whose gradients are still held: what is computed meanwhile hides one, not more.
 _IN_FLIGHT = 2
@@ -29,13 +30,15 @@ class GradientSums:
 
     Args:
         optimizer: DeepSpeed's of stage 3, its state in the device's memory.
+        replicas: Where its ranks hold one of several copies; these sum theirs as the step's last micro-batch goes on.
 
     Attributes:
         total: This rank's slices of all trained parameters' sums end to end, in the order of the sub-groups, float32.
-        num_ranks: What they are to be divided by.
+        num_ranks: Among which each parameter is cut.
+        num_summed: Ranks whose gradients they hold, to be divided by.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, replicas: Replicas | None = None) -> None:
         comm = load().comm
         self._optimizer, self._reduce_scatter = optimizer, comm.reduce_scatter_fn
         self._group = optimizer.dp_process_group
@@ -45,6 +48,8 @@ class GradientSums:
         self._ready: list[Any] = []
         self._numel = 0
         self._lane = Lane(optimizer.reduce_and_partition_stream)
+        self.num_summed: int = self.num_ranks * (replicas.num_replicas if replicas else 1)
+        self._across = SumsAcross(replicas, optimizer.communication_data_type) if replicas else None
 
     def attach(self) -> None:
         """Hooks the parameters in the optimiser's place. Its bucket, which nobody fills any more, is freed.
@@ -83,6 +88,9 @@ class GradientSums:
     def finish(self) -> None:
         """Ends a micro-batch: all sums are whole to whatever the device runs next. The host does not wait."""
         self._send()
+        if self._across:
+            with self._lane.carry(()):
+                self._across.finish()
         self._lane.join()
         self._optimizer._epilogue_ran_this_backward = True
 
@@ -118,6 +126,8 @@ class GradientSums:
             # The first micro-batch of a step begins its sums: nothing has to be zeroed.
             is_first = self._optimizer.micro_step_id == 0
             (torch._foreach_copy_ if is_first else torch._foreach_add_)(sums, parts)
+            if self._across and self._optimizer.is_gradient_accumulation_boundary():
+                self._across.begin(sums)
 
     def _own_sums(self, rank: int) -> dict[int, Tensor]:
         """Of each parameter the part of the total that this rank holds, without padding, by DeepSpeed's number.

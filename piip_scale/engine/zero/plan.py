@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from piip_scale.config.run import RunConfig, ZeroConfig
-from piip_scale.engine.zero.raw_keys import checked_keys
+from piip_scale.engine.zero.raw_keys import checked_keys, leaves
 from piip_scale.errors import ConfigError, ModelError
 
 _REST = "rest"
@@ -22,6 +22,12 @@ _REST = "rest"
 BUCKET_ELEMENTS = 50_000_000
 # One optimiser step works on so many elements at a time, and needs 4 bytes of gradient for each beside its own state.
 _SUB_GROUP_ELEMENTS = 200_000_000
+_PLAIN = {
+    "data_types.grad_accum_dtype": "fp32",
+    "prescale_gradients": False,
+    "zero_optimization.reduce_scatter": True,
+    "zero_optimization.enable_sanity_checks": False,
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Sharding:
         num_ranks: Ranks that share the sharded state.
         zero: What the config says of it.
         averaged: Whether each rank keeps a running average of its trained weights.
+        num_replicas: Groups of so many ranks, each of which holds the whole state.
     """
 
     deepspeed: dict[str, Any]
@@ -97,6 +104,7 @@ class Sharding:
     num_ranks: int
     zero: ZeroConfig
     averaged: bool = False
+    num_replicas: int = 1
 
     @property
     def stage(self) -> int:
@@ -137,16 +145,18 @@ def _parameters(module: nn.Module, names: Mapping[int, str], seen: set[int]) -> 
             yield Parameter(names[id(parameter)], shape.numel(), len(shape) > 1, parameter.requires_grad)
 
 
-def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int) -> Sharding:
+def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int, ranks_per_node: int | None = None) -> Sharding:
     """Decides DeepSpeed's config from ours.
 
     Args:
         config: The run.
         sizes: The model's, from ``measure``.
         num_ranks: Data-parallel ranks.
+        ranks_per_node: So many of them are on each node; ``None`` has all on one.
 
     Raises:
-        ConfigError: A raw key in ``zero.deepspeed`` is not allowed, or stage and precision do not go together.
+        ConfigError: A raw key in ``zero.deepspeed`` is not allowed, or stage and precision, or ranks and
+            ``zero.shard_over``, do not go together.
     """
     if config.zero.stage == 0 and config.train.precision == "bf16":
         raise ConfigError(
@@ -155,10 +165,49 @@ def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int) -> Sharding:
             fix="set zero.stage=1, or train.precision='fp32'",
         )
     threshold, reason = _threshold(config, sizes)
-    decided = _decided(config, sizes, threshold, num_ranks)
+    sharing = shard_ranks(config.zero, num_ranks, ranks_per_node or num_ranks)
+    decided = _decided(config, sizes, threshold, sharing)
     merged = _merged(decided, checked_keys(config.zero.deepspeed, decided, config.zero))
-    averaged = config.train.ema_decay is not None
-    return Sharding(merged, threshold, reason, config.train.precision, num_ranks, config.zero, averaged)
+    if sharing < num_ranks:
+        _check_replicas_sum(config.zero)
+    averaged, replicas = config.train.ema_decay is not None, num_ranks // sharing
+    return Sharding(merged, threshold, reason, config.train.precision, sharing, config.zero, averaged, replicas)
+
+
+def shard_ranks(zero: ZeroConfig, num_ranks: int, ranks_per_node: int) -> int:
+    """Ranks that share one copy of the sharded state, by ``zero.shard_over``.
+
+    Args:
+        zero: The config's section.
+        num_ranks: Data-parallel ranks.
+        ranks_per_node: Of each node.
+
+    Raises:
+        ConfigError: They cannot be grouped so.
+    """
+    if zero.shard_over == "all":
+        return num_ranks
+    size = ranks_per_node if zero.shard_over == "node" else zero.shard_over
+    if num_ranks % size or (ranks_per_node % size and size % ranks_per_node):
+        raise ConfigError(
+            "zero.shard_over",
+            value=zero.shard_over,
+            rule=f"it divides the {num_ranks} ranks, into parts of their nodes of {ranks_per_node} or whole ones",
+            fix="set it to node or all" if zero.shard_over != "node" else "set it to all",
+        )
+    return size
+
+
+def _check_replicas_sum(zero: ZeroConfig) -> None:
+    """Refuses raw keys with which DeepSpeed's own gradients and update stay, which know nothing of replicas."""
+    for path, value in leaves(zero.deepspeed):
+        if path in _PLAIN and value not in ("auto", _PLAIN[path]):
+            raise ConfigError(
+                f"zero.deepspeed.{path}",
+                value=value,
+                rule=f"replicas of zero.shard_over={zero.shard_over!r} sum plain gradients",
+                fix="leave the key out, or set zero.shard_over to all",
+            )
 
 
 def _threshold(config: RunConfig, sizes: Sizes) -> tuple[int, str]:

@@ -34,6 +34,7 @@ from piip_scale.engine.zero.checks import checked_plan
 from piip_scale.engine.zero.deepspeed_api import Engine, load, private
 from piip_scale.engine.zero.disk_offload import prepare_disks, read_once
 from piip_scale.engine.zero.plan import BUCKET_ELEMENTS, Sharding, Sizes
+from piip_scale.engine.zero.replicas import Replicas
 from piip_scale.engine.zero.unit_hooks import hook_units
 from piip_scale.engine.zero.update import shorten_update
 from piip_scale.errors import ModelError, WorldError
@@ -43,7 +44,7 @@ from piip_scale.tasks.base import Task, TrainableModel
 from piip_scale.world import World
 
 # Gives a model of the plan's sizes its first values.
-Give = Callable[[nn.Module, RunConfig, Sizes, Sharding, torch.device], None]
+Give = Callable[[nn.Module, RunConfig, Sizes, Sharding, torch.device, dist.ProcessGroup | None], None]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -149,13 +150,14 @@ def build_engine(
     for line in [*start_report(sizes, plan), compile_line(config.train, device), *modes]:
         get_logger(__name__).info(line)
     trainable.set_precision(_DTYPES[config.train.precision])
-    (give or give_weights)(model, config, sizes, plan, device)
+    replicas = Replicas(device, plan.num_ranks) if plan.num_replicas > 1 else None
+    (give or give_weights)(model, config, sizes, plan, device, replicas.shard if replicas else None)
     clock.end_phase("weights")
     groups = build_param_groups(model, trainable.parameter_rules(), trainable.num_layers, config.optimizer)
     for line in ["optimiser groups", *group_lines(groups)]:
         get_logger(__name__).info(line)
     _mark_leaf(model, trainable.heads_module())
-    engine = _initialize(model, build_optimizer(groups, config.optimizer), plan.deepspeed)
+    engine = _initialize(model, build_optimizer(groups, config.optimizer), plan.deepspeed, replicas)
     if plan.stage == 3:
         _gather_residents_together(engine)
         hook_units(engine, trainable.heads_module())
@@ -168,7 +170,14 @@ def build_engine(
     return engine, plan
 
 
-def give_weights(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Sharding, device: torch.device) -> None:
+def give_weights(
+    model: nn.Module,
+    config: RunConfig,
+    sizes: Sizes,
+    plan: Sharding,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Reads the weights that the config names files for and draws the others; cuts what ZeRO-3 shards. Collective.
 
     Args:
@@ -177,18 +186,26 @@ def give_weights(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Shardi
         sizes: The model's.
         plan: Which parameters are cut.
         device: This rank's; parameters that have values stay where they are unless some are cut.
+        group: Process group of the ranks among which they are cut; ``None`` for all.
 
     Raises:
         ModelError: Pretrained weights are absent or do not fit the model, or it cannot draw its own.
     """
     start = start_weights(model, config)
     log_notes(start)
-    _give(model, config, sizes, plan, device, lambda place: fill(model, start.tensors, config.train.seed, place))
+    _give(model, config, sizes, plan, device, group, lambda place: fill(model, start.tensors, config.train.seed, place))
 
 
-def give_blanks(model: nn.Module, config: RunConfig, sizes: Sizes, plan: Sharding, device: torch.device) -> None:
+def give_blanks(
+    model: nn.Module,
+    config: RunConfig,
+    sizes: Sizes,
+    plan: Sharding,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """As ``give_weights``, with zeros for what a checkpoint will replace: neither draws nor reads."""
-    _give(model, config, sizes, plan, device, lambda place: fill_blank(model, place))
+    _give(model, config, sizes, plan, device, group, lambda place: fill_blank(model, place))
 
 
 def _give(
@@ -197,13 +214,14 @@ def _give(
     sizes: Sizes,
     plan: Sharding,
     device: torch.device,
+    group: dist.ProcessGroup | None,
     fill_with: Callable[[Place], None],
 ) -> None:
     absent = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     sharded = absent & {parameter.name for parameter in sizes.parameters if plan.shards(parameter)}
     place = load_whole(device)
     if sharded:
-        place = load_slices(device, sharded, Cutter(plan.deepspeed))
+        place = load_slices(device, sharded, Cutter(plan.deepspeed, group))
     fill_with(place)
     if sharded:
         settle(model, device, _DTYPES[config.train.precision])
@@ -264,9 +282,15 @@ def _check_leaf_output(leaf: nn.Module, _inputs: object, output: object) -> None
         )
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Engine:
+def _initialize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], replicas: Replicas | None
+) -> Engine:
     # Ranks read their weights for as long as they need. They wait here, in the group with the run's limit, not in
     # those that DeepSpeed makes now, which have torch's 10 minutes until set_group_timeouts.
     dist.barrier()
-    engine, *_ = load().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    # deepspeed 0.19.8 keeps that of an engine for those that are built without one later.
+    private("deepspeed.utils:groups").mpu = None
+    engine, *_ = load().initialize(
+        model=model, optimizer=optimizer, config=config, mpu=replicas, dist_init_required=False
+    )
     return cast("Engine", engine)

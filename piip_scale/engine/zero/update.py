@@ -16,6 +16,7 @@ from torch import Tensor
 
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.gradients import GradientSums
+from piip_scale.engine.zero.replicas import Replicas, replicas_of
 from piip_scale.engine.zero.residents import Residents
 
 
@@ -27,10 +28,11 @@ def shorten_update(engine: Engine) -> None:
     """
     optimizer = engine.optimizer
     if _is_plain(optimizer):
-        sums, residents = GradientSums(optimizer), Residents(engine)
+        replicas = replicas_of(engine)
+        sums, residents = GradientSums(optimizer, replicas), Residents(engine)
         sums.attach()
         residents.attach(optimizer)
-        optimizer.step = Update(optimizer, sums, residents).step
+        optimizer.step = Update(optimizer, sums, residents, replicas).step
     else:
         _step_groups_with_parameters(optimizer.optimizer)
 
@@ -51,10 +53,13 @@ class Update:
         optimizer: DeepSpeed's of stage 3.
         sums: Its gradients.
         residents: Its parameters that are whole on every rank.
+        replicas: Where its ranks hold one of several copies.
     """
 
-    def __init__(self, optimizer: Any, sums: GradientSums, residents: Residents) -> None:
-        self._optimizer, self._sums, self._residents = optimizer, sums, residents
+    def __init__(
+        self, optimizer: Any, sums: GradientSums, residents: Residents, replicas: Replicas | None = None
+    ) -> None:
+        self._optimizer, self._sums, self._residents, self._replicas = optimizer, sums, residents, replicas
         self._masters: list[Tensor] = optimizer.fp32_partitioned_groups_flat
         self._members: dict[int, list[Tensor]] = defaultdict(list)
         for sub_group, master in enumerate(self._masters):
@@ -83,16 +88,20 @@ class Update:
     def _norm(self) -> float:
         """Of the mean of all ranks' gradients; in float64 like DeepSpeed's."""
         square = torch.linalg.vector_norm(self._sums.total, dtype=torch.float64).square()
-        dist.all_reduce(square, group=self._optimizer.dp_process_group)
-        return math.sqrt(square.item()) / self._sums.num_ranks
+        if self._replicas is None:
+            dist.all_reduce(square, group=self._optimizer.dp_process_group)
+        else:
+            # One message for all, or replicas that add in another order would clip by other last digits and part.
+            dist.all_reduce(square if self._replicas.replica == 0 else square.zero_())
+        return math.sqrt(square.item()) / self._sums.num_summed
 
     def _scale_gradients(self, norm: float) -> None:
         """From sums to means, clipped."""
         limit = self._optimizer.clip_grad
         # DeepSpeed's own formula, the same in every stage.
         too_large = max((norm + 1e-6) / limit, 1.0) if limit > 0.0 else 1.0
-        if too_large * self._sums.num_ranks != 1.0:
-            self._sums.total.mul_(1.0 / (too_large * self._sums.num_ranks))
+        if too_large * self._sums.num_summed != 1.0:
+            self._sums.total.mul_(1.0 / (too_large * self._sums.num_summed))
 
     def _step_every_group(self) -> None:
         inner = self._optimizer.optimizer
