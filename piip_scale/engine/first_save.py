@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from piip_scale.engine.zero.deepspeed_api import Engine, real_shape
+from piip_scale.engine.zero.replicas import num_savers
 from piip_scale.logging import get_logger
-from piip_scale.world import World
 
 # A trained weight and its two moments, in float32, beside the weight that is computed with; that alone where frozen.
 _TRAINED_BYTES, _AVERAGE_BYTES = 12, 4
@@ -34,18 +34,17 @@ class FirstSave:
     seconds: float
 
 
-def foresee_first_save(engine: Engine, folder: Path, world: World, stage: int, *, averaged: bool) -> FirstSave:
+def foresee_first_save(engine: Engine, folder: Path, stage: int, *, averaged: bool) -> FirstSave:
     """Has every rank write a part of its share at the same time, as a save does. Collective.
 
     Args:
         engine: The engine, whole.
         folder: Of the checkpoints.
-        world: The ranks.
         stage: Of ZeRO; in stage 0 one rank writes all.
         averaged: Averages of the weights are saved too.
     """
     num_bytes = _checkpoint_bytes(engine.module, stage, averaged=averaged)
-    share = num_bytes / (world.num_ranks if stage else 1)
+    share = num_bytes / (num_savers(engine) if stage else 1)
     probe = int(min(share, _PROBE_BYTES))
     try:
         seconds = _write_seconds(folder, probe)

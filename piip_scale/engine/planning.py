@@ -13,6 +13,7 @@ from piip_scale.engine.batching import images_per_step, scale_to_ranks
 from piip_scale.engine.rehearsal import Rehearsal, rehearse
 from piip_scale.engine.report import bytes_per_rank
 from piip_scale.engine.zero.plan import Part, Sharding, Sizes, measure, plan_sharding
+from piip_scale.engine.zero.replicas import IN_FLIGHT
 from piip_scale.engine.zero.traffic import Collective, step_traffic
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.base import Outline
@@ -159,7 +160,7 @@ class Planner:
             num_ranks=num_ranks,
             micro_batch_size=config.data.micro_batch_size,
             images_per_step=images_per_step(config, num_ranks),
-            host_memory=sum(_host_memory(part, config) for part in parts),
+            host_memory=sum(_host_memory(part, config, sharding) for part in parts),
         )
 
     def traffic(self, config: RunConfig, num_ranks: int) -> tuple[Collective, ...]:
@@ -275,11 +276,12 @@ def _part_memory(part: Part, sharding: Sharding, activations: float) -> PartMemo
     return PartMemory(part.name, kept.weights, kept.gradients, masters, moments, kept.host, activations)
 
 
-def _host_memory(part: PartMemory, config: RunConfig) -> float:
+def _host_memory(part: PartMemory, config: RunConfig, sharding: Sharding) -> float:
     places = (config.zero.offload_optimizer, config.zero.offload_parameters)
     # One place serves both where both are offloaded: a disk takes none of it.
     offloaded = part.host if "cpu" in places else 0.0
-    return offloaded + (part.masters + part.moments if config.train.background_saves else 0.0)
+    # Of replicas one saves each slice: this is the mean of a node's ranks.
+    return offloaded + (part.masters + part.moments) / sharding.num_replicas * config.train.background_saves
 
 
 def _gathered(sizes: Sizes, sharding: Sharding) -> float:
@@ -292,11 +294,13 @@ def _gathered(sizes: Sizes, sharding: Sharding) -> float:
 
 
 def _buckets(sharding: Sharding) -> float:
-    """Bytes of the buffer in which gradients are sent."""
+    """Bytes of the buffers in which gradients are sent, over ranks and, slice by slice, over replicas."""
     # One rank sends nothing, but its gradients wait for each other in as many bytes.
     if not sharding.stage:
         return 0.0
-    return float(sharding.deepspeed["zero_optimization"]["reduce_bucket_size"] * _BYTES[sharding.zero.reduce_dtype])
+    under_way = 1 + IN_FLIGHT / sharding.num_ranks if sharding.num_replicas > 1 else 1
+    bucket: int = sharding.deepspeed["zero_optimization"]["reduce_bucket_size"]
+    return float(under_way * bucket * _BYTES[sharding.zero.reduce_dtype])
 
 
 def _turned(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

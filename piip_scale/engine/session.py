@@ -27,6 +27,7 @@ from piip_scale.engine.stop import StopFlag
 from piip_scale.engine.trainer import Hook, Trainer
 from piip_scale.engine.utilisation import Utilisation, peak_tflops
 from piip_scale.engine.zero.deepspeed_api import Engine, set_group_timeouts
+from piip_scale.engine.zero.replicas import check_replicas
 from piip_scale.engine.zero.setup import (
     Give,
     build_engine,
@@ -140,6 +141,7 @@ class _Training:
             self._engine, session.run.checkpoints, config, session.world, stream.steps_per_epoch, task.data_id()
         )
         first_step = found.resume(self._engine, self._checkpointer.describe(0)) if found else 0
+        check_replicas(self._engine)
         self._average = build_average(self._engine, config.train, self._checkpointer, found)
         clock.end_phase("resume")
         # Later saves have been measured, and those are what a job goes by.
@@ -161,7 +163,7 @@ class _Training:
     def _foresee_save(self) -> FirstSave:
         session, averaged = self._session, self._average is not None
         folder, stage = session.run.checkpoints, self._config.zero.stage
-        return foresee_first_save(self._engine, folder, session.world, stage, averaged=averaged)
+        return foresee_first_save(self._engine, folder, stage, averaged=averaged)
 
     def run(self) -> None:
         try:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from ranks import tiny_config
+from ranks import run_ranks, tiny_config
 from sections.spy import CollectiveSpy
-from test_equality import STEPS, global_batches, spoiled, weights_of
+from test_equality import STEPS, global_batches, plain, spoiled, weights_of
 from tiny_task import TinyTask, make_batch
 
 from piip_scale.checkpoint.averages import AVERAGE
@@ -90,6 +92,13 @@ class Cell:
                 "ema_decay": 0.5,
             },
         )
+
+
+EVERY = tuple(
+    Cell(layout, precision, reduced)
+    for layout in LAYOUTS
+    for precision, reduced in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
+)
 
 
 @dataclass
@@ -199,7 +208,47 @@ def assert_replicas_are_equal(runs: Sequence[Run], cell: Cell) -> None:
             np.testing.assert_array_equal(runs[rank].weights[name], weight)
 
 
-def assert_sent_as_by_the_formula(runs: Sequence[Run], rel: float = 1e-9) -> None:
-    """All ranks' bytes, inside nodes and between them."""
-    counted = [sum(column) for column in zip(*(run.bytes_sent for run in runs), strict=True)]
-    assert counted == pytest.approx(runs[0].by_formula, rel=rel)
+def counted(runs: Sequence[Run]) -> list[float]:
+    """All ranks' bytes of a step, inside nodes and between them."""
+    return [sum(column) for column in zip(*(run.bytes_sent for run in runs), strict=True)]
+
+
+def assert_sent_as_by_the_formula(runs: Sequence[Run], cell: Cell) -> None:
+    # Stages 1 and 2 pad their flat groups, of which so small a model has several, for DeepSpeed's own reasons.
+    rel = 1e-9 if LAYOUTS[cell.layout][1]["stage"] == 3 else 2e-3
+    assert counted(runs) == pytest.approx(runs[0].by_formula, rel=rel)
+
+
+def trained(world: World, _device, cells: Iterable[Cell], folder: Path, *, onward: bool = True):
+    """Every cell with a step that is skipped; and those in fp32 that go on where the first was saved."""
+    # DeepSpeed collects garbage 20 times an engine, before reports of memory.
+    with mock.patch("gc.collect"):
+        found = {cell: train(world, cell, nan_at=2, save=folder / str(i)) for i, cell in enumerate(cells)}
+        exact = [cell for cell in cells if cell.precision == "fp32" and onward]
+        return found, {cell: train(world, cell, go_on=folder / "0") for cell in exact}
+
+
+def row(runs: Sequence[Run], cell: Cell, expected: dict) -> str:
+    """Of the table: differences from torch alone, and bytes as counted and by the formula."""
+    assert_replicas_are_equal(runs, cell)
+    trace = [call for call in runs[0].trace if call[2]]
+    figures = [abs(trace[0][i] / expected["trace"][0][i] - 1) for i in (0, 1)]
+    apart = max(float(np.abs(runs[0].weights[name] - weight).max()) for name, weight in expected["weights"].items())
+    sent = [f"{x:,.0f} / {y:,.0f}" for x, y in zip(counted(runs), runs[0].by_formula, strict=True)]
+    reduced = "" if cell.precision == "fp32" else f", sums in {cell.reduce_dtype}"
+    cells = [f"{cell.layout}", f"{cell.precision}{reduced}", *(f"{x:.1e}" for x in (*figures, apart)), *sent]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Prints the table of every layout in every precision."""
+    head = ["layout", "precision", "first loss", "first norm", "weights", "bytes inside", "bytes between"]
+    print(f"| {' | '.join(head)} |\n| --- | --- |{' ---: |' * 5}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run_ranks(RANKS, trained, EVERY, Path(folder), timeout_s=1500)
+    for cell in EVERY:
+        print(row([found[cell] for found, _ in ranks], cell, plain(2, images=IMAGES)))
+
+
+if __name__ == "__main__":
+    main()

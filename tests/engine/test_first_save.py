@@ -33,9 +33,9 @@ def foreseen_and_saved(world, device, root: Path):
         engine, _ = build_engine(build_model(PyramidTask(config, world), 0), config, world)
         saver = Checkpointer(engine, folder, config, world, 6)
         build_average(engine, config.train, saver, None)
-        expected = foresee_first_save(engine, folder, world, stage, averaged=True)
+        expected = foresee_first_save(engine, folder, stage, averaged=True)
         with mock.patch.object(first_save, "_write_seconds", side_effect=OSError("read-only file system")):
-            refused = foresee_first_save(engine, folder, world, stage, averaged=True)
+            refused = foresee_first_save(engine, folder, stage, averaged=True)
         train_step(engine, [make_batch(world.rank, 1)], 0, 0, world)
         saver.save(1)
         saver.finish()
@@ -64,6 +64,6 @@ def test_the_time_of_a_part_counts_for_the_whole_share(tmp_path, monkeypatch, nu
     monkeypatch.setattr(first_save, "_write_seconds", lambda _, size: written.append(size) or 2.0)
     monkeypatch.setattr(first_save.dist, "all_reduce", lambda *_: None)
     engine = type("Engine", (), {"module": None, "device": "cpu"})()
-    found = foresee_first_save(engine, tmp_path, first_save.World(), 0, averaged=False)
+    found = foresee_first_save(engine, tmp_path, 0, averaged=False)
     assert found == FirstSave(num_bytes, 2.0 * share)
     assert written == [num_bytes / share]

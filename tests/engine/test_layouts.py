@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import numpy as np
 import pytest
 from layout_cells import (
+    EVERY,
     IMAGES,
-    LAYOUTS,
     RANKS,
     SAVED_AT,
     Cell,
     assert_replicas_are_equal,
     assert_sent_as_by_the_formula,
-    train,
+    trained,
 )
 from preloaded import run_ranks
 from test_equality import STEPS, assert_same, plain
@@ -24,21 +22,6 @@ from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 NODE = Cell("node, 2 x 2")
 IN_BF16 = Cell("node, 2 x 2", precision="bf16", reduce_dtype="bf16")
 QUICK = (NODE, IN_BF16, Cell("2 ranks, 4 x 1", accumulation=1), Cell("node, 4 x 1", accumulation=1))
-EVERY = tuple(
-    Cell(layout, precision, reduced, accumulation)
-    for layout in LAYOUTS
-    for precision, reduced in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
-    for accumulation in (1, 2)
-)
-
-
-def trained(world, _device, cells, folder):
-    """Every cell with a step that is skipped; and those that go on where the first was saved."""
-    # DeepSpeed collects garbage 20 times an engine, before reports of memory.
-    with mock.patch("gc.collect"):
-        found = {cell: train(world, cell, nan_at=2, save=folder / str(i)) for i, cell in enumerate(cells)}
-        onward = {cell: train(world, cell, go_on=folder / "0") for cell in cells if cell.precision == "fp32"}
-    return found, onward
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +34,31 @@ def of_cell(ranks, cell, index=0):
     return [rank[index][cell] for rank in ranks]
 
 
+def assert_trained_as_alone(found, cell):
+    expected, trace = plain(2, images=IMAGES), [call for call in found.trace if call[2]]
+    if cell.precision == "fp32":
+        assert_same({"trace": trace, "weights": found.weights}, expected)
+    else:
+        np.testing.assert_allclose(trace, expected["trace"], rtol=0.05)
+
+
+def assert_gone_on(onward, whole):
+    assert len(onward.trace) == STEPS - SAVED_AT
+    np.testing.assert_allclose(onward.trace, whole.trace[-len(onward.trace) :], rtol=1e-5)
+    assert onward.averaged == pytest.approx(whole.averaged, rel=1e-6)
+
+
 @pytest.mark.parametrize("cell", QUICK, ids=str)
 def test_a_layout_trains_as_torch_alone_and_its_replicas_are_equal(runs, cell):
     found = of_cell(runs[0], cell)
     assert_replicas_are_equal(found, cell)
     assert [applied for *_, applied in found[0].trace] == [True, True, False, True, True, True]
-    expected, trace = plain(2, images=IMAGES), [call for call in found[0].trace if call[2]]
-    if cell.precision == "fp32":
-        assert_same({"trace": trace, "weights": found[0].weights}, expected)
-    else:
-        np.testing.assert_allclose(trace, expected["trace"], rtol=0.05)
+    assert_trained_as_alone(found[0], cell)
 
 
 @pytest.mark.parametrize("cell", QUICK, ids=str)
 def test_a_step_sends_the_bytes_of_the_formula(runs, cell):
-    assert_sent_as_by_the_formula(of_cell(runs[0], cell))
+    assert_sent_as_by_the_formula(of_cell(runs[0], cell), cell)
 
 
 def test_between_nodes_nothing_travels_but_sums_of_gradients_once_a_step(runs):
@@ -82,9 +75,7 @@ def test_a_run_goes_on_in_any_layout(runs, cell):
     assert_replicas_are_equal(onward, cell)
     if cell == NODE:
         assert [run.slices for run in onward] == [run.slices for run in whole]
-    np.testing.assert_allclose(onward[0].trace, whole[0].trace[-len(onward[0].trace) :], rtol=1e-5)
-    assert onward[0].averaged == pytest.approx(whole[0].averaged, rel=1e-6)
-    assert len(onward[0].trace) == STEPS - SAVED_AT
+    assert_gone_on(onward[0], whole[0])
 
 
 def test_a_checkpoint_holds_each_slice_once_written_in_turns_by_the_replicas(runs):
@@ -99,8 +90,12 @@ def test_a_checkpoint_holds_each_slice_once_written_in_turns_by_the_replicas(run
 
 
 @pytest.mark.slow
-def test_every_layout_in_every_precision_trains_alike_and_sends_as_by_the_formula(tmp_path):
-    found = [rank[0] for rank in run_ranks(RANKS, trained, EVERY, tmp_path, timeout_s=1500)]
+def test_every_layout_in_every_precision_trains_alike_sends_as_by_the_formula_and_goes_on(tmp_path):
+    ranks = run_ranks(RANKS, trained, EVERY, tmp_path, timeout_s=1500)
     for cell in EVERY:
-        assert_replicas_are_equal([rank[cell] for rank in found], cell)
-        assert_sent_as_by_the_formula([rank[cell] for rank in found])
+        found = of_cell(ranks, cell)
+        assert_replicas_are_equal(found, cell)
+        assert_sent_as_by_the_formula(found, cell)
+        assert_trained_as_alone(found[0], cell)
+        if cell.precision == "fp32":
+            assert_gone_on(of_cell(ranks, cell, 1)[0], of_cell(ranks, EVERY[0])[0])

@@ -109,7 +109,7 @@ class Job:
         self.run_dir = folder / "a run's directory"
         self.hold = folder / "hold"
         self.hold.touch()
-        self.job_id = 0
+        self.job_id, self.ranks_per_node = 0, 1
         self._witness: Witness | None = None
         self._harmed_unix_s, self._released_unix_s = 0.0, 0.0
 
@@ -157,9 +157,10 @@ class Job:
         (self.run_dir / "job").mkdir(parents=True)
         script = self.folder / "by_hand.sbatch"
         script.write_text(f'#!/bin/bash\ntrap "" USR2\nexec {shlex.join(command("supervise"))} "$@"\n')
-        words = [self.config, "--run-dir", self.run_dir, "--ranks-per-node", 1, "--spares", spares]
+        words = [self.config, "--run-dir", self.run_dir, "--ranks-per-node", self.ranks_per_node, "--spares", spares]
         words += [] if look else ["--no-preflight"]
-        asked = ["--requeue", f"-N{2 + spares}", "--ntasks-per-node=1", "--open-mode=append", "--signal=B:USR2@30"]
+        asked = ["--requeue", f"-N{2 + spares}", f"--ntasks-per-node={self.ranks_per_node}"]
+        asked += ["--open-mode=append", "--signal=B:USR2@30"]
         asked += ["--no-kill"] * bool(spares) + ["-o", self.run_dir / "job" / "log-%j.txt", *options]
         cluster = Cluster(self.cluster.folder, self.environment())
         told = cluster.run("sbatch", "--parsable", *asked, script, *words, *(settings or self.settings()))
@@ -202,9 +203,10 @@ class Job:
         self._released_unix_s = time.time()
 
     def until_held(self) -> None:
-        """Both ranks wait after the sixth step, and the checkpoint of the fourth is there."""
-        # A rank's own mark, since what the file of metrics says comes from the other.
-        wait_for(self.log, lambda: all(beat["step"] == HELD_AT for beat in self.beats()) and len(self.beats()) == 2)
+        """All ranks wait after the sixth step, and the checkpoint of the fourth is there."""
+        # A rank's own mark, since what the file of metrics says comes from another.
+        held = [HELD_AT] * (2 * self.ranks_per_node)
+        wait_for(self.log, lambda: [beat["step"] for beat in self.beats()] == held)
         wait_for(self.log, lambda: CheckpointStore(self.run_dir / "checkpoints", keep=9).steps() == [SAVED_AT])
 
     def beats(self) -> list[dict]:

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from piip_scale.engine.zero.deepspeed_api import Engine
+from piip_scale.engine.zero.partitions import frozen_parts, partitions
+from piip_scale.errors import RunError
 
-# Messages under way between replicas: enough to keep a network busy, and a bucket's slices of memory each.
-_IN_FLIGHT = 8
+IN_FLIGHT = 8
+"""Messages under way between replicas: enough to keep a network busy, and each a bucket's slices of memory."""
 
 
 class Replicas:
@@ -86,10 +88,41 @@ def saves_slices(engine: Engine) -> bool:
     return replicas is None or replicas.saves
 
 
+def num_savers(engine: Engine) -> int:
+    """Ranks that do."""
+    replicas = replicas_of(engine)
+    return dist.get_world_size() if replicas is None else replicas.num_ranks
+
+
 def slices_rank(engine: Engine) -> int:
     """Whose slices this rank holds, as files of a checkpoint are numbered."""
     replicas = replicas_of(engine)
     return dist.get_rank() if replicas is None else replicas.shard_rank
+
+
+def check_replicas(engine: Engine) -> None:
+    """Holds replicas to begin with the same weights: nothing would make them equal again. Collective.
+
+    Each rank reads what it holds, from files that may differ from node to node.
+
+    Raises:
+        RunError: They have not, on every rank of a group that differs.
+    """
+    replicas = replicas_of(engine)
+    if replicas is None:
+        return
+    held = [part.of(each.master.detach().view(-1)) for each in partitions(engine) for part in each.slices]
+    held += [part.of(data) for part, data in frozen_parts(engine)]
+    total = torch.stack([each.view(torch.uint8).sum(dtype=torch.int64) for each in held]).sum()
+    own = torch.stack([total, -total])
+    least = own.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=replicas.across)
+    if not torch.equal(least, own):
+        raise RunError(
+            f"replica {replicas.replica} of the model does not begin with the weights of the others",
+            rule="every node reads the same files of weights",
+            fix="give every node the same files, then start again",
+        )
 
 
 class SumsAcross:
@@ -108,7 +141,7 @@ class SumsAcross:
 
     def begin(self, sums: Sequence[Tensor]) -> None:
         """Sends slices, float32, whose sums over this rank's group are whole; they change when they land."""
-        while len(self._flying) >= _IN_FLIGHT:
+        while len(self._flying) >= IN_FLIGHT:
             self._land()
         message = torch.empty(sum(each.numel() for each in sums), dtype=self._dtype, device=sums[0].device)
         torch._foreach_copy_(_parts(message, sums), list(sums))
