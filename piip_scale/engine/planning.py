@@ -294,13 +294,12 @@ def _gathered(sizes: Sizes, sharding: Sharding) -> float:
 
 
 def _buckets(sharding: Sharding) -> float:
-    """Bytes of the buffers in which gradients are sent, over ranks and, slice by slice, over replicas."""
-    # One rank sends nothing, but its gradients wait for each other in as many bytes.
+    """Bytes in which gradients are sent; a single rank's wait for each other in as many."""
     if not sharding.stage:
         return 0.0
-    under_way = 1 + IN_FLIGHT / sharding.num_ranks if sharding.num_replicas > 1 else 1
-    bucket: int = sharding.deepspeed["zero_optimization"]["reduce_bucket_size"]
-    return float(under_way * bucket * _BYTES[sharding.zero.reduce_dtype])
+    buckets = 1 + IN_FLIGHT / sharding.num_ranks * (sharding.num_replicas > 1)
+    numel = buckets * sharding.deepspeed["zero_optimization"]["reduce_bucket_size"]
+    return float(numel * _BYTES[sharding.zero.reduce_dtype])
 
 
 def _turned(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
