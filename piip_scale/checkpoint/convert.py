@@ -15,6 +15,7 @@ from piip_scale.checkpoint.copying import Copied, Job, check_reads, copy
 from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
 from piip_scale.checkpoint.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from piip_scale.checkpoint.hub_layout import file_names, split_into_files, write_index
+from piip_scale.checkpoint.journal import Journal, identity_of
 from piip_scale.checkpoint.left_out import Given, given_weights, left_out_of
 from piip_scale.checkpoint.lora import merged
 from piip_scale.checkpoint.origin import own_config
@@ -178,14 +179,19 @@ class _Run:
     def __init__(self, source: _Source, options: ConvertOptions, progress: _Progress) -> None:
         self._source, self._options = source, options
         self._config = own_config(source.path, with_lora=not options.merge_lora)
-        self._unknown = 0
+        self._unknown, self._taken = 0, 0
+        self._journal: Journal | None = None
         self.progress = progress
         self.disk_seconds = 0.0
 
     def write(self, out: Path, shards: Sequence[Sequence[Job]], files: Sequence[Path]) -> None:
         """All files and the manifest; whole under their names when it returns."""
         in_folder = self._options.max_shard_gb is not None
-        with Replacing(out, is_folder=in_folder) as replacing:
+        identity = identity_of(
+            (job for shard in shards for job in shard), *files, self._options, sorted(self._metadata().items())
+        )
+        with Replacing(out, is_folder=in_folder, identity=identity) as replacing:
+            self._journal = replacing.journal
             if in_folder:
                 named = zip(files, shards, strict=True)
                 write_index(replacing.path, {file.name: [job.entry for job in shard] for file, shard in named})
@@ -197,10 +203,18 @@ class _Run:
             replacing.write_manifest(self._manifest(done))
 
     def _write_shard(self, path: Path, shard: Sequence[Job]) -> list[Copied]:
-        done = []
-        with SafetensorsWriter(path, [job.entry for job in shard], self._metadata()) as writer:
-            for copied in copy(shard, lambda entry, first, data: writer.write(entry.name, first, data)):
+        entries, journal = [job.entry for job in shard], self._journal
+        goes_on = journal is not None and journal.goes_on
+        with SafetensorsWriter(path, entries, self._metadata(), keep=goes_on) as writer:
+            done = journal.taken(path, shard, writer.starts) if journal is not None else []
+            self._taken += len(done)
+            self.progress.add(sum(copied.entry.num_bytes for copied in done))
+            there = {copied.entry.name for copied in done}
+            jobs = {job.entry.name: job for job in shard if job.entry.name not in there}
+            for copied in copy(list(jobs.values()), lambda entry, first, data: writer.write(entry.name, first, data)):
                 done.append(copied)
+                if journal is not None:
+                    journal.add(jobs[copied.entry.name], copied)
                 self.progress.add(copied.entry.num_bytes)
             begun = time.monotonic()
         self.disk_seconds += time.monotonic() - begun
@@ -244,6 +258,9 @@ class _Run:
             "" if self._source.committed else f"{_NO_MANIFEST} {checksums}",
             _NO_FROZEN if files.leaves_out_frozen else "",
             _NO_MASTERS if files.lacks_masters else "",
+            f"{self._taken} tensors were there of a conversion that was killed, and are as they were noted"
+            if self._taken
+            else "",
             shared_prefix_note(list(self._source.weights)),
             self._config.note,
         ]

@@ -109,7 +109,7 @@ class _Worker:
                 done += len(out)
                 read_crc = zlib.crc32(raw, read_crc)
                 crc = crc if is_as_read else zlib.crc32(out, crc)
-            reads.append(_read(tensor, part.slice.start, part.slice.length, read_crc))
+            reads.append(read_of(tensor, part.slice.start, part.slice.length, read_crc))
             if is_as_read:
                 crc = combined(crc, read_crc, reads[-1].num_bytes)
         return Copied(entry, crc, (*reads, *(job.weight.addition.reads if job.weight.addition else ())))
@@ -147,7 +147,8 @@ def _conversion(job: Job, dtype: DType, first: int) -> Callable[[memoryview], me
     return None if dtype == job.entry.dtype else cast(dtype, job.entry.dtype)
 
 
-def _read(tensor: StoredTensor, first: int, length: int, crc: int) -> Read:
+def read_of(tensor: StoredTensor, first: int, length: int, crc: int) -> Read:
+    """The bytes that are read for elements of a tensor, with their checksum."""
     if not tensor.is_contiguous:
         first, length = 0, tensor.span
     size = tensor.dtype.itemsize

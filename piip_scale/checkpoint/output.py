@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from piip_scale.checkpoint.journal import Journal
 from piip_scale.errors import CheckpointError
 from piip_scale.files import sync_file
 
@@ -37,30 +38,40 @@ def is_manifest(path: Path) -> bool:
 class Replacing:
     """A hidden path beside ``out`` that takes its place when all went well, and vanishes when not.
 
-    What a killed process left there is begun again. Its manifest, where ``write_manifest`` wrote one, comes after it:
-    an output is never beside the manifest of another.
+    What a killed process left there is begun again, or stays where its journal is of the same conversion. Its manifest,
+    where ``write_manifest`` wrote one, comes after it: an output is never beside the manifest of another.
 
     Args:
         out: The path to come.
         is_folder: A folder, not a file.
+        identity: Of what is written, by ``identity_of``; empty where nothing is to go on after a kill.
+
+    Attributes:
+        journal: Notes what is done; ``None`` without an identity.
 
     Raises:
         CheckpointError: Another process is writing it.
         OSError: The disk refuses; so do all methods, and ``out`` is as it was then.
     """
 
-    def __init__(self, out: Path, *, is_folder: bool) -> None:
+    def __init__(self, out: Path, *, is_folder: bool, identity: str = "") -> None:
+        self._identity = identity
+        self.journal: Journal | None = None
         self._out, self._is_folder = out, is_folder
         self._old = out.with_name(f".{out.name}.replaced")
         self._manifest = None if is_folder else manifest_path(out)
         self._locked = -1
+        self._noted = out.with_name(f".{out.name}.journal")
         self.path = out.with_name(f".{out.name}.partial")
 
     def __enter__(self) -> Replacing:
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._locked = _lock(self.path, self._is_folder)
-        for left in self.path.iterdir() if self._is_folder else ():
-            _remove(left)
+        if self._identity:
+            self.journal = Journal(self._noted, self._identity)
+        if self._is_folder and not (self.journal and self.journal.goes_on):
+            for left in self.path.iterdir():
+                _remove(left)
         return self
 
     def write_manifest(self, content: str) -> None:
@@ -80,6 +91,9 @@ class Replacing:
             _remove(self.path)
             if self._manifest is not None:
                 _remove(_hidden(self._manifest))
+            if self.journal is not None:
+                self.journal.close()
+            _remove(self._noted)
             os.close(self._locked)
 
     def _swap(self) -> None:

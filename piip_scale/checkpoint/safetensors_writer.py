@@ -48,6 +48,7 @@ class SafetensorsWriter:
         path: The file to write, replaced where present.
         entries: All tensors to come, in the order of ``in_file_order``.
         metadata: Texts for the header.
+        keep: What the file holds already stays, of a writer that was killed with the same entries and metadata.
 
     Attributes:
         path: The file.
@@ -57,7 +58,9 @@ class SafetensorsWriter:
         OSError: The disk refuses; so do all methods.
     """
 
-    def __init__(self, path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, entries: Iterable[Entry], metadata: Mapping[str, str], *, keep: bool = False
+    ) -> None:
         entries = list(entries)
         header = _header(entries, metadata)
         self.path = path
@@ -65,7 +68,7 @@ class SafetensorsWriter:
         end = len(header)
         for entry in entries:
             self.starts[entry.name], end = end, end + entry.num_bytes
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
         try:
             os.posix_fallocate(self._file, 0, end)
             self.write_at(0, memoryview(header))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from piip_scale.cli.options import Averages, Overrides, Step, TrainedPath
+from piip_scale.cli.options import Averages, Overrides, Step, TrainedPath, read_size
 from piip_scale.errors import DataError
 from piip_scale.text import printable
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from piip_scale.serving.onnx_export import OnnxReport
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +36,10 @@ def export(
         Path | None, typer.Option(help="What `evaluate --out` wrote, for the card; default: what the run measured.")
     ] = None,
     max_file_gb: Annotated[float, typer.Option(min=0.001, help="Split weights into files of at most this size.")] = 5.0,
+    onnx: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="Write model.onnx too, for one RGB image of this size; it is compared."),
+    ] = None,
     step: Step = None,
     ema: Averages = False,
     overrides: Overrides = None,
@@ -54,10 +64,23 @@ def export(
     else:
         keeps = found.config.train.ema_decay is not None
         measured = measured_metrics(config, found.step, averaged=ema, keeps_averages=keeps)
-    report = export_model(found, paths[-1], metrics=measured, max_file_gb=max_file_gb)
+    size_px = None if onnx is None else read_size(onnx, option="--onnx")
+    report = export_model(found, paths[-1], metrics=measured, max_file_gb=max_file_gb, onnx_size_px=size_px)
     with_metrics = f"{report.num_metrics} metrics" if report.num_metrics else "no metrics, since the run has none of it"
     typer.echo(
         printable(f"{paths[-1]}: {report.num_parameters:,} parameters, {with_metrics}; {', '.join(report.files)}")
+    )
+    if report.onnx is not None:
+        typer.echo(_onnx_line(report.onnx))
+
+
+def _onnx_line(onnx: OnnxReport) -> str:
+    outputs = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in onnx.outputs.items())
+    left_out = f"; {onnx.left_out}" if onnx.left_out else ""
+    return (
+        f"model.onnx: images to {outputs}{left_out}. Largest difference from torch {onnx.difference:.1e} of the "
+        f"largest value; {1000 * onnx.seconds:.1f} ms an image, torch {1000 * onnx.eager_seconds:.1f} ms, "
+        f"on {onnx.threads} thread(s)"
     )
 
 

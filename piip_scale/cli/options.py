@@ -29,7 +29,7 @@ Overrides = Annotated[
 ]
 
 
-def read_size(text: str) -> tuple[int, int]:
+def read_size(text: str, option: str = "--size") -> tuple[int, int]:
     """Height and width in px from a text such as ``800x1216``.
 
     Raises:
@@ -37,5 +37,5 @@ def read_size(text: str) -> tuple[int, int]:
     """
     sides = text.lower().split("x")
     if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ConfigError("--size", value=text, rule="height and width in px, as in 800x1216")
+        raise ConfigError(option, value=text, rule="height and width in px, as in 800x1216")
     return int(sides[0]), int(sides[1])

@@ -18,6 +18,8 @@ from piip_scale.errors import ModelError
 from piip_scale.files import disk_errors
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.serving.model_card import Card, card_text
+from piip_scale.serving.onnx_export import FILE as ONNX_FILE
+from piip_scale.serving.onnx_export import OnnxReport, check_onnx, write_onnx
 from piip_scale.tasks.classes import class_names
 from piip_scale.tasks.exported import CONFIG, config_json
 from piip_scale.tasks.kinds import build_model
@@ -36,15 +38,22 @@ class ExportReport:
         files: In the folder.
         num_parameters: Elements of all parameters.
         num_metrics: Measured numbers in the card.
+        onnx: Of the graph, where one was asked for.
     """
 
     files: tuple[str, ...]
     num_parameters: int
     num_metrics: int
+    onnx: OnnxReport | None = None
 
 
 def export_model(
-    found: Trained, out: Path, *, metrics: Mapping[str, float], max_file_gb: float = _MAX_FILE_GB
+    found: Trained,
+    out: Path,
+    *,
+    metrics: Mapping[str, float],
+    max_file_gb: float = _MAX_FILE_GB,
+    onnx_size_px: tuple[int, int] | None = None,
 ) -> ExportReport:
     """Writes a folder as the Hugging Face hub lays out models. Not collective.
 
@@ -56,9 +65,12 @@ def export_model(
         out: The folder; absent, or empty.
         metrics: Measured by ``evaluate`` or in training, for the card.
         max_file_gb: Largest size of a file in GB (10^9 bytes); a larger tensor has a file of its own.
+        onnx_size_px: Height and width of the images of an ONNX graph, see ``write_onnx``; ``None`` writes none. It
+            takes the memory of the model.
 
     Raises:
         ModelError: ``out`` holds something, the weights are not the config's, or the disk refuses; no part is left.
+            Likewise where the graph cannot be written.
         CheckpointError: Another process is writing it.
         ConfigError: The config names no classes, or a place of this machine in what must be kept.
         PiipError: Weights cannot be read.
@@ -71,6 +83,8 @@ def export_model(
     state = model.state_dict()
     entries = [Entry(name, tuple(shape), of_torch(state[name].dtype)) for name, shape in found.weights.shapes.items()]
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if onnx_size_px is not None:
+        check_onnx(found.config, num_parameters, onnx_size_px)
     card = Card(out.resolve().name, found.config, classes, num_parameters, metrics, found.step)
     texts = {
         CONFIG: _json(config_json(found.config, classes, __version__)),
@@ -81,7 +95,8 @@ def export_model(
         for name, text in texts.items():
             (replacing.path / name).write_text(text, encoding="utf-8")
         _write_weights(replacing.path, split_into_files(entries, max_file_gb), found.weights)
-    return ExportReport(tuple(sorted(path.name for path in out.iterdir())), num_parameters, len(metrics))
+        onnx = onnx_size_px and write_onnx(found.load(), found.config, onnx_size_px, replacing.path / ONNX_FILE)
+    return ExportReport(tuple(sorted(path.name for path in out.iterdir())), num_parameters, len(metrics), onnx or None)
 
 
 def measured_metrics(source: Path, step: int | None, *, averaged: bool, keeps_averages: bool) -> dict[str, float]:

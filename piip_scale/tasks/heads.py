@@ -110,6 +110,20 @@ class NetworkWithHeads(nn.Module):
         super().__init__()
         self.backbone, self.heads = backbone, heads
 
+    not_static = "neck and heads are left out: what they compute follows what they find in an image"
+
+    def static_outputs(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """What of the model is the same computation for every image of a size; ``not_static`` says what is left out.
+
+        Args:
+            images_BCHW: Normalised images, float32 (B, 3, H, W).
+
+        Returns:
+            The network's maps, float32 (B, C, H / stride, W / stride), by ``features_STRIDE``.
+        """
+        strides = [f"features_{spec.stride_px:g}" for spec in self.backbone.feature_specs]
+        return dict(zip(strides, self.backbone(images_BCHW), strict=True))
+
     def heads_module(self) -> nn.Module:
         """The heads, and what lies between them and the network."""
         return self.heads

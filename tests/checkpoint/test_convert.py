@@ -2,6 +2,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -261,17 +262,58 @@ def test_stopping_half_way_leaves_nothing(tmp_path, sharded):
 def test_killed_half_way_no_output_is_visible_and_the_next_try_succeeds(tmp_path, sharded):
     make_run(tmp_path)
     out, size = tmp_path / ("model" if sharded else "model.safetensors"), 600e-9 if sharded else None
+    kill_conversion(tmp_path, out, 0.5, size)
+    assert not out.exists()
+    report = convert(tmp_path, out, ConvertOptions(max_shard_gb=size))
+    assert any("tensors were there of a conversion that was killed" in note for note in report.notes)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", *beside(out)]
+    undisturbed = tmp_path / "other" / out.name
+    convert(tmp_path, undisturbed, ConvertOptions(max_shard_gb=size))
+    assert contents(undisturbed) == contents(out)
+
+
+def kill_conversion(checkpoint, out, share, size=None):
+    """A conversion that is killed when more than a share of its bytes are written."""
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from piip_scale.checkpoint.convert import ConvertOptions, convert\n"
-        "kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total / 2 else None\n"
+        f"kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total * {share} else None\n"
         f"convert(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(max_shard_gb={size}), kill)"
     )
-    done = preloaded.run(["-c", code, tmp_path, out])
-    assert done.returncode == -signal.SIGKILL
-    assert not out.exists()
-    convert(tmp_path, out, ConvertOptions(max_shard_gb=size))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.py", *beside(out)]
+    assert preloaded.run(["-c", code, checkpoint, out]).returncode == -signal.SIGKILL
+
+
+def contents(out):
+    paths = sorted(out.iterdir()) if out.is_dir() else [out, out.with_suffix(".manifest.json")]
+    return [(path.name, path.read_bytes()) for path in paths]
+
+
+def test_killed_at_random_points_it_goes_on_and_believes_nothing(tmp_path):
+    """Between the kills a byte of what is there is changed, now among the tensors that are done and now elsewhere."""
+    make_run(tmp_path, num_weights=12)
+    out, whole, draw = tmp_path / "model.safetensors", tmp_path / "whole" / "model.safetensors", random.Random(0)
+    convert(tmp_path, whole)
+    size = whole.stat().st_size
+    for share in sorted(draw.uniform(0.1, 0.9) for _ in range(4)):
+        kill_conversion(tmp_path, out, share)
+        with (tmp_path / ".model.safetensors.partial").open("r+b") as partial:
+            partial.seek(draw.randrange(size // 2, size))
+            byte = partial.read(1)
+            partial.seek(-1, os.SEEK_CUR)
+            partial.write(bytes([byte[0] ^ 1]))
+    report = convert(tmp_path, out)
+    assert any("tensors were there" in note for note in report.notes)
+    assert contents(out) == contents(whole)
+
+
+def test_what_was_left_of_another_conversion_is_not_taken(tmp_path):
+    make_run(tmp_path)
+    out = tmp_path / "model.safetensors"
+    kill_conversion(tmp_path, out, 0.5)
+    file = next((tmp_path / "checkpoints").rglob("*optim_states.pt"))
+    os.utime(file, ns=(0, 0))
+    report = convert(tmp_path, out)
+    assert not any("tensors were there" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -20,6 +20,7 @@ from piip_scale.cli.main import app
 from piip_scale.config.loading import config_text, load_config
 from piip_scale.data.images import ImageError
 from piip_scale.errors import ConfigError, DataError, ModelError
+from piip_scale.serving import onnx_export
 from piip_scale.serving.exporting import export_model, measured_metrics
 from piip_scale.tasks.exported import exported_values
 from piip_scale.tasks.kinds import build_model
@@ -189,3 +190,82 @@ def test_importing_the_package_is_cheap():
     code = "import sys, piip_scale; print(piip_scale.load.__name__, 'torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["load", "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("size", "parts"),
+    [
+        ("64", ["--onnx: got '64'", "height and width"]),
+        ("64x40", ["--onnx: got '64x40'", "multiples of 32 px"]),
+    ],
+)
+def test_a_graph_of_another_size_is_refused_in_one_line(files, tmp_path, size, parts):
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    done = CliRunner().invoke(app, ["export", *map(str, files), str(tmp_path / "out"), "--onnx", size])
+    assert isinstance(done.exception, ConfigError)
+    for part in parts:
+        assert part in done.exception.line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_graph_can_be_written_of_says_why(monkeypatch, files):
+    config = find_trained(*files).config
+    monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"ONNX needs onnx, onnxruntime.*piip-scale\[onnx\]"):
+        onnx_export.check_onnx(config, 10, (64, 64))
+    monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ModelError, match="7,291,000,000 parameters cannot be written as ONNX"):
+        onnx_export.check_onnx(config, 7_291_000_000, (64, 64))
+
+
+class Growing(torch.nn.Module):
+    """What it computes follows the image."""
+
+    not_static = ""
+
+    def static_outputs(self, images_BCHW):
+        return {"much": images_BCHW * 2 if images_BCHW.sum() > 0 else images_BCHW.sum(0)}
+
+
+class Drawn(torch.nn.Module):
+    """Drawn anew at each call."""
+
+    not_static = ""
+
+    def static_outputs(self, images_BCHW):
+        return {"drawn": torch.rand_like(images_BCHW)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "part"), [(Growing(), "cannot write this model"), (Drawn(), "something else")])
+def test_a_graph_that_would_be_wrong_is_none(files, tmp_path, model, part):
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    with pytest.raises(ModelError, match=part) as caught:
+        onnx_export.write_onnx(model, find_trained(*files).config, (32, 32), tmp_path / "model.onnx")
+    assert "\n" not in caught.value.line
+
+
+@pytest.mark.slow
+def test_the_graph_computes_what_torch_does(files, tmp_path):
+    """By onnxruntime, of an image that neither has seen."""
+    runtime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    words = ["export", *map(str, files), str(tmp_path / "out"), "--onnx", "64x96"]
+    told = CliRunner().invoke(app, words, catch_exceptions=False).output
+    assert "neck and heads are left out" in told
+    assert re.search(
+        r"images to features_\d+ 1x\d+.* Largest difference from torch \S+e-0\d .* ms, on \d+ thread", told
+    )
+    graph = (tmp_path / "out" / "model.onnx").read_bytes()
+    assert not any(private in graph for private in (b"piip_scale", b"/tmp/", b"site-packages", b".py"))
+    found = find_trained(tmp_path / "out")
+    image = np.random.default_rng(1).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    augment = found.config.data.augment
+    pixels = (torch.from_numpy(image).permute(0, 3, 1, 2).float() - torch.tensor(augment.mean).view(3, 1, 1)) / (
+        torch.tensor(augment.std).view(3, 1, 1)
+    )
+    with torch.no_grad():
+        expected = found.load().backbone(pixels)
+    outputs = runtime.InferenceSession(tmp_path / "out" / "model.onnx").run(None, {"images": image})
+    for one, other in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), atol=1e-4 * float(other.abs().max()))

@@ -107,6 +107,12 @@ class ClassificationModel(PiipClassifier):
         """The classes' logits of each image, float32 (B, K)."""
         return self.logits(network_input(batch, self._mean, self._std))
 
+    not_static = ""
+
+    def static_outputs(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """See ``NetworkWithHeads.static_outputs``: the logits, float32 (B, K)."""
+        return {"logits": self.logits(images_BCHW)}
+
     def heads_module(self) -> nn.Module:
         """The head."""
         return self.head

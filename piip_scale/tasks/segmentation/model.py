@@ -152,8 +152,18 @@ class SegmentationModel(NetworkWithHeads):
         sizes_px = [info.size_px for info in batch.infos]
         return class_scores(self._scores, pixels, sizes_px, self._inference, self._pad_multiple_px)
 
+    not_static = ""
+
+    def static_outputs(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """See ``NetworkWithHeads.static_outputs``: the classes' scores, float32 (B, num_classes, H, W)."""
+        # Not by the leaf's own call, whose casts of weights no exporter follows.
+        return {"scores": self._as_large(self.heads.heads(self.backbone(images_BCHW), None), images_BCHW)}
+
     def _scores(self, pixels: Tensor) -> Tensor:
-        scores: Tensor = self.heads(*self.backbone(pixels))
+        return self._as_large(self.heads(*self.backbone(pixels)), pixels)
+
+    @staticmethod
+    def _as_large(scores: Tensor, pixels: Tensor) -> Tensor:
         return nn.functional.interpolate(scores, pixels.shape[2:], mode="bilinear", align_corners=False)
 
 
