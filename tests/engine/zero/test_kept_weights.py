@@ -1,10 +1,15 @@
 """The memory of gathered weights goes between the passes, and the gradients are what they were."""
 
 import torch
+from pyramid_task import PyramidTask, network, pyramid_config
+from ranks import FORCED_RELEASE, run_ranks
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piip_scale.engine.zero.kept_weights import keeping_parameters
+from piip_scale.engine.zero.setup import build_engine, build_model
+
+NUM_MATRICES = 4
 
 
 def built() -> nn.Sequential:
@@ -64,3 +69,24 @@ def test_a_program_keeps_parameters_as_such():
     kept = [(tensor, addresses[tensor.data_ptr()]) for tensor in saved if tensor.data_ptr() in addresses]
     assert {id(parameter) for _, parameter in kept} >= {id(model[0].weight), id(model[3].weight)}
     assert all(tensor is parameter for tensor, parameter in kept)
+
+
+def gone_between_the_passes(world, _device) -> list[bool]:
+    """Whether the memory of each matrix of the first block is, when the forward pass is through."""
+    config = pyramid_config(network(), zero={"deepspeed": FORCED_RELEASE, "persistence_threshold": 64 * 64})
+    task = PyramidTask(config, world)
+    engine, _ = build_engine(build_model(task, 0), config, world)
+    memory = []
+
+    def look(block, _arguments):
+        memory.extend(StorageWeakRef(each.untyped_storage()) for each in block.parameters() if not each.ds_persist)
+
+    engine.module.backbone.branches[0].blocks[0].register_forward_pre_hook(look)
+    losses = engine(next(iter(task.train_batches(0, 0))))
+    gone = [storage.expired() for storage in memory]
+    engine.backward(losses["loss"])
+    return gone
+
+
+def test_blocks_that_keep_what_they_computed_do_not_keep_what_was_gathered():
+    assert run_ranks(2, gone_between_the_passes)[0] == [True] * NUM_MATRICES
