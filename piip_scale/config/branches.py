@@ -73,6 +73,8 @@ class VitBranchConfig(_BranchConfig):
         relative_position_bias: Learn a bias on the scores for every distance inside a window (BEiT).
         class_token: Carry a class token through the blocks; interactions leave it out.
         embedding_norm: Normalise the tokens before the first block (Uni-Perceiver).
+        frozen_dtype: Of the weights of linear layers in frozen blocks: ``run`` as in all others, or in 8 bits with a
+            scale for each output channel, ``int8`` or ``fp8`` (e4m3), which halves their memory and rounds them.
         lora: Freezes the branch and trains low-rank additions to its blocks above ``frozen_blocks`` in its place.
     """
 
@@ -97,6 +99,7 @@ class VitBranchConfig(_BranchConfig):
     relative_position_bias: bool = False
     class_token: bool = False
     embedding_norm: bool = False
+    frozen_dtype: Literal["run", "int8", "fp8"] = "run"
     lora: LoraConfig | None = None
 
     @model_validator(mode="after")
@@ -113,6 +116,15 @@ class VitBranchConfig(_BranchConfig):
         if self.window_size_tokens and len(self.window_size_tokens) != self.depth:
             raise ValueError(
                 f"window_size_tokens names {len(self.window_size_tokens)} blocks and must name depth={self.depth}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stored_is_frozen(self) -> VitBranchConfig:
+        if self.frozen_dtype != "run" and not self.frozen_blocks and self.lora is None:
+            raise ValueError(
+                f"frozen_dtype={self.frozen_dtype!r} is of frozen blocks, and there are none: set frozen_blocks or "
+                "lora, or leave frozen_dtype out"
             )
         return self
 

@@ -14,6 +14,7 @@ from piip_scale.ops.attention import prefer_attention_kernel, resolve_attention
 from piip_scale.ops.attention_order import AttentionShape, measure_attention
 from piip_scale.ops.deform_attention import resolve_deform_kernel
 from piip_scale.ops.fused import resolve_fused_kernel
+from piip_scale.ops.stored_linear import require_stored
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,11 +28,17 @@ def choose_kernels(config: RunConfig, device: torch.device) -> list[str]:
     Args:
         config: The run.
         device: This rank's.
+
+    Raises:
+        KernelError: The device cannot compute with weights stored as a branch's ``frozen_dtype`` says.
     """
     lines = []
     for index, branch in enumerate(config.model.branches):
         for shape in attention_shapes(branch, config):
             lines.append(f"branch {index}: {_attention_line(config, shape, device)}")
+        if isinstance(branch, VitBranchConfig) and branch.frozen_dtype != "run":
+            require_stored(branch.frozen_dtype, device)
+            lines.append(f"branch {index}: frozen weights in {branch.frozen_dtype}")
     dtype, model = _DTYPES[config.train.precision], config.model
     fused = f"between products: {resolve_fused_kernel(model.fused_kernel, device, dtype)}"
     if len(model.branches) > 1 and model.interaction.attention == "deform":

@@ -288,9 +288,10 @@ def _gathered(sizes: Sizes, sharding: Sharding) -> float:
     """Bytes of sharded parameters that are whole at once: as many as DeepSpeed lets be, if there are so many."""
     if sharding.stage < 3 or sharding.num_ranks == 1:
         return 0.0
-    sharded = sum(p.numel for p in sizes.parameters if sharding.shards(p))
+    sharded = [p for p in sizes.parameters if sharding.shards(p)]
     most = sharding.deepspeed["zero_optimization"].get("stage3_max_live_parameters", _MAX_LIVE_PARAMETERS)
-    return float(min(sharded, most) * _BYTES[sharding.precision])
+    share = min(1.0, most / max(1, sum(p.numel for p in sharded)))
+    return float(share * sum(p.num_bytes(sharding.precision) for p in sharded))
 
 
 def _buckets(sharding: Sharding) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from piip_scale.engine.zero.plan import Part, Sharding, Sizes
 
 _MIB = 2**20
-_BYTES = {"fp32": 4, "bf16": 2}
 _GRADIENT_BYTES = {(1, "bf16"): 6}
 
 
@@ -63,13 +62,13 @@ def bytes_per_rank(part: Part, plan: Sharding) -> Bytes:
 
 def _resident_weights(part: Part, plan: Sharding) -> tuple[float, float]:
     """Bytes of the slices and of what stays whole."""
-    unit = _BYTES[plan.precision]
+    total = sum(p.num_bytes(plan.precision) for p in part.parameters)
     if plan.stage < 3:
-        return 0.0, float(unit * part.numel)
-    sharded = sum(p.numel for p in part.parameters if plan.shards(p))
+        return 0.0, float(total)
+    sharded = sum(p.num_bytes(plan.precision) for p in part.parameters if plan.shards(p))
     second = sharded / plan.zero.node_partition if plan.zero.node_partition > 1 else 0.0
-    whole = part.numel - sharded if plan.num_ranks > 1 else 0
-    return unit * (part.numel / plan.num_ranks + second), float(unit * whole)
+    whole = total - sharded if plan.num_ranks > 1 else 0
+    return total / plan.num_ranks + second, float(whole)
 
 
 def start_report(sizes: Sizes, plan: Sharding) -> list[str]:

@@ -16,6 +16,7 @@ from piip_scale.models.class_layers import num_classes_of
 from piip_scale.models.lora import LORA
 from piip_scale.models.pretrained import pretrained_weights
 from piip_scale.models.released import from_released, is_released
+from piip_scale.models.stored import SCALE, StoredWeights
 from piip_scale.models.trunk import Trunk
 from piip_scale.models.whole_file import WholeFile, describe_misfits, list_misfits, read_whole_file, require_classes
 from piip_scale.tasks.base import TrainableModel
@@ -32,11 +33,12 @@ class StartWeights:
     """Values for a model.
 
     Attributes:
-        tensors: By the model's own names and in its shapes, mapped where possible; what has none starts afresh.
+        tensors: By the model's own names and in its shapes, mapped where possible; what has none starts afresh. What
+            the model stores in 8 bits is made so when it is asked for.
         notes: What the user should know of them, a line each.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
 
 
@@ -56,14 +58,13 @@ def start_weights(model: nn.Module, config: RunConfig) -> StartWeights:
     """
     if config.model.pretrained is not None:
         return _Start(model, config, Path(config.model.pretrained)).weights()
-    return StartWeights(
-        {
-            f"{prefix}.{name}" if prefix else name: tensor
-            for prefix, module in model.named_modules()
-            if isinstance(module, Trunk)
-            for name, tensor in pretrained_weights(module).items()
-        }
-    )
+    found = {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules()
+        if isinstance(module, Trunk)
+        for name, tensor in pretrained_weights(module).items()
+    }
+    return StartWeights(StoredWeights(model, found))
 
 
 def check_start_weights(model: nn.Module, config: RunConfig) -> None:
@@ -95,12 +96,12 @@ class _Start:
         file = read_whole_file(self._path)
         found = self._by_our_names(file)
         notes, afresh = self._afresh(found, file)
-        afresh |= {name for name in self._network if LORA in name and name not in found}
+        afresh |= {n for n in self._network if (LORA in n or n.endswith(SCALE)) and n not in found}
         kept = {name: tensor for name, tensor in found.items() if name not in afresh}
         if self._heads <= afresh:
             kept = {name: tensor for name, tensor in kept.items() if name in self._state}
         self._check(kept, [name for name in self._state if name not in afresh])
-        return StartWeights(kept, (*self._notes_on_branches(), *notes))
+        return StartWeights(StoredWeights(cast(nn.Module, self._model), kept), (*self._notes_on_branches(), *notes))
 
     def _by_our_names(self, file: WholeFile) -> dict[str, Tensor]:
         if is_released(file.tensors, self._state, self._config.model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from piip_scale.errors import ModelError
 from piip_scale.files import checksum_of, disk_errors
 from piip_scale.models.pretrained import indexed_files, pretrained_weights, weights_in
 from piip_scale.models.released import from_released, is_released
+from piip_scale.models.stored import StoredWeights
 from piip_scale.models.trunk import Trunk
 from piip_scale.models.whole_file import read_whole_file
 
@@ -43,7 +44,7 @@ def describe_left_out(config: PiipConfig, frozen: Collection[str]) -> dict[str, 
     return {NAMES: list(given), FILES: {key: _describe(path) for key, path in _named_files(config).items()}}
 
 
-def frozen_weights(config: PiipConfig, frozen: Collection[str]) -> dict[str, Tensor]:
+def frozen_weights(config: PiipConfig, frozen: Collection[str]) -> Mapping[str, Tensor]:
     """What files of pretrained weights give of a model's frozen parameters, mapped into memory where possible.
 
     Args:
@@ -57,7 +58,24 @@ def frozen_weights(config: PiipConfig, frozen: Collection[str]) -> dict[str, Ten
         trunk = Trunk(config)
     ours = {name[name.index(_NETWORK) :]: name for name in frozen if _NETWORK in name}
     found = pretrained_weights(trunk) if config.pretrained is None else _of_whole_file(trunk, ours)
-    return {ours[name]: tensor for name, tensor in found.items() if name in ours}
+    held = StoredWeights(trunk, found)
+    return _Renamed(held, {ours[name]: name for name in held if name in ours})
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Tensors by other names, each made when asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def reader_of(config: PiipConfig) -> Callable[[Mapping[str, Any]], Mapping[str, Tensor]]:

@@ -16,6 +16,7 @@ from piip_scale.ops.double_map import double_map
 from piip_scale.ops.gelu import linear_gelu
 from piip_scale.ops.group_norm import group_norm
 from piip_scale.ops.residual import Paths, add_residual
+from piip_scale.ops.stored_linear import store, stored_linear
 
 LINEAR_STD = 0.02
 NORM_EPS = 1e-6
@@ -26,22 +27,49 @@ class Linear(nn.Linear):
 
     Attributes:
         lora: Added to its output, where there is one.
+        stored: How the weight is stored, where it is frozen in 8 bits (``ops.stored_linear``).
+        weight_scale: Then, of each output channel.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        self.stored: str | None = None
         super().__init__(in_features, out_features, bias)
         self.lora: nn.Module | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a product of its weight and a bias, and no more."""
+        return self.lora is None and self.stored is None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        output = super().forward(x)
+        if self.stored is None:
+            output = super().forward(x)
+        else:
+            output = stored_linear(x, self.weight, self.weight_scale, self.bias)
         return output if self.lora is None else output + self.lora(x)
+
+    def store_weight(self, kind: str) -> None:
+        """Stores the weight in 8 bits from now on, frozen; on the meta device too.
+
+        Args:
+            kind: ``int8`` or ``fp8``.
+        """
+        self.stored = None
+        weight_OC, scale_O = store(self.weight, kind)
+        self.stored = kind
+        self.weight = nn.Parameter(weight_OC, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale_O, requires_grad=False)
 
     def reset_parameters(self) -> None:
         """Draws the weights anew."""
+        if not self.weight.is_floating_point():
+            self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=torch.float32), requires_grad=False)
         nn.init.trunc_normal_(self.weight, std=LINEAR_STD, a=-2 * LINEAR_STD, b=2 * LINEAR_STD)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        if self.stored is not None:
+            self.store_weight(self.stored)
 
 
 class Conv2d(nn.Conv2d):
@@ -151,7 +179,7 @@ class GeluLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim_in) to (..., dim_out)."""
-        if self.activation == "gelu" and self.lora is None:
+        if self.activation == "gelu" and self.is_plain:
             return linear_gelu(x, self.weight, self.bias, self.kernel)
         return functional.gelu(super().forward(x), approximate="none" if self.activation == "gelu" else "tanh")
 

@@ -45,8 +45,9 @@ _NOT_OF_A_BRANCH = re.compile(
     r"|^(convnext\.)?layernorm\.|relative_position_index$|^rel_pos_bias\."
 )
 """What a classifier or a pretraining task has beyond the blocks."""
-_MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.|\.lora\.")
-"""Scales that this pretraining had none of start at the config's value, additions to a branch at zero."""
+_MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.|\.lora\.|\.weight_scale$")
+"""Scales that this pretraining had none of start at the config's value, additions to a branch at zero; scales of
+weights that are stored in 8 bits follow from these."""
 _SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\.(safetensors|bin|pth|pt)")
 """What an index may name: from wherever the folder came, never a way out of it."""
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"

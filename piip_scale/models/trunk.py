@@ -18,6 +18,7 @@ from piip_scale.models.interaction import build_unit, exchange
 from piip_scale.models.layers import DropPath
 from piip_scale.models.lora import LORA, add_lora
 from piip_scale.models.rules import ParameterRule
+from piip_scale.models.stored import store_frozen
 from piip_scale.models.unit import Unit
 from piip_scale.models.vit import Vit
 from piip_scale.ops.attention import require_attention_kernel
@@ -47,6 +48,7 @@ class Trunk(nn.Module):
         for branch, numbers in zip(self._branches, config.branches, strict=True):
             _freeze(branch, num_frozen_blocks(numbers.sections, numbers.frozen_blocks))
             if isinstance(numbers, VitBranchConfig):
+                store_frozen(branch, numbers)
                 add_lora(branch, numbers)
 
     def walk(self, image_BCHW: Tensor) -> Iterator[list[BranchState]]:

@@ -25,11 +25,13 @@ from piip_scale.errors import CheckpointError, ConfigError, ModelError
 from piip_scale.models.frozen_files import describe_left_out, moved, reader_of
 from piip_scale.models.official_keys import official_branch_name
 from piip_scale.models.vit import Vit
+from piip_scale.ops.stored_linear import store
 from piip_scale.world import World
 
 # Checkpointed blocks below and above the border: the reentrant kind of checkpointing would lose gradients here.
 STEM = {"large": {"frozen_blocks": 2, "checkpoint_blocks": True}}
-FROM_FILE = {"large": {"frozen_blocks": 3, "pretrained": "large.safetensors"}}
+FROM_FILE = {"large": {"frozen_blocks": 3, "pretrained": "large.safetensors", "frozen_dtype": "fp8"}}
+IN_8_BITS = {"large": {"frozen_blocks": "all", "frozen_dtype": "int8"}, "small": {"frozen_blocks": 1}}
 LORA = {"rank": 2, "alpha": 3.0, "targets": ["qkv", "proj", "mlp"]}
 ADDED = {"large": {"frozen_blocks": 1, "checkpoint_blocks": True, "pretrained": "large.safetensors", "lora": LORA}}
 WHOLE = {"large": {"frozen_blocks": "all", "checkpoint_blocks": True}, "small": {"frozen_blocks": 1}}
@@ -38,6 +40,7 @@ CASES = {
     "whole branch": (WHOLE, 3, "fp32"),
     "stem in bf16": (STEM, 3, "bf16"),
     "stem at stage 1 in bf16": (STEM, 1, "bf16"),
+    "in 8 bits": (IN_8_BITS, 3, "bf16"),
     "left out": (ADDED, 3, "bf16"),
     "left out at stage 1": (FROM_FILE, 1, "fp32"),
 }
@@ -115,7 +118,7 @@ def results(tmp_path_factory):
 
 def expected_names(case: str) -> set[str]:
     large, small = "backbone.branches.0.", "backbone.branches.1."
-    if case == "whole branch":
+    if case in ("whole branch", "in 8 bits"):
         return {large, f"{small}embedding.", f"{small}blocks.0."}
     found = {f"{large}embedding.", f"{large}blocks.0.", f"{large}blocks.1."}
     return found | {f"{large}blocks.{block}." for block in (2, 3)[: 1 + (case == "left out")] if case in LEFT_OUT}
@@ -163,7 +166,9 @@ def test_checkpoints_keep_frozen_parts(results, case):
     assert set(start) <= set(checkpoint)
     for name in ranks[0][case]["frozen"]:
         # What a file holds is not rounded to the run's precision.
-        saved = checkpoint[name].to(torch.bfloat16 if "bf16" in CASES[case] else torch.float32)
+        saved = checkpoint[name]
+        if saved.is_floating_point():
+            saved = saved.to(torch.bfloat16 if "bf16" in CASES[case] else torch.float32)
         np.testing.assert_array_equal(saved.float().numpy(), start[name], err_msg=name)
     for rank in ranks:
         trace, weights = rank[case]["resumed"]
@@ -195,9 +200,14 @@ def test_a_checkpoint_without_frozen_parts_is_small_and_converts_to_a_whole_mode
     assert set(written) == {name for name in ranks[0][case]["start"] if ".lora." not in name} | {"head.offset"}
     saved, config = ZeroCheckpoint(checkpoint, given=given), pyramid_config().model.branches[0]
     for name in frozen:
-        own = source[official_branch_name(name.removeprefix("backbone.branches.0."), config, "deit")]
+        file_name = name.removeprefix("backbone.branches.0.").replace(".weight_scale", ".weight")
+        own = source[official_branch_name(file_name, config, "deit")]
         stem = name.removesuffix(".weight")
-        if f"{stem}.lora.up" in saved:
+        if name.endswith(".weight_scale"):
+            assert torch.equal(written[name], store(own, "fp8")[1]), name
+        elif written[name].dtype == torch.uint8:
+            assert torch.equal(written[name], store(own, "fp8")[0]), name
+        elif f"{stem}.lora.up" in saved:
             own = own + 1.5 * saved[f"{stem}.lora.up"] @ saved[f"{stem}.lora.down"]
             assert (own - written[name]).abs().max() < 1e-6, name
             assert saved[f"{stem}.lora.up"].any()

@@ -150,7 +150,8 @@ def settle(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """
     for parameter in model.parameters():
         if not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(device, dtype)
+            # Weights that are stored in 8 bits are no numbers of a precision.
+            parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
 

@@ -17,6 +17,7 @@ from piip_scale.engine.zero.raw_keys import checked_keys, leaves
 from piip_scale.errors import ConfigError, ModelError
 
 _REST = "rest"
+_BYTES = {"fp32": 4, "bf16": 2}
 
 # Messages of 100 MB in bf16 keep any link busy; a bucket beyond that only holds memory.
 BUCKET_ELEMENTS = 50_000_000
@@ -39,12 +40,18 @@ class Parameter:
         numel: Elements.
         is_matrix: Of two axes or more: what costs memory, against biases, norms and scales.
         trainable: Whether it has a gradient and optimiser state.
+        is_stored: Whether it has 8 bits an element, whatever the precision.
     """
 
     name: str
     numel: int
     is_matrix: bool
     trainable: bool
+    is_stored: bool = False
+
+    def num_bytes(self, precision: str) -> int:
+        """In a run of that precision."""
+        return self.numel * (1 if self.is_stored else _BYTES[precision])
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,8 @@ def _parameters(module: nn.Module, names: Mapping[int, str], seen: set[int]) -> 
         if id(parameter) not in seen:
             seen.add(id(parameter))
             shape = getattr(parameter, "ds_shape", parameter.shape)  # zero.Init leaves an empty tensor behind
-            yield Parameter(names[id(parameter)], shape.numel(), len(shape) > 1, parameter.requires_grad)
+            is_stored = not parameter.is_floating_point()
+            yield Parameter(names[id(parameter)], shape.numel(), len(shape) > 1, parameter.requires_grad, is_stored)
 
 
 def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int, ranks_per_node: int | None = None) -> Sharding:

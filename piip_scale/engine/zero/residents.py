@@ -67,9 +67,11 @@ class Residents:
 
     def _messages_of(self, parameters: Sequence[Any]) -> list[_Message]:
         bundles: list[list[Any]] = [[]]
-        for parameter in parameters:
+        # One dtype a message: weights may be stored in 8 bits.
+        for parameter in sorted(parameters, key=lambda parameter: str(parameter.dtype)):
             held = sum(each.ds_numel for each in bundles[-1])
-            if bundles[-1] and held + parameter.ds_numel > BUCKET_ELEMENTS:
+            is_other = bool(bundles[-1]) and bundles[-1][0].dtype != parameter.dtype
+            if bundles[-1] and (is_other or held + parameter.ds_numel > BUCKET_ELEMENTS):
                 bundles.append([])
             bundles[-1].append(parameter)
         return [_Message(bundle) for bundle in bundles if bundle]

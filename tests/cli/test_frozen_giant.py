@@ -1,0 +1,113 @@
+"""A frozen giant beside a small ConvNeXt, by the commands a user types: trained, killed, resumed, converted, used.
+
+Slow; what it holds is held in seconds by ``tests/engine/test_frozen_training.py``, whose ranks are functions.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import commands
+import psutil
+import pytest
+import torch
+from commands import failed_in_one_line, piip_scale, started, succeeded
+from safetensors.torch import load_file, save_file
+
+from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+from piip_scale.config import load_config
+from piip_scale.models.official_keys import official_branch_name
+from piip_scale.models.vit import Vit
+
+MODEL = """
+model = dict(
+    branches=[
+        dict(
+            resolution_px=32, embed_dim=64, depth=3, num_heads=4, patch_size_px=8, pretrain_resolution_px=32,
+            frozen_blocks="all", frozen_dtype="int8", pretrained="{giant}",
+        ),
+        dict(
+            kind="convnext", resolution_px=64, depths=(1, 1, 1), widths=(32, 32, 64), blocks_per_stage=(1, 2, 2),
+            drop_path_rate=0.1,
+        ),
+    ],
+    interaction=dict(num_stages=3, num_heads=4, gamma_init=0.1, drop_path_rate=0.1, direction="to_small"),
+    pyramid=dict(kind="regular", scales=(1.0, 1.0, 1.0), stages=(0, 1, 2)),
+)
+"""
+STEPS = (
+    "--set",
+    "train.checkpoint_every_steps=2",
+    "--set",
+    "train.save_frozen=False",
+    "--set",
+    "train.precision='bf16'",
+)
+
+
+@pytest.fixture
+def giant(tmp_path):
+    return tmp_path / "giant.safetensors"
+
+
+@pytest.fixture
+def config(tmp_path, shards, giant):
+    rest = commands.CONFIG[commands.CONFIG.index("detector =") :].replace("{shards}", str(shards))
+    path = tmp_path / "frozen.py"
+    path.write_text(MODEL.replace("{giant}", str(giant)) + rest)
+    branch = load_config(path).model.branches[0].model_copy(update={"frozen_blocks": 0, "frozen_dtype": "run"})
+    torch.manual_seed(4)
+    weights = Vit(branch).state_dict()
+    save_file({official_branch_name(name, branch, "deit"): tensor for name, tensor in weights.items()}, giant)
+    return path
+
+
+def training(config, run_dir, *options):
+    return "train", config, "--procs", 2, "--run-dir", run_dir, *STEPS, *options
+
+
+def last_losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines if line["kind"] == "step"][-1]
+
+
+@pytest.mark.slow
+def test_it_trains_is_killed_resumes_bit_for_bit_converts_evaluates_and_predicts(config, giant, scenes, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    succeeded(piip_scale(*training(config, whole)))
+    run = started(*training(config, killed))
+    while not (killed / "checkpoints" / "step_00000002").exists():
+        assert run.poll() is None, "it ended before it had saved"
+        time.sleep(0.02)
+    psutil.Process(run.pid).children()[1].send_signal(signal.SIGKILL)
+    assert "rank 1 was killed by SIGKILL" in run.communicate(timeout=180)[1]
+    hidden = giant.rename(tmp_path / "elsewhere.safetensors")
+    succeeded(piip_scale(*training(config, killed, "--resume", "--set", f"model.branches.0.pretrained='{hidden}'")))
+    assert last_losses(killed) == last_losses(whole)
+    found, wanted = (ZeroCheckpoint(run / "checkpoints" / "step_00000006") for run in (killed, whole))
+    assert set(found) == set(wanted)
+    assert not any(name.startswith("backbone.branches.0.") for name in found)
+    for name, weight in wanted.items():
+        assert torch.equal(found[name], weight), name
+
+    out = tmp_path / "whole.safetensors"
+    failed_in_one_line(piip_scale("convert", whole, out), "model.branches.0.pretrained is not there", code=2)
+    other = tmp_path / "other.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(hidden).items()}, other)
+    failed_in_one_line(
+        piip_scale("convert", whole, out, "--pretrained", other), "are not those that the checkpoint left", code=2
+    )
+    assert not out.exists()
+    succeeded(piip_scale("convert", whole, out, "--pretrained", hidden, "--verify"))
+    assert load_file(out)["backbone.branches.0.blocks.0.attn.qkv.weight"].dtype == torch.int8
+
+    hidden.rename(giant)
+    scores = [tmp_path / "converted.json", tmp_path / "run.json"]
+    succeeded(piip_scale("evaluate", config, out, "--out", scores[0]))
+    succeeded(piip_scale("evaluate", whole, "--out", scores[1]))
+    assert scores[0].read_text() == scores[1].read_text()
+    photo = next(scenes.images.glob("val_*.jpg"))
+    succeeded(piip_scale("predict", config, out, photo, "--out", tmp_path / "found.png"))
+    assert (tmp_path / "found.png").stat().st_size
