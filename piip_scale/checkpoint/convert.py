@@ -306,7 +306,7 @@ def _plan(weights: Mapping[str, Weight], options: ConvertOptions) -> list[list[J
 
 
 def _output_dtype(weight: Weight, dtype: DType) -> DType:
-    if not weight.dtype.is_floating_point:
+    if not weight.dtype.is_floating_point and weight.addition is None:
         return weight.dtype
     return FLOAT32 if weight.is_buffer else dtype
 

@@ -64,7 +64,8 @@ def own_config(checkpoint: Path, *, with_lora: bool = True) -> OwnConfig:
         content = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         values, removed = _without_secrets(content["config"], "")
         for branch in () if with_lora else values["model"]["branches"]:
-            branch.pop("lora", None)
+            if branch.pop("lora", None):
+                branch.pop("frozen_dtype", None)
         text = config_text(check_config(values))
     except (FileNotFoundError, NotADirectoryError):
         return OwnConfig(note="the checkpoint holds no config, so the file has none in its metadata")

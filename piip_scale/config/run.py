@@ -357,6 +357,16 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _stored_stays_on_the_device(self) -> RunConfig:
+        stored = [i for i, b in enumerate(self.model.branches) if getattr(b, "frozen_dtype", "run") != "run"]
+        if stored and self.zero.offload_parameters != "none":
+            raise ValueError(
+                f"model.branches.{stored[0]}.frozen_dtype does not go with zero.offload_parameters="
+                f"{self.zero.offload_parameters!r}, whose buffers have one precision: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _averages_can_be_kept(self) -> RunConfig:
         if self.train.ema_decay is not None and self.zero.optimizer_is_on_disk:
             raise ValueError(

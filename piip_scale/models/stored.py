@@ -12,7 +12,7 @@ from piip_scale.models.branch import Branch
 from piip_scale.models.layers import Linear
 from piip_scale.ops.stored_linear import store
 
-_WEIGHT, SCALE = "weight", "weight_scale"
+WEIGHT, SCALE = "weight", "weight_scale"
 """Names of a layer's parameters."""
 
 
@@ -38,7 +38,7 @@ class StoredWeights(Mapping[str, Tensor]):
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
         self._kinds = {
-            f"{prefix}.{_WEIGHT}": layer.stored
+            f"{prefix}.{WEIGHT}": layer.stored
             for prefix, layer in model.named_modules()
             if isinstance(layer, Linear) and layer.stored is not None
         }
@@ -48,7 +48,7 @@ class StoredWeights(Mapping[str, Tensor]):
         self._last: tuple[str, tuple[Tensor, Tensor]] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = f"{name.removesuffix(SCALE)}{_WEIGHT}" if name.endswith(f".{SCALE}") else name
+        weight = f"{name.removesuffix(SCALE)}{WEIGHT}" if name.endswith(f".{SCALE}") else name
         if weight not in self._kinds or (name in self._weights and not self._weights[name].is_floating_point()):
             return self._weights[name]
         if name != weight and name in self._weights:
@@ -68,4 +68,4 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def _scale_of(weight: str) -> str:
-    return f"{weight.removesuffix(_WEIGHT)}{SCALE}"
+    return f"{weight.removesuffix(WEIGHT)}{SCALE}"

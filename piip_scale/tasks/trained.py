@@ -21,7 +21,7 @@ from piip_scale.tasks.base import DTYPES
 from piip_scale.tasks.classes import class_names
 from piip_scale.tasks.exported import is_exported, read_exported
 from piip_scale.tasks.kinds import build_model
-from piip_scale.tasks.weights import CheckpointWeights, SafetensorsWeights, WeightSource, load_weights
+from piip_scale.tasks.weights import CheckpointWeights, SafetensorsWeights, StoredInModel, WeightSource, load_weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Trained:
         """
         model = build_model(self.config, len(class_names(self.config)), network_device="meta")
         model.set_precision(DTYPES[precision])  # type: ignore[operator]  # a TrainableModel
-        load_weights(model, self.weights)
+        load_weights(model, StoredInModel(model, self.weights))
         return model.to(device).eval()
 
 
@@ -138,11 +138,12 @@ def holds_weights(path: Path) -> bool:
 
 
 def _as_merged(config: RunConfig, weights: WeightSource) -> RunConfig:
-    """The config without low-rank additions where the weights have none: converting merges them."""
+    """The config without low-rank additions where the weights have none: converting merges them, in floats."""
     if any(LORA in name for name in weights.shapes):
         return config
+    merged = {"lora": None, "frozen_dtype": "run"}
     branches = tuple(
-        branch.model_copy(update={"lora": None}) if isinstance(branch, VitBranchConfig) else branch
+        branch.model_copy(update=merged) if isinstance(branch, VitBranchConfig) and branch.lora else branch
         for branch in config.model.branches
     )
     return config.model_copy(update={"model": config.model.model_copy(update={"branches": branches})})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from piip_scale.checkpoint.left_out import Given
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
+from piip_scale.models.stored import SCALE, WEIGHT, StoredWeights
 
 _NUM_NAMED = 3
 # Pages of a mapped file count as this process's memory until it is unmapped, however short their use.
@@ -86,6 +87,45 @@ class SafetensorsWeights:
         if self._files[file] is None:
             self._files[file] = _open(file, self.name)
         return self._files[file]
+
+
+class StoredInModel:
+    """Weights for a model that stores some of them in 8 bits, from a source that may hold floats: a ``WeightSource``.
+
+    Args:
+        model: The model, on any device.
+        source: The weights.
+    """
+
+    def __init__(self, model: nn.Module, source: WeightSource) -> None:
+        self.name, self._source = source.name, source
+        self._stored = StoredWeights(model, _Read(source))
+        made = {name: tuple(model.get_parameter(name).shape) for name in self._stored if name not in source.shapes}
+        self._made = {*made, *(name.removesuffix(SCALE) + WEIGHT for name in made)}
+        self.shapes: Mapping[str, tuple[int, ...]] = {**source.shapes, **made}
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """As in ``WeightSource``."""
+        return self._stored[name].to(dtype) if name in self._made else self._source.read(name, dtype)
+
+
+class _Read(Mapping[str, Tensor]):
+    """A source's tensors as they are, in float32 where they are floats."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source.read(name, torch.float32)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._source.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.shapes)
+
+    def __len__(self) -> int:
+        return len(self._source.shapes)
 
 
 class CheckpointWeights:

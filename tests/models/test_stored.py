@@ -3,11 +3,13 @@
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 
 from piip_scale.config.model import PiipConfig
 from piip_scale.models.piip import PIIP
 from piip_scale.models.stored import StoredWeights
 from piip_scale.ops.stored_linear import store
+from piip_scale.tasks.weights import SafetensorsWeights, StoredInModel, load_weights
 
 VIT = {"resolution_px": 64, "embed_dim": 64, "depth": 3, "num_heads": 2, "layer_scale_init": 1.0}
 IMAGE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -64,3 +66,15 @@ def test_drawn_weights_are_stored_from_the_same_draw():
 def test_what_is_trained_cannot_be_stored():
     with pytest.raises(ValidationError, match="frozen_dtype='int8' is of frozen blocks, and there are none"):
         network(frozen_dtype="int8")
+
+
+def test_a_trained_models_floats_are_stored_as_its_config_says(tmp_path):
+    plain, stored = network(frozen_blocks="all"), network(frozen_blocks="all", frozen_dtype="int8")
+    save_file(plain.state_dict(), tmp_path / "floats.safetensors")
+    expected = dict(StoredWeights(stored, plain.state_dict()))
+    load_weights(stored, StoredInModel(stored, SafetensorsWeights(tmp_path / "floats.safetensors")))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.state_dict().items())
+    save_file(stored.state_dict(), tmp_path / "stored.safetensors")
+    again = network(frozen_blocks="all", frozen_dtype="int8")
+    load_weights(again, StoredInModel(again, SafetensorsWeights(tmp_path / "stored.safetensors")))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
