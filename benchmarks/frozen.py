@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
@@ -14,22 +14,26 @@ from sections.record import measure
 from torch import Tensor
 from torch.nn import functional
 
+from piip_scale.config.branches import VitBranchConfig
 from piip_scale.config.model import ClassifierConfig, PiipConfig
 from piip_scale.models.branch import Branch
 from piip_scale.models.classifier import PiipClassifier
 from piip_scale.models.layers import Linear
 from piip_scale.models.vit import Vit
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+
 KINDS = ("bf16", "int8", "fp8")
 # Of a channel's size: what giants trained without labels have, a few channels many times as large as the rest.
 OUTLIERS, OUTLIER_CHANNELS = 30.0, 4
-DEEP = {"resolution_px": 224, "embed_dim": 384, "depth": 40, "num_heads": 6, "layer_scale_init": 0.3}
-DIGITS = {"resolution_px": 32, "embed_dim": 64, "depth": 4, "num_heads": 4, "patch_size_px": 4, "class_token": True}
-DIGITS |= {"pretrain_resolution_px": 32}
+DEEP = VitBranchConfig(resolution_px=224, embed_dim=384, depth=40, num_heads=6, layer_scale_init=0.3)
+DIGITS = VitBranchConfig(
+    resolution_px=32, embed_dim=64, depth=4, num_heads=4, patch_size_px=4, pretrain_resolution_px=32, class_token=True
+)
 STEPS, BATCH, SEEDS = 250, 64, 3
 
 
-def in_kind(model: torch.nn.Module, kind: str) -> torch.nn.Module:
+def in_kind(model: Model, kind: str) -> Model:
     """A copy whose blocks compute in float32 with weights of linear layers rounded as a kind is."""
     model = copy.deepcopy(model)
     for layer in (part for block in model.modules() if isinstance(block, Branch) for part in block.blocks.modules()):
@@ -42,24 +46,23 @@ def in_kind(model: torch.nn.Module, kind: str) -> torch.nn.Module:
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm."""
-    return ((found - wanted).norm() / wanted.norm()).item()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 @torch.no_grad()
 def depth_section() -> str:
     """Errors of a deep ViT's tokens after some of its blocks."""
-    config = PiipConfig(branches=(DEEP,)).branches[0]
     lines = ["| weights | outliers | after 1 block | 10 | 20 | 40 |", "|---|---|---|---|---|---|"]
     for outliers in (False, True):
         torch.manual_seed(0)
-        model = Vit(config).eval()
+        model = Vit(DEEP).eval()
         if outliers:
-            for block in model.blocks:
-                block.norm1.weight[:OUTLIER_CHANNELS] = OUTLIERS
-                block.norm2.weight[:OUTLIER_CHANNELS] = OUTLIERS
+            for name, weight in model.named_parameters():
+                if name.endswith((".norm1.weight", ".norm2.weight")):
+                    weight[:OUTLIER_CHANNELS] = OUTLIERS
         image = torch.randn(2, 3, 224, 224)
         for kind in KINDS:
-            errors = _errors(model, in_kind(torch.nn.ModuleList([model]), kind)[0], image)
+            errors = _errors(model, in_kind(model, kind), image)
             cells = " | ".join(f"{100 * errors[block]:.2f} %" for block in (1, 10, 20, 40))
             lines.append(f"| {kind} | {'yes' if outliers else 'no'} | {cells} |")
     return "\n".join(lines)
@@ -111,7 +114,7 @@ def _digits(seed: int) -> dict[str, tuple[float, float, float]]:
 def _compared(logits: Tensor, wanted: Tensor, labels: Tensor) -> tuple[float, float, float]:
     classes = logits.argmax(1)
     accuracy, changed = (classes == labels).float().mean(), (classes != wanted.argmax(1)).float().mean()
-    return accuracy.item(), relative(logits, wanted), changed.item()
+    return float(accuracy), relative(logits, wanted), float(changed)
 
 
 # A section returns its Markdown, without its heading.
