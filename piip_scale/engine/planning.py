@@ -12,7 +12,7 @@ from piip_scale.config.run import DataConfig, RunConfig
 from piip_scale.engine.batching import images_per_step, scale_to_ranks
 from piip_scale.engine.rehearsal import Rehearsal, rehearse
 from piip_scale.engine.report import bytes_per_rank
-from piip_scale.engine.zero.plan import Part, Sharding, Sizes, measure, plan_sharding
+from piip_scale.engine.zero.plan import BYTES, Part, Sharding, Sizes, measure, plan_sharding
 from piip_scale.engine.zero.replicas import IN_FLIGHT
 from piip_scale.engine.zero.traffic import Collective, step_traffic
 from piip_scale.errors import ConfigError
@@ -21,7 +21,6 @@ from piip_scale.tasks.base import Outline
 GIB = 2**30
 RESERVE_BYTES = int(1.5 * GIB)
 """Of a GPU, for its context, communication buffers and workspaces of libraries: an assumption."""
-_BYTES = {"fp32": 4, "bf16": 2}
 _DOUBLINGS = 4
 _OFFLOADING_BEGINS = ""
 # deepspeed 0.19.8's own, where the config does not say.
@@ -300,7 +299,7 @@ def _buckets(sharding: Sharding) -> float:
         return 0.0
     buckets = 1 + IN_FLIGHT / sharding.num_ranks * (sharding.num_replicas > 1)
     numel = buckets * sharding.deepspeed["zero_optimization"]["reduce_bucket_size"]
-    return float(numel * _BYTES[sharding.zero.reduce_dtype])
+    return float(numel * BYTES[sharding.zero.reduce_dtype])
 
 
 def _turned(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

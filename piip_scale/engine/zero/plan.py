@@ -17,7 +17,8 @@ from piip_scale.engine.zero.raw_keys import checked_keys, leaves
 from piip_scale.errors import ConfigError, ModelError
 
 _REST = "rest"
-_BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp32": 4, "bf16": 2}
+"""Of an element in a run's precision."""
 
 # Messages of 100 MB in bf16 keep any link busy; a bucket beyond that only holds memory.
 BUCKET_ELEMENTS = 50_000_000
@@ -51,7 +52,7 @@ class Parameter:
 
     def num_bytes(self, precision: str) -> int:
         """In a run of that precision."""
-        return self.numel * (1 if self.is_stored else _BYTES[precision])
+        return self.numel * (1 if self.is_stored else BYTES[precision])
 
 
 @dataclass(frozen=True)
