@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from piip_scale.cli.jobs import Listing, table
+from piip_scale.cli.jobs import Listing, printable, table
 from piip_scale.launch.queue import ended_states
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _ASK_AGAIN_S = 60.0
 _LINES_AROUND = 4
+_INDENT = "    "
 _STYLES = {
     "running": "green",
     "done": "green",
@@ -83,19 +85,35 @@ def frame(rows: Sequence[Row], warning: str, width: int, height: int, every_s: f
     """
     from rich.text import Text
 
-    room = max(height - _LINES_AROUND, 1)
-    shown = list(rows) if len(rows) <= room else sorted(rows, key=_urgency)[:room]
+    shown = _that_fit(rows, width, max(height - _LINES_AROUND, 1))
     counts = Counter(row.state for row in rows)
     summary = ", ".join(f"{number} {state}" for state, number in counts.most_common()) or "no runs"
     head, *lines = table(shown, width)
     text = Text(f"{time.strftime('%H:%M:%S')}  {summary}"[:width], style="bold", no_wrap=True)
     text.append(f"\n{head}", "dim")
     for row, line in zip(shown, lines, strict=True):
-        text.append(f"\n{line}", _STYLES.get(row.state, _NEEDS_A_LOOK))
+        told = f"\n{_INDENT}{printable(row.event)}"[: width + 1] if _tells_more(row, line) else ""
+        text.append(f"\n{line}{told}", _STYLES.get(row.state, _NEEDS_A_LOOK))
     hidden = f"{len(rows) - len(shown)} more have no room here; " if len(shown) < len(rows) else ""
     told = "; ".join(filter(None, (f"{hidden}every {every_s:g} s, Ctrl-C leaves", warning)))
     text.append(f"\n{told}"[: width + 1], "dim")
     return text
+
+
+def _that_fit(rows: Sequence[Row], width: int, room: int) -> list[Row]:
+    """All rows, or so many that their lines have room: those first that need a look."""
+    _, *lines = table(rows, width)
+    num_lines = {row.run: 1 + _tells_more(row, line) for row, line in zip(rows, lines, strict=True)}
+    if sum(num_lines.values()) <= room:
+        return list(rows)
+    ranked = sorted(rows, key=_urgency)
+    ends = accumulate(num_lines[row.run] for row in ranked)
+    return [row for row, end in zip(ranked, ends, strict=True) if end <= room]
+
+
+def _tells_more(row: Row, line: str) -> bool:
+    """Whether a run that needs a look says why where the terminal is too narrow for it."""
+    return row.state not in _STYLES and bool(row.event) and printable(row.event) not in line
 
 
 def _urgency(row: Row) -> int:

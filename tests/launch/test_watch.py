@@ -64,6 +64,16 @@ def test_what_needs_a_look_comes_first_where_not_all_have_room():
     assert "no runs" in frame([], "", 80, 10, 5.0).plain
 
 
+def test_a_narrow_terminal_still_says_why_a_run_needs_a_look():
+    rows = [replace(ROW, state="stalled", event="no sign of rank 0 on n7 for 90 s"), replace(ROW, run=Path("runs/b"))]
+    narrow, wide = (frame(rows, "", width, 24, 5.0).plain.splitlines() for width in (60, 200))
+    assert narrow[3] == "    no sign of rank 0 on n7 for 90 s"
+    assert (len(narrow), len(wide)) == (6, 5)
+    assert max(map(len, narrow)) <= 60
+    # Two lines that have no room together are not parted.
+    assert "2 more have no room here" in frame(rows, "", 60, 5, 5.0).plain
+
+
 def test_slurms_records_are_asked_seldom(monkeypatch):
     asked = []
 
