@@ -55,8 +55,9 @@ def test_a_short_training_is_well_above_chance_also_after_conversion(trained):
     lines = map(json.loads, (trained / "run" / "metrics.jsonl").read_text().splitlines())
     measured = next(line for line in lines if line["kind"] == "evaluation")
     arguments = ("evaluate", trained / "run" / "config.py", trained / "digits.safetensors")
-    succeeded(piip_scale(*arguments, "--out", trained / "metrics.json", "--predictions", trained / "all.json"))
-    metrics = json.loads((trained / "metrics.json").read_text())
+    succeeded(piip_scale(*arguments, "--out", trained / "scores", "--predictions", trained / "all.json"))
+    metrics = json.loads((trained / "scores" / "metrics.json").read_text())
+    assert (trained / "scores" / "evaluation.html").read_text().count("<img") == 24
     assert metrics == {name: pytest.approx(measured[f"eval/{name}"], abs=0.005) for name in metrics}
     found = json.loads((trained / "all.json").read_text())
     right = sum(image["guesses"][0] == image["class"] for image in found)

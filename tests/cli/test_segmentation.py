@@ -72,9 +72,11 @@ def test_training_lowers_the_loss_and_converted_weights_score_what_it_measured(t
     measured = next(line for line in lines if line["kind"] == "evaluation")
     assert measured["eval/aacc"] > 0.5
     config, weights = trained / "run" / "config.py", trained / "weights.safetensors"
-    out, listing = tmp_path / "metrics.json", tmp_path / "areas.json"
+    out, listing = tmp_path / "scores", tmp_path / "areas.json"
     succeeded(piip_scale("evaluate", config, weights, "--out", out, "--predictions", listing))
-    for name, value in json.loads(out.read_text()).items():
+    # Half of six images are the best, half the worst, each with the truth beside it.
+    assert (out / "evaluation.html").read_text().count("<img") == 12
+    for name, value in json.loads((out / "metrics.json").read_text()).items():
         # Weights are bfloat16 where they were measured, float32 where they are converted.
         assert value == pytest.approx(measured[f"eval/{name}"], abs=1e-4 if "fp32" in trained.name else 0.03), name
     entries = json.loads(listing.read_text())
