@@ -80,7 +80,8 @@ class _Catch:
         if self._engine.zero_nvme_offload_optimizer() and "optimizer_state_dict" in state_dict:
             return {SWAPPED: swapped_files(self._engine)}
         if state_dict.get("frozen_param_fragments") and self._engine.zero_optimization_stage() == 3:
-            return {"frozen_param_fragments": {part.name: data.clone() for part, data in frozen_parts(self._engine)}}
+            held = ((p.name, data) for p, data in frozen_parts(self._engine) if p.name not in self._left_out)
+            return {"frozen_param_fragments": {name: data.clone() for name, data in held}}
         return {}
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:

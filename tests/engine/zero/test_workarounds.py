@@ -44,6 +44,7 @@ class Engine:
     """Saves as DeepSpeed's does, scripts included."""
 
     checkpoint_engine = "DeepSpeed's"
+    mpu = None
 
     def _copy_recovery_script(self, path: str) -> None:
         raise AssertionError("a script was copied")
