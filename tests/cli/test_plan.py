@@ -26,6 +26,7 @@ def test_a_plan_tells_memory_knobs_steps_and_time(shards):
     assert found["total"] == pytest.approx(parts + others)
     # Libraries alone take more than this GPU has.
     assert not any(change["fits"] for change in found["changes"])
+    assert {each["name"] for each in found["traffic"] if each["between"]} >= {"weights, forward", "gradients"}
     pace = found["pace"]
     assert pace["steps_per_epoch"] == 16 // found["images_per_step"]
     assert pace["seconds_per_step"] == pytest.approx(

@@ -29,8 +29,10 @@ from piip_scale.engine.schedule import lr_factor
 from piip_scale.engine.step import total_loss, train_step
 from piip_scale.engine.zero.partitions import partitions
 from piip_scale.engine.zero.plan import measure, shard_ranks
+from piip_scale.engine.zero.replicas import check_replicas
 from piip_scale.engine.zero.setup import build_engine, build_model
 from piip_scale.engine.zero.traffic import bytes_between, bytes_inside, step_traffic
+from piip_scale.errors import RunError
 from piip_scale.world import World
 
 RANKS, IMAGES = 4, 8
@@ -113,6 +115,8 @@ class Run:
         bytes_sent: In a step, inside the node and to other nodes, as counted.
         by_formula: The same of the whole world, by the formula.
         calls: Messages that left a node, by kind, in a step.
+        order: Kinds of all messages of a step.
+        notices: Whether this rank is told once a weight of the last rank is another.
     """
 
     trace: list[tuple[float, float, bool]]
@@ -122,6 +126,8 @@ class Run:
     bytes_sent: tuple[float, float] = (0.0, 0.0)
     by_formula: tuple[float, float] = (0.0, 0.0)
     calls: dict[str, int] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    notices: bool = False
 
 
 def train(world: World, cell: Cell, *, nan_at: int | None = None, save: Path | None = None, go_on: Path | None = None):
@@ -158,11 +164,24 @@ def train(world: World, cell: Cell, *, nan_at: int | None = None, save: Path | N
         averaged = total_loss(engine(make_batch(1000, 1))).item()
     run = Run(trace, weights_of(engine), averaged, _digest(engine, average))
     run.bytes_sent, run.calls = _sent(spy, world)
+    run.order = [message.kind for message in spy.messages if message.num_bytes > SMALL]
     sizes = measure(engine.module, engine.module.parts())
     traffic, nodes = step_traffic(sizes, plan), world.num_ranks // world.ranks_per_node
     sums = (bytes_inside, bytes_between)
     run.by_formula = tuple(nodes * total(traffic, world.ranks_per_node) for total in sums)
+    check_replicas(engine)
+    run.notices = _notices_a_change(engine, world)
     return run
+
+
+def _notices_a_change(engine, world) -> bool:
+    if world.rank == world.num_ranks - 1:
+        partitions(engine)[0].master.detach().view(-1)[0] += 1
+    try:
+        check_replicas(engine)
+    except RunError:
+        return True
+    return False
 
 
 def _mean(losses, world) -> float:
@@ -219,13 +238,12 @@ def assert_sent_as_by_the_formula(runs: Sequence[Run], cell: Cell) -> None:
     assert counted(runs) == pytest.approx(runs[0].by_formula, rel=rel)
 
 
-def trained(world: World, _device, cells: Iterable[Cell], folder: Path, *, onward: bool = True):
-    """Every cell with a step that is skipped; and those in fp32 that go on where the first was saved."""
+def trained(world: World, _device, cells: Iterable[Cell], onward: Iterable[Cell], folder: Path):
+    """Every cell with a step that is skipped; and those that go on where the first was saved."""
     # DeepSpeed collects garbage 20 times an engine, before reports of memory.
     with mock.patch("gc.collect"):
         found = {cell: train(world, cell, nan_at=2, save=folder / str(i)) for i, cell in enumerate(cells)}
-        exact = [cell for cell in cells if cell.precision == "fp32" and onward]
-        return found, {cell: train(world, cell, go_on=folder / "0") for cell in exact}
+        return found, {cell: train(world, cell, go_on=folder / "0") for cell in onward}
 
 
 def row(runs: Sequence[Run], cell: Cell, expected: dict) -> str:
@@ -245,7 +263,7 @@ def main() -> None:
     head = ["layout", "precision", "first loss", "first norm", "weights", "bytes inside", "bytes between"]
     print(f"| {' | '.join(head)} |\n| --- | --- |{' ---: |' * 5}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        ranks = run_ranks(RANKS, trained, EVERY, Path(folder), timeout_s=1500)
+        ranks = run_ranks(RANKS, trained, EVERY, (), Path(folder), timeout_s=1500)
     for cell in EVERY:
         print(row([found[cell] for found, _ in ranks], cell, plain(2, images=IMAGES)))
 

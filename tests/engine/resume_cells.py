@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "released": ((3,), {"deepspeed": FORCED_RELEASE}),
     "second copy": ((3,), {"node_partition": 2}),
     "second copy, released": ((3,), {"node_partition": 2, "deepspeed": FORCED_RELEASE}),
+    "replicas": ((3,), {"shard_over": 1}),
 }
 ALONE = {f"key {key.path}": key for key in ALLOWED if not key.on_disk}
 TOGETHER = {f"all keys of stage {stage}": stage for stage in STAGES}

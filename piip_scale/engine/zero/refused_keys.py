@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     f"{_Z}offload_optimizer.ratio": (1.0, _UNTRIED),
     f"{_Z}offload_optimizer.super_offload": (False, _UNTRIED),
     f"{_Z}offload_optimizer.cpuadam_cores_perc": (0.8, "the optimiser is torch's AdamW"),
-    f"{_Z}mics_shard_size": (-1, "MiCS ZeRO-3 sharding has been removed from DeepSpeed; see zero.node_partition"),
+    f"{_Z}mics_shard_size": (-1, "MiCS ZeRO-3 sharding has been removed from DeepSpeed; see zero.shard_over"),
     f"{_Z}mics_hierarchical_params_gather": (False, "MiCS ZeRO-3 sharding has been removed from DeepSpeed"),
     f"{_Z}zeropp_loco_param": (None, _GONE),
     "gradient_allreduce_op": ("mean", "losses are means over all images; a sum is not supported with ZeRO stage 3"),

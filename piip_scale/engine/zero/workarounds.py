@@ -143,6 +143,12 @@ WORKAROUNDS = (
         (_T_UPDATE, "test_streams_wait_for_each_other_and_gradients_are_held_until_their_message_is_past"),
     ),
     Workaround(
+        "keeps the groups of ranks of an engine for those that are built without any later in the process",
+        (_ENGINE, "groups.mpu = self.mpu"),
+        (_SETUP, "_initialize"),
+        ("engine/test_layouts.py", "test_a_run_goes_on_in_any_layout"),
+    ),
+    Workaround(
         "counts all batches of an evaluation as one pass, unless reset",
         (_OFFLOAD, "self.fwd_pre_hook = self.module.register_forward_pre_hook(_start_of_forward_hook)"),
         ("engine/zero/deepspeed_api.py", "begin_pass"),
