@@ -14,10 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from piip_scale.engine.zero.plan import Parameter, Sharding, Sizes
+from piip_scale.engine.zero.plan import BYTES, Parameter, Sharding, Sizes
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
-_BYTES = {"fp32": 4, "bf16": 2}
 _GIGA = 10**9
 _PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
@@ -106,8 +105,8 @@ def _sharded_stage(sizes: Sizes, plan: Sharding) -> list[Collective]:
     """ZeRO-3: each parameter is padded to its ranks; residents are gathered where the update changed them."""
     ranks, micros = plan.num_ranks, _micro_batches(plan)
     trained = [p for p in sizes.parameters if p.trainable]
-    residents = _BYTES[plan.precision] * _padded([p for p in trained if not plan.shards(p)], ranks)
-    sums = _BYTES[_reduce_dtype(plan)] * _padded(trained, ranks)
+    residents = _gathered_bytes([p for p in trained if not plan.shards(p)], plan)
+    sums = BYTES[_reduce_dtype(plan)] * sum(_padded(p, ranks) for p in trained)
     return [
         *_gathers(sizes, plan),
         Collective("gradients", "reduce-scatter", ranks, 1, sums, micros, "backward"),
@@ -123,9 +122,7 @@ def _gathers(sizes: Sizes, plan: Sharding) -> list[Collective]:
     """
     ranks, micros, second = plan.num_ranks, _micro_batches(plan), plan.zero.node_partition
     sharded = [p for p in sizes.parameters if plan.shards(p)]
-    every, changed = (
-        _BYTES[plan.precision] * _padded(those, ranks) for those in (sharded, [p for p in sharded if p.trainable])
-    )
+    every, changed = (_gathered_bytes(those, plan) for those in (sharded, [p for p in sharded if p.trainable]))
     forward, backward = "weights, forward", "weights, backward"
     if second == 1:
         return [
@@ -143,7 +140,7 @@ def _gathers(sizes: Sizes, plan: Sharding) -> list[Collective]:
 def _between_replicas(trained: Sequence[Parameter], plan: Sharding) -> Collective:
     """The sums of one rank's slices; groups of other slices have a little more or less."""
     share = sum(p.numel for p in trained) / plan.num_ranks
-    num_bytes = _BYTES[_reduce_dtype(plan)] * share
+    num_bytes = BYTES[_reduce_dtype(plan)] * share
     return Collective("gradients, replicas", "all-reduce", plan.num_replicas, plan.num_ranks, num_bytes, 1, "backward")
 
 
@@ -151,15 +148,19 @@ def _whole_weights(sizes: Sizes, plan: Sharding) -> list[Collective]:
     """Stages 0 to 2, padding of their flat groups aside; stage 2 sums whole gradients in each micro-batch."""
     trained = sum(p.numel for p in sizes.parameters if p.trainable)
     ranks, often = plan.num_ranks, _micro_batches(plan) if plan.stage == 2 else 1
-    sums, weights = _BYTES[_reduce_dtype(plan)] * trained, _BYTES[plan.precision] * trained * (plan.stage > 0)
+    sums, weights = BYTES[_reduce_dtype(plan)] * trained, BYTES[plan.precision] * trained * (plan.stage > 0)
     return [
         Collective("gradients", "all-reduce", ranks, 1, sums, often, ""),
         Collective("weights, update", "all-gather", ranks, 1, weights, 1, ""),
     ]
 
 
-def _padded(parameters: Iterable[Parameter], num_ranks: int) -> int:
-    return sum(math.ceil(p.numel / num_ranks) * num_ranks for p in parameters)
+def _gathered_bytes(parameters: Iterable[Parameter], plan: Sharding) -> int:
+    return sum(_padded(p, plan.num_ranks) * (p.num_bytes(plan.precision) // p.numel) for p in parameters)
+
+
+def _padded(parameter: Parameter, num_ranks: int) -> int:
+    return math.ceil(parameter.numel / num_ranks) * num_ranks
 
 
 def _reduce_dtype(plan: Sharding) -> str:
