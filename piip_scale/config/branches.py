@@ -7,7 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from piip_scale.config.base import DropPathMode, Positive, Share, Strict
-from piip_scale.geometry import Section, Sections, block_windows, convnext_sections, depth_of
+from piip_scale.geometry import Section, Sections, block_windows, convnext_sections, depth_of, scaled_width
+
+PositionResize = Literal["bicubic", "crop", "tile"]
+_ROTARY_CHANNELS = 4
+"""A pair of channels for rows and one for columns."""
 
 
 class LoraConfig(Strict):
@@ -45,6 +49,7 @@ class _BranchConfig(Strict):
             freezes the whole branch.
         checkpoint_blocks: Keep each block's input only and compute the block again in the backward pass; ``auto``
             decides at the start of a training by the plan's memory, and where nothing decides means yes.
+        released_as: Where the hub has weights for these numbers, to say so where a file is absent.
     """
 
     resolution_px: Positive
@@ -55,24 +60,80 @@ class _BranchConfig(Strict):
     drop_path_schedule: Literal["constant", "linear"] = "constant"
     drop_path_mode: DropPathMode = "zero"
     checkpoint_blocks: bool | Literal["auto"] = False
+    released_as: str | None = None
+
+
+class RotaryConfig(Strict):
+    """Rotary positions: queries and keys of cells are turned by angles that follow from where the cells lie.
+
+    Half of a head's channels turn with the row and half with the column, in pairs, each pair more slowly than the one
+    before it. Class and register tokens are not turned.
+
+    Attributes:
+        base: The slowest pair's period over the fastest's.
+        coordinates: ``centred`` puts an image's edges at -1 and 1, a unit for a turn (DINOv3); ``cells`` counts cells.
+        normalise: What a coordinate is divided by: its own side of the grid, or for both the ``shorter`` or ``longer``.
+        pretrain_grid_cells: With ``cells``, any grid spans as many of them as this; 0 leaves coordinates as they are.
+        offset_cells: With ``cells``, the first cell's coordinate, before it is rescaled.
+        first: Whether ``rows`` or ``columns`` turn the first of the pairs.
+        pairs: Channels that turn together: ``neighbours``, or the same places of both ``halves`` of a head.
+        windows: Blocks with windows take the places that cells have in the ``image``, or those in the ``window``, as
+            if that were the image.
+        rescale: In training, all coordinates are multiplied by one number between its inverse and this, drawn for each
+            batch; 1 draws nothing.
+    """
+
+    base: Annotated[float, Field(gt=1)] = 100.0
+    coordinates: Literal["centred", "cells"] = "centred"
+    normalise: Literal["own", "shorter", "longer"] = "own"
+    pretrain_grid_cells: Annotated[int, Field(ge=0)] = 0
+    offset_cells: float = 0.0
+    first: Literal["rows", "columns"] = "rows"
+    pairs: Literal["neighbours", "halves"] = "halves"
+    windows: Literal["image", "window"] = "image"
+    rescale: Annotated[float, Field(ge=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _cells_agree(self) -> RotaryConfig:
+        if self.coordinates == "centred" and (self.pretrain_grid_cells or self.offset_cells):
+            raise ValueError(
+                "rotary.pretrain_grid_cells and rotary.offset_cells are for counted cells: set rotary.coordinates to "
+                "cells, or leave them out"
+            )
+        return self
 
 
 class VitBranchConfig(_BranchConfig):
-    """A plain vision transformer branch: DeiT, InternViT and their kin differ by these numbers only.
+    """A vision transformer branch: DeiT, InternViT, DINOv3, EVA-02 and their kin differ by these numbers only.
 
     Attributes:
         window_size_tokens: Window of each block, 0 for full attention; empty is full attention everywhere.
         pretrain_resolution_px: Image size of the position embedding's own grid.
         norm: ``rmsnorm`` is torch's own; ``apex_rmsnorm`` the same by NVIDIA's apex, where it is installed.
         key_bias: Whether the qkv bias has a part for keys (BEiT has none).
-        qk_norm: Normalise queries and keys, as the tokens are, over the whole width before heads are split.
+        proj_bias: Whether the projection behind attention has a bias.
+        qk_norm: Normalise queries and keys, as the tokens are: ``True`` over the whole width before heads are split,
+            ``head`` in each head.
+        feed_forward: ``mlp``, two layers around an activation; or ``swiglu``, whose first is two, the one times SiLU of
+            the other.
+        mlp_ratio: The feed-forward's hidden width over the branch's.
+        mlp_multiple: The hidden width is rounded up to a multiple of this.
+        mlp_bias: Whether the feed-forward's layers have biases.
+        mlp_norm: Normalise the hidden tokens of a ``swiglu`` (EVA-02).
+        activation: Of an ``mlp``: GELU, exact or by tanh.
         layer_scale_init: Start of the per-channel scales, ``None`` for none.
         position_embedding: Learn a position for each cell of the grid.
+        position_resize: How positions come to another grid: ``bicubic`` stretches them, ``crop`` stretches them to a
+            square over its longer side and takes what lies on it, bilinear (RADIO), ``tile`` repeats them (SAM 3).
         position_class_slot: The position embedding keeps a slot for a class token at index 0.
         frame_positions: Learned positions in time, of which an image takes the first (Uni-Perceiver).
         relative_position_bias: Learn a bias on the scores for every distance inside a window (BEiT).
+        rotary: Rotary positions, ``None`` for none; learned ones may stand beside them.
         class_token: Carry a class token through the blocks; interactions leave it out.
-        embedding_norm: Normalise the tokens before the first block (Uni-Perceiver).
+        register_tokens: Carry as many more tokens behind it. In a block with windows such tokens see the whole image,
+            and each window sees them.
+        patch_bias: Whether the projection of patches has a bias.
+        embedding_norm: Normalise all tokens before the first block (Uni-Perceiver, PE, SAM 3).
         frozen_dtype: Of the weights of linear layers in frozen blocks: ``run`` as in all others, or in 8 bits with a
             scale for each output channel, ``int8`` or ``fp8`` (e4m3), which halves their memory and rounds them.
         lora: Freezes the branch and trains low-rank additions to its blocks above ``frozen_blocks`` in its place.
@@ -90,14 +151,23 @@ class VitBranchConfig(_BranchConfig):
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     qkv_bias: bool = True
     key_bias: bool = True
-    qk_norm: bool = False
+    proj_bias: bool = True
+    qk_norm: bool | Literal["head"] = False
+    feed_forward: Literal["mlp", "swiglu"] = "mlp"
+    mlp_multiple: Positive = 1
+    mlp_bias: bool = True
+    mlp_norm: bool = False
     layer_scale_init: float | None = None
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     position_embedding: bool = True
+    position_resize: PositionResize = "bicubic"
     position_class_slot: bool = False
     frame_positions: Annotated[int, Field(ge=0)] = 0
     relative_position_bias: bool = False
+    rotary: RotaryConfig | None = None
     class_token: bool = False
+    register_tokens: Annotated[int, Field(ge=0)] = 0
+    patch_bias: bool = True
     embedding_norm: bool = False
     frozen_dtype: Literal["run", "int8", "fp8"] = "run"
     lora: LoraConfig | None = None
@@ -140,11 +210,34 @@ class VitBranchConfig(_BranchConfig):
     @model_validator(mode="after")
     def _windows_agree(self) -> VitBranchConfig:
         windows = block_windows(self.window_size_tokens, self.depth)
-        if self.class_token and any(windows):
-            raise ValueError("class_token needs full attention: leave window_size_tokens empty")
+        if self.relative_position_bias and self.prefix_tokens:
+            raise ValueError("relative_position_bias knows cells only: leave class_token and register_tokens out")
         if self.relative_position_bias and not all(windows):
             raise ValueError("relative_position_bias needs a window in every block: set window_size_tokens")
         return self
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> VitBranchConfig:
+        head_size = self.embed_dim // self.num_heads
+        if self.rotary is not None and head_size % _ROTARY_CHANNELS:
+            raise ValueError(
+                f"rotary turns pairs of channels by row and by column: embed_dim={self.embed_dim} over "
+                f"num_heads={self.num_heads} must be a multiple of {_ROTARY_CHANNELS}"
+            )
+        if self.mlp_norm and self.feed_forward != "swiglu":
+            raise ValueError("mlp_norm is for a feed_forward of swiglu: set feed_forward, or leave mlp_norm out")
+        return self
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the grid's cells: class and registers."""
+        return int(self.class_token) + self.register_tokens
+
+    @property
+    def hidden_dim(self) -> int:
+        """The feed-forward's hidden width."""
+        width = scaled_width(self.embed_dim, self.mlp_ratio)
+        return -(-width // self.mlp_multiple) * self.mlp_multiple
 
     @property
     def sections(self) -> Sections:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from piip_scale.config.foundation_presets import FOUNDATION_PRESETS
+
 _SIZES: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -54,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         f"convnext_{size}": {"kind": "convnext", "depths": depths, "widths": widths}
         for size, (depths, widths) in _CONVNEXT.items()
     },
+    **FOUNDATION_PRESETS,
     "internvit_6b": _INTERNVIT
     | {"embed_dim": 3200, "depth": 48, "num_heads": 25, "norm": "rmsnorm", "qkv_bias": False, "qk_norm": True}
     | {"layer_scale_init": 0.1},

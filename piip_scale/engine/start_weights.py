@@ -13,6 +13,7 @@ from piip_scale.config.run import RunConfig
 from piip_scale.errors import ModelError
 from piip_scale.logging import get_logger
 from piip_scale.models.class_layers import num_classes_of
+from piip_scale.models.joined import Value, Weights
 from piip_scale.models.lora import LORA
 from piip_scale.models.pretrained import pretrained_weights
 from piip_scale.models.released import from_released, is_released
@@ -58,13 +59,11 @@ def start_weights(model: nn.Module, config: RunConfig) -> StartWeights:
     """
     if config.model.pretrained is not None:
         return _Start(model, config, Path(config.model.pretrained)).weights()
-    found = {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in model.named_modules()
-        if isinstance(module, Trunk)
-        for name, tensor in pretrained_weights(module).items()
-    }
-    return StartWeights(StoredWeights(model, found))
+    found: dict[str, Value] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, Trunk):
+            found |= pretrained_weights(module).below(f"{prefix}." if prefix else "")
+    return StartWeights(StoredWeights(model, Weights(found)))
 
 
 def check_start_weights(model: nn.Module, config: RunConfig) -> None:

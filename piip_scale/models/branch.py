@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -30,10 +31,15 @@ class BranchState:
     Attributes:
         grid_BHWC: Its tokens on their grid (B, H, W, C).
         class_token_B1C: Its class token (B, 1, C), ``None`` for a branch without one.
+        registers_BRC: Its register tokens (B, R, C), ``None`` for a branch without any.
+        rotary: Its rotary positions for each size of windows that its blocks have, 0 for none; see ``ops.rotary``.
+            ``None`` for a branch without them.
     """
 
     grid_BHWC: Tensor
     class_token_B1C: Tensor | None = None
+    registers_BRC: Tensor | None = None
+    rotary: Mapping[int, Tensor] | None = None
 
 
 class Branch(nn.Module, ABC):

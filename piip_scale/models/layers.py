@@ -170,16 +170,19 @@ class GeluLinear(Linear):
         dim_in: Channels in.
         dim_out: Channels out.
         activation: ``gelu`` (exact) or ``gelu_tanh``.
-        kernel: Name of the fused kernel for the exact one, see ``ops.fused``.
+        kernel: Name of the fused kernel for the exact one with a bias, see ``ops.fused``.
+        bias: Whether it has a bias.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, activation: str = "gelu", kernel: str = "auto") -> None:
-        super().__init__(dim_in, dim_out)
+    def __init__(
+        self, dim_in: int, dim_out: int, activation: str = "gelu", kernel: str = "auto", bias: bool = True
+    ) -> None:
+        super().__init__(dim_in, dim_out, bias=bias)
         self.activation, self.kernel = activation, kernel
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim_in) to (..., dim_out)."""
-        if self.activation == "gelu" and self.is_plain:
+        if self.activation == "gelu" and self.is_plain and self.bias is not None:
             return linear_gelu(x, self.weight, self.bias, self.kernel)
         return functional.gelu(super().forward(x), approximate="none" if self.activation == "gelu" else "tanh")
 
@@ -196,12 +199,13 @@ class Mlp(nn.Module):
         hidden_dim: Channels between.
         activation: ``gelu`` (exact) or ``gelu_tanh``.
         kernel: Name of the fused kernel, see ``ops.fused``.
+        bias: Whether both layers have biases.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, activation: str, kernel: str = "auto") -> None:
+    def __init__(self, dim: int, hidden_dim: int, activation: str, kernel: str = "auto", bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = GeluLinear(dim, hidden_dim, activation, kernel)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc1 = GeluLinear(dim, hidden_dim, activation, kernel, bias)
+        self.fc2 = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to the same shape."""

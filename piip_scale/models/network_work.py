@@ -224,27 +224,30 @@ def _embedding_macs(branch: BranchConfig, grid: Grid) -> int:
 def _vit_work(
     branch: VitBranchConfig, grid: Grid, window: int, convention: Convention, trained: bool, upstream: bool
 ) -> Work:
-    dim, tokens = branch.embed_dim, num_cells(grid) + branch.class_token
-    padded = num_cells(grid, window) if window else tokens
-    projected = padded if convention.padded_qkv else tokens
-    attended = padded if convention.padded_attention else tokens
-    lora, hidden = branch.lora if trained else None, scaled_width(dim, branch.mlp_ratio)
+    dim, prefix, cells, hidden = branch.embed_dim, branch.prefix_tokens, num_cells(grid), branch.hidden_dim
+    tokens, padded = prefix + cells, num_cells(grid, window) if window else cells
+    projected = prefix + (padded if convention.padded_qkv else cells)
+    attended = padded if convention.padded_attention else cells
+    # A window's cells see each other and the tokens before the grid; those see everything.
+    pairs = attended * (window**2 + prefix) + prefix * tokens if window else tokens**2
+    lora, opening = branch.lora if trained else None, 2 if branch.feed_forward == "swiglu" else 1
     # A trained block begins with a trained norm: inside it everything has a gradient. Low-rank additions have theirs.
     inside = upstream or (trained and lora is None)
     work = Work()
-    for target, cells, dim_in, dim_out in (
-        ("qkv", projected, dim, 3 * dim),
-        ("scores", attended, dim, 2 * (window**2 if window else tokens)),
-        ("proj", tokens, dim, dim),
-        ("mlp", tokens, dim, hidden),
-        ("mlp", tokens, hidden, dim),
+    for target, rows, dim_in, dim_out, num_layers in (
+        ("qkv", projected, dim, 3 * dim, 1),
+        ("scores", pairs, dim, 2, 1),
+        ("proj", tokens, dim, dim, 1),
+        ("mlp", tokens, dim, hidden, opening),
+        ("mlp", tokens, hidden, dim, 1),
     ):
         if target == "scores":
-            work += product(cells * dim_in * dim_out, upstream=inside)
+            work += product(rows * dim_in * dim_out, upstream=inside)
             continue
-        work += layer(cells * dim_in * dim_out, trained=trained and lora is None, upstream=inside)
+        work += layer(num_layers * rows * dim_in * dim_out, trained=trained and lora is None, upstream=inside)
         if lora is not None and target in lora.targets:
-            work += layer(cells * dim_in * lora.rank, upstream=inside) + layer(cells * lora.rank * dim_out)
+            work += layer(num_layers * rows * dim_in * lora.rank, upstream=inside)
+            work += layer(num_layers * rows * lora.rank * dim_out)
             inside = True
     return work
 

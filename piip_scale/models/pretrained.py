@@ -1,7 +1,8 @@
 """Backbones' own released weights as the start of a branch.
 
 Understood are the files of DeiT, DeiT III, MAE, BEiT v2, DINOv2, AugReg (``.npz`` or converted), Uni-Perceiver
-(converted by ViT-Adapter), InternViT-6B (original, and Hugging Face's, sharded or not) and Hugging Face's ConvNeXt.
+(converted by ViT-Adapter), InternViT (original, and Hugging Face's, sharded or not), Hugging Face's ConvNeXt, and
+those of the foundation models that ``models.foundation_keys`` knows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 from piip_scale.geometry import depth_of
 from piip_scale.logging import get_logger
+from piip_scale.models.foundation_keys import foundation_names
+from piip_scale.models.joined import Value, Weights
 from piip_scale.models.official_keys import official_branch_name, official_kind, unwrap
 from piip_scale.models.position_tables import resize_position_table
 from piip_scale.models.trunk import Trunk
@@ -41,19 +44,19 @@ _HUGGING_FACE = (
 )
 """Hugging Face's names of InternViT and ConvNeXt, by those of the released PIIP code."""
 _NOT_OF_A_BRANCH = re.compile(
-    r"^(cls_token|mask_token|norm\.|fc_norm\.|head|pre_logits\.|decoder|clip_projector\.|classifier\.)"
+    r"^(cls_token|class_token\.token$|attn_pool\.|mask_token|norm\.|fc_norm\.|head|pre_logits\.|decoder|clip_projector\.|classifier\.)"
     r"|^(convnext\.)?layernorm\.|relative_position_index$|^rel_pos_bias\."
 )
 """What a classifier or a pretraining task has beyond the blocks."""
-_MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.|\.lora\.|\.weight_scale$")
-"""Scales that this pretraining had none of start at the config's value, additions to a branch at zero; scales of
-weights that are stored in 8 bits follow from these."""
+_MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.|\.qv_bias\.|\.lora\.|\.weight_scale$")
+"""Scales that this pretraining had none of start at the config's value, biases and additions to a branch at zero;
+scales of weights that are stored in 8 bits follow from these."""
 _SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\.(safetensors|bin|pth|pt)")
 """What an index may name: from wherever the folder came, never a way out of it."""
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
-def pretrained_weights(trunk: Trunk) -> dict[str, Tensor]:
+def pretrained_weights(trunk: Trunk) -> Weights:
     """The weights that a network's config names files for its branches.
 
     Tensors that need no resizing are mapped from their files: whoever takes a slice of one reads no more than that.
@@ -67,28 +70,33 @@ def pretrained_weights(trunk: Trunk) -> dict[str, Tensor]:
     Raises:
         ModelError: A file is absent or not readable, or does not fit its branch.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, Value] = {}
     for index, (branch, config) in enumerate(zip(trunk.branches, trunk.config.branches, strict=True)):
         if config.pretrained is not None:
             weights = branch_weights(branch, config, Path(config.pretrained))
-            found |= {f"branches.{index}.{name}": tensor for name, tensor in weights.items()}
-    return found
+            found |= weights.below(f"branches.{index}.")
+    return Weights(found)
 
 
 def check_pretrained(config: PiipConfig) -> None:
     """Raises a ``ModelError`` where a file that a training would start from is absent; reads nothing."""
-    branches = [branch.pretrained for branch in config.branches]
-    for named in branches if config.pretrained is None else [config.pretrained]:
+    if config.pretrained is not None:
+        files: list[tuple[str | None, str | None]] = [(config.pretrained, None)]
+    else:
+        files = [(branch.pretrained, branch.released_as) for branch in config.branches]
+    for named, released_as in files:
         if named is not None and not Path(named).exists():
-            raise _absent(Path(named))
+            raise _absent(Path(named), released_as)
 
 
-def branch_weights(branch: nn.Module, config: BranchConfig, path: Path) -> dict[str, Tensor]:
+def branch_weights(branch: nn.Module, config: BranchConfig, path: Path) -> Weights:
     """A file's weights by a branch's own names; position embeddings, tables and patch kernels are resized to it.
 
     Raises:
         ModelError: The file is absent or not readable, or does not fit the branch.
     """
+    if not path.exists():
+        raise _absent(path, config.released_as)
     weights = _read_jax(path, config) if path.suffix == ".npz" else read_weights(path)
     fitted = fit_weights(weights, branch.state_dict(), config, path.name)
     fresh = sorted(set(branch.state_dict()) - set(fitted))
@@ -147,7 +155,7 @@ def load_pickle(path: Path) -> Mapping[str, Any]:
 
 def fit_weights(
     weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], config: BranchConfig, where: str
-) -> dict[str, Tensor]:
+) -> Weights:
     """Weights of a backbone by our names, resized to a branch.
 
     Args:
@@ -159,26 +167,30 @@ def fit_weights(
     Raises:
         ModelError: A key is missing, unexpected or of another shape; all of them are listed.
     """
-    left = _common_names(weights, config)
-    problems, fitted = [], {}
+    found = foundation_names(weights, config)
+    left: dict[str, Value] = _common_names(weights, config) if found is None else found
+    problems: list[str] = []
+    fitted: dict[str, Value] = {}
     for name, parameter in wanted.items():
-        key = official_branch_name(name, config, official_kind(config))
-        tensor = left.pop(key, None)
-        if tensor is None:
+        key = name if found is not None else official_branch_name(name, config, official_kind(config))
+        value = left.pop(key, None)
+        if value is None:
             problems += [] if _MAY_BE_ABSENT.search(name) else [f"missing {key}"]
             continue
-        tensor = _resize(name, tensor, config)
-        if tensor.numel() != parameter.numel():
+        tensor = _resize(name, value, config) if isinstance(value, Tensor) else value
+        if tensor.shape.numel() != parameter.numel():
             problems.append(f"{key} has shape {list(tensor.shape)}, expected {list(parameter.shape)}")
-        fitted[name] = tensor.reshape(parameter.shape) if tensor.numel() == parameter.numel() else tensor
+        elif isinstance(tensor, Tensor):
+            tensor = tensor.reshape(parameter.shape)
+        fitted[name] = tensor
     problems += [f"unexpected {key}" for key in left if not _NOT_OF_A_BRANCH.search(key)]
     if problems:
         raise ModelError(f"pretrained weights {where} do not fit their branch", value=problems)
-    return fitted
+    return Weights(fitted)
 
 
-def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Tensor]:
-    renamed = {}
+def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Value]:
+    renamed: dict[str, Value] = {}
     for name, tensor in weights.items():
         for pattern, replacement in _HUGGING_FACE:
             name = re.sub(pattern, replacement, name)
@@ -274,8 +286,12 @@ def indexed_files(path: Path) -> list[str]:
     return sorted(shards)
 
 
-def _absent(path: Path) -> ModelError:
-    return ModelError("pretrained weights: no such file", value=str(path), fix="correct the path, or download it")
+def _absent(path: Path, released_as: str | None = None) -> ModelError:
+    fix = "correct the path, or download it"
+    if released_as is not None:
+        folder = path.parent if path.suffix else path
+        fix += f": hf download {released_as} --local-dir {folder}"
+    return ModelError("pretrained weights: no such file", value=str(path), fix=fix)
 
 
 def weights_in(folder: Path) -> Path:

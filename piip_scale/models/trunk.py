@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
@@ -17,6 +18,7 @@ from piip_scale.models.convnext import ConvNext
 from piip_scale.models.interaction import build_unit, exchange
 from piip_scale.models.layers import DropPath
 from piip_scale.models.lora import LORA, add_lora
+from piip_scale.models.rotary import RotaryPositions
 from piip_scale.models.rules import ParameterRule
 from piip_scale.models.stored import store_frozen
 from piip_scale.models.unit import Unit
@@ -72,7 +74,7 @@ class Trunk(nn.Module):
             for large in reversed(range(len(grids) - 1)):
                 unit = cast("Unit", cast("nn.ModuleList", units)[large])
                 grids[large], grids[large + 1] = exchange(unit, grids[large], grids[large + 1])
-            states = [BranchState(grid, state.class_token_B1C) for grid, state in zip(grids, states, strict=True)]
+            states = [replace(state, grid_BHWC=grid) for grid, state in zip(grids, states, strict=True)]
             yield states
 
     def specs_after(self, stage: int) -> list[FeatureSpec]:
@@ -115,8 +117,8 @@ class Trunk(nn.Module):
         single = self._branches[0] if len(self._branches) == 1 else None
         if not isinstance(single, Vit):
             return set()
-        owners = [single.embedding.position, None if single.class_token is None else single.class_token.token]
-        return {id(parameter) for parameter in owners if parameter is not None}
+        tokens = [part.token for part in (single.class_token, single.registers) if part is not None]
+        return {id(parameter) for parameter in (single.embedding.position, *tokens) if parameter is not None}
 
     def _run_blocks(self, states: list[BranchState], stage: int) -> list[BranchState]:
         advanced = []
@@ -150,6 +152,8 @@ def _freeze(branch: Branch, num_blocks: int) -> None:
         for part in module.modules():
             if isinstance(part, DropPath):
                 part.rate = 0.0
+            elif isinstance(part, RotaryPositions):
+                part.rescale = 1.0
 
 
 def _layer_ids(branch: Branch, stretch: float) -> dict[int, float]:

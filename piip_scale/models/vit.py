@@ -1,22 +1,26 @@
-"""The plain vision transformer branch: DeiT, InternViT, MAE, AugReg, DINOv2, BEiT v2 and Uni-Perceiver by numbers."""
+"""The vision transformer branch: every published kind that the presets name, by numbers."""
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from piip_scale.config.branches import VitBranchConfig
 from piip_scale.config.model import AUTO_KERNELS, Kernels
-from piip_scale.geometry import block_windows, drop_path_rate, scaled_width
+from piip_scale.geometry import block_windows, drop_path_rate
 from piip_scale.models.branch import Branch, BranchState, check_size
 from piip_scale.models.layers import LINEAR_STD, Conv2d, DropPath, Linear, Mlp, build_layer_scale, build_norm
+from piip_scale.models.rotary import RotaryPositions
+from piip_scale.models.swiglu import SwiGlu
 from piip_scale.models.unit import Unit
 from piip_scale.ops.attention import attention, join_heads, split_heads
 from piip_scale.ops.qk_norm import qk_rms_norm
 from piip_scale.ops.residual import Paths
 from piip_scale.ops.resize import resize_position
+from piip_scale.ops.rotary import rotate
 from piip_scale.ops.windows import join_windows, split_windows
 
 
@@ -34,14 +38,21 @@ class Vit(Branch):
         super().__init__()
         self.config = config
         self.embedding = PatchEmbedding(config)
-        self.class_token = ClassToken(config.embed_dim) if config.class_token else None
+        self.class_token = LearnedTokens(1, config.embed_dim) if config.class_token else None
+        self.registers = LearnedTokens(config.register_tokens, config.embed_dim) if config.register_tokens else None
+        self.rotary = None if config.rotary is None else RotaryPositions(config, config.rotary)
         self.blocks = nn.ModuleList(Block(config, index, kernels) for index in range(config.depth))
 
     def embed(self, image_BCHW: Tensor) -> BranchState:
         """See ``Branch.embed``."""
         check_size(image_BCHW, self.config.patch_size_px)
         grid_BHWC: Tensor = self.embedding(image_BCHW)
-        return BranchState(grid_BHWC, None if self.class_token is None else self.class_token(grid_BHWC))
+        return BranchState(
+            grid_BHWC,
+            self._before_cells(self.class_token, grid_BHWC),
+            self._before_cells(self.registers, grid_BHWC),
+            None if self.rotary is None else self.rotary(grid_BHWC),
+        )
 
     def run(self, state: BranchState, first: int, last: int) -> BranchState:
         """See ``Branch.run``."""
@@ -49,17 +60,29 @@ class Vit(Branch):
         # The embedding leaves channels apart, and every block of the stage would pass that on: slow rows, and for a
         # compiled block another program.
         tokens_BLC = state.grid_BHWC.flatten(1, 2).contiguous()
-        if state.class_token_B1C is not None:
-            tokens_BLC = torch.cat((state.class_token_B1C, tokens_BLC), 1)
+        before = [part for part in (state.class_token_B1C, state.registers_BRC) if part is not None]
+        if before:
+            tokens_BLC = torch.cat((*before, tokens_BLC), 1)
         for block in self.blocks[first:last]:
-            tokens_BLC = block(tokens_BLC, height, width)
+            turns = () if state.rotary is None else (state.rotary[cast(Block, block).attn.window],)
+            tokens_BLC = block(tokens_BLC, height, width, *turns)
         class_token_B1C = None if state.class_token_B1C is None else tokens_BLC[:, :1]
+        registers = slice(int(self.config.class_token), self.config.prefix_tokens)
+        registers_BRC = None if state.registers_BRC is None else tokens_BLC[:, registers]
         grid_BHWC = tokens_BLC[:, -height * width :].unflatten(1, (height, width))
-        return BranchState(grid_BHWC, class_token_B1C)
+        return BranchState(grid_BHWC, class_token_B1C, registers_BRC, state.rotary)
 
     def embedding_modules(self) -> list[nn.Module]:
         """See ``Branch.embedding_modules``."""
-        return [self.embedding] if self.class_token is None else [self.embedding, self.class_token]
+        parts = (self.embedding, self.class_token, self.registers, self.rotary)
+        return [part for part in parts if part is not None]
+
+    def _before_cells(self, tokens: LearnedTokens | None, grid_BHWC: Tensor) -> Tensor | None:
+        """Tokens of every image, normalised as the cells are."""
+        if tokens is None:
+            return None
+        normed: Tensor = self.embedding.norm(tokens(grid_BHWC))
+        return normed
 
 
 class PatchProjection(Conv2d):
@@ -80,7 +103,8 @@ class PatchEmbedding(nn.Module):
         dim, patch = config.embed_dim, config.patch_size_px
         self.side = config.pretrain_resolution_px // patch
         self.num_slots = int(config.position_class_slot)
-        self.proj = PatchProjection(3, dim, kernel_size=patch, stride=patch)
+        self.resize = config.position_resize
+        self.proj = PatchProjection(3, dim, kernel_size=patch, stride=patch, bias=config.patch_bias)
         positions = torch.empty(1, self.num_slots + self.side**2, dim)
         self.position = nn.Parameter(positions) if config.position_embedding else None
         self.frames = nn.Parameter(torch.empty(config.frame_positions, dim)) if config.frame_positions else None
@@ -98,27 +122,28 @@ class PatchEmbedding(nn.Module):
         grid_BHWC: Tensor = self.proj(image_BCHW).permute(0, 2, 3, 1)
         height, width = grid_BHWC.shape[1:3]
         if self.position is not None:
-            grid_BHWC = grid_BHWC + resize_position(self.position[:, self.num_slots :], self.side, height, width)
+            own_1NC = self.position[:, self.num_slots :]
+            grid_BHWC = grid_BHWC + resize_position(own_1NC, self.side, height, width, self.resize)
         if self.frames is not None:
             grid_BHWC = grid_BHWC + self.frames[0]
         output: Tensor = self.norm(grid_BHWC)
         return output
 
 
-class ClassToken(nn.Module):
-    """A learned token, the same for every image."""
+class LearnedTokens(nn.Module):
+    """Learned tokens, the same for every image."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, num: int, dim: int) -> None:
         super().__init__()
-        self.token = nn.Parameter(torch.empty(1, 1, dim))
+        self.token = nn.Parameter(torch.empty(1, num, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the token anew."""
+        """Draws the tokens anew."""
         nn.init.trunc_normal_(self.token, std=LINEAR_STD)
 
     def forward(self, grid_BHWC: Tensor) -> Tensor:
-        """(B, 1, C) for the grid's batch."""
+        """(B, num, C) for the grid's batch."""
         return self.token.expand(grid_BHWC.shape[0], -1, -1)
 
 
@@ -132,20 +157,29 @@ class Block(Unit):
         self.attn = Attention(config, index, kernels)
         self.ls1 = build_layer_scale(dim, config.layer_scale_init, kernels.fused)
         self.norm2 = build_norm(config.norm, dim, config.norm_eps)
-        self.mlp = Mlp(dim, scaled_width(dim, config.mlp_ratio), config.activation, kernels.fused)
+        self.mlp = _build_feed_forward(config, kernels)
         self.ls2 = build_layer_scale(dim, config.layer_scale_init, kernels.fused)
         rate = drop_path_rate(config.sections, index, config.drop_path_rate, config.drop_path_schedule)
         self.drop_path = DropPath(rate, config.drop_path_mode)
 
-    def draw(self, tokens_BLC: Tensor, height: int, width: int) -> tuple[Paths | None, ...]:
+    def draw(
+        self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLD: Tensor | None = None
+    ) -> tuple[Paths | None, ...]:
         """See ``Unit.draw``: one for each residual."""
         return self.drop_path.draw(tokens_BLC), self.drop_path.draw(tokens_BLC)
 
-    def compute(self, drawn: tuple[Paths | None, ...], tokens_BLC: Tensor, height: int, width: int) -> Tensor:
-        """Tokens (B, [1 +] height * width, C), rows first, to the same shape."""
+    def compute(
+        self,
+        drawn: tuple[Paths | None, ...],
+        tokens_BLC: Tensor,
+        height: int,
+        width: int,
+        rotary_2WLD: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens (B, prefix + height * width, C), rows first, to the same shape; positions as ``models.rotary``."""
 
         def attend(x_BLC: Tensor) -> Tensor:
-            found_BLC: Tensor = self.attn(self.norm1(x_BLC), height, width)
+            found_BLC: Tensor = self.attn(self.norm1(x_BLC), height, width, rotary_2WLD)
             return found_BLC
 
         tokens_BLC = self.drop_path(tokens_BLC, attend, self.ls1, drawn[0])
@@ -153,8 +187,19 @@ class Block(Unit):
         return output
 
 
+def _build_feed_forward(config: VitBranchConfig, kernels: Kernels) -> nn.Module:
+    if config.feed_forward == "swiglu":
+        norm = config.norm if config.mlp_norm else "none"
+        return SwiGlu(config.embed_dim, config.hidden_dim, config.mlp_bias, norm, config.norm_eps)
+    return Mlp(config.embed_dim, config.hidden_dim, config.activation, kernels.fused, config.mlp_bias)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over the whole grid or inside windows."""
+    """Multi-head self-attention over all tokens, or inside windows.
+
+    Tokens before the cells are in no window: each window sees them beside its own cells, and they see themselves and
+    all cells of the image.
+    """
 
     def __init__(self, config: VitBranchConfig, index: int, kernels: Kernels) -> None:
         super().__init__()
@@ -164,31 +209,67 @@ class Attention(nn.Module):
         self.kernel, self.fused_kernel = kernels.attention, kernels.fused
         self.qkv = Linear(dim, 3 * dim, bias=config.qkv_bias and config.key_bias)
         self.qv_bias = QueryValueBias(dim) if config.qkv_bias and not config.key_bias else nn.Identity()
+        self.num_prefix = config.prefix_tokens
+        self.halves = config.rotary is not None and config.rotary.pairs == "halves"
         # Over the whole width, all heads together, before heads are split: InternViT's way.
-        self.q_norm = build_norm(config.norm if config.qk_norm else "none", dim, config.norm_eps)
-        self.k_norm = build_norm(config.norm if config.qk_norm else "none", dim, config.norm_eps)
+        self.norms_heads = config.qk_norm == "head"
+        normed = dim // config.num_heads if self.norms_heads else dim
+        self.q_norm = build_norm(config.norm if config.qk_norm else "none", normed, config.norm_eps)
+        self.k_norm = build_norm(config.norm if config.qk_norm else "none", normed, config.norm_eps)
         self.position_bias = PositionBias(self.window, self.num_heads) if config.relative_position_bias else None
-        self.proj = Linear(dim, dim)
+        self.proj = Linear(dim, dim, bias=config.proj_bias)
 
-    def forward(self, tokens_BLC: Tensor, height: int, width: int) -> Tensor:
-        """Tokens (B, [1 +] height * width, C), rows first, to the same shape."""
-        if self.window:
+    def forward(self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLD: Tensor | None = None) -> Tensor:
+        """Tokens (B, prefix + height * width, C), rows first, to the same shape; positions as ``models.rotary``."""
+        if not self.window:
+            found_BLC = self._attend(*self._heads(tokens_BLC, rotary_2WLD))
+        elif not self.num_prefix:
             # Padding comes before qkv: padded tokens take part, with the projection's bias as key and value.
             windows_NLC = split_windows(tokens_BLC.unflatten(1, (height, width)), self.window)
-            found_BLC = join_windows(self._attend(windows_NLC), self.window, height, width).flatten(1, 2)
+            found_NLC = self._attend(*self._heads(windows_NLC, rotary_2WLD))
+            found_BLC = join_windows(found_NLC, self.window, height, width).flatten(1, 2)
         else:
-            found_BLC = self._attend(tokens_BLC)
+            found_BLC = self._attend_in_windows(tokens_BLC, height, width, rotary_2WLD)
         output: Tensor = self.proj(found_BLC)
         return output
 
-    def _attend(self, tokens_BLC: Tensor) -> Tensor:
-        query, key, value = (split_heads(part, self.num_heads) for part in self._parts(tokens_BLC))
+    def _attend_in_windows(self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLD: Tensor | None) -> Tensor:
+        prefix_BPC, cells_BLC = tokens_BLC.tensor_split((self.num_prefix,), 1)
+        windows_NLC = split_windows(cells_BLC.unflatten(1, (height, width)), self.window)
+        query, key, value = self._heads(windows_NLC, rotary_2WLD)
+        own_query, own_key, own_value = self._heads(prefix_BPC, None)
+
+        def with_prefix(own_BHPD: Tensor, cells_NHLD: Tensor) -> Tensor:
+            repeated = own_BHPD.repeat_interleave(cells_NHLD.shape[0] // own_BHPD.shape[0], 0)
+            return torch.cat((repeated, cells_NHLD), 2)
+
+        def of_image(own_BHPD: Tensor, cells_NHLD: Tensor) -> Tensor:
+            cells = join_windows(join_heads(cells_NHLD), self.window, height, width).flatten(1, 2)
+            return torch.cat((own_BHPD, split_heads(cells, self.num_heads)), 2)
+
+        seen_NLC = self._attend(query, with_prefix(own_key, key), with_prefix(own_value, value))
+        prefix_BPC = self._attend(own_query, of_image(own_key, key), of_image(own_value, value))
+        return torch.cat((prefix_BPC, join_windows(seen_NLC, self.window, height, width).flatten(1, 2)), 1)
+
+    def _attend(self, query_BHLD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor) -> Tensor:
         bias_HLL = None if self.position_bias is None else self.position_bias()
-        return join_heads(attention(query, key, value, bias_HLL, self.kernel))
+        return join_heads(attention(query_BHLD, key_BHSD, value_BHSD, bias_HLL, self.kernel))
+
+    def _heads(self, tokens_BLC: Tensor, rotary_2WLD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of each head, (B, heads, L, D) each."""
+        query, key, value = (split_heads(part, self.num_heads) for part in self._parts(tokens_BLC))
+        if self.norms_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotary_2WLD is not None:
+            query, key = (rotate(part, rotary_2WLD, self.halves) for part in (query, key))
+        return query, key, value
 
     def _parts(self, tokens_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, (B, L, C) each."""
+        """Queries, keys and values of all heads, (B, L, C) each; normalised where the whole width is."""
         qkv_BLC = self.qv_bias(self.qkv(tokens_BLC))
+        if self.norms_heads:
+            query, key, value = qkv_BLC.chunk(3, dim=-1)
+            return query, key, value
         if isinstance(self.q_norm, nn.RMSNorm) and isinstance(self.k_norm, nn.RMSNorm):
             return qk_rms_norm(qkv_BLC, self.q_norm, self.k_norm, self.fused_kernel)
         query, key, value = qkv_BLC.chunk(3, dim=-1)

@@ -28,6 +28,13 @@ NETWORKS = {
         "pyramid": REGULAR,
     },
     "class token": {"branches": (LARGE | {"class_token": True}, SMALL), "interaction": UNIT},
+    "rotary": {
+        "branches": (
+            LARGE | WINDOWS | {"rotary": {}, "class_token": True, "register_tokens": 4, "position_embedding": False},
+            SMALL | {"feed_forward": "swiglu", "mlp_multiple": 24, "mlp_norm": True, "qk_norm": "head"},
+        ),
+        "interaction": UNIT,
+    },
 }
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from piip_scale.config.foundation_presets import FOUNDATION_PRESETS
 from piip_scale.config.model import PiipConfig
 from piip_scale.config.presets import PRESETS
 from piip_scale.models.official_config import read_official_config
@@ -30,7 +31,7 @@ FILES = {
     "convnext-base": "convnext_base",
     "intern_vit_6b": "internvit_6b",
 }
-UNRELEASED = {"convnext_large"}
+UNRELEASED = {"convnext_large", *FOUNDATION_PRESETS}
 OF_A_RECIPE = {
     "resolution_px",
     "blocks_per_stage",
