@@ -1,0 +1,173 @@
+"""Files of foundation models: their owners', timm's and Hugging Face's give the same branches."""
+
+import pytest
+import torch
+from foundation import CASES, GRID, TOLERANCE, VIT, error, gradient, load, our_config, randomise
+from safetensors.torch import save_file
+
+from piip_scale.config.branches import ConvNextBranchConfig
+from piip_scale.config.model import PiipConfig
+from piip_scale.errors import ModelError
+from piip_scale.models.convnext import ConvNext
+from piip_scale.models.joined import Joined
+from piip_scale.models.pretrained import branch_weights, check_pretrained
+from piip_scale.models.vit import Vit
+
+ORIGINALS = {
+    "dinov3_s_plus": (
+        ("reg_token", "storage_tokens"),
+        ("gamma_", "ls"),
+        ("fc1_g", "w1"),
+        ("fc1_x", "w2"),
+        ("mlp.fc2", "mlp.w3"),
+    ),
+    "eva02_l": (("fc1_g", "w1"), ("fc1_x", "w2"), ("mlp.fc2", "mlp.w3"), ("mlp.norm", "mlp.ffn_ln")),
+    "pe_spatial_g": (
+        ("patch_embed.proj", "visual.conv1"),
+        ("pos_embed", "visual.positional_embedding"),
+        ("norm_pre", "visual.ln_pre"),
+        ("blocks.", "visual.transformer.resblocks."),
+        (".norm", ".ln_"),
+        ("gamma_", "ls_"),
+        ("qkv.", "in_proj_"),
+        ("attn.proj", "attn.out_proj"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ORIGINALS)
+def test_an_owners_file_is_the_one_that_timm_makes_of_it(tmp_path, case):
+    from timm.models.eva import checkpoint_filter_fn
+
+    model = CASES[case]((GRID, GRID))
+    original = {}
+    for name, value in randomise(model).state_dict().items():
+        for old, new in ORIGINALS[case]:
+            name = name.replace(old, new)
+        if name.split(".")[-1].startswith("ls"):
+            name += ".gamma"
+        original[name] = value[0] if name == "visual.positional_embedding" else value.clone()
+    if case.startswith("dinov3"):
+        for block in range(VIT["depth"]):
+            attention = f"blocks.{block}.attn."
+            query, value = (original.pop(f"{attention}{part}_bias") for part in "qv")
+            # What is masked is never used: their file has anything there.
+            original[f"{attention}qkv.bias"] = torch.cat((query, torch.full_like(query, torch.nan), value))
+            original[f"{attention}qkv.bias_mask"] = torch.ones(96)
+        original |= {"mask_token": torch.zeros(1, 32), "rope_embed.periods": torch.ones(4)}
+    converted = {name: value.contiguous() for name, value in checkpoint_filter_fn(dict(original), model).items()}
+    found = []
+    for name, tensors in (("original", {"model": original}), ("timm", converted)):
+        torch.save(tensors, tmp_path / f"{name}.pth")
+        branch = Vit(our_config(case))
+        found.append(branch_weights(branch, branch.config, tmp_path / f"{name}.pth"))
+        assert found[-1].keys() == branch.state_dict().keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+RENAMES = {
+    "sam3": (
+        ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+        ("embeddings.position_embeddings", "pos_embed"),
+        ("layer_norm1", "norm1"),
+        ("layer_norm2", "norm2"),
+        ("layer_norm", "ln_pre"),
+        ("layers.", "blocks."),
+    ),
+    "radio_v4_h": (
+        ("embeddings.patch_projection", "patch_generator.embedder"),
+        ("embeddings.position_embedding", "patch_generator.pos_embed"),
+        ("embeddings.cls_register_token", "patch_generator.cls_token.token"),
+        ("encoder.layer.", "blocks."),
+    ),
+}
+WRAPPERS = {"sam3": "detector.backbone.vision_backbone.trunk.", "radio_v4_h": "radio_model.model."}
+
+
+@pytest.mark.parametrize("case", RENAMES)
+def test_originals_of_sam_and_radio_are_those_of_transformers(tmp_path, case):
+    weights = randomise(CASES[case]((GRID, GRID))).state_dict()
+    original = {"elsewhere.weight": torch.zeros(3)}
+    for name, value in weights.items():
+        if "layer_scale" in name or name.startswith(("input_conditioner", "summary")):
+            continue
+        for old, new in (*RENAMES[case], (".attention.", ".attn."), ("o_proj", "proj")):
+            name = name.replace(old, new)
+        original[WRAPPERS[case] + name] = value
+    for block in range(VIT["depth"]):
+        prefix = f"{WRAPPERS[case]}blocks.{block}.attn."
+        for kind in ("weight", "bias"):
+            original[f"{prefix}qkv.{kind}"] = torch.cat([original.pop(f"{prefix}{part}_proj.{kind}") for part in "qkv"])
+    found = []
+    for name, tensors in (("original", original), ("transformers", weights)):
+        torch.save(tensors, tmp_path / f"{name}.pth")
+        branch = Vit(our_config(case))
+        found.append(branch_weights(branch, branch.config, tmp_path / f"{name}.pth"))
+        assert found[-1].keys() == branch.state_dict().keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_dinov3s_convnext_is_hugging_faces_and_timms(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from timm.models.convnext import ConvNeXt as TimmConvNext
+    from timm.models.convnext import checkpoint_filter_fn
+    from transformers.models.dinov3_convnext import DINOv3ConvNextConfig, DINOv3ConvNextModel
+
+    numbers = {"depths": [1, 2, 1, 1], "hidden_sizes": [8, 16, 24, 32]}
+    theirs = randomise(DINOv3ConvNextModel(DINOv3ConvNextConfig(**numbers)))
+    config = ConvNextBranchConfig(resolution_px=64, depths=(1, 2, 1, 1), widths=(8, 16, 24, 32))
+    original = {}
+    for name, value in theirs.state_dict().items():
+        name = name.removeprefix("model.").replace("layer_norm", "norm")
+        for old, new in (("depthwise_conv", "dwconv"), ("pointwise_conv", "pwconv"), (".layers.", ".")):
+            name = name.replace(old, new)
+        if "downsample_layers" in name:
+            name = "downsample_layers." + name.removeprefix("stages.").replace(".downsample_layers", "")
+        original[name] = value
+    timms = checkpoint_filter_fn(dict(original), TimmConvNext(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=0))
+    branches = []
+    for number, weights in enumerate((theirs.state_dict(), original, timms)):
+        torch.save(weights, tmp_path / f"{number}.pth")
+        branches.append(ConvNext(config).eval())
+        load(branches[-1], tmp_path / f"{number}.pth")
+    first, *others = (branch.state_dict() for branch in branches)
+    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+
+    image = torch.randn(1, 3, 96, 70, requires_grad=True)
+    expected, found, state, start = [], [], branches[0].embed(image), 0
+    for stage in theirs.model.stages:
+        stage.register_forward_hook(lambda _module, _inputs, output: expected.append(output))
+    theirs(image)
+    for end in (1, 4, 6, 8):
+        state, start = branches[0].run(state, start, end), end
+        found.append(state.grid_BHWC.permute(0, 3, 1, 2))
+    assert all(error(mine, truth) <= TOLERANCE for mine, truth in zip(found, expected, strict=True))
+    assert error(gradient(found, image), gradient(expected, image)) <= TOLERANCE
+
+
+def test_joined_projections_are_joined_when_somebody_looks(tmp_path):
+    case = "dinov3_b of transformers"
+    save_file(randomise(CASES[case]((GRID, GRID))).state_dict(), tmp_path / "model.safetensors")
+    branch = Vit(our_config(case))
+    weights = branch_weights(branch, branch.config, tmp_path / "model.safetensors")
+    name = "blocks.0.attn.qkv.weight"
+    assert isinstance(weights.values_as_read[name], Joined)
+    assert weights.values_as_read[name].shape == weights[name].shape == (96, 32)
+    assert weights[name] is not weights[name]
+
+
+def test_a_bias_for_keys_is_never_left_out_in_silence(tmp_path):
+    weights = randomise(CASES["sam3"]((GRID, GRID))).state_dict()
+    torch.save(weights, tmp_path / "sam.pth")
+    config = our_config("sam3").model_copy(update={"key_bias": False})
+    with pytest.raises(ModelError, match=r"bias for keys.*key_bias=True"):
+        branch_weights(Vit(config), config, tmp_path / "sam.pth")
+
+
+def test_an_absent_file_says_where_the_hub_has_it(tmp_path):
+    config = our_config("dinov3_7b").model_copy(update={"pretrained": str(tmp_path / "dinov3" / "model.safetensors")})
+    command = r"hf download facebook/dinov3-vit7b16-pretrain-lvd1689m --local-dir \S+/dinov3$"
+    with pytest.raises(ModelError, match=command):
+        check_pretrained(PiipConfig(branches=(config,), pyramid={"scales": (1.0,)}))
