@@ -124,6 +124,30 @@ def test_predictions_score_again_without_the_model(trained, scenes, shards, alon
         assert ('<figure class="sides">' in (folder / "evaluation.html").read_text()) == (truth[0] == "--shards")
 
 
+def test_a_set_as_lvis_writes_it_is_scored_by_its_metric(trained, scenes, tmp_path):
+    """No file names, but addresses; what each image was looked through for; how frequent a class is."""
+    truth = json.loads(scenes.val.read_text())
+    kinds = ("r", "c", "f")
+    classes = [category | {"frequency": kinds[n % 3]} for n, category in enumerate(truth["categories"])]
+    absent = {category["id"] for category in classes[:5]}
+    images = []
+    for image in truth["images"]:
+        there = {one["category_id"] for one in truth["annotations"] if one["image_id"] == image["id"]}
+        address = {"coco_url": f"http://images.example/val2017/{image['file_name']}"}
+        looked = {"neg_category_ids": sorted(absent - there), "not_exhaustive_category_ids": []}
+        images.append({key: image[key] for key in ("id", "width", "height")} | address | looked)
+    file, folder = tmp_path / "lvis.json", tmp_path / "images" / "val2017"
+    file.write_text(json.dumps(truth | {"images": images, "categories": classes}))
+    shutil.copytree(scenes.images, folder)
+    asked = ("--coco", file, "--metric", "lvis", "--out")
+    out, again = tmp_path / "out", tmp_path / "again"
+    succeeded(piip_scale("evaluate", trained, "--images", folder.parent, *asked, out))
+    succeeded(piip_scale("evaluate", "--results", out / "predictions.json", *asked, again))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"box_ap_rare", "box_ap_common", "box_ap_frequent", "mask_ap_rare"} <= metrics.keys()
+    assert json.loads((again / "metrics.json").read_text()) == pytest.approx(metrics, abs=1e-12)
+
+
 def test_results_that_are_none_are_one_line(scenes, tmp_path):
     results = tmp_path / "results.json"
     entry = {"image_id": json.loads(scenes.val.read_text())["images"][0]["id"], "category_id": 1, "score": 0.5}
