@@ -53,7 +53,7 @@ def _sets() -> dict[str, Sizes]:
 
 def _padding(sizes_px: Sizes, batch_size: int, *, group: bool) -> float:
     augment = AugmentConfig(short_edge_px=SHORT_EDGES_PX, max_edge_px=MAX_EDGE_PX)
-    share = EpochOrder(len(sizes_px), _NUM_STREAMS, 1, 0, batch_size, accumulation=8)
+    share = EpochOrder(len(sizes_px), 1, 0, batch_size, accumulation=8)
     rng, filled, total = np.random.default_rng(1), 0, 0
     for epoch in range(_EPOCHS):
         order = canonical_order([len(sizes_px)], seed=0, epoch=epoch, num_streams=_NUM_STREAMS)

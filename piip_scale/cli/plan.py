@@ -57,6 +57,7 @@ def plan(
     Example: `piip-scale plan configs/coco/mask_rcnn_h6b_1024_512.py --gpus-per-node 8 --gpu-memory-gib 80`
     """
     from piip_scale.config.loading import load_config
+    from piip_scale.engine.batching import batch_line, shrunk_line
     from piip_scale.engine.checkpoint_choice import leaves_open, settled_line
     from piip_scale.engine.planning import Planner, change_lines, host_line, kept_blocks_line, memory_lines
     from piip_scale.engine.zero.traffic import traffic_lines
@@ -78,7 +79,8 @@ def plan(
         host = host_line(found, gpus_per_node, None if host_memory_gib is None else host_memory_gib * _GIB)
         kept = kept_blocks_line(planner.without_checkpoints(run, ranks), pace.recomputed_share)
         lines = [*settled, *memory_lines(found), *filter(None, [kept, host]), *change_lines(found, changes)]
-        typer.echo("\n".join([*lines, *traffic_lines(traffic, gpus_per_node), *pace.lines()]))
+        batch = [*filter(None, [shrunk_line(run, ranks)]), batch_line(run, ranks)]
+        typer.echo("\n".join([*lines, *traffic_lines(traffic, gpus_per_node), *batch, *pace.lines()]))
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _submitted(order: Order, *, resume: bool, restart: bool, dry_run: bool, data
         refuse_active([spec.run_dir for spec in submission.specs], submission.files.script, queued_jobs())
     unseen = _DATA_ON_NODES if data_on_nodes else None
     checked = _check_runs(order, submission, resume=resume, restart=restart, may_miss=dry_run, unseen=unseen)
-    for line in dict.fromkeys(run.line for run in checked if run.line):
+    for line in dict.fromkeys(line for run in checked for line in run.lines if line):
         typer.echo(line, err=True)
     if dry_run:
         typer.echo(submission.script, nl=False)
@@ -168,11 +168,11 @@ class _Checked:
 
     Attributes:
         text: Its resolved config.
-        line: What it will need of a GPU, in one line; empty where that was not asked.
+        lines: What it will need of a GPU, where that was asked, and what its ranks change.
     """
 
     text: str
-    line: str = ""
+    lines: tuple[str, ...] = ()
 
 
 def _check_runs(
@@ -194,6 +194,7 @@ def _check_runs(
     from piip_scale.cli.train import check_start
     from piip_scale.config import load_config
     from piip_scale.config.loading import config_text
+    from piip_scale.engine.batching import shrunk_line
     from piip_scale.world import World
 
     world = World(num_ranks=order.job.num_ranks, ranks_per_node=order.job.ranks_per_node)
@@ -206,7 +207,7 @@ def _check_runs(
         else:
             check_start(resolved, spec.run_dir, world, resume=resume and not restart, restart=restart)
         line = _memory_line(resolved, order) if order.profile.gpu_memory_gib and not note else note
-        checked.append(_Checked(config_text(resolved), line))
+        checked.append(_Checked(config_text(resolved), (shrunk_line(resolved, order.job.num_ranks), line)))
     return checked
 
 

@@ -142,7 +142,7 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
     """
     import torch
 
-    from piip_scale.engine.batching import keep_images_per_step, scale_to_ranks
+    from piip_scale.engine.batching import scale_to_ranks
     from piip_scale.engine.resuming import newest_checkpoint, refuse_lost_checkpoints
     from piip_scale.engine.start_weights import check_start_weights
     from piip_scale.engine.zero.checks import checked_plan
@@ -156,7 +156,7 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
     if resume and not newest:
         refuse_lost_checkpoints(run)
     if newest:
-        config = keep_images_per_step(config, newest.state.images_per_step, world.num_ranks)
+        config = newest.kept(config, world.num_ranks)
     scaled = scale_to_ranks(config, world.num_ranks)
     build_task(scaled, world).check()
     with torch.device("meta"):

@@ -68,7 +68,9 @@ class DataConfig(Strict):
             shell command that writes the file ``{name}`` of the set to its standard output.
         val_shards: Packed shards to evaluate on, likewise.
         classes: Category names in label order; must equal the shards' own. Empty takes the shards' categories.
-        num_streams: Canonical streams of an epoch's order; every world size that divides it sees the same batches.
+        num_streams: Canonical streams of an epoch's order. ``auto`` takes the least common multiple of 48 and the
+            ranks that the run begins on, and a run that resumes keeps what it began with. Where the ranks divide it,
+            each reads whole streams, and so few shards; the images of a step are the same on any ranks.
         workers: Loader processes per rank; 0 loads in the training process.
         max_broken_share: The run stops when more than this share of a set's samples is found broken.
         max_pixels: A set with an image of more pixels is refused: small files can be made to fill any memory.
@@ -79,7 +81,7 @@ class DataConfig(Strict):
     val_shards: str
     classes: tuple[str, ...] = ()
     micro_batch_size: Positive = 2
-    num_streams: Positive = 48
+    num_streams: Literal["auto"] | Positive = "auto"
     workers: NonNegative = 2
     max_broken_share: Rate = 0.01
     max_pixels: Positive = 500_000_000

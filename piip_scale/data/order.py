@@ -4,9 +4,9 @@ The shards are put in a random order, each shard's samples too, and the long row
 streams, each shuffled inside a window of a few shards. Reading the streams in turn gives the canonical order: its
 sample p is of stream p mod C. A global batch is the next G samples; its M micro-batches of B images are dealt out like
 cards, the j-th taking every M-th of them from the j-th on, and micro-batch j belongs to rank j mod W. Rank r then takes
-the samples at p = r (mod W), so where W divides C it reads whole streams and few shards; and as long as G and B stay,
-the very micro-batches of a global step are the same for every W. The world changes nothing but who reads what; a resume
-point is (epoch, step).
+the samples at p = r (mod W), so where W divides C it reads whole streams and few shards; other W part streams among
+them and read more. As long as G and B stay, the very micro-batches of a global step are the same for every W. The world
+changes nothing but who reads what; a resume point is (epoch, step).
 
 Source: the canonical streams are mosaicml/streaming's idea; here they are cut by samples, so that only an epoch's last
 incomplete global batch is left out.
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import lcm
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,19 @@ ASPECT_WINDOW_STEPS = 16
 _ORDER, _SAMPLE, _ASPECT = 0, 1, 2
 
 Indices = npt.NDArray[np.int64]
+
+_STREAMS_AT_LEAST = 48
+
+
+def streams_for(num_streams: Literal["auto"] | int, num_ranks: int) -> int:
+    """The canonical streams of a run that begins on these ranks, each of which then reads whole ones.
+
+    Args:
+        num_streams: ``data.num_streams``.
+        num_ranks: Data-parallel ranks.
+    """
+    # 48 is what any number of ranks that divides it shares, as it was before there was a choice.
+    return lcm(_STREAMS_AT_LEAST, num_ranks) if num_streams == "auto" else num_streams
 
 
 def canonical_order(
@@ -87,27 +102,19 @@ class EpochOrder:
 
     Attributes:
         num_samples: Of the set.
-        num_streams: C, the canonical streams.
-        num_ranks: W; it divides C.
+        num_ranks: W.
         rank: This rank.
         batch_size: Images of a micro-batch.
         accumulation: Micro-batches of each rank that make a global batch.
     """
 
     num_samples: int
-    num_streams: int
     num_ranks: int
     rank: int
     batch_size: int
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_streams % self.num_ranks:
-            raise DataError(
-                f"{self.num_ranks} ranks cannot share {self.num_streams} canonical streams",
-                rule=f"the number of ranks must be one of {', '.join(map(str, divisors(self.num_streams)))}",
-                fix="use one of these, or set data.num_streams to a multiple of the ranks (this changes the order)",
-            )
         if self.num_samples < self.global_batch_size:
             raise DataError(
                 f"a set of {self.num_samples} images",

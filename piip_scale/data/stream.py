@@ -9,7 +9,7 @@ import numpy as np
 
 from piip_scale.config.run import DataConfig
 from piip_scale.data.loader import Batches, BatchT, SampleMaker, SetLoader
-from piip_scale.data.order import EpochOrder, Indices, canonical_order, grouped_by_aspect
+from piip_scale.data.order import EpochOrder, Indices, canonical_order, grouped_by_aspect, streams_for
 from piip_scale.data.reading.cache import GIB
 from piip_scale.data.reading.prefetch import Prefetcher, ShardUse, shard_use
 from piip_scale.data.reading.shards import ShardSet
@@ -57,11 +57,10 @@ class ShardLoader(SetLoader[BatchT]):
         """This rank's share of an epoch.
 
         Raises:
-            DataError: The ranks do not divide the canonical streams, or a step takes more images than there are.
+            DataError: A step takes more images than there are.
         """
         return EpochOrder(
             num_samples=len(self.shards),
-            num_streams=self.config.num_streams,
             num_ranks=self.world.num_ranks,
             rank=self.world.rank,
             batch_size=self.config.micro_batch_size,
@@ -86,9 +85,8 @@ class ShardLoader(SetLoader[BatchT]):
         return [share.batch(order, step) for step in range(first_step, share.num_batches)]
 
     def _epoch_order(self, epoch: int) -> Indices:
-        order = canonical_order(
-            self.shards.num_samples_of_shard, seed=self.seed, epoch=epoch, num_streams=self.config.num_streams
-        )
+        streams = streams_for(self.config.num_streams, self.world.num_ranks)
+        order = canonical_order(self.shards.num_samples_of_shard, seed=self.seed, epoch=epoch, num_streams=streams)
         if not self.group_by_aspect:
             return order
         is_tall = self.shards.sizes_px[:, 0] > self.shards.sizes_px[:, 1]
@@ -115,7 +113,7 @@ class ShardLoader(SetLoader[BatchT]):
         self._has_warned_of_cache = True
         get_logger(__name__).warning(
             "%s: the %d rank(s) of a node read up to %.3g GiB of shards at a time, and data.cache.limit_gib=%.3g: "
-            "shards will be fetched again and again; raise it, bring data.num_streams nearer to the number of ranks, "
+            "shards will be fetched again and again; raise it, make data.num_streams a small multiple of the ranks, "
             "or pack smaller shards",
             self.shards.location,
             ranks,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 
 from pydantic import ValidationError
 
 from piip_scale.config.run import DataConfig, OptimizerConfig, RunConfig
-from piip_scale.data.order import divisors
+from piip_scale.data.order import divisors, streams_for
 from piip_scale.engine.versions import FROM_WEIGHTS
 from piip_scale.errors import ConfigError
 
@@ -47,9 +46,11 @@ def images_per_step(config: RunConfig, num_ranks: int) -> int:
 def scale_to_ranks(config: RunConfig, num_ranks: int) -> RunConfig:
     """The config with every rule that depends on the number of ranks applied, and so replaced by its result.
 
-    ``train.gradient_accumulation`` follows from ``train.images_per_step``. With ``optimizer.lr_scaling``, ``lr`` and
-    ``schedule.warmup_steps`` are meant at ``reference_images_per_step``: the rate is multiplied by the ratio of images,
-    or its root, and warm-up takes as many images as there. What is already scaled stays as it is.
+    ``train.gradient_accumulation`` follows from ``train.images_per_step``. Micro-batches of which the ranks cannot make
+    such a step shrink to the next smaller size that can. ``data.num_streams`` is decided. With
+    ``optimizer.lr_scaling``, ``lr`` and ``schedule.warmup_steps`` are meant at ``reference_images_per_step``: the rate
+    is multiplied by the ratio of images, or its root, and warm-up takes as many images as there. What is already scaled
+    stays as it is.
 
     Args:
         config: The run.
@@ -59,15 +60,26 @@ def scale_to_ranks(config: RunConfig, num_ranks: int) -> RunConfig:
         ConfigError: The ranks cannot make a step of so many images.
     """
     images = images_per_step(config, num_ranks)
-    accumulation = accumulation_for(images, config.data.micro_batch_size, num_ranks)
+    data = _shared_data(config, images, num_ranks)
+    accumulation = accumulation_for(images, data.micro_batch_size, num_ranks)
     train = config.train.model_copy(update={"images_per_step": None, "gradient_accumulation": accumulation})
+    config = config.model_copy(update={"train": train, "data": data})
     reference = config.optimizer.reference_images_per_step
     if reference is None:
-        return config.model_copy(update={"train": train})
+        return config
     warmup = round(config.schedule.warmup_steps * reference / images)
     schedule = config.schedule.model_copy(update={"warmup_steps": warmup})
     optimizer = _scaled(config.optimizer, images / reference)
-    return config.model_copy(update={"train": train, "schedule": schedule, "optimizer": optimizer})
+    return config.model_copy(update={"schedule": schedule, "optimizer": optimizer})
+
+
+def _shared_data(config: RunConfig, images: int, num_ranks: int) -> DataConfig:
+    """The data config with streams decided, and micro-batches of which ranks can make a step of so many images."""
+    data = config.data
+    if images % (data.micro_batch_size * num_ranks) and images % num_ranks == 0:
+        refusal = f"{num_ranks} ranks cannot share a step of train.images_per_step={images} images"
+        data = _smaller_micro_batches(config, images, num_ranks, refusal, "train")
+    return data.model_copy(update={"num_streams": streams_for(data.num_streams, num_ranks)})
 
 
 def keep_images_per_step(config: RunConfig, images: int, num_ranks: int) -> RunConfig:
@@ -96,30 +108,39 @@ def keep_images_per_step(config: RunConfig, images: int, num_ranks: int) -> RunC
         )
     if images_per_step(config, num_ranks) == images:
         return config
-    streams = config.data.num_streams
-    if images % num_ranks or streams % num_ranks:
-        fitting = [ranks for ranks in divisors(images) if streams % ranks == 0]
-        raise ConfigError(
-            f"{num_ranks} ranks cannot go on with a run whose steps have {images} images",
-            rule=f"the ranks divide these, and data.num_streams={streams}",
-            fix=f"resume on {_listed(fitting)} ranks",
-        )
-    data = _smaller_micro_batches(config, images, num_ranks)
+    refusal = f"{num_ranks} ranks cannot go on with a run whose steps have {images} images"
+    if images % num_ranks:
+        raise ConfigError(refusal, rule="the ranks divide these", fix=f"resume on {_listed(divisors(images))} ranks")
+    data = _smaller_micro_batches(config, images, num_ranks, refusal, "resume")
     train = config.train.model_copy(update={"images_per_step": images, "gradient_accumulation": 1})
     return config.model_copy(update={"train": train, "data": data})
 
 
-def _smaller_micro_batches(config: RunConfig, images: int, num_ranks: int) -> DataConfig:
-    """The data config with the largest micro-batches that fit and that its own rules allow, as mixup those in pairs."""
+def keep_streams(config: RunConfig, num_streams: int) -> RunConfig:
+    """The config whose ``data.num_streams``, where it is ``auto``, is the one that the run to go on with began with."""
+    if config.data.num_streams != "auto":
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"num_streams": num_streams})})
+
+
+def _smaller_micro_batches(config: RunConfig, images: int, num_ranks: int, refusal: str, verb: str) -> DataConfig:
+    """The data config with the largest micro-batches that fit and that its own rules allow, as mixup those in pairs.
+
+    Raises:
+        ConfigError: Its rules allow none of them; ``refusal`` is what cannot be, and ``verb`` what to do on others.
+    """
     sizes = [size for size in divisors(images // num_ranks) if size <= config.data.micro_batch_size]
+    rules = []
     for size in sorted(sizes, reverse=True):
-        with suppress(ValidationError):
+        try:
             return type(config.data).model_validate(config.data.model_dump() | {"micro_batch_size": size})
+        except ValidationError as error:
+            rules.append(error.errors()[0]["msg"].removeprefix("Value error, "))
     raise ConfigError(
-        f"{num_ranks} ranks cannot go on with a run whose steps have {images} images",
+        refusal,
         value=sizes,
-        rule="data.augment.mix takes the images of a micro-batch in pairs, and none of these sizes is even",
-        fix=f"resume on a number of ranks of which each has an even share of {images} images",
+        rule=f"these micro-batches are not allowed: {rules[0]}",
+        fix=f"{verb} on a number of ranks of which each has a share of {images} images that is",
     )
 
 
@@ -127,7 +148,7 @@ def batch_line(config: RunConfig, num_ranks: int) -> str:
     """One line for the start report: the images of a step, and the rate where a rule made it."""
     scaled = scale_to_ranks(config, num_ranks)
     line = (
-        f"{images_per_step(config, num_ranks)} images a step: {num_ranks} ranks x {config.data.micro_batch_size} x "
+        f"{images_per_step(config, num_ranks)} images a step: {num_ranks} ranks x {scaled.data.micro_batch_size} x "
         f"{scaled.train.gradient_accumulation} accumulated"
     )
     if config.optimizer.reference_images_per_step is None:
@@ -136,6 +157,18 @@ def batch_line(config: RunConfig, num_ranks: int) -> str:
         f"{line}; lr {scaled.optimizer.lr:.4g} and warm-up of {scaled.schedule.warmup_steps} steps, from "
         f"{config.optimizer.lr:.4g} and {config.schedule.warmup_steps} at "
         f"{config.optimizer.reference_images_per_step} images ({config.optimizer.lr_scaling})"
+    )
+
+
+def shrunk_line(config: RunConfig, num_ranks: int) -> str:
+    """One line where micro-batches become smaller on these ranks, and what else there is to choose; empty elsewhere."""
+    asked, taken = config.data.micro_batch_size, scale_to_ranks(config, num_ranks).data.micro_batch_size
+    if taken == asked:
+        return ""
+    images = images_per_step(config, num_ranks)
+    return (
+        f"data.micro_batch_size={taken} in place of {asked}: {num_ranks} ranks share the {images} images of "
+        f"train.images_per_step; {_what_fits(images, asked, num_ranks)}"
     )
 
 

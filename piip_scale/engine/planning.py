@@ -146,7 +146,7 @@ class Planner:
         scaled = scale_to_ranks(config, num_ranks)
         rehearsed = self._rehearsed(config)
         sharding = plan_sharding(scaled, rehearsed.sizes, num_ranks, self._ranks_per_node)
-        share = config.data.micro_batch_size / rehearsed.micro_batch_size
+        share = scaled.data.micro_batch_size / rehearsed.micro_batch_size
         kept = {name: share * activations for name, activations in rehearsed.kept.items()}
         parts = tuple(_part_memory(part, sharding, kept.pop(part.name, 0.0)) for part in rehearsed.sizes.parts)
         return MemoryPlan(
@@ -157,7 +157,7 @@ class Planner:
             reserve=RESERVE_BYTES,
             capacity=self._capacity,
             num_ranks=num_ranks,
-            micro_batch_size=config.data.micro_batch_size,
+            micro_batch_size=scaled.data.micro_batch_size,
             images_per_step=images_per_step(config, num_ranks),
             host_memory=sum(_host_memory(part, config, sharding) for part in parts),
         )

@@ -15,7 +15,7 @@ from piip_scale.checkpoint.origin import STATE_FILE
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.loading import check_config
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.batching import keep_images_per_step
+from piip_scale.engine.batching import keep_images_per_step, keep_streams
 from piip_scale.engine.checkpointing import TrainingState
 from piip_scale.engine.versions import FROM_WEIGHTS, check_format, warn_of_other_versions
 from piip_scale.engine.zero.deepspeed_api import Engine
@@ -42,15 +42,23 @@ class Checkpoint:
     path: Path
     state: TrainingState
 
+    def kept(self, config: RunConfig, num_ranks: int) -> RunConfig:
+        """The config with steps of as many images, and the order, that the run has had so far.
+
+        Raises:
+            ConfigError: See ``keep_images_per_step``.
+        """
+        state = self.state
+        return keep_streams(keep_images_per_step(config, state.images_per_step, num_ranks), _num_streams(state))
+
     def keep_batches(self, config: RunConfig, num_ranks: int) -> RunConfig:
         """The config with steps of as many images as the run's had, on these ranks; warns of what that changes.
 
         Raises:
             ConfigError: See ``keep_images_per_step``.
         """
-        images = self.state.images_per_step
-        resumed = keep_images_per_step(config, images, num_ranks)
-        if resumed is not config:
+        images, resumed = self.state.images_per_step, self.kept(config, num_ranks)
+        if resumed.train is not config.train:
             get_logger(__name__).warning(
                 "a step keeps its %d images: micro-batches of %d, accumulated as %d ranks need",
                 images,
@@ -174,7 +182,9 @@ def _checked(state: TrainingState) -> TrainingState:
     sizes = [size for shape in state.shapes.values() for size in shape]
     if not all(isinstance(text, str) for text in texts) or not all(type(size) is int for size in sizes):
         raise ValueError("a name is no text, or a size no number")
-    _ = state.config["train"]["seed"], _num_streams(state)
+    _ = state.config["train"]["seed"]
+    if type(_num_streams(state)) is not int or _num_streams(state) < 1:
+        raise ValueError(f"data.num_streams is {_num_streams(state)!r}")
     return state
 
 

@@ -12,7 +12,7 @@ import torch
 
 from piip_scale.config.run import RunConfig, TrainConfig
 from piip_scale.engine.batch_stream import BatchStream
-from piip_scale.engine.batching import batch_line, scale_to_ranks
+from piip_scale.engine.batching import batch_line, scale_to_ranks, shrunk_line
 from piip_scale.engine.checkpoint_choice import settle_checkpointing
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import any_rank, require_same
@@ -89,7 +89,9 @@ class Session:
         _warn_of_few_cores(self.world, device)
         found = find_start(self.run)
         config = found.keep_batches(self.config, self.world.num_ranks) if found else self.config
-        get_logger(__name__).info(batch_line(config, self.world.num_ranks))
+        for say in (shrunk_line, batch_line):
+            if line := say(config, self.world.num_ranks):
+                get_logger(__name__).info(line)
         scaled = scale_to_ranks(config, self.world.num_ranks)
         task = task_factory(scaled, self.world)
         # Nodes that have a copy each may have different ones, and samples would be lost and repeated without a word.

@@ -43,8 +43,9 @@ def test_without_slurm_nothing_is_sent_and_nothing_written(config, tmp_path):
 
 
 def test_the_config_is_checked_for_all_ranks_before_anything_is_sent(config, tmp_path):
-    done = without_slurm("submit", config, "--nodes", 3, "--gpus-per-node", 1, "--dry-run", "--run-dir", tmp_path / "r")
-    failed_in_one_line(done, "3 ranks cannot share 2 canonical streams", "data.num_streams")
+    words = ["--nodes", 3, "--gpus-per-node", 1, "--set", "train.images_per_step=4", "--run-dir", tmp_path / "r"]
+    done = without_slurm("submit", config, *words, "--dry-run")
+    failed_in_one_line(done, "train.images_per_step: got 4", "3 ranks", "what fits")
     assert list(tmp_path.iterdir()) == []
 
 

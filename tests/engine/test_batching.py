@@ -13,7 +13,9 @@ from piip_scale.engine.batching import (
     batch_line,
     images_per_step,
     keep_images_per_step,
+    keep_streams,
     scale_to_ranks,
+    shrunk_line,
 )
 from piip_scale.engine.schedule import lr_factor
 from piip_scale.errors import ConfigError
@@ -52,8 +54,8 @@ def test_what_does_not_fit_names_only_what_does(images, micro, ranks):
 @given(small, small, small, small)
 def test_a_resumed_run_keeps_its_images_on_any_ranks_that_share_them(accumulation, micro, ranks, others):
     images = accumulation * micro * ranks
-    config = tiny_config(data={"micro_batch_size": micro, "num_streams": 48})
-    if images % others == 0 and 48 % others == 0:
+    config = tiny_config(data={"micro_batch_size": micro, "num_streams": "auto"})
+    if images % others == 0:
         kept = scale_to_ranks(keep_images_per_step(config, images, others), others)
         assert images_per_step(kept, others) == images
         # As large as memory was found to hold, where that divides.
@@ -64,7 +66,7 @@ def test_a_resumed_run_keeps_its_images_on_any_ranks_that_share_them(accumulatio
         with pytest.raises(ConfigError, match=f"whose steps have {images} images") as caught:
             keep_images_per_step(config, images, others)
         named = {int(number) for number in re.findall(r"\d+", caught.value.fix)}
-        assert named == {number for number in range(1, images + 1) if images % number == 48 % number == 0}
+        assert named == {number for number in range(1, images + 1) if images % number == 0}
 
 
 @given(
@@ -107,7 +109,8 @@ def test_at_the_reference_nothing_changes_and_without_a_rule_neither():
     given_rule = tiny_config(optimizer={"lr": 3e-4, "lr_scaling": "linear", "reference_images_per_step": 16})
     assert scale_to_ranks(given_rule, 8).optimizer.lr == 3e-4
     plain = tiny_config(train={"gradient_accumulation": 3})
-    assert scale_to_ranks(plain, 8) == plain
+    streams = plain.data.model_copy(update={"num_streams": 48})
+    assert scale_to_ranks(plain, 8) == plain.model_copy(update={"data": streams})
     assert batch_line(plain, 8) == "48 images a step: 8 ranks x 2 x 3 accumulated"
 
 
@@ -123,3 +126,18 @@ def test_at_the_reference_nothing_changes_and_without_a_rule_neither():
 def test_rules_that_contradict_are_refused(section, keys, told):
     with pytest.raises(ConfigError, match=told):
         tiny_config(**{section: keys})
+
+
+@given(small, st.integers(1, 8), st.sampled_from([1, 2, 3, 8, 16, 32, 64, 96, 128, 512]))
+def test_a_recipes_images_are_shared_by_micro_batches_as_large_as_they_can_be(share, micro, ranks):
+    config = tiny_config(
+        data={"micro_batch_size": micro, "num_streams": "auto"}, train={"images_per_step": share * ranks}
+    )
+    scaled = scale_to_ranks(config, ranks)
+    size = scaled.data.micro_batch_size
+    assert size == max(number for number in range(1, micro + 1) if share % number == 0)
+    assert size * scaled.train.gradient_accumulation == share
+    assert scaled.data.num_streams % ranks == 0
+    assert bool(shrunk_line(config, ranks)) == (size < micro)
+    # A run that goes on with other ranks keeps the order that it began with.
+    assert scale_to_ranks(keep_streams(config, 48), ranks).data.num_streams == 48

@@ -14,7 +14,7 @@ def tiny_config(**sections) -> RunConfig:
     values = {
         "model": {"branches": [_BRANCH | {"resolution_px": 32}], "interaction": {"num_stages": 2}},
         "detector": {"kind": "mask_rcnn"},
-        "data": {"train_shards": "train", "val_shards": "val", "micro_batch_size": 2},
+        "data": {"train_shards": "train", "val_shards": "val", "micro_batch_size": 2, "num_streams": 48},
         "schedule": {"warmup_steps": 2},
         "train": {"steps": 6, "precision": "fp32"},
     }
