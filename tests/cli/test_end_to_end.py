@@ -56,8 +56,10 @@ def test_run_directory_is_complete(trained):
 def test_a_run_is_listed_where_there_is_no_slurm(trained):
     done = succeeded(without_slurm("jobs", "--runs", trained.parent))
     heads, line = done.stdout.splitlines()
-    assert heads.split()[:4] == ["RUN", "STATE", "JOB", "STEP"]
-    assert line.split()[:4] == [str(trained), "done", "-", "6/6"]
+    assert heads.split()[:5] == ["RUN", "STATE", "SEEN", "JOB", "STEP"]
+    name, state, seen, *others = line.split()
+    assert (name, state, *others[:2]) == (str(trained), "done", "-", "6/6")
+    assert seen.endswith(("s", "m"))
     failed_in_one_line(without_slurm("jobs", "logs", trained), "has no job, and so no log", code=1)
     failed_in_one_line(without_slurm("jobs", "stop", trained), "got 'done at step 6'", code=1)
     failed_in_one_line(without_slurm("jobs", "requeue", trained), "is done, at step 6", code=1)

@@ -138,7 +138,7 @@ ALLOWED = (
     Key(f"{_Z}stage3_allgather_sequential", _SWITCH, _MESSAGES, True, (3,)),
     Key(f"{_Z}allgather_sequential", _SWITCH, _MESSAGES, True, (3,), spelt=f"{_Z}stage3_allgather_sequential"),
     Key(f"{_Z}ignore_unused_parameters", _SWITCH, "an unused parameter is an error instead of nothing", False, (2,)),
-    Key(f"{_Z}memory_efficient_linear", _SWITCH, "which of two linear layers is used", False, (3,)),
+    Key(f"{_Z}memory_efficient_linear", _SWITCH, "which of two linear layers is used", True, (3,)),
     Key(f"{_Z}log_trace_cache_warnings", _SWITCH, _LOGS, True, (3,)),
     Key(f"{_Z}enable_sanity_checks", _SWITCH, "checks what must hold anyway", True, (3,)),
     Key(f"{_Z}offload_optimizer.pin_memory", _SWITCH, "where in host memory", False, needs="offload_optimizer"),
