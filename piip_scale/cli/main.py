@@ -14,6 +14,7 @@ from piip_scale.cli import (
     jobs,
     plan,
     predict,
+    replay,
     report,
     serve,
     shards,
@@ -60,6 +61,7 @@ serve.register(app)
 count.register(app)
 plan.register(app)
 report.register(app)
+replay.register(app)
 demo.register(app)
 supervise.register(app)
 

@@ -230,7 +230,13 @@ class TrainConfig(Strict):
         ema_decay: Keep a running average of the weights, of which this share stays at every step; evaluation during
             training and ``convert --ema`` use it. 4 bytes a trained parameter, sharded like the optimiser's state.
         ema_warmup: The average follows faster at first: the decay of update n is at most 1 - (1 + n)^(-2/3).
-        max_skipped_steps: The run stops when so many steps in a row had a loss or gradient that is not finite.
+        max_skipped_steps: The run stops when so many steps in a row were not applied: their loss or gradient was not
+            finite, or their loss above ``max_loss_ratio``.
+        max_loss_ratio: A step is not applied where a rank's own loss is more than so many times its median over that
+            rank's last ``loss_trend_steps`` applied steps. ``None`` judges no finite loss: a rank has few images, whose
+            loss varies by several times where nothing is wrong, and what is skipped is never learned. 10 or more is
+            meant against accidents. A process judges once it has applied ``loss_trend_steps``, after a resume anew.
+        loss_trend_steps: See ``max_loss_ratio``.
         deterministic: Only kernels that give the same bits from run to run, slower; one that has no such form ends the
             run with its name. On CPUs all do without it: there the same config, ranks and threads give the same bits,
             resumed or not. On a GPU sums of atomics (the backward passes of deformable attention, RoIAlign and
@@ -262,6 +268,8 @@ class TrainConfig(Strict):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     ema_warmup: bool = False
     max_skipped_steps: Positive = 10
+    max_loss_ratio: Annotated[float, Field(gt=1)] | None = None
+    loss_trend_steps: Positive = 100
     deterministic: bool = False
     compile: Literal["auto", "blocks", "off"] = "auto"
     hang_minutes: PositiveFloat = 10.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,11 @@ class ShardLoader(SetLoader[BatchT]):
         """
         requests = self._requests(epoch, first_step)
         return self._loaded(Batches(self.shards, self.maker, requests, self.seed, epoch), requests, epoch + 1)
+
+    def keys(self, epoch: int, micro_steps: Iterable[int]) -> list[list[str]]:
+        """The keys of the samples that this rank's batches of an epoch ask for, by micro-step; loads none of them."""
+        share, order = self.order, self._epoch_order(epoch)
+        return [[str(self.shards.keys[number]) for number in share.batch(order, step)] for step in micro_steps]
 
     def _requests(self, epoch: int, first_step: int = 0) -> list[Indices]:
         share, order = self.order, self._epoch_order(epoch)

@@ -54,6 +54,11 @@ class BatchStream:
             self.wait_seconds += time.perf_counter() - before
             yield batch
 
+    def keys(self, step: int) -> list[list[str]]:
+        """The keys of the samples of step ``step``, by micro-batch of this rank; loads none of them."""
+        epoch, first = divmod(step, self.steps_per_epoch)
+        return self._task.train_keys(epoch, range(first * self._accumulation, (first + 1) * self._accumulation))
+
     def _next(self, epoch: int, micro: int) -> Batch:
         if self._position != (epoch, micro):
             self._batches = iter(self._task.train_batches(epoch, micro))

@@ -119,8 +119,6 @@ class LogSteps:
             losses = report.result.host_losses
         if not self._world.is_main:
             return
-        if not report.result.applied:
-            self._sink.event(report.step, "step not applied: its loss or gradient was not finite")
         self._sink.step(self._record(report, losses, num_broken))
         if logged:
             self._run.write_status("running", report.step)

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 
 from piip_scale.config.run import RunConfig, TrainConfig
+from piip_scale.engine.bad_steps import KeepBadSteps
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.batching import batch_line, scale_to_ranks, shrunk_line
 from piip_scale.engine.checkpoint_choice import settle_checkpointing
@@ -38,6 +39,7 @@ from piip_scale.engine.zero.setup import (
 )
 from piip_scale.errors import Interrupted, RunError
 from piip_scale.logging import get_logger
+from piip_scale.run.bad_steps import config_sha256
 from piip_scale.run.ending import Ending, ending_of, error_line
 from piip_scale.run.environment import few_cores_line
 from piip_scale.run.heartbeat import Heartbeat
@@ -157,7 +159,7 @@ class _Training:
             session.world,
             device,
             session.stop,
-            self._hooks(stream.total_steps, first_step, clock),
+            self._hooks(stream, first_step, clock),
             session.heartbeat,
             first_step,
         )
@@ -203,11 +205,12 @@ class _Training:
         set_group_timeouts(group_timeout(train))
         return engine
 
-    def _hooks(self, total_steps: int, first_step: int, clock: StartClock) -> list[Hook]:
+    def _hooks(self, stream: BatchStream, first_step: int, clock: StartClock) -> list[Hook]:
         session, train = self._session, self._config.train
         use = Utilisation(self._task.network_flops, peak_tflops(self._device, train.precision))
         get_logger(__name__).info(use.line)
         note = session.run.note_checkpoint if session.world.is_main else ignore_step
+        digest = config_sha256(session.run) if session.world.is_main else ""
         averaging: list[Hook] = [Average(self._average)] if self._average else []
         return [
             *averaging,
@@ -217,10 +220,11 @@ class _Training:
                 session.world,
                 self._device,
                 train.log_every_steps,
-                total_steps,
+                stream.total_steps,
                 use,
                 self._task.num_broken_samples,
             ),
+            KeepBadSteps(self._sink, session.run, stream, digest),
             LogStart(self._sink, clock, self._first_save),
             Save(self._checkpointer, self._sink, train.checkpoint_every_steps, first_step, note),
             Evaluate(self._evaluate, self._sink, train.evaluate_every_steps),

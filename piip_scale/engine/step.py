@@ -17,6 +17,9 @@ from piip_scale.engine.zero.setup import gather_residents
 from piip_scale.errors import ModelError
 from piip_scale.world import World
 
+LARGEST_LOSS: float = torch.finfo(torch.float32).max
+"""Of a loss that is finite."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -56,11 +59,13 @@ def seed_step(seed: int, *position: int) -> None:
     random.seed(int(seeds[1]))
 
 
-def train_step(engine: Engine, batches: Iterable[Batch], step: int, seed: int, world: World) -> StepResult:
+def train_step(
+    engine: Engine, batches: Iterable[Batch], step: int, seed: int, world: World, max_loss_sum: float = LARGEST_LOSS
+) -> StepResult:
     """Runs the step's micro-batches forward and backward, then the optimiser. Collective.
 
-    A step with a loss or a gradient that is not finite changes nothing, on any rank. Random numbers belong to a
-    micro-batch, whichever rank computes it.
+    A step with a loss or a gradient that is not finite, or too large a loss, changes nothing, on any rank. Random
+    numbers belong to a micro-batch, whichever rank computes it.
 
     Args:
         engine: The engine; its groups already have this step's rates.
@@ -68,18 +73,22 @@ def train_step(engine: Engine, batches: Iterable[Batch], step: int, seed: int, w
         step: Index of the step.
         seed: The run's seed.
         world: This rank among all.
+        max_loss_sum: Of this rank, summed over its micro-batches; may differ among ranks.
 
     Raises:
         ModelError: The model returned no loss.
     """
     sums: dict[str, Tensor] = {}
+    loss_sum: Tensor | float = 0.0
     sizes_px: list[tuple[int, int]] = []
     for micro, batch in enumerate(batches):
         if micro:
             engine.step()
         seed_step(seed, step, micro * world.num_ranks + world.rank)
         losses: dict[str, Tensor] = engine(batch)
-        engine.backward(_poisoned(total_loss(losses)))
+        loss = total_loss(losses)
+        loss_sum = loss_sum + loss.detach()
+        engine.backward(_poisoned(loss, loss_sum, max_loss_sum))
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
         sizes_px += [(batch.images_BHWC.shape[1], batch.images_BHWC.shape[2])] * len(batch)
@@ -108,13 +117,13 @@ def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.reshape(()) for value in proper]).sum()
 
 
-def _poisoned(loss: Tensor) -> Tensor:
-    """The loss, or NaN with NaN gradients where it is not finite.
+def _poisoned(loss: Tensor, loss_sum: Tensor, max_loss_sum: float) -> Tensor:
+    """The loss, or NaN with NaN gradients where the sum with it is not finite or too large.
 
     The gradient reduction carries it to every rank: that spares a collective and, on a GPU, a wait for the device;
     alone it would not, since an infinite loss can have finite gradients.
     """
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+    return loss * torch.where(loss_sum.abs() <= max_loss_sum, 1.0, math.nan)
 
 
 def _update(engine: Engine) -> float:

@@ -13,9 +13,10 @@ from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.collective import any_rank
+from piip_scale.engine.loss_trend import LossTrend
 from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.schedule import lr_factor
-from piip_scale.engine.step import StepResult, train_step
+from piip_scale.engine.step import LARGEST_LOSS, StepResult, train_step
 from piip_scale.engine.stop import StopFlag
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.errors import Interrupted, RunError
@@ -33,6 +34,7 @@ class StepReport:
         lr: Base rate it used.
         seconds: Wall time of it, waiting for the loader included and hooks left out.
         wait_seconds: The part spent waiting for the loader.
+        max_loss: The largest loss that this rank would have taken.
     """
 
     step: int
@@ -40,6 +42,7 @@ class StepReport:
     lr: float
     seconds: float
     wait_seconds: float
+    max_loss: float = LARGEST_LOSS
 
 
 class Hook(Protocol):
@@ -90,13 +93,14 @@ class Trainer:
         self._world, self._device, self._stop, self._hooks = world, device, stop, hooks
         self._heartbeat = heartbeat
         self._skipped_in_a_row = 0
+        self._trend = LossTrend(config.train)
 
     def run(self) -> None:
         """Trains.
 
         Raises:
             Interrupted: A signal asked some rank to stop; hooks have saved.
-            RunError: Too many steps in a row were not finite.
+            RunError: Too many steps in a row were not applied.
         """
         while self.step < self._stream.total_steps:
             report = self._train_step()
@@ -113,10 +117,14 @@ class Trainer:
         lr = config.optimizer.lr * lr_factor(config.schedule, self.step, self._stream.total_steps)
         set_learning_rate(self._engine.optimizer.param_groups, lr)
         batches = self._marked(self._stream.step(self.step))
-        result = train_step(self._engine, batches, self.step, config.train.seed, self._world)
+        max_loss = self._trend.limit
+        max_sum = min(max_loss * config.train.gradient_accumulation, LARGEST_LOSS)
+        result = train_step(self._engine, batches, self.step, config.train.seed, self._world, max_sum)
+        if result.applied:
+            self._trend.add(result.host_losses)
         self.step += 1
         seconds = time.perf_counter() - started
-        return StepReport(self.step, result, lr, seconds, self._stream.wait_seconds - waited)
+        return StepReport(self.step, result, lr, seconds, self._stream.wait_seconds - waited, max_loss)
 
     def _marked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         self._heartbeat.mark(WAITING, self.step)
@@ -134,11 +142,16 @@ class Trainer:
         self._skipped_in_a_row = 0 if report.result.applied else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= self._config.train.max_skipped_steps:
             raise RunError(
-                f"the loss or the gradient was not finite in {self._skipped_in_a_row} steps in a row, "
-                f"the last of them step {self.step}",
+                f"the loss or the gradient was not finite{self._or_too_large} in {self._skipped_in_a_row} steps in a "
+                f"row, the last of them step {self.step}",
                 rule=f"train.max_skipped_steps={self._config.train.max_skipped_steps}",
-                fix="lower optimizer.lr, lengthen schedule.warmup_steps or set optimizer.clip_grad_norm, then --resume",
+                fix="see bad_steps/ and piip-scale replay for what was not finite; lower optimizer.lr, lengthen "
+                "schedule.warmup_steps or set optimizer.clip_grad_norm, then --resume",
             )
+
+    @property
+    def _or_too_large(self) -> str:
+        return "" if self._config.train.max_loss_ratio is None else ", or the loss too large,"
 
     def _leave_if_asked(self) -> None:
         # Ranks see a signal in different steps; one that left alone would leave the others waiting for it.

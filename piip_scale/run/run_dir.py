@@ -73,9 +73,15 @@ class RunDirectory:
         self.heartbeats = self.path / "heartbeats"
         self.checkpoints = self.path / "checkpoints"
         self.broken_samples = self.path / "broken_samples"
+        self.bad_steps = self.path / "bad_steps"
         self.metrics = self.path / "metrics.jsonl"
         self.superseded_metrics = self.path / "metrics.superseded.jsonl"
         self.tensorboard = self.path / "tensorboard"
+
+    @property
+    def newest_config(self) -> Path:
+        """The config that the run last went on with."""
+        return self.resumed_config if self.resumed_config.is_file() else self.config
 
     def check(self, *, resume: bool, restart: bool = False) -> None:
         """Refuses a directory that holds a run already, or none to resume; writes nothing.
@@ -135,7 +141,7 @@ class RunDirectory:
         # Not `job`: the job that may be running this start over keeps its own records there.
         paths = (
             *(self.config, self.resumed_config, self.environment, self.status_file, self.checkpoints),
-            *(self.broken_samples, self.metrics, self.superseded_metrics, self.tensorboard),
+            *(self.broken_samples, self.bad_steps, self.metrics, self.superseded_metrics, self.tensorboard),
         )
         with disk_errors(RunError, f"set aside the run in {self.path}"):
             folder = set_aside(self.path, paths)

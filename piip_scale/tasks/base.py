@@ -188,6 +188,10 @@ class Task(Protocol):
         """This rank's micro-batches of one epoch from micro-step ``first_step`` on; equally many on every rank."""
         ...
 
+    def train_keys(self, epoch: int, micro_steps: Iterable[int]) -> list[list[str]]:
+        """The keys of the samples that ``train_batches`` asks for, by micro-batch of this rank; loads none of them."""
+        ...
+
     def check(self) -> None:
         """Raises a ``PiipError`` for what would go wrong at the start of a training; takes no model's memory."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -86,6 +86,10 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
             DataError: Shards that are absent or damaged, lack what the task needs, or hold too few images.
         """
         return self._train_loader.batches(epoch, first_step)
+
+    def train_keys(self, epoch: int, micro_steps: Iterable[int]) -> list[list[str]]:
+        """The keys of the samples that these micro-steps of this rank ask for, broken ones among them; loads none."""
+        return self._train_loader.keys(epoch, micro_steps)
 
     def num_train_batches(self) -> int:
         """Micro-batches of one epoch, the same on every rank."""

@@ -154,7 +154,7 @@ def _config_of(source: Path) -> Path:
         return source
     run = RunDirectory(source)
     # What the last resume changed, in sets for example, is what the run is now.
-    config = run.resumed_config if run.resumed_config.is_file() else run.config
+    config = run.newest_config
     if not config.is_file():
         raise ConfigError(
             f"{source} is no run's directory",

@@ -78,6 +78,9 @@ def test_every_world_sees_the_same_global_batches(packed):
             for batch in batches:
                 union |= content(batch)
             assert union == step
+        for stream in (loader(packed, rank=rank, num_ranks=num_ranks, micro_batch_size=2) for rank in (0, 1)):
+            made = [[info.key for info in batch.infos] for batch in stream.batches(1)]
+            assert stream.keys(1, range(len(stream))) == made
     with pytest.raises(DataError, match="one of 1, 2, 3, 4, 6, 12"):
         len(loader(packed, num_ranks=5))
 

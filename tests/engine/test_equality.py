@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from tiny_task import TinyModel, TinyTask, make_batch
 
 from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.schedule import lr_factor
-from piip_scale.engine.step import train_step
+from piip_scale.engine.step import LARGEST_LOSS, train_step
 from piip_scale.engine.zero.setup import build_engine, build_model, gather_residents
 
 STEPS = 5
@@ -45,7 +46,15 @@ def joined(a, b):
 
 
 def train(
-    world, _device, stage: int, accumulation: int, boxless=frozenset(), precision="fp32", nan_at=None, **zero
+    world,
+    _device,
+    stage: int,
+    accumulation: int,
+    boxless=frozenset(),
+    precision="fp32",
+    nan_at=None,
+    high_at=None,
+    **zero,
 ) -> dict:
     # Layer decay and clipping are on, and each rank's loss is a mean over equally many images.
     config = tiny_config(
@@ -62,7 +71,8 @@ def train(
         batches = global_batches(step, accumulation, world, boxless)
         if nan_at == calls and world.rank == world.num_ranks - 1:
             batches = [spoiled(batch) for batch in batches]
-        result = train_step(engine, batches, step, 0, world)
+        is_high = high_at == calls and world.rank == world.num_ranks - 1
+        result = train_step(engine, batches, step, 0, world, 1e-9 if is_high else LARGEST_LOSS)
         total = result.losses["loss_score"] + result.losses["loss_box"]
         torch.distributed.all_reduce(total)
         trace.append((total.item() / world.num_ranks, result.grad_norm, result.applied))
@@ -158,6 +168,7 @@ def odd_steps(world, device):
         "boxless": train(world, device, 3, 1, BOXLESS),
         "boxless, accumulated": train(world, device, 3, 2, BOXLESS),
         **{f"nan at {stage}": train(world, device, stage, 1, nan_at=2) for stage in (0, 1, 2, 3)},
+        **{f"high at {stage}": train(world, device, stage, 2, high_at=2) for stage in (0, 3)},
         **{f"nan at {stage}, bf16": train(world, device, stage, 1, nan_at=2, precision="bf16") for stage in (1, 3)},
         **{f"bf16 at {stage}": train(world, device, stage, 1, precision="bf16") for stage in (1, 2, 3)},
     }
@@ -180,6 +191,15 @@ def test_a_step_with_nan_on_one_rank_changes_nothing_on_any(oddities, stage):
         assert [applied for *_, applied in found["trace"]] == [True, True, False, True, True, True]
         found["trace"].pop(2)
         assert_same(found, plain())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_step_with_too_large_a_loss_on_one_rank_changes_nothing_on_any(oddities, stage):
+    for rank in (0, 1):
+        found = oddities[rank][f"high at {stage}"]
+        assert math.isfinite(found["trace"][2][0])
+        assert not found["trace"].pop(2)[2]
+        assert_same(found, plain(2))
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
@@ -21,7 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from piip_scale.checkpoint.averages import AVERAGE
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
+from piip_scale.run.bad_steps import bad_steps, read_bad_step
 from piip_scale.run.run_dir import RunDirectory
+from piip_scale.telemetry.jsonl import read_events
 
 WORKER = Path(__file__).with_name("tiny_worker.py")
 STEPS = 8
@@ -254,6 +257,19 @@ def test_a_run_that_diverges_stops_by_itself(tmp_path):
     code, output = train(tmp_path / "run", "--lr", "1e30", "--steps", "20")
     assert code == 1
     assert output.count("was not finite in 2 steps in a row") == 1
+    run = RunDirectory(tmp_path / "run")
+    steps = bad_steps(run)
+    assert steps == [steps[0], steps[0] + 1]
+    for step in steps:
+        kept = read_bad_step(run, step)
+        assert not math.isfinite(kept.grad_norm)
+        # Each step is of two micro-batches, on two ranks.
+        micros = [(step - 1) * 2, (step - 1) * 2 + 1]
+        assert [rank.keys for rank in kept.ranks] == [
+            [[f"{micro * 2 + rank}_0", f"{micro * 2 + rank}_1"] for micro in micros] for rank in (0, 1)
+        ]
+        (event,) = [text for at, text in read_events(run.metrics) if at == step and "not applied" in text]
+        assert event == f"step not applied: {kept.reason}; see bad_steps/step_{step:08d}.json"
 
 
 def small_files_only() -> None:

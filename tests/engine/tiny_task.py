@@ -165,6 +165,10 @@ class TinyTask:
             boxes = (self.world.rank, micro) not in self.boxless
             yield make_batch(key, self.config.data.micro_batch_size, boxes=boxes)
 
+    def train_keys(self, epoch: int, micro_steps) -> list[list[str]]:
+        firsts = [(epoch * self.batches + micro) * self.world.num_ranks + self.world.rank for micro in micro_steps]
+        return [[f"{first}_{i}" for i in range(self.config.data.micro_batch_size)] for first in firsts]
+
     def num_train_batches(self) -> int:
         return self.batches
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from piip_scale.errors import DataError, RunError
-from piip_scale.run import run_dir
+from piip_scale.run import bad_steps, run_dir
 from piip_scale.run.run_dir import RunDirectory, write_text_atomic
 
 
@@ -168,3 +168,17 @@ def test_a_status_of_other_versions_still_tells_state_and_step(tmp_path):
     assert (status.state, status.step, status.line) == ("stopped", 7, "")
     (tmp_path / "status.json").write_text('{"state": "failed", "step": 7, "ending": {"line": "so", "of_later": 1}}')
     assert RunDirectory(tmp_path).status().line == "so"
+
+
+def test_bad_steps_are_read_as_written_and_only_the_newest_stay(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path)
+    monkeypatch.setattr(bad_steps, "MOST_FILES", 2)
+    rank = bad_steps.RankOfBadStep({"loss": float("-inf")}, 3.0, [["a", "b"]])
+    written = [bad_steps.BadStep(step, "why", float("inf"), [rank], None, "ab") for step in (9, 10, 100_000_000)]
+    paths = [bad_steps.write_bad_step(run, bad) for bad in written]
+    assert "Infinity" not in paths[-1].read_text()
+    assert bad_steps.bad_steps(run) == [10, 100_000_000]
+    assert [bad_steps.read_bad_step(run, step) for step in (9, 10, 100_000_000)] == [None, *written[1:]]
+    run.bad_steps.joinpath("step_00000010.json").write_text('{"ranks": 3}')
+    with pytest.raises(RunError, match="move it away"):
+        bad_steps.read_bad_step(run, 10)
