@@ -1,0 +1,5 @@
+# DINOv3-7B with low-rank additions and a trained ConvNeXt-T, 1024/512 px: Mask R-CNN, 12 epochs, 16 images a step.
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_convnext.py", "../_base_/training_1x.py", "../_base_/models/dinov3_7b_lora_ct.py"]
+model = dict(branches=dict(giant=dict(resolution_px=512), tiny=dict(resolution_px=1024)))
+optimizer = dict(layer_decay=1.0)
+train = dict(save_frozen=False)

@@ -1,0 +1,5 @@
+# DINOv3-7B with low-rank additions and a trained ConvNeXt-T, 512/256 px: UPerNet, 80,000 steps, 16 images a step.
+_base_ = ["../_base_/upernet.py", "../_base_/ade20k.py", "../_base_/training_80k.py", "../_base_/models/dinov3_7b_lora_ct.py"]
+model = dict(branches=dict(giant=dict(resolution_px=256), tiny=dict(resolution_px=512)))
+optimizer = dict(layer_decay=1.0)
+train = dict(save_frozen=False)

@@ -1,0 +1,52 @@
+"""The configs around foundation models build, and a frozen giant's plans stay below 40 GiB on one GPU."""
+
+from functools import partial
+
+import pytest
+import torch
+from released import ROOT
+
+from piip_scale.config import load_config
+from piip_scale.engine.planning import Planner
+from piip_scale.tasks.counting import likely_classes
+from piip_scale.tasks.kinds import build_model
+from piip_scale.tasks.outline import outline_run
+
+GIB = 2**30
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs" / "foundation").glob("*.py"))}
+GIANTS_B = {"internvit_6b": (5.8, 6.0), "h6b": (5.8, 6.0), "dinov3_7b": (6.6, 6.8), "dinov3_bs": (0.08, 0.09)}
+"""Billions of parameters of the first branch, by what a config is named after."""
+
+
+def test_there_is_a_recipe_for_each_way_and_each_head():
+    for head, size in (("mask_rcnn", "1024_512"), ("dino", "1024_512"), ("upernet", "512_256")):
+        assert {f"{head}_dinov3_7b{way}_ct_{size}" for way in ("", "_frozen", "_lora")} <= CONFIGS.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recipe_builds_with_the_giant_that_it_names(name):
+    config = load_config(CONFIGS[name])
+    with torch.device("meta"):
+        model = build_model(config, 80)
+    giant = model.backbone.branches[0]
+    size_b = sum(p.numel() for p in giant.parameters()) / 1e9
+    low, high = next(sizes for key, sizes in GIANTS_B.items() if key in name)
+    assert low < size_b < high
+    trained = {part for part, p in giant.named_parameters() if p.requires_grad}
+    if "_frozen_" in name:
+        assert not trained
+    if "_lora_" in name:
+        assert trained
+        assert all(".lora." in part for part in trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu_gib", "most_gib"),
+    [("mask_rcnn_dinov3_7b_frozen_ct_1024_512", 80, 40), ("mask_rcnn_dinov3_bs_ct_1024_672_448", 24, 24)],
+)
+def test_what_is_made_for_one_gpu_plans_to_fit_it(name, gpu_gib, most_gib):
+    config = load_config(CONFIGS[name])
+    outline = partial(outline_run, num_classes=likely_classes(config)[1], size_px=None)
+    plan = Planner(outline, gpu_gib * GIB).plan(config, 1)
+    assert plan.fits
+    assert plan.total < most_gib * GIB
