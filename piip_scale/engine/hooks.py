@@ -16,7 +16,7 @@ from piip_scale.engine.utilisation import Utilisation
 from piip_scale.errors import Interrupted
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.run.starting import StartClock
-from piip_scale.telemetry.memory import GIB, peak_memory_bytes
+from piip_scale.telemetry.memory import GIB, memory_now_bytes, peak_memory_bytes
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 from piip_scale.world import World
 
@@ -137,6 +137,8 @@ class LogSteps:
             model_tflops=tflops,
             mfu=self._utilisation.mfu(tflops),
             broken_samples=num_broken,
+            num_ranks=self._world.num_ranks,
+            memory_now_bytes={} if num_broken is None else memory_now_bytes(self._device),
         )
 
     def at_stop(self, step: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from datetime import timedelta
 
 import torch
 
+from piip_scale.config.loading import config_text
 from piip_scale.config.run import RunConfig, TrainConfig
 from piip_scale.engine.bad_steps import KeepBadSteps
 from piip_scale.engine.batch_stream import BatchStream
@@ -250,6 +253,7 @@ class _Training:
             show_progress=session.show_progress,
             log_every_steps=self._config.train.log_every_steps,
         )
+        sink.describe(first_step, {"config": config_text(session.config), "command": shlex.join(sys.argv)})
         if found:
             ranks = f"ranks before: {found.state.num_ranks}, now: {session.world.num_ranks}"
             ending = f"; before, at step {earlier.step}: {earlier.line}" if (earlier := session.earlier) else ""

@@ -13,6 +13,21 @@ GIB = 1 << 30
 _STATUS = Path("/proc/self/status")
 
 
+def memory_now_bytes(device: torch.device) -> dict[str, int]:
+    """What this process holds now, without waiting for the device.
+
+    Returns:
+        ``host``, its resident memory, where the system tells it; of a CUDA device ``allocated`` to tensors and
+        ``reserved`` by torch's allocator too.
+    """
+    held = {}
+    if device.type == "cuda":
+        held["allocated"] = torch.cuda.memory_allocated(device)
+        held["reserved"] = torch.cuda.memory_reserved(device)
+    resident = re.search(r"VmRSS:\s*(\d+) kB", _STATUS.read_text()) if _STATUS.is_file() else None
+    return held | ({"host": int(resident[1]) * 1024} if resident else {})
+
+
 def peak_memory_bytes(device: torch.device | None = None) -> int:
     """The most memory used so far: what torch allocated on a CUDA ``device``, else this process's resident memory."""
     if device is not None and device.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class StepRecord:
         mfu: Their share of the device's peak, ``None`` where that is not known.
         broken_samples: Training samples that all ranks together had to replace since they started, ``None`` between
             the steps that are written.
+        num_ranks: Ranks that share the images.
+        memory_now_bytes: Memory of this process at the end of the step by kind, as ``memory.memory_now_bytes`` names
+            it; empty between the steps that are written.
     """
 
     step: int
@@ -37,6 +40,8 @@ class StepRecord:
     model_tflops: float | None = None
     mfu: float | None = None
     broken_samples: int | None = None
+    num_ranks: int = 1
+    memory_now_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total_loss(self) -> float:

@@ -61,6 +61,16 @@ class Telemetry:
             self._board = TensorBoardWriter(self._run_dir / TENSORBOARD_FOLDER, first_step)
         self._progress = ProgressLine(total_steps, first_step, stream, shows_steps=show_progress)
 
+    def describe(self, step: int, texts: Mapping[str, str]) -> None:
+        """Shows what the run was started with, beside its curves in TensorBoard.
+
+        Args:
+            step: Steps done before.
+            texts: By name, as ``config`` and ``command``.
+        """
+        with disk_errors(RunError, self._action):
+            self._board.texts(step, texts)
+
     def step(self, record: StepRecord) -> None:
         """Logs one optimiser step."""
         self._since_log.add(record.images, record.step_seconds)

@@ -14,6 +14,22 @@ from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 _FLUSH_SECONDS = 10
 # TensorBoard sorts groups by name and opens the first of them only.
 _OVERVIEW = "0_overview"
+# Charts of the custom scalars page, by the question they answer; tags are regular expressions.
+_LAYOUT = {
+    "Is it healthy?": {
+        "losses": ["Multiline", ["loss/.*"]],
+        "gradient norm before clipping": ["Multiline", ["train/grad_norm"]],
+        "evaluation": ["Multiline", ["eval/[^/]*$"]],
+    },
+    "Is it fast?": {
+        "images per second, of all ranks and of each": ["Multiline", ["throughput/images_per_second.*"]],
+        "share of time that waits for data": ["Multiline", [f"{_OVERVIEW}/data_wait_share"]],
+        "step and waiting for data, ms": ["Multiline", ["time/.*"]],
+        "share of the device's peak (MFU)": ["Multiline", ["throughput/mfu"]],
+        "memory, GiB": ["Multiline", ["memory/.*"]],
+        "standing still for a checkpoint, s": ["Multiline", ["checkpoint/stall_seconds"]],
+    },
+}
 # Text is shown whole, and sent whole to the browser each time.
 _MOST_EVENTS = 100
 
@@ -36,7 +52,14 @@ class TensorBoardWriter:
         _hush_writers()
         purge = first_step + 1 if folder.exists() else None
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=_FLUSH_SECONDS)  # type: ignore[no-untyped-call]
+        self._writer.add_custom_scalars(_LAYOUT)  # type: ignore[no-untyped-call]
         self._last_check = time.monotonic()
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Shows each named text as it stands, in letters of one width."""
+        for tag, text in texts.items():
+            shown = "\n".join(f"    {line}" for line in text.splitlines())
+            self._writer.add_text(tag, shown, step)  # type: ignore[no-untyped-call]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point to each named curve.
@@ -94,10 +117,12 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
         "loss/total": record.total_loss,
         "train/lr": record.lr,
         "throughput/images_per_second": images_per_second,
+        "throughput/images_per_second_per_rank": images_per_second / record.num_ranks,
         "time/step_ms": record.step_seconds * 1e3,
         "time/data_wait_ms": record.data_wait_seconds * 1e3,
         "memory/peak_gib": record.memory_bytes / GIB,
     }
+    values |= {f"memory/{kind}_gib": num_bytes / GIB for kind, num_bytes in record.memory_now_bytes.items()}
     optional = {
         "train/grad_norm": record.grad_norm,
         "throughput/model_tflops_per_rank": record.model_tflops,

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.summary.writer import event_file_writer
 
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry import SaveRecord, StepRecord, Telemetry, progress
 from piip_scale.telemetry.jsonl import JsonLines, superseded_path
-from piip_scale.telemetry.memory import peak_memory_bytes
+from piip_scale.telemetry.memory import memory_now_bytes, peak_memory_bytes
 
 WRITER = Path(__file__).with_name("metrics_writer.py")
 
@@ -38,6 +39,8 @@ def record(step, **changes):
         "step_seconds": 0.5,
         "data_wait_seconds": 0.125,
         "memory_bytes": 3 << 30,
+        "num_ranks": 2,
+        "memory_now_bytes": {"host": 2 << 30},
         "grad_norm": 2.0,
     }
     return StepRecord(**(values | changes))
@@ -89,6 +92,8 @@ def test_events_read_back(tmp_path):
         "train/lr": [(s, 1e-4 * s) for s in steps],
         "train/grad_norm": [(s, 2.0) for s in steps],
         "throughput/images_per_second": [(s, 8.0) for s in steps],
+        "throughput/images_per_second_per_rank": [(s, 4.0) for s in steps],
+        "memory/host_gib": [(s, 2.0) for s in steps],
         "time/step_ms": [(s, 500.0) for s in steps],
         "time/data_wait_ms": [(s, 125.0) for s in steps],
         "memory/peak_gib": [(s, 3.0) for s in steps],
@@ -204,6 +209,34 @@ def shown_events(run_dir):
     events.Reload()
     text = events.Tensors("events/text_summary")[-1].tensor_proto.string_val[0].decode()
     return [line.strip() for line in text.splitlines()]
+
+
+def test_the_start_is_shown_as_it_stands(tmp_path):
+    telemetry = Telemetry(tmp_path, total_steps=4, stream=io.StringIO())
+    telemetry.describe(0, {"config": "a = dict(\n    b=*1*)", "command": "piip-scale train x.py"})
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    text = {tag: events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0] for tag in ("config", "command")}
+    assert text == {"config": b"    a = dict(\n        b=*1*)", "command": b"    piip-scale train x.py"}
+
+
+def test_charts_by_question_name_curves_that_are_written(tmp_path):
+    write_steps(tmp_path, 0, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["Is it healthy?", "Is it fast?"]
+    patterns = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    written = curves(tmp_path)
+    idle = {pattern for pattern in patterns if not any(re.match(pattern, tag) for tag in written)}
+    # What only a known GPU and a save give.
+    assert idle == {"throughput/mfu", "checkpoint/stall_seconds"}
+
+
+def test_memory_now_is_no_more_than_its_peak():
+    device = torch.device("cpu")
+    assert 0 < memory_now_bytes(device)["host"] <= peak_memory_bytes(device)
 
 
 def test_the_newest_text_shows_what_happened_so_far_also_before_a_failure_and_after(tmp_path):
