@@ -132,6 +132,8 @@ class LogSteps:
             images=report.result.images * self._world.num_ranks,
             step_seconds=report.seconds,
             data_wait_seconds=report.wait_seconds,
+            forward_seconds=report.result.forward_seconds,
+            backward_seconds=report.result.backward_seconds,
             memory_bytes=peak_memory_bytes(self._device),
             grad_norm=report.result.grad_norm,
             model_tflops=tflops,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.data.batch import Batch
+from piip_scale.engine.phases import PassClock
 from piip_scale.engine.zero.deepspeed_api import Engine, skip_step
 from piip_scale.engine.zero.setup import gather_residents
 from piip_scale.errors import ModelError
@@ -32,6 +33,8 @@ class StepResult:
         grad_norm: Norm of the whole gradient before clipping, the same on every rank; infinite where it was not finite.
         applied: Whether the weights moved, the same on every rank.
         sizes_px: Height and width of the network's input for each image of this rank.
+        forward_seconds: Of its micro-batches' forward passes, on the device.
+        backward_seconds: Of their backward passes, on the device.
     """
 
     losses: dict[str, Tensor]
@@ -39,6 +42,8 @@ class StepResult:
     grad_norm: float
     applied: bool
     sizes_px: tuple[tuple[int, int], ...]
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
 
     @property
     def images(self) -> int:
@@ -81,20 +86,27 @@ def train_step(
     sums: dict[str, Tensor] = {}
     loss_sum: Tensor | float = 0.0
     sizes_px: list[tuple[int, int]] = []
+    clock = PassClock()
     for micro, batch in enumerate(batches):
         if micro:
             engine.step()
         seed_step(seed, step, micro * world.num_ranks + world.rank)
+        device = batch.images_BHWC.device
+        clock.mark(device)
         losses: dict[str, Tensor] = engine(batch)
+        clock.mark(device)
         loss = total_loss(losses)
         loss_sum = loss_sum + loss.detach()
         engine.backward(_poisoned(loss, loss_sum, max_loss_sum))
+        clock.mark(device)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
         sizes_px += [(batch.images_BHWC.shape[1], batch.images_BHWC.shape[2])] * len(batch)
     means = torch.stack([value.float().reshape(()) for value in sums.values()]) / (micro + 1)
     on_host = means.to("cpu", non_blocking=True)
     norm = _update(engine)
+    # The host has waited for the norm, and so for the last mark.
+    forward_seconds, backward_seconds = clock.seconds()
     return StepResult(
         losses=dict(zip(sums, means, strict=True)),
         # Complete by now: the norm was launched after this copy, and the host has waited for it.
@@ -102,6 +114,8 @@ def train_step(
         grad_norm=norm,
         applied=math.isfinite(norm) and engine.was_step_applied(),
         sizes_px=tuple(sizes_px),
+        forward_seconds=forward_seconds,
+        backward_seconds=backward_seconds,
     )
 
 

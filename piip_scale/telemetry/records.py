@@ -18,6 +18,8 @@ class StepRecord:
         images: Images of this step, of all ranks and micro-batches together.
         step_seconds: Wall time of this step, waiting for data included; saving and evaluating between steps left out.
         data_wait_seconds: The part of it spent waiting for the loader.
+        forward_seconds: The part of it in forward passes, on the device of this rank.
+        backward_seconds: In backward passes. What is left is the update, and what ends micro-batches.
         memory_bytes: Peak memory of this process so far: the device allocator's on a GPU, else resident memory.
         grad_norm: Norm of the whole gradient before clipping, ``None`` where it is not computed.
         model_tflops: TFLOP/s of this rank by the count of the network's multiply-adds, waiting included.
@@ -41,6 +43,8 @@ class StepRecord:
     mfu: float | None = None
     broken_samples: int | None = None
     num_ranks: int = 1
+    forward_seconds: float | None = None
+    backward_seconds: float | None = None
     memory_now_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -122,6 +122,10 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
         "time/data_wait_ms": record.data_wait_seconds * 1e3,
         "memory/peak_gib": record.memory_bytes / GIB,
     }
+    if record.forward_seconds is not None and record.backward_seconds is not None:
+        passes = {"forward": record.forward_seconds, "backward": record.backward_seconds}
+        left = record.step_seconds - record.data_wait_seconds - sum(passes.values())
+        values |= {f"time/{name}_ms": value * 1e3 for name, value in (passes | {"update": max(left, 0.0)}).items()}
     values |= {f"memory/{kind}_gib": num_bytes / GIB for kind, num_bytes in record.memory_now_bytes.items()}
     optional = {
         "train/grad_norm": record.grad_norm,

@@ -28,6 +28,9 @@ TAGS = {
     "throughput/images_per_second",
     "time/step_ms",
     "time/data_wait_ms",
+    "time/forward_ms",
+    "time/backward_ms",
+    "time/update_ms",
     "memory/peak_gib",
     "eval/box_ap",
     "eval/box_ap50",
@@ -43,6 +46,11 @@ def test_tensorboard_tells_the_run(trained):
     for tag in ("loss/total", "throughput/images_per_second", "time/step_ms", "memory/peak_gib"):
         assert all(event.value > 0 for event in events.Scalars(tag)), tag
     assert [event.step for event in events.Scalars("eval/box_ap")] == [6]
+    # What a step is made of adds up to it, and all parts of this one take time.
+    parts, step = (("data_wait", "forward", "backward", "update"), events.Scalars("time/step_ms"))
+    values = [[event.value for event in events.Scalars(f"time/{part}_ms")] for part in parts]
+    assert [sum(each) for each in zip(*values, strict=True)] == pytest.approx([event.value for event in step], rel=1e-5)
+    assert all(value > 0 for part in values[1:] for value in part)
 
 
 def test_run_directory_is_complete(trained):
