@@ -36,7 +36,12 @@ LORA = {"rank": 2, "alpha": 3.0, "targets": ["qkv", "proj", "mlp"]}
 ADDED = {"large": {"frozen_blocks": 1, "checkpoint_blocks": True, "pretrained": "large.safetensors"}}
 ADDED["large"] |= {"lora": LORA | {"targets": ["qkv", "mlp"]}, "frozen_dtype": "int8"}
 WHOLE = {"large": {"frozen_blocks": "all", "checkpoint_blocks": True}, "small": {"frozen_blocks": 1}}
+# The parts of DINOv3 and its like, in frozen blocks and in trained ones.
+PARTS = {"rotary": {}, "position_embedding": False, "class_token": True, "register_tokens": 2, "key_bias": False}
+PARTS |= {"feed_forward": "swiglu", "mlp_multiple": 8}
+FOUNDATION = {"large": STEM["large"] | PARTS, "small": {"rotary": {}, "register_tokens": 1, "feed_forward": "swiglu"}}
 CASES = {
+    "foundation model": (FOUNDATION, 3, "fp32"),
     "stem": (STEM, 3, "fp32"),
     "whole branch": (WHOLE, 3, "fp32"),
     "stem in bf16": (STEM, 3, "bf16"),
@@ -122,6 +127,8 @@ def expected_names(case: str) -> set[str]:
     if case in ("whole branch", "in 8 bits"):
         return {large, f"{small}embedding.", f"{small}blocks.0."}
     found = {f"{large}embedding.", f"{large}blocks.0.", f"{large}blocks.1."}
+    if case == "foundation model":
+        found |= {f"{large}class_token.", f"{large}registers."}
     return found | {f"{large}blocks.{block}." for block in (2, 3)[: 1 + (case == "left out")] if case in LEFT_OUT}
 
 
@@ -139,7 +146,7 @@ def test_only_the_rest_moves_and_has_state(results, case):
     assert trainable / 2 <= first["moments"] <= trainable / 2 + len(first["start"]) + 2
 
 
-@pytest.mark.parametrize("case", ["stem", "whole branch"])
+@pytest.mark.parametrize("case", ["foundation model", "stem", "whole branch"])
 def test_it_trains_as_torch_alone(results, case):
     model = build_model(PyramidTask(config_of(case), World()), 0)
     fill(model, {}, 0, load_whole(torch.device("cpu")))
@@ -176,6 +183,16 @@ def test_checkpoints_keep_frozen_parts(results, case):
         assert trace == rank[case]["trace"][2:]
         for name, weight in rank[case]["end"].items():
             np.testing.assert_array_equal(weights[name], weight, err_msg=name)
+
+
+def test_a_converted_foundation_model_has_the_loss_of_the_step_after_its_save(results, tmp_path):
+    (folder, ranks), case, out = results, "foundation model", tmp_path / "whole.safetensors"
+    convert(folder / case / "step_00000002", out, ConvertOptions(verify=True))
+    model = build_model(PyramidTask(config_of(case), World()), 0)
+    model.load_state_dict(load_file(out), assign=True)
+    with torch.no_grad():
+        losses = [model(make_batch(4 + rank, 1))["loss"].item() for rank in range(2)]
+    np.testing.assert_allclose(sum(losses) / 2, ranks[0][case]["trace"][2][0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", LEFT_OUT)
