@@ -1,5 +1,5 @@
 # PIIP with InternViT-6B and, in the place of MAE's ViT-H, DINOv3's ConvNeXt-T, 1024/512 px: Mask R-CNN, 12 epochs, 16 images a step.
-_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_convnext.py", "../_base_/training_1x.py"]
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_multi_scale.py", "../_base_/training_1x.py"]
 model = dict(
     branches=dict(
         internvit_6b=dict(

@@ -1,5 +1,5 @@
 # A frozen InternViT-6B at 512 px beside a trained ConvNeXt-T at 1024 px: Mask R-CNN, 12 epochs, 16 images a step, on one GPU.
-_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_convnext.py", "../_base_/training_1x.py"]
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_multi_scale.py", "../_base_/training_1x.py"]
 model = dict(
     branches=dict(
         giant=dict(

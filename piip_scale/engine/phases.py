@@ -29,7 +29,9 @@ class PassClock:
         self._marks.append(event)
 
     def seconds(self) -> tuple[float, float]:
-        """Of all forward and of all backward passes; to be read once the host has waited for the last mark."""
+        """Of all forward and of all backward passes; waits for the last mark where the host has not yet."""
+        if self._marks and not isinstance(last := self._marks[-1], float):
+            last.synchronize()  # type: ignore[no-untyped-call]
         spans = [_between(*pair) for pair in pairwise(self._marks)]
         return sum(spans[0::_MARKS_A_MICRO_BATCH]), sum(spans[1::_MARKS_A_MICRO_BATCH])
 
