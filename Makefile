@@ -24,6 +24,8 @@ demo: $(INSTALLED)  ## data, shards, training on two processes, conversion, eval
 	$(BIN)/piip-scale demo $(if $(DATA),--data "$(DATA)") $(if $(IMAGES),--images "$(IMAGES)") $(if $(BOXES_ONLY),--boxes-only)
 
 # Three workers on two cores: while one waits, for a clock or a rank, the others compute.
+# Each worker would compile all tests anew where bytecode may not be written.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(INSTALLED)  ## everything that can be tested without a GPU and Slurm
 	$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
 

@@ -92,6 +92,7 @@ def losses(world, _device, compiled: bool):
     return [(float(result.losses["loss"]), result.grad_norm) for result in results]
 
 
+@pytest.mark.slow  # of its parts, blocks of every size and sharded ones' kept parameters are held by quick tests
 def test_sharded_blocks_train_as_plain_ones():
     torch.testing.assert_close(run_ranks(2, losses, True)[0], run_ranks(2, losses, False)[0], rtol=1e-5, atol=0)
 
