@@ -27,11 +27,10 @@ from piip_scale.cli.submit_options import (
     Qos,
     Reservation,
     checked_job_name,
-    merged_options,
+    site_options,
 )
 from piip_scale.errors import ConfigError, DataError, ModelError
 from piip_scale.launch.logs import log_of
-from piip_scale.launch.profiles import Profile, load_profile
 from piip_scale.launch.queue import queued_jobs
 from piip_scale.launch.runs import refuse_active
 from piip_scale.launch.spec import JobSpec
@@ -101,10 +100,21 @@ def submit(
 
     Example: `piip-scale submit configs/coco/mask_rcnn_h6b_1024_512.py --gpus-per-node 8 --profile infiniband`
     """
-    site = load_profile(profile) if profile else Profile()
-    named = {"partition": partition, "account": account, "qos": qos, "time": time, "constraint": constraint}
-    named |= {"exclude": exclude, "nodelist": nodelist, "reservation": reservation, "dependency": dependency}
-    named |= {"cpus-per-task": cpus_per_task, "mem": mem}
+    site, options = site_options(
+        profile,
+        sbatch,
+        partition=partition,
+        account=account,
+        qos=qos,
+        time=time,
+        constraint=constraint,
+        exclude=exclude,
+        nodelist=nodelist,
+        reservation=reservation,
+        dependency=dependency,
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+    )
     points, limit = _points(sweep or [], array)
     folder = Path(os.path.abspath(run_dir or Path("runs") / config.stem))
     job = JobSpec.of_command(
@@ -119,7 +129,6 @@ def submit(
         max_stale_restarts=max_stale_restarts,
         profile=profile,
     )
-    options = merged_options(site, named, sbatch or [])
     order = Order(job, site, options, tuple(points), limit)
     submission = _submitted(order, resume=resume, restart=restart, dry_run=dry_run, data_on_nodes=data_on_nodes)
     if watch and not dry_run:

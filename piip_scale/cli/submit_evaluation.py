@@ -27,14 +27,14 @@ from piip_scale.cli.submit_options import (
     Qos,
     Reservation,
     checked_job_name,
-    merged_options,
+    site_options,
 )
 from piip_scale.errors import ConfigError
-from piip_scale.launch.profiles import Profile, load_profile
 from piip_scale.launch.queue import queued_jobs
 
 if TYPE_CHECKING:
     from piip_scale.launch.evaluating import Evaluation
+    from piip_scale.launch.profiles import Profile
     from piip_scale.launch.spec import JobSpec
 
 NAME = "submit evaluate"
@@ -93,13 +93,24 @@ def submit_evaluation(
     """
     words = list(context.args)
     asked = _asked(words)
-    site = load_profile(profile) if profile else Profile()
-    named = {"partition": partition, "account": account, "qos": qos, "time": time, "constraint": constraint}
-    named |= {"exclude": exclude, "nodelist": nodelist, "reservation": reservation, "dependency": dependency}
-    named |= {"cpus-per-task": cpus_per_task, "mem": mem}
+    site, options = site_options(
+        profile,
+        sbatch,
+        partition=partition,
+        account=account,
+        qos=qos,
+        time=time,
+        constraint=constraint,
+        exclude=exclude,
+        nodelist=nodelist,
+        reservation=reservation,
+        dependency=dependency,
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+    )
     job = _job(asked["config"], out, job_name, profile=profile, num_nodes=nodes, ranks_per_node=gpus_per_node)
     words.remove(_word_of(asked["config"], words))
-    evaluation, config = _planned(job, site, merged_options(site, named, sbatch or []), words)
+    evaluation, config = _planned(job, site, options, words)
     if not data_on_nodes:
         check_evaluation(asked)
     if dry_run:

@@ -1,16 +1,16 @@
-"""What every command that sends a job to Slurm is told about it."""
+"""What every command that sends a job to Slurm can be asked."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from piip_scale.errors import ConfigError
 from piip_scale.launch.options import OptionValue, check_options, merge_options, options_of_environment, parse_options
-from piip_scale.launch.profiles import Profile
+from piip_scale.launch.profiles import Profile, load_profile
 
 GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs, and so ranks, of a node.")]
 ProfileName = Annotated[
@@ -31,20 +31,21 @@ FurtherOptions = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the script; write and send nothing.")]
 
 
-def merged_options(site: Profile, named: Mapping[str, str], texts: list[str]) -> dict[str, OptionValue]:
-    """The command line's options before the profile's, and those before the environment's.
+def site_options(profile: str, texts: Sequence[str] | None, **named: str) -> tuple[Profile, dict[str, OptionValue]]:
+    """A site's facts, and the command line's options before the profile's, and those before the environment's.
 
     Args:
-        site: The profile.
-        named: Options that the command has of its own, by Slurm's names; empty ones were not given.
+        profile: The site's name or file; empty for none.
         texts: What ``--sbatch`` gave.
+        named: Options that the command has of its own, by Slurm's names with underscores; empty ones were not given.
 
     Raises:
-        ConfigError: One cannot be meant.
+        ConfigError: There is no such profile, or an option cannot be meant.
     """
-    chosen = {name: value for name, value in named.items() if value}
-    given = check_options(chosen, "command line") | parse_options(texts, "--sbatch")
-    return merge_options(options_of_environment(os.environ), site.sbatch, given)
+    site = load_profile(profile) if profile else Profile()
+    chosen = {name.replace("_", "-"): value for name, value in named.items() if value}
+    given = check_options(chosen, "command line") | parse_options(list(texts or ()), "--sbatch")
+    return site, merge_options(options_of_environment(os.environ), site.sbatch, given)
 
 
 def checked_job_name(name: str) -> str:
