@@ -9,10 +9,10 @@ from piip_scale.agreement import gathered_on_main
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.hooks import Sink
-from piip_scale.engine.loss_trend import total_of
 from piip_scale.engine.trainer import StepReport
 from piip_scale.run.bad_steps import BadStep, RankOfBadStep, write_bad_step
 from piip_scale.run.run_dir import RunDirectory
+from piip_scale.telemetry.records import total_of
 
 
 class KeepBadSteps:

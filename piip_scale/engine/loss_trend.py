@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from piip_scale.config.run import TrainConfig
 from piip_scale.engine.step import LARGEST_LOSS
+from piip_scale.telemetry.records import total_of
 
 
 class LossTrend:
@@ -36,8 +37,3 @@ class LossTrend:
         """Takes in an applied step's named losses."""
         if self._ratio is not None:
             self._losses.append(total_of(losses))
-
-
-def total_of(losses: Mapping[str, float]) -> float:
-    """The sum of the losses proper, as ``step.total_loss`` takes them."""
-    return sum(value for name, value in losses.items() if "loss" in name)

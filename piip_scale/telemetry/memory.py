@@ -24,8 +24,8 @@ def memory_now_bytes(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         held["allocated"] = torch.cuda.memory_allocated(device)
         held["reserved"] = torch.cuda.memory_reserved(device)
-    resident = re.search(r"VmRSS:\s*(\d+) kB", _STATUS.read_text()) if _STATUS.is_file() else None
-    return held | ({"host": int(resident[1]) * 1024} if resident else {})
+    resident = _status_bytes("VmRSS")
+    return held if resident is None else held | {"host": resident}
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
@@ -33,5 +33,11 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # getrusage counts the parent's memory too, from between fork and exec.
-    peak = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text()) if _STATUS.is_file() else None
-    return int(peak[1]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _status_bytes("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak is None else peak
+
+
+def _status_bytes(field: str) -> int | None:
+    """A size of this process that the system knows; ``None`` where it has no such file."""
+    found = re.search(rf"{field}:\s*(\d+) kB", _STATUS.read_text()) if _STATUS.is_file() else None
+    return int(found[1]) * 1024 if found else None

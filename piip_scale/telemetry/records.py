@@ -50,7 +50,12 @@ class StepRecord:
     @property
     def total_loss(self) -> float:
         """Sum of the losses proper."""
-        return sum(value for name, value in self.losses.items() if "loss" in name)
+        return total_of(self.losses)
+
+
+def total_of(losses: Mapping[str, float]) -> float:
+    """Sum of the losses proper among named ones, those whose name holds ``loss``."""
+    return sum(value for name, value in losses.items() if "loss" in name)
 
 
 @dataclass(frozen=True)
