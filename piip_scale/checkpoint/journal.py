@@ -29,15 +29,15 @@ def identity_of(jobs: Iterable[Job], *facts: object) -> str:
     Raises:
         OSError: A file is gone.
     """
-    told: list[object] = list(map(str, facts))
+    described: list[object] = list(map(str, facts))
     paths: set[Path] = set()
     for job in jobs:
-        told.append((job.entry.name, job.entry.shape, job.entry.dtype.code))
+        described.append((job.entry.name, job.entry.shape, job.entry.dtype.code))
         paths |= {part.tensor(job.weight.dtype).storage.path for part in job.weight.parts}
     for path in sorted(paths):
         known = path.stat()
-        told.append((str(path.absolute()), known.st_size, known.st_mtime_ns))
-    return hashlib.sha256(repr(told).encode("utf-8", "surrogateescape")).hexdigest()
+        described.append((str(path.absolute()), known.st_size, known.st_mtime_ns))
+    return hashlib.sha256(repr(described).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Journal:

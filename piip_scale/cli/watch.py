@@ -92,18 +92,18 @@ def frame(rows: Sequence[Row], warning: str, width: int, height: int, every_s: f
     text = Text(f"{time.strftime('%H:%M:%S')}  {summary}"[:width], style="bold", no_wrap=True)
     text.append(f"\n{head}", "dim")
     for row, line in zip(shown, lines, strict=True):
-        told = f"\n{_INDENT}{printable(row.event)}"[: width + 1] if _tells_more(row, line) else ""
-        text.append(f"\n{line}{told}", _STYLES.get(row.state, _NEEDS_A_LOOK))
+        event = f"\n{_INDENT}{printable(row.event)}"[: width + 1] if _has_more(row, line) else ""
+        text.append(f"\n{line}{event}", _STYLES.get(row.state, _NEEDS_A_LOOK))
     hidden = f"{len(rows) - len(shown)} more have no room here; " if len(shown) < len(rows) else ""
-    told = "; ".join(filter(None, (f"{hidden}every {every_s:g} s, Ctrl-C leaves", warning)))
-    text.append(f"\n{told}"[: width + 1], "dim")
+    foot = "; ".join(filter(None, (f"{hidden}every {every_s:g} s, Ctrl-C leaves", warning)))
+    text.append(f"\n{foot}"[: width + 1], "dim")
     return text
 
 
 def _that_fit(rows: Sequence[Row], width: int, room: int) -> list[Row]:
     """All rows, or so many that their lines have room: those first that need a look."""
     _, *lines = table(rows, width)
-    num_lines = {row.run: 1 + _tells_more(row, line) for row, line in zip(rows, lines, strict=True)}
+    num_lines = {row.run: 1 + _has_more(row, line) for row, line in zip(rows, lines, strict=True)}
     if sum(num_lines.values()) <= room:
         return list(rows)
     ranked = sorted(rows, key=_urgency)
@@ -111,7 +111,7 @@ def _that_fit(rows: Sequence[Row], width: int, room: int) -> list[Row]:
     return [row for row, end in zip(ranked, ends, strict=True) if end <= room]
 
 
-def _tells_more(row: Row, line: str) -> bool:
+def _has_more(row: Row, line: str) -> bool:
     """Whether a run that needs a look says why where the terminal is too narrow for it."""
     return row.state not in _STYLES and bool(row.event) and printable(row.event) not in line
 

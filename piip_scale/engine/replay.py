@@ -114,7 +114,7 @@ def replayed(
         config: The run, scaled to its ranks.
         step: Index of the step.
         num_ranks: That made it.
-        first: Is told of every value.
+        first: Looks at every value.
 
     Raises:
         PiipError: Samples cannot be loaded, or the model returns no loss.

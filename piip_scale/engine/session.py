@@ -94,8 +94,8 @@ class Session:
         _warn_of_few_cores(self.world, device)
         found = find_start(self.run)
         config = found.keep_batches(self.config, self.world.num_ranks) if found else self.config
-        for say in (shrunk_line, batch_line):
-            if line := say(config, self.world.num_ranks):
+        for line_of in (shrunk_line, batch_line):
+            if line := line_of(config, self.world.num_ranks):
                 get_logger(__name__).info(line)
         scaled = scale_to_ranks(config, self.world.num_ranks)
         task = task_factory(scaled, self.world)

@@ -44,9 +44,9 @@ def _verdict(wait: float, shares: Mapping[str, float]) -> str:
 
 
 def _split(wait: float, shares: Mapping[str, float], step_ms: float) -> list[str]:
-    told = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items()]
+    parts = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items()]
     left = [f"waiting for data {wait:.0%}"]
-    return [f"A step takes {step_ms:.0f} ms: {', '.join(left + told)}."]
+    return [f"A step takes {step_ms:.0f} ms: {', '.join(left + parts)}."]
 
 
 def _utilisation(lines: list[Mapping[str, Any]]) -> list[str]:

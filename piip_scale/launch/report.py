@@ -194,15 +194,15 @@ def _pictures(run: Reported, name: str) -> Html | str:
 def _differences(runs: Sequence[Reported], names: Sequence[str]) -> Html:
     known = [(name, run.config) for name, run in zip(names, runs, strict=True) if run.config]
     unknown = [name for name, run in zip(names, runs, strict=True) if not run.config]
-    told = [tag("p", f"no config can be read of: {', '.join(unknown)}", class_="soft")] if unknown else []
+    notes = [tag("p", f"no config can be read of: {', '.join(unknown)}", class_="soft")] if unknown else []
     rows = differing_keys([config for _, config in known]) if len(known) > 1 else {}
     if not rows:
-        return joined([tag("p", "in no key"), *told])
+        return joined([tag("p", "in no key"), *notes])
     shown = [[key, *(value if value is not None else "-" for value in row)] for key, row in rows.items()]
     if len(shown) > _MOST_DIFFERENCES:
-        told.append(tag("p", f"{len(shown) - _MOST_DIFFERENCES} more keys differ", class_="soft"))
+        notes.append(tag("p", f"{len(shown) - _MOST_DIFFERENCES} more keys differ", class_="soft"))
     heads = ["key", *(name for name, _ in known)]
-    return joined([table(heads, shown[:_MOST_DIFFERENCES], class_="words"), *told])
+    return joined([table(heads, shown[:_MOST_DIFFERENCES], class_="words"), *notes])
 
 
 def _details(run: Named, name: str) -> Html | str:

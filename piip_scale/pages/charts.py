@@ -41,7 +41,7 @@ class Mark:
 
     Attributes:
         x: Where.
-        text: What happened there, told where a pointer rests.
+        text: What happened there, shown where a pointer rests.
         colour: Of the curve that it belongs to.
     """
 
@@ -176,8 +176,8 @@ def _drawn(curve: Curve, across: _Axis, up: _Axis) -> Iterator[Html]:
         if len(spans) <= _DOTS_UP_TO or len(run) == 1:
             for span in run:
                 x, y = f"{across.place(span.x):.1f}", f"{up.place(span.mean):.1f}"
-                told = tag("title", f"{curve.name}: {number_text(span.mean)} at {number_text(span.x)}")
-                yield tag("circle", told, cx=x, cy=y, r=2.4, style=f"fill:{colour}")
+                title = tag("title", f"{curve.name}: {number_text(span.mean)} at {number_text(span.x)}")
+                yield tag("circle", title, cx=x, cy=y, r=2.4, style=f"fill:{colour}")
 
 
 def _unbroken(spans: Sequence[Span]) -> Iterator[list[Span]]:
