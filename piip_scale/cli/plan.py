@@ -15,7 +15,8 @@ from piip_scale.cli.options import ConfigPath, Overrides, read_size
 
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
-    from piip_scale.engine.planning import Change, MemoryPlan
+    from piip_scale.engine.planning.memory import MemoryPlan
+    from piip_scale.engine.planning.planner import Change
     from piip_scale.engine.zero.traffic import Collective
 
 _GIB = 2**30
@@ -59,7 +60,8 @@ def plan(
     from piip_scale.config.loading import load_config
     from piip_scale.engine.batching import batch_line, shrunk_line
     from piip_scale.engine.checkpoint_choice import leaves_open, settled_line
-    from piip_scale.engine.planning import Planner, change_lines, host_line, kept_blocks_line, memory_lines
+    from piip_scale.engine.planning.lines import change_lines, host_line, kept_blocks_line, memory_lines
+    from piip_scale.engine.planning.planner import Planner
     from piip_scale.engine.zero.traffic import traffic_lines
     from piip_scale.tasks.counting import likely_classes
     from piip_scale.tasks.outline import outline_run

@@ -248,7 +248,7 @@ def _memory_line(config: RunConfig, order: Order) -> str:
     """What `plan` reports, in short; an estimate, so a warning and no refusal."""
     from functools import partial
 
-    from piip_scale.engine.planning import Planner
+    from piip_scale.engine.planning.planner import Planner
     from piip_scale.tasks.outline import outline_run
 
     assert order.profile.gpu_memory_gib is not None

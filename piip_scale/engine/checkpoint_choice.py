@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from piip_scale.agreement import on_main
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.planning import GIB, Planner, with_checkpointed
+from piip_scale.engine.planning.knobs import with_checkpointed
+from piip_scale.engine.planning.memory import GIB
+from piip_scale.engine.planning.planner import Planner
 from piip_scale.engine.resuming import Checkpoint
 from piip_scale.logging import get_logger
 from piip_scale.tasks.base import Task

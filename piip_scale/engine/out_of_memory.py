@@ -8,7 +8,9 @@ import torch
 
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.checkpoint_choice import device_bytes
-from piip_scale.engine.planning import GIB, Change, MemoryPlan, Planner, change_lines, memory_lines
+from piip_scale.engine.planning.lines import change_lines, memory_lines
+from piip_scale.engine.planning.memory import GIB, MemoryPlan
+from piip_scale.engine.planning.planner import Change, Planner
 from piip_scale.errors import DeviceMemoryError
 from piip_scale.tasks.base import Task
 from piip_scale.world import World

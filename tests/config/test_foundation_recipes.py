@@ -7,7 +7,7 @@ import torch
 from released import ROOT
 
 from piip_scale.config import load_config
-from piip_scale.engine.planning import Planner
+from piip_scale.engine.planning.planner import Planner
 from piip_scale.tasks.counting import likely_classes
 from piip_scale.tasks.kinds import build_model
 from piip_scale.tasks.outline import outline_run

@@ -8,7 +8,8 @@ import torch
 from ranks import run_ranks, tiny_config
 
 from piip_scale.engine import checkpoint_choice, out_of_memory
-from piip_scale.engine.planning import Planner, with_checkpointed
+from piip_scale.engine.planning.knobs import with_checkpointed
+from piip_scale.engine.planning.planner import Planner
 from piip_scale.tasks.outline import outline_run
 from piip_scale.world import World
 

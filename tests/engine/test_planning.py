@@ -9,15 +9,10 @@ from ranks import run_ranks, tiny_config
 from tiny_task import TinyTask
 
 from piip_scale.config.loading import check_config
-from piip_scale.engine.planning import (
-    GIB,
-    Planner,
-    change_lines,
-    host_line,
-    kept_blocks_line,
-    memory_lines,
-    with_checkpointed,
-)
+from piip_scale.engine.planning.knobs import with_checkpointed
+from piip_scale.engine.planning.lines import change_lines, host_line, kept_blocks_line, memory_lines
+from piip_scale.engine.planning.memory import GIB
+from piip_scale.engine.planning.planner import Planner
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.setup import build_engine
 from piip_scale.tasks.detection.training_size import largest_canvas_px

@@ -1,0 +1,66 @@
+"""Plans as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from piip_scale.engine.planning.memory import GIB, MemoryPlan
+from piip_scale.engine.planning.planner import Change
+
+
+def memory_lines(plan: MemoryPlan) -> list[str]:
+    """A table of a plan in GiB: kinds by part, then what is nobody's in particular."""
+    names = ("weights", "gradients", "masters", "moments", "activations", "off GPU")
+    gpus = "the GPU" if plan.num_ranks == 1 else f"each of {plan.num_ranks} GPUs"
+    lines = [f"GiB on {gpus}, micro-batches of {plan.micro_batch_size}", _cells("part", *names)]
+    kinds = [(p.weights, p.gradients, p.masters, p.moments, p.activations, p.host) for p in plan.parts]
+    names_of_parts = [*(part.name for part in plan.parts), "all parts"]
+    for name, row in zip(names_of_parts, [*kinds, [sum(column) for column in zip(*kinds, strict=True)]], strict=True):
+        lines.append(_cells(name, *(f"{size / GIB:.2f}" for size in row)))
+    rest = {"gathered": plan.gathered, "buckets": plan.buckets, "backward": plan.backward, "libraries": plan.reserve}
+    lines.append("and " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in rest.items()))
+    verdict = "fits into" if plan.fits else "does not fit into"
+    lines.append(f"{plan.total / GIB:.1f} GiB, which {verdict} {plan.capacity / GIB:.1f}")
+    return lines
+
+
+def host_line(plan: MemoryPlan, ranks_per_node: int, capacity: float | None) -> str:
+    """What a node's host memory holds, and whether it can where that is known."""
+    needed = plan.host_memory * ranks_per_node
+    verdict = (
+        ""
+        if capacity is None
+        else f", which {'fits' if needed <= capacity else 'does not fit'} into {capacity / GIB:.1f}"
+    )
+    fix = "" if capacity is None or needed <= capacity else ": set train.background_saves=False or offload less"
+    return (
+        f"{needed / GIB:.1f} GiB of a node's host memory for what is offloaded and the copies that saves write from"
+        f"{verdict}{fix}; loaders, and page-locked memory's rounding to powers of two, come on top"
+    )
+
+
+def kept_blocks_line(plan: MemoryPlan | None, saved_share: float) -> str:
+    """What not to compute blocks again would gain, where ``Planner.without_checkpoints`` found a plan that fits."""
+    if plan is None:
+        return ""
+    return (
+        f"without checkpointed blocks {plan.total / GIB:.1f} GiB, which fits too and leaves out {saved_share:.0%} of a "
+        "step's arithmetic: set checkpoint_blocks='auto' in every branch"
+    )
+
+
+def change_lines(plan: MemoryPlan, changes: Sequence[Change]) -> list[str]:
+    """What to change, in this order, where a plan does not fit."""
+    if plan.fits:
+        return []
+    lines = ["to make it fit, in this order:"]
+    for change in changes:
+        verdict = "fits" if change.plan.fits else "does not yet"
+        lines.append(f"  {change.knob}: {change.plan.total / GIB:.1f} GiB, {verdict}")
+    if not any(change.plan.fits for change in changes):
+        lines.append("  nothing here is enough: smaller images, a smaller network, or GPUs with more memory")
+    return lines
+
+
+def _cells(name: str, *others: str) -> str:
+    return f"{name:<16}" + "".join(f"{text:>13}" for text in others)

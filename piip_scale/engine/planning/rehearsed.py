@@ -1,0 +1,41 @@
+"""A network's sizes and activations, found once and scaled to the micro-batches of its plans."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from piip_scale.engine.rehearsal import Rehearsal, rehearse
+from piip_scale.engine.zero.plan import measure
+from piip_scale.tasks.base import Outline
+
+
+class Rehearsed:
+    """An outline's sizes and activations, in bytes of so many images."""
+
+    def __init__(self, outline: Outline, micro_batch_size: int) -> None:
+        self.micro_batch_size = micro_batch_size
+        self.sizes = measure(outline.model, outline.parts)
+        self._outline = outline
+
+    @cached_property
+    def _found(self) -> tuple[Rehearsal, int]:
+        outline = self._outline
+        found = rehearse(outline.network, outline.parts, outline.run)
+        return found, outline.head_bytes(found.features)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """At the end of the forward pass, by part."""
+        rehearsal, head_bytes = self._found
+        heads = self._outline.heads
+        return dict(rehearsal.kept) | {heads: rehearsal.kept.get(heads, 0) + head_bytes}
+
+    @property
+    def backward(self) -> int:
+        """Beside what is kept: gradients of the features, or what the network's own backward pass adds.
+
+        The heads have been let go when the network's backward pass begins.
+        """
+        rehearsal, heads = self._found
+        gradients = sum(feature.nbytes for feature in rehearsal.features)
+        return max(gradients, rehearsal.peak - rehearsal.total_bytes - heads)
