@@ -38,9 +38,10 @@ class RankBatchNorm(nn.SyncBatchNorm):
                 rule="the heads pool it to one pixel, and a batch norm needs two",
                 fix="raise data.micro_batch_size",
             )
-        if num_ranks == 1 or maps.device.type != "cpu":
-            return super().forward(maps)
-        return self._by_hand(maps)
+        if num_ranks == 1:
+            # SyncBatchNorm refuses a CPU's maps as soon as ranks have joined, also where there is only one.
+            return super(nn.SyncBatchNorm, self).forward(maps)
+        return self._by_hand(maps) if maps.device.type == "cpu" else super().forward(maps)
 
     def _by_hand(self, maps: Tensor) -> Tensor:
         count = torch.full((1,), maps.numel() / maps.shape[1], dtype=maps.dtype)

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import preloaded
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from piip_scale.tasks.segmentation.rank_norm import RankBatchNorm
@@ -29,6 +31,19 @@ def test_ranks_normalise_as_one(tmp_path):
     for name, value in plain.state_dict().items():
         for one in found:
             torch.testing.assert_close(one["state"][name], value, msg=name)
+
+
+@pytest.fixture
+def only_rank():
+    """A group of one, as a training by one process joins it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("only_rank")
+def test_the_only_rank_normalises_on_a_cpu():
+    test_alone_it_is_torchs_and_keeps_its_statistics_in_float32()
 
 
 def test_alone_it_is_torchs_and_keeps_its_statistics_in_float32():
