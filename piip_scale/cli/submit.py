@@ -36,6 +36,7 @@ from piip_scale.launch.runs import refuse_active
 from piip_scale.launch.spec import JobSpec
 from piip_scale.launch.submitting import Order, Submission, plan_submission, send
 from piip_scale.launch.sweeps import Point, choose_points, sweep_points
+from piip_scale.run.profiled_steps import parse_profiled_steps
 
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
@@ -84,6 +85,9 @@ def submit(
         bool, typer.Option("--restart", help="Start over at step 1; a run that is there is set aside in RUN/earlier.")
     ] = False,
     dry_run: DryRun = False,
+    profile_steps: Annotated[
+        str, typer.Option(metavar="STEPS", help="Profile these steps of each attempt: 10, or 10-12.")
+    ] = "",
     data_on_nodes: Annotated[
         bool,
         typer.Option("--data-on-nodes", help="Only the nodes see shards and weights: the job's preflight checks them."),
@@ -128,6 +132,7 @@ def submit(
         chain=chain,
         max_stale_restarts=max_stale_restarts,
         profile=profile,
+        profiled_steps=str(parse_profiled_steps(profile_steps) or ""),
     )
     order = Order(job, site, options, tuple(points), limit)
     submission = _submitted(order, resume=resume, restart=restart, dry_run=dry_run, data_on_nodes=data_on_nodes)

@@ -18,6 +18,7 @@ from piip_scale.errors import PiipError
 from piip_scale.launch.compile_caches import use_local_cache
 from piip_scale.logging import configure_logging
 from piip_scale.registry import row_of
+from piip_scale.run.profiled_steps import ProfiledSteps, parse_profiled_steps
 from piip_scale.world import World, claimed_rank, read_world
 
 
@@ -38,6 +39,12 @@ def train(
         bool, typer.Option("--restart", help="Start over at step 1; a run that is there is set aside in RUN/earlier.")
     ] = False,
     progress: Annotated[bool, typer.Option(help="Draw a progress line.")] = True,
+    profile: Annotated[
+        str,
+        typer.Option(
+            "--profile", "--profile-steps", metavar="STEPS", help="Profile these steps of this attempt: 10, or 10-12."
+        ),
+    ] = "",
     overrides: Overrides = None,
 ) -> None:
     """Train a model; the run directory keeps config, metrics and checkpoints.
@@ -51,7 +58,14 @@ def train(
     try:
         use_local_cache()
         code = run_training(
-            config, overrides or [], folder, procs=procs, resume=resume, restart=restart, progress=progress
+            config,
+            overrides or [],
+            folder,
+            procs=procs,
+            resume=resume,
+            restart=restart,
+            progress=progress,
+            profile=profile,
         )
     except PiipError as error:
         rank = claimed_rank()
@@ -73,6 +87,7 @@ def run_training(
     resume: bool,
     restart: bool = False,
     progress: bool = True,
+    profile: str = "",
 ) -> int:
     """Trains in processes of its own, or as the rank this process already is; returns the exit code.
 
@@ -84,23 +99,26 @@ def run_training(
         resume: Continue the run in it.
         restart: Set aside the run in it and start over; goes before ``resume``.
         progress: Draw a progress line.
+        profile: Steps of this attempt that rank 0 profiles, as ``10`` or ``10-12``; empty for none.
 
     Raises:
         PiipError: Config, shards, directory or world do not allow a start, or a rank ended without a report.
     """
+    profiled = parse_profiled_steps(profile)
     resolved = with_classes(load_config(config, overrides))
     resume = resume and not restart
     if restart and read_world().is_main:
         _refuse_active(run_dir)
     num_procs = procs or _num_gpus() or 1
     if num_procs == 1 or read_world().launcher != "single":
-        return _train_here(resolved, run_dir, resume=resume, restart=restart, progress=progress)
+        return _train_here(resolved, run_dir, resume=resume, restart=restart, progress=progress, profiled=profiled)
     check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume, restart=restart)
     from piip_scale.engine.local_launch import launch_local
     from piip_scale.run.run_dir import RunDirectory
 
     command = [sys.executable, "-m", "piip_scale.cli.main", "train", str(config), "--run-dir", str(run_dir)]
     command += ["--resume"] * resume + ["--restart"] * restart + ["--no-progress"] * (not progress)
+    command += [f"--profile={profiled}"] if profiled else []
     command += [f"--set={override}" for override in overrides]
     return launch_local(num_procs, command, RunDirectory(run_dir))
 
@@ -176,14 +194,25 @@ def _report_as_rank(error: PiipError, run_dir: Path, rank: int) -> int:
     return report_failure(RunDirectory(run_dir), rank, error)
 
 
-def _train_here(config: RunConfig, run_dir: Path, *, resume: bool, restart: bool, progress: bool) -> int:
+def _train_here(
+    config: RunConfig, run_dir: Path, *, resume: bool, restart: bool, progress: bool, profiled: ProfiledSteps | None
+) -> int:
     from piip_scale.engine.worker import train_worker
     from piip_scale.run.run_dir import RunDirectory
     from piip_scale.tasks.kinds import build_task
 
     run = RunDirectory(run_dir)
     build = partial(build_task, broken_samples=run.broken_samples)
-    return train_worker(config, config_text(config), run, build, resume=resume, restart=restart, show_progress=progress)
+    return train_worker(
+        config,
+        config_text(config),
+        run,
+        build,
+        resume=resume,
+        restart=restart,
+        show_progress=progress,
+        profiled=profiled,
+    )
 
 
 def _num_gpus() -> int:

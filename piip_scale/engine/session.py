@@ -26,6 +26,7 @@ from piip_scale.engine.first_save import FirstSave, foresee_first_save
 from piip_scale.engine.hooks import Average, Evaluate, LogStart, LogSteps, Save, Silence, Sink, ignore_step
 from piip_scale.engine.kernel_choice import choose_kernels
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
+from piip_scale.engine.profiling import BeginProfile, EndProfile, Profiling
 from piip_scale.engine.resuming import Checkpoint, find_start
 from piip_scale.engine.stop import StopFlag
 from piip_scale.engine.trainer import Hook, Trainer
@@ -46,6 +47,7 @@ from piip_scale.run.bad_steps import config_sha256
 from piip_scale.run.ending import Ending, ending_of, error_line
 from piip_scale.run.environment import few_cores_line
 from piip_scale.run.heartbeat import Heartbeat
+from piip_scale.run.profiled_steps import ProfiledSteps
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task
@@ -70,6 +72,7 @@ class Session:
         heartbeat: Reports this rank's progress to the watchdog.
         show_progress: Draw a progress line on the main rank.
         earlier: How the attempt before this one ended, where it failed; of the main rank.
+        profiled: Steps of this attempt that the main rank profiles.
     """
 
     config: RunConfig
@@ -79,6 +82,7 @@ class Session:
     heartbeat: Heartbeat
     show_progress: bool
     earlier: Ending | None = None
+    profiled: ProfiledSteps | None = None
 
     def train(self, task_factory: TaskFactory) -> None:
         """Joins the ranks, resumes what is there, trains to the end, and leaves.
@@ -215,7 +219,9 @@ class _Training:
         note = session.run.note_checkpoint if session.world.is_main else ignore_step
         digest = config_sha256(session.run) if session.world.is_main else ""
         averaging: list[Hook] = [Average(self._average)] if self._average else []
+        ends, begins = self._profile_hooks(first_step)
         return [
+            *ends,
             *averaging,
             LogSteps(
                 self._sink,
@@ -231,7 +237,19 @@ class _Training:
             LogStart(self._sink, clock, self._first_save),
             Save(self._checkpointer, self._sink, train.checkpoint_every_steps, first_step, note),
             Evaluate(self._evaluate, self._sink, train.evaluate_every_steps),
+            *begins,
         ]
+
+    def _profile_hooks(self, first_step: int) -> tuple[list[Hook], list[Hook]]:
+        """Those before and after all others; of the main rank alone, since they exchange nothing."""
+        session, train = self._session, self._config.train
+        if session.profiled is None or not session.world.is_main:
+            return [], []
+        everies = (train.evaluate_every_steps, train.checkpoint_every_steps)
+        profiling = Profiling(
+            self._engine.module, self._device, session.run, self._sink, session.profiled, first_step, everies
+        )
+        return [EndProfile(profiling)], [BeginProfile(profiling)]
 
     def _evaluate(self) -> dict[str, float] | None:
         with self._average.in_place() if self._average else nullcontext():

@@ -14,6 +14,7 @@ from piip_scale.errors import Interrupted, PiipError
 from piip_scale.logging import configure_logging, get_logger
 from piip_scale.run.failing import report_failure
 from piip_scale.run.heartbeat import Heartbeat
+from piip_scale.run.profiled_steps import ProfiledSteps
 from piip_scale.run.reasons import has_lost_contact
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.world import read_world
@@ -31,6 +32,7 @@ def train_worker(
     resume: bool = False,
     restart: bool = False,
     show_progress: bool = True,
+    profiled: ProfiledSteps | None = None,
 ) -> int:
     """Trains as one rank of the world that the environment describes. Collective.
 
@@ -45,6 +47,7 @@ def train_worker(
         resume: Continue the run that is there.
         restart: Set aside the run that is there, and start over.
         show_progress: Draw a progress line on the main rank.
+        profiled: Steps of this attempt that the main rank profiles.
 
     Returns:
         The process's exit code: 0 when done, the error's own otherwise. Leave the process at once with it.
@@ -66,7 +69,7 @@ def train_worker(
     stop = StopFlag()
     stop.install()
     heartbeat = Heartbeat(config.train.hang_minutes * _MINUTE_S, config.train.slow_hang_minutes * _MINUTE_S)
-    session = Session(config, run, world, stop, heartbeat, show_progress, earlier)
+    session = Session(config, run, world, stop, heartbeat, show_progress, earlier, profiled)
     with Watchdog(run, world, heartbeat):
         try:
             session.train(task_factory)

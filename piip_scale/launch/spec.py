@@ -50,6 +50,7 @@ class JobSpec(Strict):
         site_variables: Names of the variables that the profile sets in the job.
         local_cache: Folder of each node in which this user's processes have a private one for what they compile; empty
             where the libraries choose.
+        profiled_steps: Of each attempt, those that its rank 0 profiles, as ``10-12``; empty for none.
     """
 
     version: Literal[1] = 1
@@ -80,6 +81,7 @@ class JobSpec(Strict):
     command_prefix: tuple[str, ...] = ()
     site_variables: tuple[str, ...] = ()
     local_cache: str = ""
+    profiled_steps: str = ""
 
     @property
     def rank_command(self) -> tuple[str, ...]:

@@ -246,6 +246,7 @@ class Supervisor:
     def _training_arguments(self) -> list[str]:
         resume = ["--resume"] if self._run.status() else []
         arguments = ["train", str(self._spec.config), f"--run-dir={self._run.path}", *resume]
+        arguments += [f"--profile={self._spec.profiled_steps}"] if self._spec.profiled_steps else []
         return arguments + [f"--set={override}" for override in self._spec.overrides]
 
     def _evidence(self, attempt: Attempt, code: int, status: Status | None, notes: StepNotes, watch: Watch) -> Evidence:

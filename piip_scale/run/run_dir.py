@@ -74,6 +74,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.broken_samples = self.path / "broken_samples"
         self.bad_steps = self.path / "bad_steps"
+        self.profile = self.path / "profile"
         self.metrics = self.path / "metrics.jsonl"
         self.superseded_metrics = self.path / "metrics.superseded.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -141,7 +142,8 @@ class RunDirectory:
         # Not `job`: the job that may be running this start over keeps its own records there.
         paths = (
             *(self.config, self.resumed_config, self.environment, self.status_file, self.checkpoints),
-            *(self.broken_samples, self.bad_steps, self.metrics, self.superseded_metrics, self.tensorboard),
+            *(self.broken_samples, self.bad_steps, self.profile),
+            *(self.metrics, self.superseded_metrics, self.tensorboard),
         )
         with disk_errors(RunError, f"set aside the run in {self.path}"):
             folder = set_aside(self.path, paths)

@@ -34,7 +34,7 @@ def config(shards, tmp_path_factory):
 def trained(config, tmp_path_factory):
     """A run directory that two processes trained to its end."""
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
-    commands.succeeded(commands.piip_scale("train", config, "--procs", 2, "--run-dir", run_dir))
+    commands.succeeded(commands.piip_scale("train", config, "--procs", 2, "--run-dir", run_dir, "--profile", "3-5"))
     return run_dir
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -51,6 +52,19 @@ def test_tensorboard_tells_the_run(trained):
     values = [[event.value for event in events.Scalars(f"time/{part}_ms")] for part in parts]
     assert [sum(each) for each in zip(*values, strict=True)] == pytest.approx([event.value for event in step], rel=1e-5)
     assert all(value > 0 for part in values[1:] for value in part)
+
+
+def test_profiled_steps_end_before_a_save_and_leave_a_trace_and_tables(trained):
+    # A checkpoint comes after step 4.
+    names = {path.name for path in (trained / "profile").iterdir()}
+    assert names == {f"steps_00000003-00000004{suffix}" for suffix in (".txt", ".pt.trace.json.gz")}
+    (trace,) = (trained / "profile").glob("*.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert sum(event["name"].startswith("ProfilerStep#") for event in events) == 2
+    assert any(".blocks." in event["name"] for event in events)
+    text = (trained / "profile" / "steps_00000003-00000004.txt").read_text()
+    assert "the device is the CPU" in text.splitlines()[0]
+    assert "blocks.*" in text
 
 
 def test_run_directory_is_complete(trained):

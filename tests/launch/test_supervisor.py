@@ -38,6 +38,17 @@ def test_a_done_run_starts_nothing(scene):
     assert (scene.executor.started, scene.history.read()) == ([], ())
 
 
+def test_every_attempt_profiles_what_was_asked_and_none_without(tmp_path):
+    for steps, passed in (("10-12", ["--profile=10-12"]), ("", [])):
+        folder = tmp_path / (steps or "none")
+        folder.mkdir()
+        scene = Scene(folder, profiled_steps=steps)
+        scene.step(scene.status("done", 12), scene.saved(12), code=0)
+        assert scene.supervise() == 0
+        ((words, _),) = scene.executor.started
+        assert [word for word in words if word.startswith("--profile")] == passed
+
+
 def test_a_crash_is_told_everywhere_and_the_run_resumes(scene, spoken):
     notes = ["srun: error: n2: task 1: Killed", "srun: error: n1: task 0: Exited with exit code 1"]
     echo = scene.error(RuntimeError("gloo: connection closed"))
