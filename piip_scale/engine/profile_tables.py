@@ -98,8 +98,8 @@ class ProfileSummary:
     def text(self) -> str:
         """The verdict and both tables."""
         measured = "kernels" if self.on_gpu else "operators"
-        modules = _table("dearest modules, without those inside them", self.modules, self.num_steps)
-        operators = _table(f"dearest {measured}", self.operators, self.num_steps)
+        modules = _table("dearest modules, without those inside them", self.modules, self.num_steps, by_pass=True)
+        operators = _table(f"dearest {measured}", self.operators, self.num_steps, by_pass=False)
         return "\n".join([self.verdict, "", *modules, "", *operators]) + "\n"
 
 
@@ -182,11 +182,14 @@ def _union_us(events: Iterable[Event], window: tuple[float, float]) -> float:
     return total_us
 
 
-def _table(title: str, costs: Mapping[str, Cost], num_steps: int) -> Iterator[str]:
+def _table(title: str, costs: Mapping[str, Cost], num_steps: int, *, by_pass: bool) -> Iterator[str]:
     whole_us = sum(cost.total_us for cost in costs.values()) or 1.0
-    yield f"{'ms/step':>10} {'share':>6} {'forward':>10} {'backward':>10} {'calls/step':>10}  {title}"
+    passes = f" {'forward':>10} {'backward':>10}" * by_pass
+    yield f"{'ms/step':>10} {'share':>6}{passes} {'calls/step':>10}  {title}"
     for name, cost in sorted(costs.items(), key=lambda item: -item[1].total_us)[:_NUM_ROWS]:
-        numbers = [us / num_steps / _US_PER_MS for us in (cost.total_us, cost.forward_us, cost.backward_us)]
-        share, calls = cost.total_us / whole_us, cost.calls / num_steps
+        total, forward, backward = (
+            us / num_steps / _US_PER_MS for us in (cost.total_us, cost.forward_us, cost.backward_us)
+        )
+        passes = f" {forward:10.3f} {backward:10.3f}" * by_pass
         shown = name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 3]}..."
-        yield f"{numbers[0]:10.3f} {share:6.1%} {numbers[1]:10.3f} {numbers[2]:10.3f} {calls:10.1f}  {shown}"
+        yield f"{total:10.3f} {cost.total_us / whole_us:6.1%}{passes} {cost.calls / num_steps:10.1f}  {shown}"

@@ -93,6 +93,7 @@ class Profiling:
         steps: Which, since this attempt began.
         steps_before: Of the run, done before this attempt.
         everies: Each so many steps of the run something comes between them that no step's profile is to have.
+        total_steps: Of the run.
     """
 
     def __init__(
@@ -104,12 +105,16 @@ class Profiling:
         steps: ProfiledSteps,
         steps_before: int,
         everies: tuple[int, ...],
+        total_steps: int,
     ) -> None:
         self._ranges, self._run, self._sink, self._steps = ModuleRanges(model), run, sink, steps
         self._last = steps.until(steps_before, *everies)
         self._before, self._on_gpu = steps_before, device.type == "cuda"
         self._profile: profile | None = None
-        self._is_over = False
+        left = total_steps - steps_before
+        self._is_over = left < steps.first
+        if self._is_over:
+            get_logger(__name__).warning("no profile: --profile %s, and this attempt has %d steps", steps, left)
 
     def step_ends(self, step: int) -> None:
         """Directly after a step: ends the warm-up or the profile."""
@@ -121,7 +126,7 @@ class Profiling:
 
     def step_begins(self, step: int) -> None:
         """Directly before the step that follows ``step``: begins the warm-up or the profile."""
-        if self._number(step) == self._steps.first - 2:
+        if self._number(step) == self._steps.first - 2 and not self._is_over:
             self._begin()
         elif self._profile is not None and self._number(step) == self._steps.first - 1:
             self._profile.step()
@@ -133,7 +138,7 @@ class Profiling:
         if self._profile is not None and self._number(step) >= self._steps.first:
             self._finish(step)
             return
-        self._is_over = True
+        self._stop()
         get_logger(__name__).warning(
             "no profile: --profile %s, and this attempt ended after its step %d", self._steps, self._number(step)
         )
@@ -153,11 +158,16 @@ class Profiling:
         self._profile = profile(activities=activities, schedule=plan)
         self._profile.start()
 
-    def _finish(self, step: int) -> None:
-        assert self._profile is not None
+    def _stop(self) -> profile | None:
         done, self._profile, self._is_over = self._profile, None, True
-        done.stop()
-        self._ranges.detach()
+        if done is not None:
+            done.stop()
+            self._ranges.detach()
+        return done
+
+    def _finish(self, step: int) -> None:
+        done = self._stop()
+        assert done is not None
         first = self._before + self._steps.first
         num_steps = step - first + 1
         summary = summarise(done.events(), num_steps, self._ranges.rows, on_gpu=self._on_gpu)
@@ -167,7 +177,8 @@ class Profiling:
         except RunError as error:
             get_logger(__name__).warning("the profile is not kept: %s", error.line)
         get_logger(__name__).info("%s", summary.text().rstrip())
-        self._sink.event(step, f"profile of steps {first} to {step}: {summary.verdict}; see profile/{name}.txt")
+        steps = ProfiledSteps(first, step)
+        self._sink.event(step, f"profile of {steps.words}: {summary.verdict}; see profile/{name}.txt")
 
     def _write(self, done: profile, name: str, text: str) -> None:
         folder = self._run.profile

@@ -219,7 +219,7 @@ class _Training:
         note = session.run.note_checkpoint if session.world.is_main else ignore_step
         digest = config_sha256(session.run) if session.world.is_main else ""
         averaging: list[Hook] = [Average(self._average)] if self._average else []
-        ends, begins = self._profile_hooks(first_step)
+        ends, begins = self._profile_hooks(first_step, stream.total_steps)
         return [
             *ends,
             *averaging,
@@ -240,14 +240,21 @@ class _Training:
             *begins,
         ]
 
-    def _profile_hooks(self, first_step: int) -> tuple[list[Hook], list[Hook]]:
+    def _profile_hooks(self, first_step: int, total_steps: int) -> tuple[list[Hook], list[Hook]]:
         """Those before and after all others; of the main rank alone, since they exchange nothing."""
         session, train = self._session, self._config.train
         if session.profiled is None or not session.world.is_main:
             return [], []
         everies = (train.evaluate_every_steps, train.checkpoint_every_steps)
         profiling = Profiling(
-            self._engine.module, self._device, session.run, self._sink, session.profiled, first_step, everies
+            self._engine.module,
+            self._device,
+            session.run,
+            self._sink,
+            session.profiled,
+            first_step,
+            everies,
+            total_steps,
         )
         return [EndProfile(profiling)], [BeginProfile(profiling)]
 

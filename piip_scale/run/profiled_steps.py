@@ -30,6 +30,11 @@ class ProfiledSteps:
     def __str__(self) -> str:
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
+    @property
+    def words(self) -> str:
+        """As a sentence names them."""
+        return f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+
     def until(self, steps_before: int, *everies: int) -> int:
         """The last step whose profile has nothing but steps in it: evaluations and saves come after it.
 

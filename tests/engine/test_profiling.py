@@ -29,12 +29,12 @@ class Heard(Silence):
         self.events.append((step, text))
 
 
-def train(folder, steps):
+def train(folder, steps, total_steps=100):
     """Losses of every step, the weights after them, and what was said."""
     torch.manual_seed(0)
     model, heard = TinyModel().train(), Heard()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    found = steps and Profiling(model, torch.device("cpu"), RunDirectory(folder), heard, steps, 20, (100,))
+    found = steps and Profiling(model, torch.device("cpu"), RunDirectory(folder), heard, steps, 20, (100,), total_steps)
     losses = []
     for step in range(21, 21 + STEPS):
         loss = sum(value for name, value in model(make_batch(step, 2)).items() if "loss" in name)
@@ -45,6 +45,8 @@ def train(folder, steps):
         if found:
             found.step_ends(step)
             found.step_begins(step)
+        if step == total_steps:
+            break
     if found:
         found.give_up(step)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -65,6 +67,7 @@ def test_what_is_computed_is_the_same_bit_for_bit_and_the_files_are_whole(tmp_pa
     assert step == 25
     assert "the device is the CPU" in said
     (blocks,) = [line.split() for line in text.read_text().splitlines() if line.endswith(" large.blocks.*")]
+    assert said.startswith("profile of steps 24 to 25: ")
     # Two blocks, called once a step each; the backward pass finds its way to them.
     assert float(blocks[4]) == 2.0
     assert float(blocks[2]) > 0
@@ -79,6 +82,11 @@ def test_an_attempt_that_ends_early_keeps_what_there_is_or_says_so(tmp_path, cap
     _, _, events = train(tmp_path / "late", ProfiledSteps(9, 9))
     assert events == []
     assert "--profile 9, and this attempt ended after its step 6" in caplog.text
+    caplog.clear()
+    train(tmp_path / "late", ProfiledSteps(4, 5), total_steps=22)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no profile: --profile 4-5, and this attempt has 2 steps"
+    ]
     assert not (tmp_path / "late").exists()
 
 
