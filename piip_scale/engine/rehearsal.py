@@ -28,11 +28,13 @@ class Rehearsal:
         kept: What the end of the forward pass holds, by the part that made it; the features are the last part's.
         peak: The most that the backward pass holds: what is kept, what is recomputed, and gradients between layers.
         features: The network's output.
+        operators: That reached torch's dispatcher, views among them: in the forward pass, and in the backward pass.
     """
 
     kept: Mapping[str, int]
     peak: int
     features: tuple[Tensor, ...]
+    operators: tuple[int, int] = (0, 0)
 
     @property
     def total_bytes(self) -> int:
@@ -58,11 +60,12 @@ def rehearse(
     alive = _Alive(network)
     with _parts_marked(parts, alive), _dropped_gradients(network), FusedOnGpu(as_on_gpu), alive:
         features = tuple(run())
-        kept = dict(alive.by_part)
+        kept, forward = dict(alive.by_part), alive.operators
         # A gradient of each feature comes from the heads. ``backward`` itself would put the modes aside meanwhile.
         gradients = tuple(torch.empty_like(feature) for feature in features)
         _engine_run_backward(features, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
-    return Rehearsal(kept, alive.peak, tuple(feature.detach() for feature in features))
+    operators = (forward, alive.operators - forward)
+    return Rehearsal(kept, alive.peak, tuple(feature.detach() for feature in features), operators)
 
 
 class _Alive(TorchDispatchMode):
@@ -72,7 +75,7 @@ class _Alive(TorchDispatchMode):
         super().__init__()
         self.part = _REST
         self.by_part: Counter[str] = Counter()
-        self.peak = self._total = 0
+        self.peak = self._total = self.operators = 0
         owned = (*network.parameters(), *network.buffers())
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in owned)
 
@@ -80,6 +83,7 @@ class _Alive(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operators += 1
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf.untyped_storage())

@@ -8,18 +8,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
-# Dense bf16, from the vendor's data sheets; of two names that fit, the first.
-_PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "H800": 989.0,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-}
+from piip_scale.engine.gpus import gpu_of_device
+
 _KNOWN_SIZES = 512
 
 
@@ -69,4 +59,5 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
 
 def peak_of(device_name: str) -> float | None:
     """Dense bf16 TFLOP/s of a GPU by the name that CUDA gives it."""
-    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+    gpu = gpu_of_device(device_name)
+    return None if gpu is None else gpu.bf16_tflops

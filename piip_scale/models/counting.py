@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -89,6 +90,21 @@ def count_network(
         if len(config.branches) > 1:
             parts.append(part_count(f"interaction {stage}", units, *work.stage(stage), training=training))
     return (*parts, *_rest(model, work, training))
+
+
+def recomputed_macs(config: PiipConfig, parts: Sequence[PartCount]) -> tuple[int, ...]:
+    """Multiply-accumulates of one image that each part computes a second time, in the backward pass of a training.
+
+    Args:
+        config: The network.
+        parts: Its count as ``count_network`` gives it; a part without a backward pass computes nothing again.
+    """
+    again = [bool(branch.checkpoint_blocks) for branch in config.branches]
+    rest = parts[len(again) :]
+    again += [config.interaction.checkpoint_units and part.name.startswith("interaction") for part in rest]
+    return tuple(
+        part.total_macs if is_again and part.backward_macs else 0 for part, is_again in zip(parts, again, strict=True)
+    )
 
 
 def feature_maps(config: PiipConfig, height_px: int, width_px: int) -> tuple[tuple[FeatureSpec, Tensor], ...]:

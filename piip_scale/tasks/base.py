@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
 from piip_scale.models.class_layers import ClassLayer
+from piip_scale.models.counting import PartCount
 from piip_scale.models.rules import ParameterRule
 
 if TYPE_CHECKING:
@@ -152,9 +153,13 @@ class Metric(Protocol):
         ...
 
 
+def _nothing_counted() -> tuple[tuple[PartCount, ...], tuple[PartCount, ...]]:
+    return (), ()
+
+
 @dataclass(frozen=True)
 class Outline:
-    """What planning a run's memory needs of its task, on the meta device: shapes without values.
+    """What planning a run's memory and time needs of its task, on the meta device: shapes without values.
 
     Attributes:
         model: The ``TrainableModel``, in training mode and in the run's precision.
@@ -163,6 +168,7 @@ class Outline:
         heads: Name of the part that holds the heads.
         run: Calls the network on one micro-batch of the largest images; returns the features that heads take.
         head_bytes: Estimates from these features what neck and heads keep for their backward pass.
+        counted: Counts what the network, and what neck and heads compute for one of its images in a training step.
     """
 
     model: nn.Module
@@ -171,6 +177,7 @@ class Outline:
     heads: str
     run: Callable[[], Sequence[Tensor]]
     head_bytes: Callable[[Sequence[Tensor]], int]
+    counted: Callable[[], tuple[tuple[PartCount, ...], tuple[PartCount, ...]]] = _nothing_counted
 
 
 class Task(Protocol):

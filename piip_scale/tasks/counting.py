@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from piip_scale.config.run import RunConfig
-from piip_scale.models.counting import PartCount, count_network
+from piip_scale.models.counting import PartCount, count_network, recomputed_macs
 from piip_scale.models.work import FLOPS_PER_MAC
 from piip_scale.registry import row_of
 from piip_scale.tasks.classes import declared_classes
@@ -102,12 +102,9 @@ def network_flops(config: RunConfig, num_classes: int, height_px: int, width_px:
 
 
 def recomputed_flops(config: RunConfig, num_classes: int, height_px: int, width_px: int) -> int:
-    """FLOPs of one image that checkpointed blocks compute a second time in a training step: no model FLOPs."""
+    """FLOPs of one image that a training step computes a second time, blocks and units: no model FLOPs."""
     network = counting_of(config, num_classes).network(height_px, width_px, training=True)
-    parts = zip(config.model.branches, network, strict=False)
-    return sum(
-        FLOPS_PER_MAC * part.total_macs for branch, part in parts if branch.checkpoint_blocks and part.backward_macs
-    )
+    return FLOPS_PER_MAC * sum(recomputed_macs(config.model, network))
 
 
 def head_flops(config: RunConfig, num_classes: int, height_px: int, width_px: int) -> int:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 
 from piip_scale.config.run import RunConfig
+from piip_scale.models.counting import PartCount
 from piip_scale.registry import row_of
 from piip_scale.tasks.base import Outline
+from piip_scale.tasks.counting import counting_of
 
 
 def outline_run(config: RunConfig, num_classes: int, size_px: tuple[int, int] | None = None) -> Outline:
@@ -30,7 +35,15 @@ def outline_run(config: RunConfig, num_classes: int, size_px: tuple[int, int] | 
     images_BCHW = torch.empty(config.data.micro_batch_size, 3, height, width, device="meta")
     with torch.device("meta"):
         outline: Outline = row_of(config.task).load("outline")(config, num_classes, images_BCHW)
-    return outline
+    return replace(outline, counted=partial(_counted, config, num_classes, height, width))
+
+
+def _counted(
+    config: RunConfig, num_classes: int, height_px: int, width_px: int
+) -> tuple[tuple[PartCount, ...], tuple[PartCount, ...]]:
+    counting = counting_of(config, num_classes)
+    network = counting.network(height_px, width_px, training=True)
+    return network, counting.heads(height_px, width_px, training=True)
 
 
 def training_size_px(config: RunConfig) -> tuple[int, int]:

@@ -38,8 +38,16 @@ def _smaller(data: DataConfig) -> Iterator[DataConfig]:
 
 def all_checkpointed(config: RunConfig) -> RunConfig:
     """The run with every block and every interaction unit computed again in the backward pass."""
-    config = with_checkpointed(config, set(range(len(config.model.branches))))
-    unit = config.model.interaction.model_copy(update={"checkpoint_units": True})
+    return _with_units(with_checkpointed(config, range(len(config.model.branches))), again=True)
+
+
+def none_checkpointed(config: RunConfig) -> RunConfig:
+    """The run that computes nothing again."""
+    return _with_units(with_checkpointed(config, ()), again=False)
+
+
+def _with_units(config: RunConfig, *, again: bool) -> RunConfig:
+    unit = config.model.interaction.model_copy(update={"checkpoint_units": again})
     return config.model_copy(update={"model": config.model.model_copy(update={"interaction": unit})})
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import images_per_step, scale_to_ranks
-from piip_scale.engine.planning.knobs import OFFLOADING_BEGINS, turned, with_checkpointed
+from piip_scale.engine.planning.cluster import Cluster
+from piip_scale.engine.planning.knobs import OFFLOADING_BEGINS, none_checkpointed, turned, with_checkpointed
 from piip_scale.engine.planning.memory import (
     RESERVE_BYTES,
     MemoryPlan,
@@ -17,6 +19,8 @@ from piip_scale.engine.planning.memory import (
     part_memory,
 )
 from piip_scale.engine.planning.rehearsed import Rehearsed
+from piip_scale.engine.planning.step_time import StepTime, step_time
+from piip_scale.engine.planning.work import run_work
 from piip_scale.engine.zero.plan import plan_sharding
 from piip_scale.engine.zero.traffic import Collective, step_traffic
 from piip_scale.errors import ConfigError
@@ -38,6 +42,20 @@ class Change:
 
     knob: str
     plan: MemoryPlan
+
+
+def predict(config: RunConfig, cluster: Cluster, outline_of: OutlineOf) -> StepTime:
+    """How long a step of a run takes on a cluster: pure, the same everywhere.
+
+    Args:
+        config: The run; branches that leave ``checkpoint_blocks`` to memory have enough.
+        cluster: Ranks, links and rates.
+        outline_of: The outline of a run, as ``tasks.outline.outline_run`` or a task makes it.
+
+    Raises:
+        ConfigError: The run cannot be, on these ranks or as sharded as it says.
+    """
+    return Planner(outline_of, math.inf, cluster.ranks_per_node).step_time(config, cluster)
 
 
 class Planner:
@@ -96,6 +114,24 @@ class Planner:
         scaled = scale_to_ranks(config, num_ranks)
         sizes = self._rehearsed(config).sizes
         return step_traffic(sizes, plan_sharding(scaled, sizes, num_ranks, self._ranks_per_node))
+
+    def step_time(self, config: RunConfig, cluster: Cluster) -> StepTime:
+        """How long a step of a run takes.
+
+        Args:
+            config: The run.
+            cluster: Its ranks and their rates; of nodes as large as the planner's.
+
+        Raises:
+            ConfigError: As ``plan``, or heads that no rule counts.
+        """
+        config = self.settled(config, cluster.num_ranks)
+        scaled = scale_to_ranks(config, cluster.num_ranks)
+        rehearsed, whole = self._rehearsed(config), self._rehearsed(none_checkpointed(config))
+        sharding = plan_sharding(scaled, rehearsed.sizes, cluster.num_ranks, cluster.ranks_per_node)
+        kept = {name: activations / whole.micro_batch_size for name, activations in whole.kept.items()}
+        work = run_work(config.model, rehearsed.counted, kept, rehearsed.operators)
+        return step_time(work, rehearsed.sizes, sharding, step_traffic(rehearsed.sizes, sharding), cluster)
 
     def settled(self, config: RunConfig, num_ranks: int) -> RunConfig:
         """The run with ``checkpoint_blocks="auto"`` decided: as few branches compute blocks again as memory allows.

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from piip_scale.engine.rehearsal import Rehearsal, rehearse
 from piip_scale.engine.zero.plan import measure
+from piip_scale.models.counting import PartCount
 from piip_scale.tasks.base import Outline
 
 
@@ -39,3 +40,13 @@ class Rehearsed:
         rehearsal, heads = self._found
         gradients = sum(feature.nbytes for feature in rehearsal.features)
         return max(gradients, rehearsal.peak - rehearsal.total_bytes - heads)
+
+    @property
+    def operators(self) -> tuple[int, int]:
+        """That the network calls in the forward pass, and in the backward pass."""
+        return self._found[0].operators
+
+    @cached_property
+    def counted(self) -> tuple[tuple[PartCount, ...], tuple[PartCount, ...]]:
+        """What one image costs: ``Outline.counted``."""
+        return self._outline.counted()

@@ -15,6 +15,7 @@ from torch import nn
 from piip_scale.config.run import RunConfig, ZeroConfig
 from piip_scale.engine.zero.raw_keys import checked_keys, leaves
 from piip_scale.errors import ConfigError, ModelError
+from piip_scale.models.unit import Unit
 
 _REST = "rest"
 BYTES = {"fp32": 4, "bf16": 2}
@@ -42,6 +43,7 @@ class Parameter:
         is_matrix: Of two axes or more: what costs memory, against biases, norms and scales.
         trainable: Whether it has a gradient and optimiser state.
         is_stored: Whether it has 8 bits an element, whatever the precision.
+        unit: Name of the ``Unit`` that it is gathered with, where it is in one.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Parameter:
     is_matrix: bool
     trainable: bool
     is_stored: bool = False
+    unit: str = ""
 
     def num_bytes(self, precision: str) -> int:
         """In a run of that precision."""
@@ -135,23 +138,38 @@ def measure(model: nn.Module, parts: Mapping[str, nn.Module]) -> Sizes:
         ModelError: The model has no parameters, or ``parts`` is empty or names foreign modules.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    units = _units(model)
     seen: set[int] = set()
-    found = [Part(name, tuple(_parameters(module, names, seen))) for name, module in parts.items()]
-    rest = Part(_REST, tuple(_parameters(model, names, seen)))
+    found = [Part(name, tuple(_parameters(module, names, units, seen))) for name, module in parts.items()]
+    rest = Part(_REST, tuple(_parameters(model, names, units, seen)))
     if not found or not names:
         raise ModelError("the model names no parts or has no parameters", rule="parts() names at least one branch")
     return Sizes((*found, rest) if rest.parameters else tuple(found))
 
 
-def _parameters(module: nn.Module, names: Mapping[int, str], seen: set[int]) -> Iterator[Parameter]:
+def _units(model: nn.Module) -> dict[int, str]:
+    """The unit of each parameter that is in one, by the parameter's identity."""
+    units = [(name, module) for name, module in model.named_modules() if isinstance(module, Unit)]
+    return {id(parameter): name for name, unit in reversed(units) for parameter in unit.parameters()}
+
+
+def _parameters(
+    module: nn.Module, names: Mapping[int, str], units: Mapping[int, str], seen: set[int]
+) -> Iterator[Parameter]:
     for parameter in module.parameters():
         if id(parameter) not in names:
             raise ModelError("parts() names a module outside the model", rule="every part is a submodule of the model")
         if id(parameter) not in seen:
             seen.add(id(parameter))
             shape = getattr(parameter, "ds_shape", parameter.shape)  # zero.Init leaves an empty tensor behind
-            is_stored = not parameter.is_floating_point()
-            yield Parameter(names[id(parameter)], shape.numel(), len(shape) > 1, parameter.requires_grad, is_stored)
+            yield Parameter(
+                names[id(parameter)],
+                shape.numel(),
+                is_matrix=len(shape) > 1,
+                trainable=parameter.requires_grad,
+                is_stored=not parameter.is_floating_point(),
+                unit=units.get(id(parameter), ""),
+            )
 
 
 def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int, ranks_per_node: int | None = None) -> Sharding:

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from piip_scale.engine.zero.plan import BYTES, Parameter, Sharding, Sizes
+from piip_scale.engine.zero.plan import BUCKET_ELEMENTS, BYTES, Parameter, Sharding, Sizes
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 _GIGA = 10**9
-_PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+PASSES: dict[Kind, int] = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+"""Times that all but one rank's part of a message travels round the ring."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Collective:
             groups that differ by their padding, the mean.
         per_step: Times that these are sent in a step.
         overlaps: What they can hide behind: ``forward``, ``backward``, or nothing.
+        messages: They are at one of these times.
+        when: In which micro-batches of a step, or in its update.
     """
 
     name: str
@@ -43,11 +46,13 @@ class Collective:
     num_bytes: float
     per_step: int
     overlaps: Literal["forward", "backward", ""]
+    messages: int = 1
+    when: Literal["every", "first", "later", "last", "update"] = "every"
 
     @property
     def sent(self) -> float:
         """Bytes that one rank sends for it in a step."""
-        return self.per_step * _PASSES[self.kind] * (self.num_ranks - 1) / self.num_ranks * self.num_bytes
+        return self.per_step * PASSES[self.kind] * (self.num_ranks - 1) / self.num_ranks * self.num_bytes
 
     def together(self, ranks_per_node: int) -> int:
         """Ranks of a group that are on one node."""
@@ -105,13 +110,14 @@ def _sharded_stage(sizes: Sizes, plan: Sharding) -> list[Collective]:
     """ZeRO-3: each parameter is padded to its ranks; residents are gathered where the update changed them."""
     ranks, micros = plan.num_ranks, _micro_batches(plan)
     trained = [p for p in sizes.parameters if p.trainable]
-    residents = _gathered_bytes([p for p in trained if not plan.shards(p)], plan)
+    whole = [p for p in trained if not plan.shards(p)]
+    residents, messages = _gathered_bytes(whole, plan), 1 + sum(p.numel for p in whole) // BUCKET_ELEMENTS
     sums = BYTES[_reduce_dtype(plan)] * sum(_padded(p, ranks) for p in trained)
     return [
         *_gathers(sizes, plan),
-        Collective("gradients", "reduce-scatter", ranks, 1, sums, micros, "backward"),
+        Collective("gradients", "reduce-scatter", ranks, 1, sums, micros, "backward", _buckets(trained, plan)),
         _between_replicas(trained, plan),
-        Collective("resident weights, update", "all-gather", ranks, 1, residents, 1, ""),
+        Collective("resident weights, update", "all-gather", ranks, 1, residents, 1, "", messages, "update"),
     ]
 
 
@@ -124,35 +130,46 @@ def _gathers(sizes: Sizes, plan: Sharding) -> list[Collective]:
     sharded = [p for p in sizes.parameters if plan.shards(p)]
     every, changed = (_gathered_bytes(those, plan) for those in (sharded, [p for p in sharded if p.trainable]))
     forward, backward = "weights, forward", "weights, backward"
+    # A unit is gathered in one message, what is in none parameter by parameter.
+    units = len({p.unit or p.name for p in sharded})
     if second == 1:
         return [
-            Collective(forward, "all-gather", ranks, 1, every, micros, "forward"),
-            Collective(backward, "all-gather", ranks, 1, every, micros, "backward"),
+            Collective(forward, "all-gather", ranks, 1, every, micros, "forward", units),
+            Collective(backward, "all-gather", ranks, 1, every, micros, "backward", units),
         ]
     return [
-        Collective(f"changed {forward}", "all-gather", ranks, 1, changed, 1, "forward"),
-        Collective(f"changed {forward} again", "all-gather", second, 1, changed, micros - 1, "forward"),
-        Collective(f"frozen {forward}", "all-gather", second, 1, every - changed, micros, "forward"),
-        Collective(backward, "all-gather", second, 1, every, micros, "backward"),
+        Collective(f"changed {forward}", "all-gather", ranks, 1, changed, 1, "forward", units, "first"),
+        Collective(f"changed {forward} again", "all-gather", second, 1, changed, micros - 1, "forward", units, "later"),
+        Collective(f"frozen {forward}", "all-gather", second, 1, every - changed, micros, "forward", units),
+        Collective(backward, "all-gather", second, 1, every, micros, "backward", units),
     ]
 
 
 def _between_replicas(trained: Sequence[Parameter], plan: Sharding) -> Collective:
     """The sums of one rank's slices; groups of other slices have a little more or less."""
     share = sum(p.numel for p in trained) / plan.num_ranks
-    num_bytes = BYTES[_reduce_dtype(plan)] * share
-    return Collective("gradients, replicas", "all-reduce", plan.num_replicas, plan.num_ranks, num_bytes, 1, "backward")
+    num_bytes, messages = BYTES[_reduce_dtype(plan)] * share, _buckets(trained, plan)
+    name, stride = "gradients, replicas", plan.num_ranks
+    return Collective(name, "all-reduce", plan.num_replicas, stride, num_bytes, 1, "backward", messages, "last")
 
 
 def _whole_weights(sizes: Sizes, plan: Sharding) -> list[Collective]:
     """Stages 0 to 2, padding of their flat groups aside; stage 2 sums whole gradients in each micro-batch."""
-    trained = sum(p.numel for p in sizes.parameters if p.trainable)
+    parameters = [p for p in sizes.parameters if p.trainable]
+    trained, messages = sum(p.numel for p in parameters), _buckets(parameters, plan)
     ranks, often = plan.num_ranks, _micro_batches(plan) if plan.stage == 2 else 1
     sums, weights = BYTES[_reduce_dtype(plan)] * trained, BYTES[plan.precision] * trained * (plan.stage > 0)
+    when: Literal["every", "update"] = "every" if plan.stage == 2 else "update"
     return [
-        Collective("gradients", "all-reduce", ranks, 1, sums, often, ""),
-        Collective("weights, update", "all-gather", ranks, 1, weights, 1, ""),
+        Collective("gradients", "all-reduce", ranks, 1, sums, often, "", messages, when),
+        Collective("weights, update", "all-gather", ranks, 1, weights, 1, "", messages, "update"),
     ]
+
+
+def _buckets(trained: Iterable[Parameter], plan: Sharding) -> int:
+    """Messages in which gradients of all of these are sent."""
+    bucket: int = plan.deepspeed["zero_optimization"].get("reduce_bucket_size", BUCKET_ELEMENTS)
+    return max(1, math.ceil(sum(p.numel for p in trained) / bucket))
 
 
 def _gathered_bytes(parameters: Iterable[Parameter], plan: Sharding) -> int:
