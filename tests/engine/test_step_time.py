@@ -145,9 +145,7 @@ CHANGES = {
 }
 
 
-@given(
-    st.sampled_from(LAYOUTS), st.sampled_from(sorted(CHANGES)), st.floats(1, 100), st.integers(1, 3), st.booleans()
-)
+@given(st.sampled_from(LAYOUTS), st.sampled_from(sorted(CHANGES)), st.floats(1, 100), st.integers(1, 3), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_nothing_that_is_faster_makes_a_step_slower(zero, what, factor, micros, gloo):
     rates = {"memory_bytes_per_s": 1e9, "pcie": Link(1e9), "host_bytes_per_s": 1e9, "outer": Link(1e8, 1e-3)}
