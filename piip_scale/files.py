@@ -232,3 +232,18 @@ def write_text_atomically(path: Path, text: str) -> None:
     """
     with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_briefly(path: Path, text: str) -> None:
+    """Replaces a small file that is soon replaced again, in as few operations as can be; the old one stays if it fails.
+
+    Thousands of ranks may share the disk, and the folder is nearly always there.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with contextlib.suppress(OSError):
+        try:
+            part.write_text(text, encoding="utf-8")
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, encoding="utf-8")
+        os.replace(part, path)

@@ -21,8 +21,10 @@ from piip_scale.engine.collective import count_collectives
 from piip_scale.engine.save_job import LAST_SECONDS
 from piip_scale.errors import HangError
 from piip_scale.logging import get_logger
+from piip_scale.run.ending import Ending
 from piip_scale.run.failing import report_failure
-from piip_scale.run.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beat, read_beats, write_beat
+from piip_scale.run.heartbeat import STACK_SIGNAL, Beat, Heartbeat, late_ranks, read_beats
+from piip_scale.run.node_beats import NodeBeats
 from piip_scale.run.run_dir import RunDirectory, process_start_unix_s
 from piip_scale.world import World
 
@@ -34,6 +36,8 @@ _LEAVE_AFTER_S = 3.0
 # own and waits in a collective must not have the launcher end those that still write.
 _LEAVE_SAVING_AFTER_S = LAST_SECONDS + _LEAVE_AFTER_S
 _STACKS_WITHIN_S = 5.0
+# The rank that asked for stacks names who is late within so long, or it is gone itself.
+_NAMES_WITHIN_S = 3 * _STACKS_WITHIN_S
 _POLLS_COUNTED = 5
 _RANKS_NAMED = 4
 
@@ -55,7 +59,7 @@ class Watchdog:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._stack_path = run.stacks / f"rank_{world.rank}.txt"
-        self._request = run.stacks / "wanted"
+        self._node = NodeBeats(run, world, self._poll_s, heartbeat.shortest_limit_s)
         self._stack: IO[str] | None = None
         self._mark, self._waited_s, self._failed_since_s = heartbeat.last, 0.0, 0.0
 
@@ -70,6 +74,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._thread.join()
+        self._node.close(self._beat())
         if self._stack is not None:
             faulthandler.unregister(STACK_SIGNAL)
             self._stack.close()
@@ -83,11 +88,13 @@ class Watchdog:
             now_s = time.monotonic()
             self._count(now_s - before_s)
             before_s = now_s
-            self._beat()
-            self._leave_after_others()
+            own = self._beat()
+            news = self._node.exchange(own)
+            self._leave_to(news.later, own)
+            self._leave_after_others(news.ending)
             if self._waited_s >= self._mark.limit_s:
                 self._end()
-            elif self._is_stack_wanted():
+            elif news.stacks_unix_s >= process_start_unix_s():
                 self._write_stack()
 
     def _count(self, seconds: float) -> None:
@@ -97,32 +104,28 @@ class Watchdog:
             # Not the time in which this process was stopped, and perhaps all others with it: that is no hang.
             self._waited_s += min(seconds, _POLLS_COUNTED * self._poll_s)
 
-    def _beat(self) -> None:
+    def _beat(self) -> Beat:
         mark, rank = self._mark, self._world.rank
         position = (mark.number, count_collectives(), mark.phase, mark.step)
         process = (time.time(), socket.gethostname(), os.getpid())
-        beat = Beat(rank, *position, self._waited_s, *process, mark.limit_s, process_start_unix_s())
-        self._leave_to(read_beat(self._run.heartbeats, rank), beat)
-        write_beat(self._run.heartbeats, beat)
+        return Beat(rank, *position, self._waited_s, *process, mark.limit_s, process_start_unix_s())
 
     def _leave_to(self, found: Beat | None, own: Beat) -> None:
         """Ends this process where a later one has its place, as on a node that a scheduler gave up for lost.
 
         Two that train one run at once would overwrite each other's checkpoints.
         """
-        is_other = found is not None and (found.host, found.pid) != (own.host, own.pid)
-        if found is not None and is_other and found.started_unix_s > own.started_unix_s:
+        if found is not None and found.started_unix_s > own.started_unix_s:
             get_logger(__name__).error(
                 "piip-scale: error: process %d on %s trains rank %d of this run now; this one, which is older, ends",
                 found.pid,
                 found.host,
-                own.rank,
+                found.rank,
             )
             os._exit(1)
 
-    def _leave_after_others(self) -> None:
+    def _leave_after_others(self, first: Ending | None) -> None:
         """Ends this process some moments after another rank reported an error: it may sit in a collective for ever."""
-        first = self._run.first_error()
         if first is None or first.rank == self._world.rank:
             return
         self._failed_since_s = self._failed_since_s or time.monotonic()
@@ -134,16 +137,11 @@ class Watchdog:
         if self._stack is not None and not os.fstat(self._stack.fileno()).st_size:
             faulthandler.dump_traceback(self._stack)
 
-    def _is_stack_wanted(self) -> bool:
-        with suppress(OSError):
-            return self._request.stat().st_mtime >= process_start_unix_s()
-        return False
-
     def _end(self) -> None:
         began_s, limit_s = time.monotonic(), self._mark.limit_s
-        with suppress(OSError):
-            self._request.touch()
         self._write_stack()
+        if not self._may_name_the_late():
+            return
         # Read before anything is woken, which would go on.
         beats = {beat.rank: beat for beat in read_beats(self._run.heartbeats, process_start_unix_s())}
         silent = [rank for rank, beat in beats.items() if time.time() - beat.unix_time_s > limit_s / 2]
@@ -157,6 +155,18 @@ class Watchdog:
             time.sleep(self._poll_s)
         error = hang_error(beats, silent, self._world.num_ranks, limit_s, str(self._run.stacks))
         os._exit(report_failure(self._run, self._world.rank, error, self._mark.step))
+
+    def _may_name_the_late(self) -> bool:
+        """Asks for all stacks, unless another rank has. It looks at every rank, which is for one of them to do."""
+        with suppress(OSError):
+            try:
+                self._run.stacks_wanted.open("x").close()
+            except FileExistsError:
+                asked_unix_s = self._run.stacks_wanted.stat().st_mtime
+                if process_start_unix_s() <= asked_unix_s and time.time() - asked_unix_s < _NAMES_WITHIN_S:
+                    return False
+                self._run.stacks_wanted.touch()
+        return True
 
     def _stack_sizes(self) -> list[int]:
         def size(rank: int) -> int:

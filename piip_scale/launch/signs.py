@@ -9,7 +9,7 @@ from piip_scale.run.heartbeat import COMPUTING, WAITING, Beat
 if TYPE_CHECKING:
     from piip_scale.launch.runs import Run
 
-# A rank writes its heartbeat every two seconds, also while it waits; disks and clocks of nodes may be late.
+# A node writes its ranks' heartbeats every twenty seconds, also while they wait; disks and clocks may be late.
 SILENT_S = 60.0
 # So many times the usual step is no longer a slow one.
 _STEPS_STILL = 10

@@ -13,8 +13,8 @@ from piip_scale.run.heartbeat import read_beats
 from piip_scale.run.run_dir import RunDirectory
 
 ENDED_TOGETHER = "its supervisor was ended with it: the job was requeued or killed, or its first node was lost"
-# A rank that lives writes its heartbeat every two seconds; Slurm kills what it ends within 30.
-_BEATS_WITHIN_S, _RANKS_WITHIN_S = 10.0, 90.0
+# Of ranks that live, heartbeats are written every twenty seconds; Slurm kills what it ends within 30.
+_BEATS_WITHIN_S, _RANKS_WITHIN_S, _POLL_S = 25.0, 90.0, 5.0
 
 
 def close_unfinished(
@@ -49,12 +49,9 @@ def close_unfinished(
 
 def wait_for_ranks(run: RunDirectory) -> None:
     """Waits for ranks that outlive their job: Slurm is still ending it, or lost sight of their node."""
-    until_s, newest_s = time.monotonic() + _RANKS_WITHIN_S, _newest_beat_s(run)
-    while time.time() - newest_s < _BEATS_WITHIN_S and time.monotonic() < until_s:
-        time.sleep(_BEATS_WITHIN_S / 2)
-        before_s, newest_s = newest_s, _newest_beat_s(run)
-        if newest_s == before_s:
-            return
+    until_s = time.monotonic() + _RANKS_WITHIN_S
+    while time.time() - _newest_beat_s(run) < _BEATS_WITHIN_S and time.monotonic() < until_s:
+        time.sleep(_POLL_S)
 
 
 def newest_step(run: RunDirectory) -> int:

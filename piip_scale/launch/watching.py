@@ -156,7 +156,7 @@ class Watch:
             self._requests.look()
             self._look_at_time()
             self._end_at_once()
-            # A file for each rank, on a disk that all share: not more often than needed.
+            # A file for each node, on a disk that all share: not more often than needed.
             is_wanted = bool(self._requests.cause) and not self._asked_s
             if is_wanted or time.monotonic() - self._read_s >= _BEATS_EVERY_S:
                 self._read_s = time.monotonic()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from piip_scale.files import atomic_file
+from piip_scale.files import write_briefly
 
 WAITING, COMPUTING = "waiting for data", "computing"
 _OF_A_STEP = (WAITING, COMPUTING)
@@ -47,6 +47,11 @@ class Heartbeat:
         self.step_limit_s, self._slow_limit_s = step_limit_s, slow_limit_s
         self._first_step: int | None = None
         self.last = Mark(0, "starting", 0, slow_limit_s)
+
+    @property
+    def shortest_limit_s(self) -> float:
+        """The shorter of the two limits."""
+        return min(self.step_limit_s, self._slow_limit_s)
 
     def mark(self, phase: str, step: int) -> None:
         """This rank begins a phase, or goes on in it."""
@@ -94,9 +99,13 @@ class Beat:
 
 
 def write_beat(folder: Path, beat: Beat) -> None:
-    """Replaces a rank's file. A disk that refuses is not this function's to report."""
-    with suppress(OSError), atomic_file(_path_of(folder, beat.rank), durable=False) as file:
-        file.write(json.dumps(asdict(beat)).encode())
+    """Replaces a rank's own file. A disk that refuses is not this function's to report."""
+    write_briefly(folder / f"rank_{beat.rank}.json", json.dumps(asdict(beat)))
+
+
+def write_node(folder: Path, node_rank: int, beats: Sequence[Beat]) -> None:
+    """Replaces the file that holds the beats of a node's ranks. As ``write_beat``, it reports nothing."""
+    write_briefly(folder / f"node_{node_rank}.json", json.dumps({"beats": [asdict(beat) for beat in beats]}))
 
 
 def late_ranks(beats: Mapping[int, Beat], silent: Sequence[int], num_ranks: int) -> list[int]:
@@ -113,28 +122,48 @@ def late_ranks(beats: Mapping[int, Beat], silent: Sequence[int], num_ranks: int)
 
 
 def read_beats(folder: Path, since_unix_s: float) -> Iterator[Beat]:
-    """The beats in a folder that were written since a time; unreadable ones are as good as none."""
-    for path in folder.glob("rank_*.json"):
-        beat = _read(path)
-        if beat is not None and beat.unix_time_s >= since_unix_s:
-            yield beat
+    """Each rank's last beat, of those that were written since a time; unreadable ones are as good as none."""
+    files = [*folder.glob("node_*.json"), *folder.glob("rank_*.json")]
+    beats = (beat for file in files for beat in _read(file))
+    yield from _newest(beat for beat in beats if beat.unix_time_s >= since_unix_s).values()
 
 
-def read_beat(folder: Path, rank: int) -> Beat | None:
-    """A rank's beat; ``None`` where there is none."""
-    return _read(_path_of(folder, rank))
+def read_beat(folder: Path, rank: int, node_rank: int = 0) -> Beat | None:
+    """A rank's last beat; ``None`` where there is none.
+
+    Args:
+        folder: Of the heartbeats.
+        rank: The rank.
+        node_rank: Its node: rank 0 is on the first.
+    """
+    beats = [*_read(folder / f"node_{node_rank}.json"), *_read(folder / f"rank_{rank}.json")]
+    return _newest(beats).get(rank)
 
 
-def _path_of(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank}.json"
+def read_node(folder: Path, node_rank: int) -> list[Beat]:
+    """The beats in a node's file; none where there is no such file."""
+    return _read(folder / f"node_{node_rank}.json")
 
 
-def _read(path: Path) -> Beat | None:
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        beat = Beat(**json.loads(path.read_text(encoding="utf-8")))
-        if all(_has_type(getattr(beat, field.name), field.type) for field in fields(Beat)):
-            return beat
-    return None
+def _newest(beats: Iterable[Beat]) -> dict[int, Beat]:
+    newest: dict[int, Beat] = {}
+    for beat in beats:
+        if beat.rank not in newest or beat.unix_time_s > newest[beat.rank].unix_time_s:
+            newest[beat.rank] = beat
+    return newest
+
+
+def _read(path: Path) -> list[Beat]:
+    """The beats of a file: a node's, or one rank's own, as all ranks wrote before there were nodes' files."""
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        beats = [Beat(**one) for one in values.get("beats", [values])]
+        return [beat for beat in beats if _has_types(beat)]
+    return []
+
+
+def _has_types(beat: Beat) -> bool:
+    return all(_has_type(getattr(beat, field.name), field.type) for field in fields(Beat))
 
 
 def _has_type(value: object, type_name: object) -> bool:

@@ -70,6 +70,7 @@ class RunDirectory:
         self.status_file = self.path / "status.json"
         self.errors = self.path / "errors"
         self.stacks = self.path / "stacks"
+        self.stacks_wanted = self.stacks / "wanted"
         self.heartbeats = self.path / "heartbeats"
         self.checkpoints = self.path / "checkpoints"
         self.broken_samples = self.path / "broken_samples"
@@ -183,7 +184,7 @@ class RunDirectory:
                 folder.mkdir(parents=True, exist_ok=True)
             traces = [*self.errors.iterdir(), *self.stacks.iterdir()]
             set_aside(self.path, [trace for trace in traces if trace.lstat().st_mtime < before_unix_s])
-            for beat in self.heartbeats.glob("rank_*.json"):
+            for beat in [*self.heartbeats.glob("rank_*.json"), *self.heartbeats.glob("node_*.json")]:
                 if beat.lstat().st_mtime < before_unix_s:
                     beat.unlink()
 

@@ -22,7 +22,7 @@ from piip_scale.engine.local_launch import launch_local
 from piip_scale.engine.save_job import LAST_SECONDS, SaveFiles, SaveJob
 from piip_scale.engine.watchdog import Watchdog, hang_error
 from piip_scale.run.ending import Ending
-from piip_scale.run.heartbeat import COMPUTING, WAITING, Beat, Heartbeat, write_beat
+from piip_scale.run.heartbeat import COMPUTING, WAITING, Beat, Heartbeat, write_node
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.world import World
 
@@ -50,18 +50,22 @@ def launch(folder: Path, *options: str, **settings) -> preloaded.Python:
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("kind", ["stop", pytest.param("sleep", marks=SLOW), pytest.param("lock", marks=SLOW)])
-def test_a_rank_that_hangs_ends_the_run_with_all_stacks(kind, tmp_path):
-    options = ("--launch", "2", "--hang-minutes", str(HANG_S / 60), "--trouble", f"{kind}:1:10")
+# The first of a node writes the heartbeats of the other.
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("stop", 1), *(pytest.param(*cell, marks=SLOW) for cell in [("stop", 0), ("sleep", 1), ("lock", 1)])],
+)
+def test_a_rank_that_hangs_ends_the_run_with_all_stacks(kind, rank, tmp_path):
+    options = ("--launch", "2", "--hang-minutes", str(HANG_S / 60), "--trouble", f"{kind}:{rank}:10")
     code, output, seconds = finish(launch(tmp_path, *options), tmp_path)
     assert code == 1, output
     told = [line for line in output.splitlines() if "error" in line]
     assert len(told) == 1
-    assert "nothing went on for 4.5 s: rank 1 did not arrive (rank 1, process" in told[0]
+    assert f"nothing went on for 4.5 s: rank {rank} did not arrive (rank {rank}, process" in told[0]
     assert (f"{WAITING} after step 5" if kind == "sleep" else "which does not run, last seen ") in told[0]
     assert HANG_S <= seconds < HANG_S + SOON_S
     run = RunDirectory(tmp_path / "run")
-    stacks = [(run.stacks / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
+    stacks = [(run.stacks / f"rank_{number}.txt").read_text() for number in (1 - rank, rank)]
     assert "in train_step" in stacks[0]
     # A process that was stopped is some moments further by the time it writes.
     assert ("in train_worker" if kind == "stop" else "in cause") in stacks[1]
@@ -157,7 +161,7 @@ def test_an_older_process_leaves_its_rank_to_a_later_one(tmp_path, monkeypatch):
     for found, leaves in ((None, False), (earlier, False), (later, True)):
         left.clear()
         if found:
-            write_beat(run.heartbeats, found)
+            write_node(run.heartbeats, 0, [found])
         with Watchdog(run, World(), Heartbeat(step_limit_s=0.5, slow_limit_s=60)):
             assert left.wait(60 if leaves else 0.4) is leaves
 
@@ -167,16 +171,16 @@ def test_a_rank_leaves_after_anothers_error_but_gives_any_ranks_save_its_time(tm
     now_s, left = [100.0], []
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now_s[0])
     monkeypatch.setattr(os, "_exit", left.append)
-    monkeypatch.setattr(RunDirectory, "first_error", lambda _: Ending(line="rank 1: broken", rank=1, exit_code=2))
+    first = Ending(line="rank 1: broken", rank=1, exit_code=2)
     watched = Watchdog(RunDirectory(tmp_path), World(0, 2), Heartbeat())
     if saves:
         CheckpointStore(RunDirectory(tmp_path).checkpoints, keep=1).begin(8)
     for waited_s in (0.0, patience_s - 0.1):
         now_s[0] = 100.0 + waited_s
-        watched._leave_after_others()
+        watched._leave_after_others(first)
     assert left == []
     now_s[0] += 0.2
-    watched._leave_after_others()
+    watched._leave_after_others(first)
     assert left == [2]
     # The launcher's kill comes later than either.
     assert patience_s < inspect.signature(launch_local).parameters["grace_s"].default

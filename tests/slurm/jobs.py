@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from commands import command
@@ -18,6 +19,7 @@ from commands import command
 from piip_scale.checkpoint.store import CheckpointStore, read_step
 from piip_scale.errors import CheckpointError
 from piip_scale.launch.attempts import History
+from piip_scale.run.heartbeat import read_beats
 
 HOOKS = Path(__file__).with_name("hooks")
 PROFILE = """
@@ -210,11 +212,8 @@ class Job:
         wait_for(self.log, lambda: CheckpointStore(self.run_dir / "checkpoints", keep=9).steps() == [SAVED_AT])
 
     def beats(self) -> list[dict]:
-        found = []
-        for path in sorted((self.run_dir / "heartbeats").glob("rank_*.json")):
-            with suppress(OSError, ValueError):
-                found.append(json.loads(path.read_text()))
-        return found
+        beats = read_beats(self.run_dir / "heartbeats", 0.0)
+        return [asdict(beat) for beat in sorted(beats, key=lambda beat: beat.rank)]
 
     def pid(self, rank: int) -> int:
         return self.beats()[rank]["pid"]
