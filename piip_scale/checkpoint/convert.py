@@ -213,6 +213,7 @@ class _Run:
             jobs = {job.entry.name: job for job in shard if job.entry.name not in there}
             for copied in copy(list(jobs.values()), lambda entry, first, data: writer.write(entry.name, first, data)):
                 done.append(copied)
+                writer.send(copied.entry.name)
                 if journal is not None:
                     journal.add(jobs[copied.entry.name], copied)
                 self.progress.add(copied.entry.num_bytes)
