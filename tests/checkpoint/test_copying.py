@@ -1,5 +1,6 @@
 """The bytes on their way: cast as torch casts them, summed once for two checksums, whatever their strides."""
 
+import os
 import zlib
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from piip_scale.checkpoint import copying, crc
+from piip_scale.checkpoint import copying, crc, safetensors_writer
 from piip_scale.checkpoint.casts import cast
 from piip_scale.checkpoint.convert import ConvertOptions, convert
 from piip_scale.checkpoint.dtypes import DTYPES
@@ -38,6 +39,22 @@ def test_tensors_that_are_not_contiguous_or_share_storage(tmp_path, monkeypatch)
         assert all(torch.equal(read[n], t.to(kind) if t.is_floating_point() else t) for n, t in module.items())
     for name, value in ZeroCheckpoint(tmp_path / "alone.pt").items():
         assert torch.equal(value, module[name])
+
+
+def test_the_disk_begins_with_each_tensor_as_it_is_written(tmp_path, monkeypatch):
+    """Of those larger than a request; all are whole, whenever the disk takes them."""
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(safetensors_writer, "_LEAST_SENT_BYTES", 64)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, length, __: sent.append((start, length)))
+    module = {"large": torch.randn(4, 8), "small": torch.randn(3), "edge": torch.randn(16)}
+    torch.save({"module": module}, tmp_path / "alone.pt")
+    out = tmp_path / "out.safetensors"
+    convert(tmp_path / "alone.pt", out)
+    assert sorted(length for _, length in sent) == [64, 128]
+    data = out.read_bytes()
+    assert {data[start : start + length] for start, length in sent} == {
+        module[name].numpy().tobytes() for name in ("large", "edge")
+    }
 
 
 @given(parts=st.lists(st.binary(max_size=40), max_size=6))
