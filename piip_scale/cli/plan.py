@@ -140,12 +140,13 @@ class Pace:
 def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
     from piip_scale.data.reading.set_files import has_manifest
     from piip_scale.data.reading.shards import ShardSet
+    from piip_scale.data.stream import epoch_size
 
     data = run.data
     if not has_manifest(data.train_shards, data.cache):
         return None
     shards = ShardSet.open(data.train_shards, data.classes, cache=data.cache, max_pixels=data.max_pixels)
-    return len(shards) // plan.images_per_step
+    return epoch_size(shards, data) // plan.images_per_step
 
 
 def _sent(traffic: Sequence[Collective], ranks_per_node: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from piip_scale.config.base import Positive, Strict
 from piip_scale.config.model import PiipConfig
+from piip_scale.config.sampling import SamplingConfig
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -68,6 +69,8 @@ class DataConfig(Strict):
             shell command that writes the file ``{name}`` of the set to its standard output.
         val_shards: Packed shards to evaluate on, likewise.
         classes: Category names in label order; must equal the shards' own. Empty takes the shards' categories.
+        num_classes: What the shards must have; ``plan`` and ``count`` take it where neither names nor shards are there.
+        sampling: Rare images come more often; without, each comes once in an epoch.
         num_streams: Canonical streams of an epoch's order. ``auto`` takes the least common multiple of 48 and the
             ranks that the run begins on, and a run that resumes keeps what it began with. Where the ranks divide it,
             each reads whole streams, and so few shards; the images of a step are the same on any ranks.
@@ -80,12 +83,23 @@ class DataConfig(Strict):
     train_shards: str
     val_shards: str
     classes: tuple[str, ...] = ()
+    num_classes: Positive | None = None
+    sampling: SamplingConfig | None = None
     micro_batch_size: Positive = 2
     num_streams: Literal["auto"] | Positive = "auto"
     workers: NonNegative = 2
     max_broken_share: Rate = 0.01
     max_pixels: Positive = 500_000_000
     cache: CacheConfig = CacheConfig()
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> DataConfig:
+        if self.classes and self.num_classes not in (None, len(self.classes)):
+            raise ValueError(
+                f"num_classes={self.num_classes} and classes of {len(self.classes)} names contradict each other: leave "
+                "one of them out"
+            )
+        return self
 
 
 class OptimizerConfig(Strict):

@@ -125,6 +125,15 @@ class SegmentationData(DataConfig):
 
     augment: SegmentationAugment = SegmentationAugment()
 
+    @model_validator(mode="after")
+    def _maps_name_no_classes(self) -> SegmentationData:
+        if self.sampling is not None:
+            raise ValueError(
+                f"sampling.kind={self.sampling.kind!r} counts the images of a class, which sets of label maps do not "
+                "say: leave sampling out (augment.max_class_share keeps one class from filling crops)"
+            )
+        return self
+
 
 class SegmentationRun(RunConfig):
     """Everything one training of a segmentor is."""

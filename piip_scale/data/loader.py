@@ -203,7 +203,7 @@ class Batches(Dataset["_Loaded[BatchT] | DataError"], Generic[BatchT]):
     Args:
         samples: The set.
         maker: How its samples become batches.
-        requests: The numbers of each batch's samples.
+        requests: The numbers of each batch's samples, or their draws where they come more than once.
         seed: Of the run.
         epoch: ``None`` for evaluation.
         replaces: A broken sample is replaced by a neighbour, not left out.
@@ -228,16 +228,17 @@ class Batches(Dataset["_Loaded[BatchT] | DataError"], Generic[BatchT]):
     def __getitem__(self, index: int) -> _Loaded[BatchT] | DataError:
         # Errors are returned: torch would raise ours again with a traceback for its message.
         try:
-            return self._batch([int(number) for number in self._requests[index]])
+            return self._batch([int(draw) for draw in self._requests[index]])
         except DataError as error:
             return error
 
-    def _batch(self, numbers: Sequence[int]) -> _Loaded[BatchT]:
+    def _batch(self, draws: Sequence[int]) -> _Loaded[BatchT]:
         broken: list[BrokenSample] = []
         make = self._sample_or_neighbour if self._replaces else self._sample
-        made = [sample for sample in (make(number, number, broken) for number in numbers) if sample is not None]
+        samples = (make(draw % len(self._samples), draw, broken) for draw in draws)
+        made = [sample for sample in samples if sample is not None]
         packed = self._maker.collate(made, training=self._epoch is not None) if made else None
-        return _Loaded(packed, len(numbers), tuple(broken))
+        return _Loaded(packed, len(draws), tuple(broken))
 
     def _sample(self, number: int, drawn: int, broken: list[BrokenSample]) -> Any:
         """A sample, with the chance of the one of number ``drawn``; ``None``, and a note, where it is broken."""

@@ -8,6 +8,9 @@ the samples at p = r (mod W), so where W divides C it reads whole streams and fe
 them and read more. As long as G and B stay, the very micro-batches of a global step are the same for every W. The world
 changes nothing but who reads what; a resume point is (epoch, step).
 
+Where rare samples come more often, what is ordered are draws: draw d is of sample d mod N, for the (d div N)-th time in
+its epoch. Without repeats draws are the sample numbers.
+
 Source: the canonical streams are mosaicml/streaming's idea; here they are cut by samples, so that only an epoch's last
 incomplete global batch is left out.
 """
@@ -31,11 +34,13 @@ ASPECT_WINDOW_STEPS = 16
 """Steps whose images of one shape are brought together; more leaves fewer mixed micro-batches."""
 
 # Apart, so that a sample's randomness never repeats the order's.
-_ORDER, _SAMPLE, _ASPECT = 0, 1, 2
+_ORDER, _SAMPLE, _ASPECT, _REPEAT = 0, 1, 2, 3
 
 Indices = npt.NDArray[np.int64]
 
 _STREAMS_AT_LEAST = 48
+# Repeat factors are whole numbers of these parts: their sums are exact, and the same on every machine.
+_PARTS = 1 << 32
 
 
 def streams_for(num_streams: Literal["auto"] | int, num_ranks: int) -> int:
@@ -96,12 +101,98 @@ def _windowed(stream: Indices, position_of_shard: Indices, window_shards: int, r
     return stream[np.lexsort((random.random_raw(len(stream)), window))]
 
 
+def repeat_factors(samples: Indices, labels: Indices, num_samples: int, *, threshold: float) -> Indices:
+    """How often each sample is to come in an epoch: a class of a share f of the samples, sqrt(threshold / f) times.
+
+    Args:
+        samples: A sample's number for each class that it shows, int64 (L,).
+        labels: That class, int64 (L,); a sample shows each once.
+        num_samples: N.
+        threshold: Classes of a smaller share of the samples come more often, up to that.
+
+    Returns:
+        The largest factor of a sample's classes, at least 1, in parts of 2**-32, int64 (N,).
+
+    Source: Gupta et al., LVIS: A Dataset for Large Vocabulary Instance Segmentation, appendix B.2.
+    """
+    shares = np.bincount(labels) / num_samples
+    factors = np.ones(num_samples)
+    np.maximum.at(factors, samples, np.sqrt(threshold / shares[labels]))
+    parts: Indices = np.rint(factors * _PARTS).astype(np.int64)
+    return parts
+
+
+def repeated_size(factors: Indices) -> int:
+    """Draws of every epoch: the whole part of the sum of all factors.
+
+    Args:
+        factors: As ``repeat_factors`` returns them.
+    """
+    return int((factors // _PARTS).sum() + (factors % _PARTS).sum() // _PARTS)
+
+
+def repeats(factors: Indices, *, seed: int, epoch: int) -> Indices:
+    """How often each sample comes in an epoch: its factor, rounded up as often as the fractional part says.
+
+    All fractions are rounded by one draw, along a random row of the samples, so that their sum is the factors' but for
+    less than 1: of independent draws, as LVIS's paper has them, epochs would have other lengths.
+
+    Args:
+        factors: As ``repeat_factors`` returns them.
+        seed: Of the run.
+        epoch: Counted from 0.
+
+    Returns:
+        int64 (N,), whose sum is ``repeated_size`` or one more.
+    """
+    random = _philox(_REPEAT, seed, epoch)
+    row = _shuffled(len(factors), random)
+    ends = np.cumsum(factors[row] % _PARTS) + int(random.random_raw()) % _PARTS
+    counts: Indices = factors // _PARTS
+    counts[row] += np.diff(ends // _PARTS, prepend=0)
+    return counts
+
+
+def repeated_order(
+    num_samples_of_shard: Sequence[int],
+    factors: Indices,
+    *,
+    seed: int,
+    epoch: int,
+    num_streams: int,
+    window_shards: int = WINDOW_SHARDS,
+) -> Indices:
+    """A whole epoch's order in which samples come as often as ``repeats`` says, the same for every world.
+
+    The canonical order of shards that hold each sample so often; where there is one draw too many, the last is left
+    out, which may be any.
+
+    Args:
+        num_samples_of_shard: As of ``canonical_order``.
+        factors: As ``repeat_factors`` returns them.
+        seed: Of the run.
+        epoch: Counted from 0.
+        num_streams: C, the canonical streams.
+        window_shards: Shards that are shuffled together inside a stream.
+
+    Returns:
+        Draws, each once, int64 (``repeated_size``,).
+    """
+    counts = repeats(factors, seed=seed, epoch=epoch)
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    times = np.arange(ends[-1]) - np.repeat(ends[:-1], counts)
+    draws: Indices = np.repeat(np.arange(len(counts)), counts) + times * len(counts)
+    sizes = np.diff(ends[np.concatenate([[0], np.cumsum(num_samples_of_shard)])]).tolist()
+    order = canonical_order(sizes, seed=seed, epoch=epoch, num_streams=num_streams, window_shards=window_shards)
+    return draws[order][: repeated_size(factors)]
+
+
 @dataclass(frozen=True)
 class EpochOrder:
     """One rank's share of an epoch.
 
     Attributes:
-        num_samples: Of the set.
+        num_samples: Of an epoch.
         num_ranks: W.
         rank: This rank.
         batch_size: Images of a micro-batch.
@@ -137,7 +228,7 @@ class EpochOrder:
         """This rank's samples of a micro-step, int64 (batch_size,).
 
         Args:
-            order: The epoch's ``canonical_order``.
+            order: The epoch's ``canonical_order`` or ``repeated_order``.
             micro_step: Counted from 0 in the epoch.
         """
         step, turn = divmod(micro_step, self.accumulation)
@@ -164,7 +255,7 @@ def grouped_by_aspect(
     both shapes.
 
     Args:
-        order: The epoch's ``canonical_order``.
+        order: The epoch's ``canonical_order`` or ``repeated_order``.
         is_tall: Of every sample of the set, bool (N,).
         share: Of it the number of micro-batches and their size count, not whose share it is.
         seed: Of the run.
@@ -172,7 +263,7 @@ def grouped_by_aspect(
         window_steps: Steps of a window.
 
     Returns:
-        int64 (N,), to be read by ``EpochOrder.batch``.
+        int64, as long as ``order``, to be read by ``EpochOrder.batch``.
     """
     size, turns = share.batch_size, share.num_ranks * share.accumulation
     num_steps = len(order) // share.global_batch_size
@@ -183,7 +274,7 @@ def grouped_by_aspect(
         window = slice(first * share.global_batch_size, (first + steps) * share.global_batch_size)
         # As the j-th micro-batch is dealt out: every turns-th sample from the j-th on.
         rows = order[window].reshape(steps * size, turns).T
-        sorted_rows = np.take_along_axis(rows, np.argsort(is_tall[rows], axis=1, kind="stable"), axis=1)
+        sorted_rows = np.take_along_axis(rows, np.argsort(is_tall[rows % len(is_tall)], axis=1, kind="stable"), axis=1)
         batches = sorted_rows.reshape(turns, steps, size)
         positions = np.argsort(random.random_raw(turns * steps).reshape(turns, steps), axis=1, kind="stable")
         mixed = np.take_along_axis(batches, positions[:, :, None], axis=1)

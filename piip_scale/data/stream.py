@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from piip_scale.config.run import DataConfig
 from piip_scale.data.loader import Batches, BatchT, SampleMaker, SetLoader
-from piip_scale.data.order import EpochOrder, Indices, canonical_order, grouped_by_aspect, streams_for
+from piip_scale.data.order import (
+    EpochOrder,
+    Indices,
+    canonical_order,
+    grouped_by_aspect,
+    repeat_factors,
+    repeated_order,
+    repeated_size,
+    streams_for,
+)
 from piip_scale.data.reading.cache import GIB
 from piip_scale.data.reading.prefetch import Prefetcher, ShardUse, shard_use
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.logging import get_logger
 from piip_scale.world import World
+
+
+def epoch_size(shards: ShardSet, config: DataConfig) -> int:
+    """Images of a pass over a training set, those that come more than once counted so often.
+
+    Raises:
+        DataError: ``data.sampling`` needs to know which classes images have, and the set does not say.
+    """
+    return _size(shards, _factors(shards, config))
+
+
+def _size(shards: ShardSet, factors: Indices | None) -> int:
+    return len(shards) if factors is None else repeated_size(factors)
+
+
+def _factors(shards: ShardSet, config: DataConfig) -> Indices | None:
+    """How often each sample is to come in an epoch; ``None`` where each comes once."""
+    if config.sampling is None:
+        return None
+    return repeat_factors(*shards.labels_of_samples, len(shards), threshold=config.sampling.threshold)
 
 
 class ShardLoader(SetLoader[BatchT]):
@@ -57,10 +87,10 @@ class ShardLoader(SetLoader[BatchT]):
         """This rank's share of an epoch.
 
         Raises:
-            DataError: A step takes more images than there are.
+            DataError: A step takes more images than there are, or ``data.sampling`` asks for what the set does not say.
         """
         return EpochOrder(
-            num_samples=len(self.shards),
+            num_samples=_size(self.shards, self._factors),
             num_ranks=self.world.num_ranks,
             rank=self.world.rank,
             batch_size=self.config.micro_batch_size,
@@ -83,7 +113,12 @@ class ShardLoader(SetLoader[BatchT]):
     def keys(self, epoch: int, micro_steps: Iterable[int]) -> list[list[str]]:
         """The keys of the samples that this rank's batches of an epoch ask for, by micro-step; loads none of them."""
         share, order = self.order, self._epoch_order(epoch)
-        return [[str(self.shards.keys[number]) for number in share.batch(order, step)] for step in micro_steps]
+        names = self.shards.keys
+        return [[str(names[draw % len(names)]) for draw in share.batch(order, step)] for step in micro_steps]
+
+    @cached_property
+    def _factors(self) -> Indices | None:
+        return _factors(self.shards, self.config)
 
     def _requests(self, epoch: int, first_step: int = 0) -> list[Indices]:
         share, order = self.order, self._epoch_order(epoch)
@@ -91,7 +126,11 @@ class ShardLoader(SetLoader[BatchT]):
 
     def _epoch_order(self, epoch: int) -> Indices:
         streams = streams_for(self.config.num_streams, self.world.num_ranks)
-        order = canonical_order(self.shards.num_samples_of_shard, seed=self.seed, epoch=epoch, num_streams=streams)
+        sizes = self.shards.num_samples_of_shard
+        if self._factors is None:
+            order = canonical_order(sizes, seed=self.seed, epoch=epoch, num_streams=streams)
+        else:
+            order = repeated_order(sizes, self._factors, seed=self.seed, epoch=epoch, num_streams=streams)
         if not self.group_by_aspect:
             return order
         is_tall = self.shards.sizes_px[:, 0] > self.shards.sizes_px[:, 1]
@@ -127,4 +166,4 @@ class ShardLoader(SetLoader[BatchT]):
         )
 
     def _use(self, requests: Sequence[np.ndarray]) -> ShardUse:
-        return shard_use([self.shards.shard_of(numbers) for numbers in requests])
+        return shard_use([self.shards.shard_of(draws % len(self.shards)) for draws in requests])

@@ -125,5 +125,7 @@ def likely_classes(config: RunConfig) -> tuple[str, int]:
     """
     if classes := declared_classes(config):
         return "", len(classes)
+    if config.data.num_classes is not None:
+        return "", config.data.num_classes
     public = row_of(config.task).public_set
     return public.name, public.num_classes

@@ -18,6 +18,7 @@ from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.reading.targets import check_trainable, targets_lines
 from piip_scale.data.stream import ShardLoader
+from piip_scale.errors import DataError
 from piip_scale.logging import get_logger
 from piip_scale.registry import row_of
 from piip_scale.tasks.base import Metric, Outline
@@ -55,6 +56,12 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         else:
             shards = ShardSet.open(data.val_shards, data.classes, self._set_kind, data.cache, data.max_pixels)
             self.val_set, self._val_loader = shards, self._loader(shards)
+        if data.num_classes not in (None, len(self.classes)):
+            raise DataError(
+                f"{self.val_set.location} has {len(self.classes)} classes",
+                rule=f"data.num_classes is {data.num_classes}",
+                fix="pack the set that the config means, or set data.num_classes to what is there",
+            )
 
     @property
     def classes(self) -> tuple[str, ...]:

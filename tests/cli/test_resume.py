@@ -20,7 +20,8 @@ from piip_scale.errors import CheckpointError
 from piip_scale.world import World
 
 STEPS = 9
-# Everything that draws random numbers: drop path, augmentation, the order of the images, mmdet's samplers; and in bf16.
+# Everything that draws random numbers: drop path, augmentation, the order of the images and which come again, mmdet's
+# samplers; and in bf16.
 SETTINGS = {
     "train.precision": "'bf16'",
     "train.steps": STEPS,
@@ -31,6 +32,7 @@ SETTINGS = {
     "model.branches.1.drop_path_rate": 0.2,
     "data.augment.jitter_scale": "(0.5, 1.5)",
     "data.augment.crop_px": "(64, 64)",
+    "data.sampling": "{'kind': 'repeat_factor', 'threshold': 1.0}",
 }
 
 

@@ -16,7 +16,7 @@ from piip_scale.data.packing.packing import PackOptions, PackSource, SetFacts, p
 from piip_scale.data.packing.voc import read_voc
 from piip_scale.data.reading.files import json_bytes, sha256_of_file
 from piip_scale.data.reading.manifest import Category, Manifest
-from piip_scale.data.reading.targets import Counts, annotation_counts
+from piip_scale.data.reading.targets import Counts, annotation_counts, trainable_categories
 
 
 def pack_coco(
@@ -200,4 +200,5 @@ def _item(image: CocoImage, images: Path) -> PackItem:
         image.file_bytes,
         len(image.annotations),
         json_bytes(notes),
+        category_ids=trainable_categories(image.annotations),
     )

@@ -231,7 +231,7 @@ def _items(images: Path, labelled: Sequence[Labelled], problems: Problems) -> It
         (file, label), size = labelled[number], sizes[number]
         if size is not None:
             notes = json_bytes({"image_id": number, "file_name": stored_name(file), "label": label})
-            yield PackItem(number, paths[number], None, size, 1, notes), label
+            yield PackItem(number, paths[number], None, size, 1, notes, category_ids=(label,)), label
 
 
 def mixed(names: Sequence[str]) -> list[int]:

@@ -43,6 +43,7 @@ class PackItem:
         num_annotations: In the notes.
         notes: JSON: what ``parse_notes`` reads.
         label_map: Of a segmentation set.
+        category_ids: That training can take from it, ascending; ``None`` where its files say so.
     """
 
     image_id: int
@@ -52,6 +53,7 @@ class PackItem:
     num_annotations: int
     notes: bytes
     label_map: LabelMap | None = None
+    category_ids: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:

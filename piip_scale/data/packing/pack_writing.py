@@ -175,6 +175,7 @@ class _ShardWriter:
             num_annotations=sum(item.num_annotations for item in self._items),
             keys=tuple(item.key for item in self._items),
             image_ids=tuple(item.image_id for item in self._items),
+            category_ids=tuple(item.category_ids for item in self._items if item.category_ids is not None),
             pixels_of_class=tuple(self._pixels),
             **{name: tuple(column) for name, column in self._columns.items()},
         )

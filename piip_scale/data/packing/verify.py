@@ -150,6 +150,8 @@ def _read_shard(checked_location: str, compare: bool, job: tuple[ShardSet, int])
         try:
             targets, pixels, of_sample = look(shards, raw, index)
             counts.update(of_sample)
+            if is_checked:
+                _check_categories(shards, raw, index, of_sample)
         except DataError as error:
             # A damaged image can still be the same file as another one.
             targets, pixels = 0, np.frombuffer(raw.image, np.uint8)
@@ -159,6 +161,19 @@ def _read_shard(checked_location: str, compare: bool, job: tuple[ShardSet, int])
         if compare:
             digests.append((_digest(pixels), raw.key))
     return _Findings(num_targets, counts, tuple(problems), tuple(digests))
+
+
+def _check_categories(shards: ShardSet, raw: RawSample, number: int, counts: Counts) -> None:
+    """The index says the classes that the sample can train, where it says any."""
+    if not shards.has_category_ids:
+        return
+    numbers, labels = shards.labels_of_samples
+    said = labels[slice(*np.searchsorted(numbers, (number, number + 1)))].tolist()
+    held = sorted(label for (label, reason), count in counts.items() if count and not reason)
+    if sorted(said) != held:
+        raise DataError(
+            f"sample {raw.key} has the labels {held}", rule=f"its index says {sorted(said)}", fix="pack the set again"
+        )
 
 
 def _digest(pixels: Image) -> bytes:

@@ -51,11 +51,12 @@ Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LETTERS), AfterVal
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6,12}\.tar$")]
 _Count = Annotated[int, Field(ge=0, le=_MAX_INT)]
+CategoryId = Annotated[int, Field(ge=-_MAX_INT, le=_MAX_INT)]
 _Bytes = Annotated[int, Field(ge=0, le=_MAX_BYTES)]
 _SidePx = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Crc32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # Those that an index may leave out.
-_LATER_COLUMNS = frozenset({"map_offsets", "map_bytes", "orientations", "map_orientations"})
+_LATER_COLUMNS = frozenset({"map_offsets", "map_bytes", "orientations", "map_orientations", "category_ids"})
 _Orientation = Annotated[int, Field(ge=1, le=8)]
 
 
@@ -75,7 +76,7 @@ class MapRule:
 class Category(Strict):
     """A class, at the place of its label."""
 
-    id: Annotated[int, Field(ge=-_MAX_INT, le=_MAX_INT)]
+    id: CategoryId
     name: Name
 
 
@@ -160,6 +161,8 @@ class ShardIndex(Strict):
         map_offsets: Of label maps, like ``map_bytes``; empty where there are none.
         orientations: EXIF's number of how each image is turned once it is decoded; empty where none is.
         map_orientations: Likewise of label maps.
+        category_ids: Of each sample, those that training can take from it, ascending; empty in sets of label maps, and
+            in those packed before it was written.
         pixels_of_class: Of all label maps, in label order, those of no class last; empty where there are none.
     """
 
@@ -180,6 +183,7 @@ class ShardIndex(Strict):
     map_bytes: tuple[_Bytes, ...] = ()
     orientations: tuple[_Orientation, ...] = ()
     map_orientations: tuple[_Orientation, ...] = ()
+    category_ids: tuple[tuple[CategoryId, ...], ...] = ()
     pixels_of_class: tuple[_Count, ...] = ()
 
     @pydantic.model_validator(mode="after")

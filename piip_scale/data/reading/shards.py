@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class ShardSet(SampleSet):
         keys: Key of every sample, str (N,).
         image_ids: COCO image id of every sample, int64 (N,).
         sizes_px: Height and width of every image, int32 (N, 2).
+        has_category_ids: The indexes say which classes each image has: see ``labels_of_samples``.
     """
 
     def __init__(self, files: SetFiles, manifest: Manifest, indexes: Sequence[ShardIndex]) -> None:
@@ -62,6 +64,8 @@ class ShardSet(SampleSet):
         ]
         shards = np.repeat(np.arange(len(indexes)), self.num_samples_of_shard)
         self._places = np.stack([shards, *map(_column, places)], axis=1)
+        self.has_category_ids = all(index.category_ids or not index.keys for index in indexes)
+        self._category_ids = _flat_categories(indexes)
 
     @classmethod
     def open(
@@ -187,6 +191,33 @@ class ShardSet(SampleSet):
         self.files.mend(self._shard(number))
         return self._raw(number)
 
+    @cached_property
+    def labels_of_samples(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Which classes each sample can train, as the indexes say: no annotation is read.
+
+        Returns:
+            Sample numbers, ascending, and a label beside each, int64 (L,).
+
+        Raises:
+            DataError: The set was packed without, or an index names a category that the manifest has not.
+        """
+        if not self.has_category_ids:
+            raise DataError(
+                f"the shards in {self.location} do not say which classes each image has",
+                rule="data.sampling counts the images of a class, and sets packed before indexes held that lack it",
+                fix="pack the set again, to another folder, or leave data.sampling out",
+            )
+        numbers, ids = self._category_ids
+        known = np.array(sorted(self.label_of_category), np.int64)
+        if len(strange := np.setdiff1d(ids, known)):
+            raise DataError(
+                f"an index of {self.location} names category {strange[0]}",
+                rule="the manifest has none of this id",
+                fix="copy it again, or pack the set again",
+            )
+        labels = np.array([self.label_of_category[category] for category in known.tolist()], np.int64)
+        return numbers, labels[np.searchsorted(known, ids)]
+
     def _raw(self, number: int) -> RawSample:
         _, image_at, image_bytes, notes_at, notes_bytes, crc32, map_at, map_bytes, *shape = map(
             int, self._places[number]
@@ -237,6 +268,13 @@ class ShardSet(SampleSet):
 
 def _column(of_shards: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.array(values, np.int64) for values in of_shards])
+
+
+def _flat_categories(indexes: Sequence[ShardIndex]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Sample numbers and the category ids beside them."""
+    rows = [row for index in indexes for row in index.category_ids]
+    numbers = np.repeat(np.arange(len(rows)), np.array([len(row) for row in rows], np.int64))
+    return numbers, np.array([category for row in rows for category in row], np.int64)
 
 
 def read_index(folder: Path, shard: ShardInfo) -> ShardIndex:

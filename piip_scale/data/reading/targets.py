@@ -62,9 +62,17 @@ def annotation_counts(annotations: Iterable[Mapping[str, Any]], label_of_categor
     """Counts annotations, of any number of samples."""
     counts: Counts = Counter()
     for note in annotations:
-        reason: Reason = "ignored" if note["iscrowd"] else "tiny" if min(note["bbox"][2:]) < MIN_BOX_PX else ""
-        counts[label_of_category[note["category_id"]], reason] += 1
+        counts[label_of_category[note["category_id"]], _reason(note)] += 1
     return counts
+
+
+def trainable_categories(annotations: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
+    """The ids of the categories of which annotations can be trained on, ascending."""
+    return tuple(sorted({note["category_id"] for note in annotations if not _reason(note)}))
+
+
+def _reason(note: Mapping[str, Any]) -> Reason:
+    return "ignored" if note["iscrowd"] else "tiny" if min(note["bbox"][2:]) < MIN_BOX_PX else ""
 
 
 def label_counts(notes: Mapping[str, Any], label_of_category: Mapping[int, int]) -> Counts:
