@@ -95,10 +95,7 @@ class DataConfig(Strict):
     @model_validator(mode="after")
     def _numbers_agree(self) -> DataConfig:
         if self.classes and self.num_classes not in (None, len(self.classes)):
-            raise ValueError(
-                f"num_classes={self.num_classes} and classes of {len(self.classes)} names contradict each other: leave "
-                "one of them out"
-            )
+            raise ValueError(f"num_classes={self.num_classes} is not the number of classes named: leave it out")
         return self
 
 

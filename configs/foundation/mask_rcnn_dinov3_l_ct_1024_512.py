@@ -1,0 +1,4 @@
+# DINOv3 L and ConvNeXt-T, 1024/512 px: Mask R-CNN, 12 epochs, 16 images a step, on one GPU of 24 GB.
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_convnext.py", "../_base_/training_1x.py", "../_base_/models/dinov3_l_ct.py"]
+model = dict(branches=dict(large=dict(resolution_px=512), tiny=dict(resolution_px=1024)))
+optimizer = dict(lr=2e-4, layer_decay=0.9)

@@ -1,0 +1,6 @@
+# DINOv3 B, S and ConvNeXt-T, 512/336/224 px: UPerNet, 80,000 steps, 16 images a step, on one GPU of 24 GB.
+_base_ = ["../_base_/upernet.py", "../_base_/ade20k.py", "../_base_/training_80k.py", "../_base_/models/dinov3_small_mix.py"]
+model = dict(
+    branches=dict(base=dict(resolution_px=224), small=dict(resolution_px=336), tiny=dict(resolution_px=512)),
+)
+optimizer = dict(lr=1e-4, layer_decay=0.9)
