@@ -5,6 +5,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+from fork_server import fork_workers
 from hypothesis import HealthCheck, settings
 
 # Read when torch and numpy are first imported. Threads of two workers on two cores wait for each other by spinning,
@@ -21,6 +23,12 @@ settings.load_profile("unhurried")
 TESTS = Path(__file__).parent
 LONG = ("engine", "cli", "tasks", "test_gpu_benchmark.py", "models", "data")
 """Of the longest tests: were their files the last to begin, one worker would be waited for."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """Has the workers forked, so that what they import is imported once."""
+    fork_workers()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,6 @@
-"""Pythons forked from one that has imported torch, DeepSpeed and mmdet: that costs a new one 4 to 11 s of a core.
+"""Pythons forked from one that has imported torch, DeepSpeed and mmdet (``fork_server``).
 
-One such parent serves all of a test run's processes; what it imported is the code as it is, nothing is built yet. The
-ranks that a forked process starts on its machine are forked from it likewise. What is about new processes (the
+The ranks that a forked process starts on its machine are forked from it likewise. What is about new processes (the
 environment they begin with, how they die with their parent) takes ``subprocess`` instead.
 """
 
@@ -25,37 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+
+# Has torch's tensors travel to processes.
 import torch.multiprocessing
+from fork_server import context
 
-from piip_scale.registry import TASKS
 from piip_scale.world import World
-
-_HEAVY = [
-    "torch",
-    "deepspeed",
-    # What DeepSpeed imports for the first engine of a process: torch's compiler, setuptools.
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
-    "deepspeed.ops.op_builder.all_ops",
-    "piip_scale.engine.session",
-    "piip_scale.tasks.mmlab",
-    *(f"piip_scale.tasks.{task}.{part}" for task in TASKS for part in ("task", "model")),
-    "piip_scale.cli.main",
-    # What the modules of tests import, whose functions are run.
-    "pytest",
-    "hypothesis",
-]
-
-
-def context():
-    """A multiprocessing context; on a machine with GPUs one that starts Python anew, since CUDA survives no fork."""
-    if Path("/proc/driver/nvidia").exists():
-        return torch.multiprocessing.get_context("spawn")
-    # As init_distributed would say; deepspeed looks while it is imported.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    made = torch.multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(_HEAVY)
-    return made
 
 
 def free_port() -> int:
