@@ -15,6 +15,7 @@ from piip_scale.config.run import (
     TrainConfig,
     ZeroConfig,
 )
+from piip_scale.config.telemetry import TelemetryConfig
 
 __all__ = [
     "AugmentConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "PyramidConfig",
     "RunConfig",
     "ScheduleConfig",
+    "TelemetryConfig",
     "TrainConfig",
     "VitBranchConfig",
     "ZeroConfig",

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from piip_scale.config.base import Positive, Strict
+from piip_scale.config.base import NonNegative, Positive, Strict
 from piip_scale.config.model import PiipConfig
 from piip_scale.config.sampling import SamplingConfig
+from piip_scale.config.telemetry import TelemetryConfig
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-NonNegative = Annotated[int, Field(ge=0)]
 Rgb = tuple[float, float, float]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -348,6 +348,7 @@ class RunConfig(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
     zero: ZeroConfig = ZeroConfig()
     train: TrainConfig
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @model_validator(mode="after")
     def _kernels_are_deterministic(self) -> RunConfig:

@@ -11,11 +11,12 @@ import torch
 from piip_scale.agreement import LocalFault
 from piip_scale.engine.collective import any_rank
 from piip_scale.engine.zero.deepspeed_api import Engine, begin_pass
-from piip_scale.tasks.base import Metric, Task
+from piip_scale.tasks.base import Metric, Task, Watched
+from piip_scale.telemetry.records import EvaluationRecord
 
 
-def evaluate(engine: Engine, task: Task, device: torch.device, goes_on: Callable[[], bool]) -> dict[str, float] | None:
-    """The task's metrics of the current weights over its validation set. Collective; the same on every rank.
+def evaluate(engine: Engine, task: Task, device: torch.device, goes_on: Callable[[], bool]) -> EvaluationRecord | None:
+    """What the current weights find in the task's validation set. Collective.
 
     Every rank must get equally many batches (``Task.val_batches`` sees to it): under ZeRO-3 each batch gathers
     parameters from all.
@@ -27,7 +28,7 @@ def evaluate(engine: Engine, task: Task, device: torch.device, goes_on: Callable
         goes_on: Asked before every batch, and the same on every rank.
 
     Returns:
-        The metrics, or ``None`` where ``goes_on`` ended it.
+        The metrics, the same on every rank, and on rank 0 curves and pictures; ``None`` where ``goes_on`` ended it.
 
     Raises:
         PiipError: A rank's data or predictions cannot be used, on every rank; on that one, an error of any type. What
@@ -38,18 +39,24 @@ def evaluate(engine: Engine, task: Task, device: torch.device, goes_on: Callable
         with torch.no_grad(), warnings.catch_warnings():
             # DeepSpeed's backward hooks sit on every module, also where there is no backward pass to hook.
             warnings.filterwarnings("ignore", message="For backward hooks to be called")
-            metric = _predicted(engine, task, device, goes_on)
+            found = _predicted(engine, task, device, goes_on)
     finally:
         engine.train()
-    return None if metric is None else metric.compute()
+    if found is None:
+        return None
+    metric, watched = found
+    return EvaluationRecord(metric.compute(), metric.pr_curves(), watched.pictures())
 
 
-def _predicted(engine: Engine, task: Task, device: torch.device, goes_on: Callable[[], bool]) -> Metric | None:
-    """The metric with all predictions; ``None`` where ``goes_on`` ended it."""
-    fault, metric = LocalFault(), None
+def _predicted(
+    engine: Engine, task: Task, device: torch.device, goes_on: Callable[[], bool]
+) -> tuple[Metric, Watched] | None:
+    """The metric with all predictions, and those of the watched images; ``None`` where ``goes_on`` ended it."""
+    fault, found = LocalFault(), list[tuple[Metric, Watched]]()
     batches: Iterator[Any] = iter(())
     with fault.caught():
-        metric, batches = task.build_metric(), iter(task.val_batches())
+        found.append((task.build_metric(), task.watched()))
+        batches = iter(task.val_batches())
     while True:
         batch = None
         with fault.caught():
@@ -59,11 +66,12 @@ def _predicted(engine: Engine, task: Task, device: torch.device, goes_on: Callab
         if any_rank(bool(fault), device):
             fault.raise_together()
         if batch is None:
-            return metric
+            return found[0]
         if not goes_on():
             return None
         begin_pass(engine)
         predictions = engine.module.predict(batch)
         with fault.caught():
-            assert metric is not None
+            metric, watched = found[0]
             metric.update(batch, predictions)
+            watched.keep(predictions)

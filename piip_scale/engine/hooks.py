@@ -17,7 +17,7 @@ from piip_scale.errors import Interrupted
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.run.starting import StartClock
 from piip_scale.telemetry.memory import GIB, memory_now_bytes, peak_memory_bytes
-from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
+from piip_scale.telemetry.records import EvaluationRecord, SaveRecord, StartRecord, StepRecord
 from piip_scale.world import World
 
 # Beside the losses, which saves a collective of its own.
@@ -35,8 +35,8 @@ class Sink(Protocol):
         """One optimiser step."""
         ...
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of an evaluation."""
+    def evaluation(self, step: int, record: EvaluationRecord) -> None:
+        """What an evaluation found."""
         ...
 
     def start(self, record: StartRecord) -> None:
@@ -66,7 +66,7 @@ class Silence:
     def step(self, record: StepRecord) -> None:
         """Nothing."""
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, record: EvaluationRecord) -> None:
         """Nothing."""
 
     def start(self, record: StartRecord) -> None:
@@ -207,11 +207,11 @@ class Evaluate:
 
     Args:
         run: Evaluates; gives ``None`` where it was left because the run is asked to stop.
-        sink: Gets the metrics.
+        sink: Gets what it finds.
         every: Steps between evaluations.
     """
 
-    def __init__(self, run: Callable[[], Mapping[str, float] | None], sink: Sink, every: int) -> None:
+    def __init__(self, run: Callable[[], EvaluationRecord | None], sink: Sink, every: int) -> None:
         self._evaluate, self._sink, self._every = run, sink, every
         self._last = -1
 
@@ -236,11 +236,11 @@ class Evaluate:
             )
 
     def _run(self, step: int) -> bool:
-        metrics = self._evaluate()
-        if metrics is None:
+        record = self._evaluate()
+        if record is None:
             self._sink.event(step, "evaluation left: asked to stop")
             return False
-        self._sink.evaluation(step, metrics)
+        self._sink.evaluation(step, record)
         self._last = step
         return True
 

@@ -51,6 +51,7 @@ from piip_scale.run.profiled_steps import ProfiledSteps
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task
+from piip_scale.telemetry.records import EvaluationRecord
 from piip_scale.telemetry.telemetry import Telemetry
 from piip_scale.world import World, usable_cores
 
@@ -258,7 +259,7 @@ class _Training:
         )
         return [EndProfile(profiling)], [BeginProfile(profiling)]
 
-    def _evaluate(self) -> dict[str, float] | None:
+    def _evaluate(self) -> EvaluationRecord | None:
         with self._average.in_place() if self._average else nullcontext():
             return evaluate(self._engine, self._task, self._device, self._goes_on)
 

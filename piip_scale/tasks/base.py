@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -133,6 +135,18 @@ class TrainableModel(Protocol):
         ...
 
 
+class Watched(Protocol):
+    """The few validation images that every evaluation of a training shows; one instance per rank and evaluation."""
+
+    def keep(self, predictions: Sequence[Any]) -> None:
+        """Keeps what of one batch's predictions is of these images."""
+        ...
+
+    def pictures(self) -> Mapping[str, bytes]:
+        """Truth beside prediction as JPEG files, by sample, on rank 0; nothing elsewhere. Collective."""
+        ...
+
+
 class Metric(Protocol):
     """Collects predictions over a validation set; one instance per rank and evaluation."""
 
@@ -142,6 +156,14 @@ class Metric(Protocol):
 
     def compute(self) -> dict[str, float]:
         """The metrics over all ranks. Collective: every rank calls it; the result is the same on all."""
+        ...
+
+    def pr_curves(self) -> Mapping[str, npt.NDArray[np.float64]]:
+        """Precision and recall by score of what is scored, on rank 0 after ``compute``; nothing elsewhere.
+
+        By name, float64 (5, T) of T rising scores from 0 to 1: right and wrong predictions, objects missed, precision
+        and recall.
+        """
         ...
 
     def report(self) -> Report | None:
@@ -241,6 +263,10 @@ class Task(Protocol):
 
     def build_metric(self) -> Metric:
         """A fresh metric."""
+        ...
+
+    def watched(self) -> Watched:
+        """A fresh collection of what is found in the images that ``telemetry.pictures`` names."""
         ...
 
     def outline(self, config: RunConfig) -> Outline:

@@ -21,10 +21,11 @@ from piip_scale.tasks.drawing import DrawingStyle
 if TYPE_CHECKING:
     from piip_scale.tasks.report import Report
 
+Draw = Callable[[Image, DrawingStyle], PIL.Image.Image]
+"""Draws what was found on an image's pixels."""
 MOST_CASES = 6
 """Of the best, and of the worst."""
 _STYLE = DrawingStyle(long_edge_px=512, text_px=13, min_score=0.0)
-_OF_TRUTH = replace(_STYLE, scores=False)
 _QUALITY = 82
 
 
@@ -42,7 +43,7 @@ class Case:
     image_id: int
     score: float
     words: str
-    draw: Callable[[Image, DrawingStyle], PIL.Image.Image]
+    draw: Draw
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,34 @@ def _image_ids(samples: SampleSet) -> Iterator[int]:
 
 def _drawn(case: Case, samples: SampleSet, number: int) -> DrawnCase | None:
     try:
-        truth = SET_KINDS[samples.kind].load("picture")(samples, number, _OF_TRUTH)
-        found = case.draw(decode_pixels(samples.read(number)), _STYLE)
+        return draw_sample(samples, number, case.draw, _STYLE, case.words)
     except DataError:
         # It was counted and told as broken while the set was looked at.
         return None
-    return DrawnCase(str(samples.keys[number]), case.words, truth, found)
+
+
+def draw_sample(
+    samples: SampleSet,
+    number: int,
+    draw: Draw,
+    style: DrawingStyle,
+    words: str = "",
+) -> DrawnCase:
+    """A sample's truth, and what was found in it.
+
+    Args:
+        samples: Its set.
+        number: Its place there.
+        draw: Draws what was found on its pixels.
+        style: Of both.
+        words: How it went.
+
+    Raises:
+        DataError: The sample cannot be read.
+    """
+    truth = SET_KINDS[samples.kind].load("picture")(samples, number, replace(style, scores=False))
+    found = draw(decode_pixels(samples.read(number)), style)
+    return DrawnCase(str(samples.keys[number]), words, truth, found)
 
 
 def write_pictures(folder: Path, best: Sequence[DrawnCase], worst: Sequence[DrawnCase]) -> None:

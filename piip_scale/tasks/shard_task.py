@@ -6,13 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import PIL.Image
 import torch
 from torch import nn
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
+from piip_scale.data.images import Image
 from piip_scale.data.loader import SampleMaker, SetLoader
 from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.reading.shards import ShardSet
@@ -23,7 +25,9 @@ from piip_scale.logging import get_logger
 from piip_scale.registry import row_of
 from piip_scale.tasks.base import Metric, Outline
 from piip_scale.tasks.counting import network_flops
+from piip_scale.tasks.drawing import DrawingStyle
 from piip_scale.tasks.outline import outline_run
+from piip_scale.tasks.watched import WatchedSamples, watched_numbers
 from piip_scale.world import World
 
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -83,6 +87,7 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
             PiipError: Training shards, loader or model do not go together with the config.
         """
         self.num_train_batches()
+        watched_numbers(self.val_set, self.config.telemetry.pictures)
         with torch.device("meta"):
             self._new_model()
 
@@ -143,9 +148,21 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         """Model FLOPs of one image of this size in a training step, heads left out: what MFU is measured by."""
         return network_flops(self.config, len(self.classes), height_px, width_px)
 
+    def watched(self) -> WatchedSamples:
+        """A fresh collection of what is found in the images that ``telemetry.pictures`` names."""
+        return WatchedSamples(self.val_set, self._watched_numbers, self.draw)
+
+    @cached_property
+    def _watched_numbers(self) -> list[int]:
+        return watched_numbers(self.val_set, self.config.telemetry.pictures)
+
     @abstractmethod
     def build_metric(self) -> Metric:
         """A fresh metric over the validation set."""
+
+    @abstractmethod
+    def draw(self, pixels: Image, found: Any, style: DrawingStyle) -> PIL.Image.Image:
+        """An image, RGB uint8 (H, W, 3), with what the model found in it."""
 
     @abstractmethod
     def _new_model(self, network_device: str | None = None) -> nn.Module:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -56,6 +59,22 @@ class StepRecord:
 def total_of(losses: Mapping[str, float]) -> float:
     """Sum of the losses proper among named ones, those whose name holds ``loss``."""
     return sum(value for name, value in losses.items() if "loss" in name)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One evaluation.
+
+    Attributes:
+        metrics: By name; those of single classes are ``per_class/MEASURE/NAME``.
+        pr_curves: Precision and recall of rising scores from 0 to 1, by what is scored: float64 (5, T) of right and
+            wrong predictions, objects missed, precision and recall.
+        pictures: JPEG files by the samples they show, the truth on the left.
+    """
+
+    metrics: Mapping[str, float]
+    pr_curves: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

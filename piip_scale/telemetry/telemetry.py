@@ -12,10 +12,10 @@ from piip_scale.telemetry.jsonl import JsonLines, read_events
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.progress import ProgressLine
-from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
+from piip_scale.telemetry.records import EvaluationRecord, SaveRecord, StartRecord, StepRecord
 from piip_scale.telemetry.tensorboard import (
     TensorBoardWriter,
-    evaluation_overview,
+    evaluation_scalars,
     save_scalars,
     start_scalars,
     step_overview,
@@ -79,12 +79,15 @@ class Telemetry:
             rate = self._since_log.rate
             self._write(record.step, "step", step_scalars(record, rate), step_overview(record, rate))
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, record: EvaluationRecord) -> None:
         """Logs an evaluation after ``step`` steps."""
-        scalars = {f"eval/{name}": value for name, value in metrics.items()}
-        self._write(step, "evaluation", scalars, evaluation_overview(metrics))
+        with disk_errors(RunError, self._action):
+            self._lines.write(step, "evaluation", {f"eval/{name}": value for name, value in record.metrics.items()})
+            self._board.scalars(step, evaluation_scalars(record.metrics))
+            self._board.pr_curves(step, record.pr_curves)
+            self._board.pictures(step, record.pictures)
         # Names with a slash are details, such as one class's share: files have them, a line has no room.
-        shown = {name: value for name, value in metrics.items() if "/" not in name}
+        shown = {name: value for name, value in record.metrics.items() if "/" not in name}
         self._progress.note(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
 
     def start(self, record: StartRecord) -> None:

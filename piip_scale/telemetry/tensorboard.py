@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import io
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
 
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
@@ -14,6 +19,8 @@ from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
 _FLUSH_SECONDS = 10
 # TensorBoard sorts groups by name and opens the first of them only.
 _OVERVIEW = "0_overview"
+_OF_CLASS = "per_class/"
+_PICTURES = "truth_beside_found"
 # Charts of the custom scalars page, by the question they answer; tags are regular expressions.
 _LAYOUT = {
     "Is it healthy?": {
@@ -83,6 +90,33 @@ class TensorBoardWriter:
         lines = [f"    step {step}  {' '.join(text.split())}" for step, text in reversed(events[-_MOST_EVENTS:])]
         self._writer.add_text("events", "\n".join(lines), events[-1][0])  # type: ignore[no-untyped-call]
 
+    def pr_curves(self, step: int, curves: Mapping[str, npt.NDArray[np.float64]]) -> None:
+        """Adds each curve at this step to the page of its plugin; see ``EvaluationRecord``."""
+        for name, (right, wrong, missed, precision, recall) in curves.items():
+            self._writer.add_pr_curve_raw(  # type: ignore[no-untyped-call]
+                f"pr_{name}",
+                right,
+                wrong,
+                np.zeros_like(right),
+                missed,
+                precision,
+                recall,
+                step,
+                num_thresholds=len(right),
+            )
+
+    def pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Adds each picture, a JPEG file, at this step."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for name, content in pictures.items():
+            with PIL.Image.open(io.BytesIO(content)) as picture:
+                width, height = picture.size
+            # As it is: the writer's own way decodes and stores a PNG of several times the size.
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+            summary = Summary(value=[Summary.Value(tag=f"{_PICTURES}/{name}", image=image)])
+            self._writer.file_writer.add_summary(summary, step)
+
     def close(self) -> None:
         """Writes what is left.
 
@@ -144,9 +178,13 @@ def step_overview(record: StepRecord, images_per_second: float) -> dict[str, flo
     return {f"{_OVERVIEW}/{name}": value for name, value in values.items()}
 
 
-def evaluation_overview(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metric that a task names first, in the same group."""
-    return {f"{_OVERVIEW}/{name}": value for name, value in list(metrics.items())[:1]}
+def evaluation_scalars(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Every scalar of one evaluation by its TensorBoard tag: those of single classes in a group of their own.
+
+    The metric that a task names first is in the overview, too.
+    """
+    first = {f"{_OVERVIEW}/{name}": value for name, value in list(metrics.items())[:1]}
+    return first | {name if name.startswith(_OF_CLASS) else f"eval/{name}": value for name, value in metrics.items()}
 
 
 def start_scalars(record: StartRecord) -> dict[str, float]:

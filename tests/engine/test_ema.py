@@ -138,10 +138,10 @@ def on_one_rank(world, device, root):
 def seen_by_evaluation(run, device) -> list[dict[str, float]]:
     """Metrics before, with and after the averages; the masters are the same bits before and after."""
     masters = weights_of(run.gathered(TinyModel()))
-    metrics = [evaluate(run.engine, run.task, device, lambda: True)]
+    metrics = [evaluate(run.engine, run.task, device, lambda: True).metrics]
     with run.average.in_place():
-        metrics.append(evaluate(run.engine, run.task, device, lambda: True))
-    metrics.append(evaluate(run.engine, run.task, device, lambda: True))
+        metrics.append(evaluate(run.engine, run.task, device, lambda: True).metrics)
+    metrics.append(evaluate(run.engine, run.task, device, lambda: True).metrics)
     again = weights_of(run.gathered(TinyModel()))
     assert all((again[name] == value).all() for name, value in masters.items())
     return metrics

@@ -1,11 +1,13 @@
 """A fault of one rank in an evaluation reaches every rank, in time and as one error; nobody is left in a collective."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from tiny_task import NothingWatched
 
 from piip_scale.engine.evaluation import evaluate
 from piip_scale.errors import DataError, PiipError
@@ -32,6 +34,9 @@ class FaultyMetric:
     def compute(self):
         return {"ap": 1.0}
 
+    def pr_curves(self):
+        return {}
+
 
 class FaultyTask:
     def __init__(self, place: str, error: Exception) -> None:
@@ -41,6 +46,9 @@ class FaultyTask:
         if self._place == "metric":
             raise self._error
         return FaultyMetric(self._place, self._error)
+
+    def watched(self):
+        return NothingWatched()
 
     def val_batches(self):
         for number in range(BATCHES):
@@ -64,6 +72,10 @@ def outcome(call):
         return str(error), False
 
 
+def metrics_of_evaluation(task, device):
+    return evaluate(fake_engine(), task, device, lambda: True).metrics
+
+
 PLACES = ("metric", *(f"{part} {number}" for number in range(BATCHES) for part in ("batch", "update")), "none")
 
 
@@ -72,7 +84,7 @@ def every_place(world, device):
     for place in PLACES:
         for kind in (DataError, ValueError):
             task = FaultyTask(place if world.rank == 1 else "none", kind("a mask is broken"))
-            found[place, kind.__name__] = outcome(lambda task=task: evaluate(fake_engine(), task, device, lambda: True))
+            found[place, kind.__name__] = outcome(partial(metrics_of_evaluation, task, device))
     return found
 
 

@@ -141,6 +141,17 @@ class MeanScore:
         torch.distributed.all_reduce(self.total)
         return {"mean_score": float(self.total[0] / self.total[1])}
 
+    def pr_curves(self) -> dict:
+        return {}
+
+
+class NothingWatched:
+    def keep(self, predictions) -> None:
+        pass
+
+    def pictures(self) -> dict[str, bytes]:
+        return {}
+
 
 class TinyTask:
     """Global micro-batch m is the same for any number of ranks: rank r takes its r-th share.
@@ -184,6 +195,9 @@ class TinyTask:
 
     def build_metric(self) -> MeanScore:
         return MeanScore()
+
+    def watched(self) -> NothingWatched:
+        return NothingWatched()
 
     def network_flops(self, height_px: int, width_px: int) -> int:
         return height_px * width_px

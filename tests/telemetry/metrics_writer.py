@@ -5,7 +5,7 @@ from pathlib import Path
 
 from piip_scale.errors import RunError
 from piip_scale.logging import configure_logging, get_logger
-from piip_scale.telemetry import StepRecord, Telemetry
+from piip_scale.telemetry import EvaluationRecord, StepRecord, Telemetry
 
 
 def main(run_dir, num_steps):
@@ -16,7 +16,7 @@ def main(run_dir, num_steps):
         for step in range(1, num_steps + 1):
             losses = {"loss_cls": 1.0 / step, "loss_bbox": 0.25}
             telemetry.step(StepRecord(step, losses, 1e-4, 4, 0.5, 0.1, 1 << 30))
-        telemetry.evaluation(num_steps, {"bbox_mAP": 0.5})
+        telemetry.evaluation(num_steps, EvaluationRecord({"bbox_mAP": 0.5}))
     finally:
         telemetry.close()
 

@@ -17,7 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.summary.writer import event_file_writer
 
 from piip_scale.run.run_dir import RunDirectory
-from piip_scale.telemetry import SaveRecord, StepRecord, Telemetry, progress
+from piip_scale.telemetry import EvaluationRecord, SaveRecord, StepRecord, Telemetry, progress
 from piip_scale.telemetry.jsonl import JsonLines, superseded_path
 from piip_scale.telemetry.memory import memory_now_bytes, peak_memory_bytes
 
@@ -63,7 +63,7 @@ def write_steps(run_dir, first, last, **options):
     telemetry = Telemetry(run_dir, total_steps=6, first_step=first, stream=told, **options)
     for step in range(first + 1, last + 1):
         telemetry.step(record(step))
-    telemetry.evaluation(last, {"bbox_mAP": 0.5})
+    telemetry.evaluation(last, EvaluationRecord({"bbox_mAP": 0.5}))
     telemetry.event(last, "saved checkpoint")
     telemetry.close()
     return told.getvalue()

@@ -27,9 +27,20 @@ def class_case(
     is_right, sure = guesses[0] == label, probabilities[0]
     score = (1 + sure) / 2 if is_right else (1 - sure) / 2
     words = f"{classes[label]}, taken for {classes[guesses[0]]} ({sure:.2f})" if not is_right else f"right ({sure:.2f})"
+    return Case(image_id, score, words, partial(draw_guesses, guesses, probabilities, classes))
+
+
+def draw_guesses(
+    guesses: Sequence[int], probabilities: Sequence[float], classes: Sequence[str], pixels: Image, style: DrawingStyle
+) -> PIL.Image.Image:
+    """An image with the best guesses and how sure they are.
+
+    Args:
+        guesses: Labels, best first.
+        probabilities: Of them.
+        classes: Names in label order.
+        pixels: RGB, uint8 (H, W, 3).
+        style: Sizes.
+    """
     names = [(guess, f"{classes[guess]} {value:.2f}") for guess, value in zip(guesses, probabilities, strict=True)]
-    return Case(image_id, score, words, partial(_draw, names))
-
-
-def _draw(names: Sequence[tuple[int, str]], pixels: Image, style: DrawingStyle) -> PIL.Image.Image:
     return draw_names(pixels, names, style)

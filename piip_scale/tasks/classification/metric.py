@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from piip_scale.agreement import gathered_on_main, is_main_rank, on_main
 from piip_scale.data.batch import ClassificationBatch
@@ -55,6 +56,10 @@ class AccuracyMetric:
     def _scores(self, answers: Sequence[_Answer]) -> dict[str, float]:
         ranks = [1, NUM_BEST] if len(self._classes) > NUM_BEST else [1]
         return {f"top{k}_accuracy": sum(a.label in a.guesses[:k] for a in answers) / len(answers) for k in ranks}
+
+    def pr_curves(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Nothing: of each image only the best guesses are kept."""
+        return {}
 
     def report(self) -> Report | None:
         """Accuracy by class and confusion, on rank 0; ``None`` elsewhere. Collective."""

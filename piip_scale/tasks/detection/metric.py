@@ -18,6 +18,7 @@ from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detection.cases import detection_cases
 from piip_scale.tasks.detection.confusion import MIN_IOU, MIN_SCORE, NOTHING, confusion_of
 from piip_scale.tasks.detection.error_kinds import error_kinds
+from piip_scale.tasks.detection.pr_curves import Floats, pr_curves
 from piip_scale.tasks.detection.scoring import Result, Scores, Scoring, score
 from piip_scale.tasks.report import Report
 
@@ -126,6 +127,16 @@ class CocoMetric:
             ) from None
         return checked
 
+    def pr_curves(self) -> dict[str, Floats]:
+        """Precision and recall by score, as ``PART/NAME``, on rank 0 after ``compute``; nothing elsewhere."""
+        names = {category["id"]: category["name"] for category in self._categories}
+        counts = self._num_objects()
+        return {
+            f"{part}/{name}": curve
+            for part, found in self.scores.items()
+            for name, curve in pr_curves(found, counts, names).items()
+        }
+
     def report(self) -> Report | None:
         """Tables and curves, on rank 0 after ``compute``; ``None`` elsewhere. Collective."""
         results = self.results()
@@ -135,7 +146,7 @@ class CocoMetric:
         """The same of results from elsewhere, after ``score_results``. Not collective."""
         ids = [category["id"] for category in self._categories]
         names = [category["name"] for category in self._categories]
-        counts = Counter(note["category_id"] for note in self.truth["annotations"] if not note["iscrowd"])
+        counts = self._num_objects()
         columns: dict[str, list[float]] = {"objects": [counts[number] for number in ids]}
         columns |= {
             f"{part}_{measure}": [values[number] for number in ids]
@@ -154,6 +165,10 @@ class CocoMetric:
             errors,
             list(detection_cases(errors[self.parts[-1]].tallies, results, self._categories)),
         )
+
+    def _num_objects(self) -> Counter[int]:
+        """By category id; regions to ignore left out."""
+        return Counter(note["category_id"] for note in self.truth["annotations"] if not note["iscrowd"])
 
     def score_results(self, results: Sequence[Result]) -> dict[str, float]:
         """The metrics of results from elsewhere; see ``compute``. Not collective."""

@@ -49,11 +49,13 @@ class Scores:
         means: By name.
         of_classes: By measure, then of each category id.
         precision_RK: At an IoU of 0.5, of recalls 0, 0.01 to 1 and categories by rising id; -1 without objects.
+        score_RK: Of the detection that reaches each recall, likewise; ``None`` where the style does not give it.
     """
 
     means: dict[str, float]
     of_classes: dict[str, dict[int, float]]
     precision_RK: Floats
+    score_RK: Floats | None = None
 
 
 def score(truth: dict[str, Any], results: Sequence[Result], part: str, scoring: Scoring) -> Scores:
@@ -103,7 +105,7 @@ def _coco_scores(truth: dict[str, Any], results: list[Result], part: str, scorin
         "ap50": {number: float(curves[:, k].mean()) for k, number in enumerate(ids)},
         "ap": {number: _mean(precision[:, :, k, 0, -1]) for k, number in enumerate(ids)},
     }
-    return Scores(means, of_classes, curves)
+    return Scores(means, of_classes, curves, evaluation.eval["scores"][at_50, :, :, 0, -1])
 
 
 def _rising(most: int) -> list[int]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import PIL.Image
 from torch import nn
 
 from piip_scale.config.detection import DetectionRun
 from piip_scale.data.batch import DetectionBatch
+from piip_scale.data.images import Image
 from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.samples.detection import DetectionSamples
 from piip_scale.errors import DataError
+from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detection.metric import CocoMetric
+from piip_scale.tasks.drawing import DrawingStyle, draw_detections
 from piip_scale.tasks.shard_task import ShardTask
 
 MASK_KINDS = frozenset({"mask_rcnn", "cascade_mask_rcnn"})
@@ -30,6 +34,10 @@ class DetectionTask(ShardTask[DetectionRun, DetectionBatch]):
     @cached_property
     def _ground_truth(self) -> dict[str, object]:
         return self.val_set.coco_ground_truth()
+
+    def draw(self, pixels: Image, found: Detections, style: DrawingStyle) -> PIL.Image.Image:
+        """An image, RGB uint8 (H, W, 3), with what the model found in it."""
+        return draw_detections(pixels, found, self.classes, style)
 
     def _new_model(self, network_device: str | None = None) -> nn.Module:
         from piip_scale.tasks.detection.model import build_detection_model  # mmdet takes seconds to import

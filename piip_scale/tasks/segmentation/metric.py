@@ -101,6 +101,10 @@ class SegmentationMetric:
         named = zip(self._classes, iou.tolist(), strict=True)
         return scores | {f"per_class/iou/{name}": value for name, value in named if not np.isnan(value)}
 
+    def pr_curves(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Nothing: a pixel's class has no score."""
+        return {}
+
     def report(self) -> Report | None:
         """IoU and accuracy by class, and confusion of pixels, on rank 0; ``None`` elsewhere. Collective."""
         counts, kept = self.confusion(), gathered_on_main(self._kept)

@@ -36,7 +36,7 @@ def evaluations(world, device):
     engine, found = engine_of(world, config, drop=0.0), []
     for step in range(4):
         train_step(engine, [next(iter(task.train_batches(0, step)))], step, 0, world)
-        metrics = evaluate(engine, task, device, lambda: True)
+        metrics = evaluate(engine, task, device, lambda: True).metrics
         with zero.GatheredParameters(list(engine.module.parameters())):
             weights = {name: p.detach().numpy().copy() for name, p in engine.module.named_parameters()}
         gather_residents(engine)  # leaving the block has cut them, as training never does
