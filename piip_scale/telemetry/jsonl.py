@@ -54,6 +54,18 @@ def read_events(path: Path) -> list[tuple[int, str]]:
     return [(int(event["step"]), str(event["text"])) for event in values]
 
 
+def evaluated_steps(path: Path) -> set[int]:
+    """Steps after which the file has an evaluation; none where there is no file.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    if not path.exists():
+        return set()
+    with path.open("rb") as file:
+        return {int(json.loads(line)["step"]) for line in file if b'"kind": "evaluation"' in line}
+
+
 def superseded_path(path: Path) -> Path:
     """Where a file's superseded lines are: ``metrics.superseded.jsonl`` for ``metrics.jsonl``."""
     return path.with_name(f"{path.stem}.superseded{path.suffix}")

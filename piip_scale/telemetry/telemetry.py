@@ -8,7 +8,7 @@ from typing import TextIO
 
 from piip_scale.errors import RunError
 from piip_scale.files import disk_errors
-from piip_scale.telemetry.jsonl import JsonLines, read_events
+from piip_scale.telemetry.jsonl import JsonLines, evaluated_steps, read_events
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.progress import ProgressLine
@@ -58,6 +58,7 @@ class Telemetry:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._lines = JsonLines(self._run_dir / METRICS_FILE, first_step)
             self._events = read_events(self._run_dir / METRICS_FILE)
+            self._evaluated = evaluated_steps(self._run_dir / METRICS_FILE)
             self._board = TensorBoardWriter(self._run_dir / TENSORBOARD_FOLDER, first_step)
         self._progress = ProgressLine(total_steps, first_step, stream, shows_steps=show_progress)
 
@@ -80,12 +81,10 @@ class Telemetry:
             self._write(record.step, "step", step_scalars(record, rate), step_overview(record, rate))
 
     def evaluation(self, step: int, record: EvaluationRecord) -> None:
-        """Logs an evaluation after ``step`` steps."""
-        with disk_errors(RunError, self._action):
-            self._lines.write(step, "evaluation", {f"eval/{name}": value for name, value in record.metrics.items()})
-            self._board.scalars(step, evaluation_scalars(record.metrics))
-            self._board.pr_curves(step, record.pr_curves)
-            self._board.pictures(step, record.pictures)
+        """Logs an evaluation after ``step`` steps; one that the run's files have already is only told."""
+        if step not in self._evaluated:
+            self._evaluated.add(step)
+            self._write_evaluation(step, record)
         # Names with a slash are details, such as one class's share: files have them, a line has no room.
         shown = {name: value for name, value in record.metrics.items() if "/" not in name}
         self._progress.note(f"step {step}  " + "  ".join(f"{name} {value:.3f}" for name, value in shown.items()))
@@ -126,6 +125,13 @@ class Telemetry:
                 self._lines.close()
             finally:
                 self._board.close()
+
+    def _write_evaluation(self, step: int, record: EvaluationRecord) -> None:
+        with disk_errors(RunError, self._action):
+            self._lines.write(step, "evaluation", {f"eval/{name}": value for name, value in record.metrics.items()})
+            self._board.scalars(step, evaluation_scalars(record.metrics))
+            self._board.pr_curves(step, record.pr_curves)
+            self._board.pictures(step, record.pictures)
 
     def _write(
         self, step: int, kind: str, values: Mapping[str, float], overview: Mapping[str, float] | None = None

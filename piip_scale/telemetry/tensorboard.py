@@ -57,8 +57,8 @@ class TensorBoardWriter:
         from torch.utils.tensorboard.writer import SummaryWriter  # costs a second, which --help need not pay
 
         _hush_writers()
-        purge = first_step + 1 if folder.exists() else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=_FLUSH_SECONDS)  # type: ignore[no-untyped-call]
+        # From the first process on: TensorBoard takes the first such mark for the run's beginning and hides nothing.
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=_FLUSH_SECONDS)  # type: ignore[no-untyped-call]
         self._writer.add_custom_scalars(_LAYOUT)  # type: ignore[no-untyped-call]
         self._last_check = time.monotonic()
 
@@ -115,7 +115,7 @@ class TensorBoardWriter:
             # As it is: the writer's own way decodes and stores a PNG of several times the size.
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
             summary = Summary(value=[Summary.Value(tag=f"{_PICTURES}/{name}", image=image)])
-            self._writer.file_writer.add_summary(summary, step)
+            self._writer.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]  # torch types it as None
 
     def close(self) -> None:
         """Writes what is left.

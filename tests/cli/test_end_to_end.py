@@ -47,6 +47,13 @@ def test_tensorboard_tells_the_run(trained):
     for tag in ("loss/total", "throughput/images_per_second", "time/step_ms", "memory/peak_gib"):
         assert all(event.value > 0 for event in events.Scalars(tag)), tag
     assert [event.step for event in events.Scalars("eval/box_ap")] == [6]
+    assert [event.step for event in events.Scalars("per_class/mask_ap50/7")] == [6]
+    # Two ranks and six images: each picture once, whoever had its image.
+    pictures = [tag for tag in events.Tags()["images"] if tag.startswith("truth_beside_found/")]
+    assert len(pictures) == 4
+    for tag in pictures:
+        assert [(event.step, event.width, event.height) for event in events.Images(tag)] == [(6, 640, 320)]
+    assert {"pr_box/all_classes", "pr_mask/all_classes"} <= set(events.Tags()["tensors"])
     # What a step is made of adds up to it, and all parts of this one take time.
     parts, step = (("data_wait", "forward", "backward", "update"), events.Scalars("time/step_ms"))
     values = [[event.value for event in events.Scalars(f"time/{part}_ms")] for part in parts]

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import piip_scale.tasks.mmlab  # noqa: F401 - stands in for mmcv's compiled ops, which mmdet imports
-from piip_scale.tasks.detection import error_kinds
+from piip_scale.tasks.detection import error_kinds, pr_curves
 from piip_scale.tasks.detection.metric import CocoMetric
 from piip_scale.tasks.detection.scoring import Scoring
 
@@ -120,6 +121,55 @@ def test_average_recall_is_pycocotools(made, max_dets):
     expected |= {"box_ap": mean(precision[..., 0, -1]), "box_ar_m": mean(recall[:, :, 2, -1])}
     assert {name: mine[name] for name in expected} == pytest.approx(expected, abs=1e-12)
     assert ("box_ar10" in mine) == (max_dets != 3)
+
+
+def test_curves_by_score_are_pycocotools_matches(made):
+    truth, results = copy.deepcopy(made)
+    metric = CocoMetric(truth, with_masks=False)
+    metric.score_results(copy.deepcopy(results))
+    curves = metric.pr_curves()
+    assert list(curves) == ["box/all_classes", *(f"box/c{number}" for number in range(1, CLASSES + 1))]
+    known = COCO()
+    known.dataset = truth
+    known.createIndex()
+    reference = COCOeval(known, known.loadRes(results), "bbox")
+    reference.evaluate()
+    least = np.linspace(0, 1, 101)
+    for number in range(1, CLASSES + 1):
+        images = [
+            one for one in reference.evalImgs if one and one["category_id"] == number and one["aRng"] == [0, 1e10]
+        ]
+        scores = np.concatenate([one["dtScores"] for one in images])
+        is_right = np.concatenate([one["dtMatches"][0] > 0 for one in images])
+        objects = sum(len(one["gtIds"]) for one in images)
+        right = np.array([(is_right & (scores >= at)).sum() for at in least])
+        wrong = np.array([(~is_right & (scores >= at)).sum() for at in least])
+        _, _, missed, precision, recall = found = curves[f"box/c{number}"]
+        # Known at hundredths of recall.
+        assert (right / objects - 0.01 - 1e-9 <= recall).all()
+        assert (recall <= right / objects + 1e-9).all()
+        assert found[0] + missed == pytest.approx(objects)
+        # At each recall the best at that or more, which is never less than what the score itself gives.
+        assert (precision + 1e-9 >= np.where(right > 0, right / np.maximum(right + wrong, 1), 0)).all()
+        assert found[1] == pytest.approx(found[0] / precision - found[0], abs=0.5)
+    of_classes = np.stack([curves[f"box/c{number}"] for number in range(1, CLASSES + 1)])
+    assert curves["box/all_classes"][:3] == pytest.approx(of_classes[:, :3].sum(0))
+    assert curves["box/all_classes"][3:] == pytest.approx(of_classes[:, 3:].mean(0))
+
+
+def test_only_some_classes_have_curves_of_their_own(made, monkeypatch):
+    monkeypatch.setattr(pr_curves, "MOST_CLASSES", 2)
+    truth, results = copy.deepcopy(made)
+    counts = Counter(note["category_id"] for note in truth["annotations"])
+    truth["annotations"] = [note for note in truth["annotations"] if note["category_id"] != 1]
+    metric = CocoMetric(truth, with_masks=False)
+    assert metric.pr_curves() == {}
+    metric.score_results(results)
+    most = sorted(sorted(range(2, CLASSES + 1), key=lambda number: -counts[number])[:2])
+    assert list(metric.pr_curves()) == ["box/all_classes", *(f"box/c{number}" for number in most)]
+    voc = CocoMetric(truth, with_masks=False, scoring=Scoring("voc"))
+    voc.score_results(results)
+    assert voc.pr_curves() == {}
 
 
 def test_voc_is_mmdets_eval_map(made):
