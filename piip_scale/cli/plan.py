@@ -1,4 +1,4 @@
-"""``piip-scale plan``: what a run needs of each GPU, before there is one."""
+"""``piip-scale plan``: what a run needs of each GPU and how long it takes, before there is one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides, read_size
+from piip_scale.cli.pace import Pace
 
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
-    from piip_scale.engine.planning.memory import MemoryPlan
-    from piip_scale.engine.planning.planner import Change
+    from piip_scale.engine.gpus import Gpu
+    from piip_scale.engine.planning.choices import Choice
+    from piip_scale.engine.planning.cluster import Assumptions, Cluster
+    from piip_scale.engine.planning.planner import Change, Planner
     from piip_scale.engine.zero.traffic import Collective
 
 _GIB = 2**30
 _TERA = 1e12
-_HOUR_S = 3600
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +35,16 @@ def plan(
     config: ConfigPath,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
-    gpu_memory_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU.")] = 80.0,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200, a100-80, a100-40, b200, l40s, rtx4090 ...")] = "",
+    network_gbps: Annotated[
+        float | None, typer.Option(min=0.001, help="Gb/s of a whole NODE to others; default: zero.network_gbps.")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="gpu.jsonl of benchmarks/gpu.py, in the place of assumptions.")
+    ] = None,
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(min=1, help="Memory of a GPU; default: what --gpu has.")
+    ] = None,
     host_memory_gib: Annotated[
         float | None, typer.Option(min=1, help="Memory of a node's host, to be checked.")
     ] = None,
@@ -53,100 +64,177 @@ def plan(
     """Plan a run's memory per GPU, its batch and its time, and report which setting helps if it does not fit.
 
     From the config alone: needs no GPU, no data and no memory for weights. The network's activations are counted by
-    running its shapes; those of neck and heads, and 1.5 GiB for libraries, are estimates.
+    running its shapes; those of neck and heads, and 1.5 GiB for libraries, are estimates. Times are arithmetic on the
+    GPU's data sheet and on assumptions, which are printed; `--measured` replaces them by a recording.
 
-    Example: `piip-scale plan configs/coco/mask_rcnn_h6b_1024_512.py --gpus-per-node 8 --gpu-memory-gib 80`
+    Example: `piip-scale plan configs/coco/mask_rcnn_h6b_1024_512.py --nodes 2 --gpu h100 --network-gbps 400`
     """
     from piip_scale.config.loading import load_config
-    from piip_scale.engine.batching import batch_line, shrunk_line
-    from piip_scale.engine.checkpoint_choice import leaves_open, settled_line
-    from piip_scale.engine.planning.lines import change_lines, host_line, kept_blocks_line, memory_lines
+    from piip_scale.engine.batching import planned_batch
     from piip_scale.engine.planning.planner import Planner
-    from piip_scale.engine.zero.traffic import traffic_lines
     from piip_scale.tasks.counting import likely_classes
     from piip_scale.tasks.outline import outline_run
 
-    run = load_config(Path(config), overrides or [])
+    kind, assumed = _gpu_of(gpu, measured)
+    ranks = nodes * gpus_per_node
+    run, note = planned_batch(load_config(Path(config), overrides or []), ranks)
     size_px = read_size(size) if size else None
     outline_of = partial(outline_run, num_classes=likely_classes(run)[1], size_px=size_px)
-    planner, ranks = Planner(outline_of, gpu_memory_gib * _GIB, gpus_per_node), nodes * gpus_per_node
-    settled = [settled_line(planner.settled(run, ranks), int(gpu_memory_gib * _GIB))] if leaves_open(run) else []
-    run = planner.settled(run, ranks)
-    found, changes = planner.plan(run, ranks), planner.changes(run, ranks)
-    traffic = planner.traffic(run, ranks)
-    pace = Pace.of(run, found, size_px, None if mfu is None else mfu * peak_tflops * _TERA)
-    if as_json:
-        typer.echo(json.dumps(_as_json(found, changes, pace, _sent(traffic, gpus_per_node)), indent=1))
-    else:
-        host = host_line(found, gpus_per_node, None if host_memory_gib is None else host_memory_gib * _GIB)
-        kept = kept_blocks_line(planner.without_checkpoints(run, ranks), pace.recomputed_share)
-        lines = [*settled, *memory_lines(found), *filter(None, [kept, host]), *change_lines(found, changes)]
-        batch = [*filter(None, [shrunk_line(run, ranks)]), batch_line(run, ranks)]
-        typer.echo("\n".join([*lines, *traffic_lines(traffic, gpus_per_node), *batch, *pace.lines()]))
+    capacity = (gpu_memory_gib or kind.memory_gib) * _GIB
+    network = network_gbps or run.zero.network_gbps
+    host = None if host_memory_gib is None else host_memory_gib * _GIB
+    setting = _Setting(Planner(outline_of, capacity, gpus_per_node), kind, assumed, ranks, gpus_per_node, network, host)
+    found = _Found.of(run, setting, note, size_px, None if mfu is None else mfu * peak_tflops * _TERA)
+    typer.echo(json.dumps(found.as_json(), indent=1) if as_json else "\n".join(found.lines()))
+
+
+def _gpu_of(name: str, measured: Path | None) -> tuple[Gpu, Assumptions]:
+    from piip_scale.engine.gpus import DEFAULT_GPU, gpu_named
+    from piip_scale.engine.planning.cluster import Assumptions
+    from piip_scale.engine.planning.measured import read_measured
+
+    if measured is None:
+        return gpu_named(name or DEFAULT_GPU), Assumptions()
+    kind, assumed = read_measured(measured)
+    return gpu_named(name) if name else kind, assumed
 
 
 @dataclass(frozen=True)
-class Pace:
-    """A run's steps and their cost.
+class _Setting:
+    """Where a run is planned for.
 
     Attributes:
-        images_per_step: On all GPUs.
-        steps_per_epoch: ``None`` where the training shards are not there.
-        flops_per_image: Model FLOPs of the network in a training step, as training logs them and its MFU: as far as
-            it is trained, without neck and heads and what checkpointing computes again.
-        head_flops_per_image: Those of neck and heads, in float32.
-        recomputed_flops_per_image: What checkpointed blocks compute a second time.
-        seconds_per_step: At the speed asked for.
+        planner: Of its GPUs.
+        gpu: Their kind.
+        assumed: What its data sheet leaves open.
+        num_ranks: GPUs.
+        ranks_per_node: Of each node.
+        network_gbps: Of a node.
+        host_capacity: Bytes of a node's host memory, where it is known.
     """
 
-    images_per_step: int
-    steps_per_epoch: int | None
-    flops_per_image: int
-    head_flops_per_image: int
-    recomputed_flops_per_image: int
-    seconds_per_step: float | None
+    planner: Planner
+    gpu: Gpu
+    assumed: Assumptions
+    num_ranks: int
+    ranks_per_node: int
+    network_gbps: float
+    host_capacity: float | None
+
+    def cluster(self, precision: str) -> Cluster:
+        """For a run in that precision."""
+        from piip_scale.engine.planning.cluster import gpu_cluster
+
+        return gpu_cluster(self.gpu, self.num_ranks, self.ranks_per_node, self.network_gbps, precision, self.assumed)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """All that is planned of a run.
+
+    Attributes:
+        run: It, with what it left to memory decided.
+        setting: Where.
+        notes: What was changed or decided, a line each.
+        asked: Memory and time of the run as it is.
+        others: Of those that differ in one decision.
+        best: The fastest that fits, if any.
+        changes: What makes it fit.
+        traffic: What a step sends.
+        pace: Its steps.
+    """
+
+    run: RunConfig
+    setting: _Setting
+    notes: tuple[str, ...]
+    asked: Choice
+    others: tuple[Choice, ...]
+    best: Choice | None
+    changes: tuple[Change, ...]
+    traffic: tuple[Collective, ...]
+    pace: Pace
 
     @classmethod
-    def of(cls, run: RunConfig, plan: MemoryPlan, size_px: tuple[int, int] | None, flops: float | None) -> Pace:
-        """The pace of a run whose every GPU does so many FLOP/s; images of ``size_px``, or as large as training's."""
-        from piip_scale.tasks.counting import head_flops, likely_classes, network_flops, recomputed_flops
-        from piip_scale.tasks.outline import training_size_px
+    def of(
+        cls, run: RunConfig, setting: _Setting, note: str, size_px: tuple[int, int] | None, flops: float | None
+    ) -> _Found:
+        """Plans it."""
+        from piip_scale.engine.checkpoint_choice import leaves_open, settled_line
+        from piip_scale.engine.planning.choices import Chooser
 
-        classes, size = likely_classes(run)[1], size_px or training_size_px(run)
-        network, heads = network_flops(run, classes, *size), head_flops(run, classes, *size)
-        seconds = None if flops is None else network * plan.images_per_step / (plan.num_ranks * flops)
-        again = recomputed_flops(run, classes, *size)
-        return cls(plan.images_per_step, _steps_per_epoch(run, plan), network, heads, again, seconds)
-
-    @property
-    def recomputed_share(self) -> float:
-        """Of the arithmetic of the network's step, without neck and heads."""
-        again = self.recomputed_flops_per_image
-        return again / (self.flops_per_image + again)
+        planner, ranks = setting.planner, setting.num_ranks
+        settled = planner.settled(run, ranks)
+        decided = settled_line(settled, int(planner.capacity)) if leaves_open(run) else ""
+        chooser = Chooser(planner, setting.cluster(run.train.precision), setting.host_capacity or float("inf"))
+        asked = chooser.asked(settled)
+        return cls(
+            run=settled,
+            setting=setting,
+            notes=tuple(filter(None, [note, decided])),
+            asked=asked,
+            others=tuple(chooser.one_by_one(settled)),
+            best=chooser.fastest(settled),
+            changes=tuple(planner.changes(settled, ranks)),
+            traffic=planner.traffic(settled, ranks),
+            pace=Pace.of(settled, asked.memory, size_px, flops),
+        )
 
     def lines(self) -> list[str]:
-        """For the user."""
-        steps = "" if self.steps_per_epoch is None else f", {self.steps_per_epoch:,} steps an epoch"
-        flops = f"{self.flops_per_image / _TERA:.2f} TFLOP an image"
-        heads = f"{self.head_flops_per_image / _TERA:.2f} more in neck and heads, which MFU leaves out"
-        lines = [f"{self.images_per_step} images a step{steps}; {flops}, {heads}"]
-        if (seconds := self.seconds_per_step) is not None:
-            hours = None if self.steps_per_epoch is None else self.steps_per_epoch * seconds / _HOUR_S
-            epoch = "" if hours is None else f", {hours:.2f} h an epoch"
-            lines.append(f"at that speed {seconds:.2f} s a step, {self.images_per_step / seconds:.1f} images/s{epoch}")
-        return lines
+        """For people."""
+        from piip_scale.engine.batching import batch_line, shrunk_line
+        from piip_scale.engine.planning.lines import change_lines, host_line, kept_blocks_line, memory_lines
+        from piip_scale.engine.planning.time_lines import (
+            assumption_lines,
+            choice_lines,
+            fastest_line,
+            schedule_line,
+            time_lines,
+        )
+        from piip_scale.engine.zero.traffic import traffic_lines
+
+        run, setting, memory, pace = self.run, self.setting, self.asked.memory, self.pace
+        ranks, per_node = setting.num_ranks, setting.ranks_per_node
+        host = host_line(memory, per_node, setting.host_capacity)
+        kept = kept_blocks_line(setting.planner.without_checkpoints(run, ranks), pace.recomputed_share)
+        cluster = setting.cluster(run.train.precision)
+        lines = [
+            *(*self.notes, *memory_lines(memory), kept, host, *change_lines(memory, self.changes)),
+            *traffic_lines(self.traffic, per_node),
+            *(shrunk_line(run, ranks), batch_line(run, ranks), *pace.lines()),
+            *assumption_lines(setting.gpu, cluster, setting.network_gbps, setting.assumed),
+            *(*time_lines(self.asked.time), schedule_line(self.asked.time, pace.steps)),
+            *(*choice_lines(self.asked, self.others), fastest_line(self.asked, self.best)),
+        ]
+        return [line for line in lines if line]
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        ways = [{"knob": change.knob, "total": change.plan.total, "fits": change.plan.fits} for change in self.changes]
+        return asdict(self.asked.memory) | {
+            "total": self.asked.memory.total,
+            "fits": self.asked.memory.fits,
+            "changes": ways,
+            "traffic": _sent(self.traffic, self.setting.ranks_per_node),
+            "pace": asdict(self.pace),
+            "gpu": asdict(self.setting.gpu),
+            "network_gbps_of_a_node": self.setting.network_gbps,
+            "time": asdict(self.asked.time) | _choice_as_json(self.asked),
+            "choices": [_choice_as_json(choice) for choice in self.others],
+            "fastest": None if self.best is None else _choice_as_json(self.best),
+        }
 
 
-def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
-    from piip_scale.data.reading.set_files import has_manifest
-    from piip_scale.data.reading.shards import ShardSet
-    from piip_scale.data.stream import epoch_size
-
-    data = run.data
-    if not has_manifest(data.train_shards, data.cache):
-        return None
-    shards = ShardSet.open(data.train_shards, data.classes, cache=data.cache, max_pixels=data.max_pixels)
-    return epoch_size(shards, data) // plan.images_per_step
+def _choice_as_json(choice: Choice) -> dict[str, Any]:
+    time = choice.time
+    return {
+        "name": choice.name,
+        "seconds": time.seconds,
+        "images_per_s": time.images_per_s,
+        "mfu": time.mfu,
+        "bound_by": time.bound_by,
+        "bytes": choice.memory.total,
+        "fits": choice.fits,
+    }
 
 
 def _sent(traffic: Sequence[Collective], ranks_per_node: int) -> list[dict[str, Any]]:
@@ -154,16 +242,3 @@ def _sent(traffic: Sequence[Collective], ranks_per_node: int) -> list[dict[str, 
         asdict(each) | {"inside": each.inside(ranks_per_node), "between": each.between(ranks_per_node)}
         for each in traffic
     ]
-
-
-def _as_json(
-    plan: MemoryPlan, changes: Sequence[Change], pace: Pace, traffic: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    ways = [{"knob": change.knob, "total": change.plan.total, "fits": change.plan.fits} for change in changes]
-    return asdict(plan) | {
-        "total": plan.total,
-        "fits": plan.fits,
-        "changes": ways,
-        "traffic": traffic,
-        "pace": asdict(pace),
-    }

@@ -171,6 +171,7 @@ class ZeroConfig(Strict):
         shard_over: Ranks that share one copy of parameters, gradients and optimiser state: ``all``, those of each
             ``node``, or so many that follow each other. Each such group is a replica of the others, and the slices of
             its gradients are summed with theirs once a step, not once a micro-batch. Stage 3 only, without offloading.
+        network_gbps: Gb/s of a whole node to others, in one direction: what ``piip-scale plan`` reckons with.
         deepspeed: Raw DeepSpeed keys on top, of those that are known to leave numbers and checkpoints as they are; the
             value ``auto`` leaves a key to us.
     """
@@ -182,6 +183,7 @@ class ZeroConfig(Strict):
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     node_partition: Positive = 1
     shard_over: Literal["all", "node"] | Positive = "all"
+    network_gbps: PositiveFloat = 400.0
     deepspeed: dict[str, Any] = {}
 
     @property

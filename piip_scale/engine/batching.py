@@ -172,15 +172,34 @@ def shrunk_line(config: RunConfig, num_ranks: int) -> str:
     )
 
 
+def planned_batch(config: RunConfig, num_ranks: int) -> tuple[RunConfig, str]:
+    """The run with steps that these ranks can make, and a line on it where that makes it another recipe.
+
+    Where ranks cannot share ``train.images_per_step`` at all, the next larger number that they can is planned with:
+    to train so is for the user to decide.
+    """
+    images = images_per_step(config, num_ranks)
+    if images % num_ranks == 0:
+        return config, ""
+    larger = (images // num_ranks + 1) * num_ranks
+    train = config.train.model_copy(update={"images_per_step": larger, "gradient_accumulation": 1})
+    line = (
+        f"{num_ranks} ranks cannot share the {images} images of train.images_per_step: planned with {larger}, which is "
+        f"another recipe; to keep it take {_listed(divisors(images))} ranks"
+    )
+    return config.model_copy(update={"train": train}), line
+
+
 def _scaled(optimizer: OptimizerConfig, ratio: float) -> OptimizerConfig:
     lr = optimizer.lr * ratio ** _EXPONENTS[optimizer.lr_scaling]
     return optimizer.model_copy(update={"lr": lr, "lr_scaling": "none", "reference_images_per_step": None})
 
 
 def _what_fits(images: int, micro: int, num_ranks: int) -> str:
-    ways = []
-    if images % micro == 0:
-        ways.append(f"{_listed(divisors(images // micro))} ranks")
+    alike = divisors(images // micro) if images % micro == 0 else []
+    ways = [f"{_listed(alike)} ranks"] if alike else []
+    if smaller := [ranks for ranks in divisors(images) if ranks not in alike and images // ranks < micro]:
+        ways.append(f"{_listed(smaller)} ranks with micro-batches of {_listed(sorted({images // r for r in smaller}))}")
     if images % num_ranks == 0:
         ways.append(f"data.micro_batch_size {_listed(divisors(images // num_ranks))}")
     at_once = micro * num_ranks

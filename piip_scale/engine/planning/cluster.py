@@ -11,6 +11,8 @@ from piip_scale.engine.zero.traffic import PASSES, Kind
 
 _GIGA, _TERA = 1e9, 1e12
 _BITS = 8
+H6B_OPERATORS = 16_540
+"""That the network of ``configs/coco/mask_rcnn_h6b_1024_512.py`` calls in a micro-batch, blocks computed again."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Assumptions:
         inner_latency_s: Of a hop inside a node.
         outer_latency_s: Of a hop between nodes.
         operator_s: See ``Cluster``. Measured on two busy CPU cores (benchmarks/step.md): 439 ms of a micro-batch of
-            PIIP-H6B, forward and backward, whose network calls 16,540 operators.
+            PIIP-H6B, forward and backward.
         host_gb_s: GB/s of a node's host memory.
         measured: What of these, and of the GPU's row, is measured.
     """
@@ -106,7 +108,7 @@ class Assumptions:
     link_share: float = 0.8
     inner_latency_s: float = 3e-6
     outer_latency_s: float = 1e-5
-    operator_s: float = 0.439 / 16540
+    operator_s: float = 0.439 / H6B_OPERATORS
     host_gb_s: float = 200.0
     measured: Mapping[str, str] = field(default_factory=dict)
 

@@ -65,10 +65,13 @@ class Planner:
         outline_of: The outline of a run: what planning needs of its task.
         capacity: Bytes of a GPU.
         ranks_per_node: GPUs of a node; ``None`` has all on one.
+
+    Attributes:
+        capacity: As given.
     """
 
     def __init__(self, outline_of: OutlineOf, capacity: float, ranks_per_node: int | None = None) -> None:
-        self._outline_of, self._capacity, self._ranks_per_node = outline_of, capacity, ranks_per_node
+        self._outline_of, self.capacity, self._ranks_per_node = outline_of, capacity, ranks_per_node
         self._known: dict[object, Rehearsed] = {}
 
     def within(self, capacity: float) -> Planner:
@@ -98,7 +101,7 @@ class Planner:
             buckets=buckets(sharding),
             backward=share * rehearsed.backward + sum(kept.values()),
             reserve=RESERVE_BYTES,
-            capacity=self._capacity,
+            capacity=self.capacity,
             num_ranks=num_ranks,
             micro_batch_size=scaled.data.micro_batch_size,
             images_per_step=images_per_step(config, num_ranks),

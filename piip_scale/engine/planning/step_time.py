@@ -68,9 +68,9 @@ class Phase:
         return work + self.exposed
 
     @property
-    def bound_by(self) -> str:
-        """What would have to be faster."""
-        terms = {
+    def terms(self) -> dict[str, float]:
+        """What would have to be faster, and its seconds."""
+        return {
             "computing": self.compute,
             "links inside nodes": self.inner,
             "the network": self.outer,
@@ -78,7 +78,11 @@ class Phase:
             "messages that nothing hides": self.exposed,
             "the host": self.host,
         }
-        return max(terms, key=terms.__getitem__)
+
+    @property
+    def bound_by(self) -> str:
+        """What takes longest."""
+        return max(self.terms, key=self.terms.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,12 @@ class StepTime:
         if not self.peak_flops:
             return None
         return self.model_flops * self.images_per_s / (self.num_ranks * self.peak_flops)
+
+    @property
+    def waits(self) -> dict[str, float]:
+        """Seconds of each term in a step, whether or not they hide behind each other."""
+        terms = [(phase.times, phase.terms) for phase in self.phases]
+        return {name: sum(times * of_phase[name] for times, of_phase in terms) for name in terms[0][1]}
 
     @property
     def bound_by(self) -> str:

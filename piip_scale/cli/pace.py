@@ -1,0 +1,80 @@
+"""A run's steps and what they cost, as ``piip-scale plan`` prints them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from piip_scale.config import RunConfig
+    from piip_scale.engine.planning.memory import MemoryPlan
+
+_TERA = 1e12
+_HOUR_S = 3600
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A run's steps and their cost.
+
+    Attributes:
+        images_per_step: On all GPUs.
+        steps_per_epoch: ``None`` where the training shards are not there.
+        flops_per_image: Model FLOPs of the network in a training step, as training logs them and its MFU: as far as
+            it is trained, without neck and heads and what checkpointing computes again.
+        head_flops_per_image: Those of neck and heads, in float32.
+        recomputed_flops_per_image: What checkpointed blocks compute a second time.
+        seconds_per_step: At the speed asked for.
+        steps: Of the whole schedule; ``None`` where that is in epochs of a set that is not there.
+    """
+
+    images_per_step: int
+    steps_per_epoch: int | None
+    flops_per_image: int
+    head_flops_per_image: int
+    recomputed_flops_per_image: int
+    seconds_per_step: float | None
+    steps: int | None = None
+
+    @classmethod
+    def of(cls, run: RunConfig, plan: MemoryPlan, size_px: tuple[int, int] | None, flops: float | None) -> Pace:
+        """The pace of a run whose every GPU does so many FLOP/s; images of ``size_px``, or as large as training's."""
+        from piip_scale.tasks.counting import head_flops, likely_classes, network_flops, recomputed_flops
+        from piip_scale.tasks.outline import training_size_px
+
+        classes, size = likely_classes(run)[1], size_px or training_size_px(run)
+        network, heads = network_flops(run, classes, *size), head_flops(run, classes, *size)
+        seconds = None if flops is None else network * plan.images_per_step / (plan.num_ranks * flops)
+        again, of_epoch = recomputed_flops(run, classes, *size), _steps_per_epoch(run, plan)
+        steps = run.train.steps or (of_epoch and of_epoch * (run.train.epochs or 1))
+        return cls(plan.images_per_step, of_epoch, network, heads, again, seconds, steps)
+
+    @property
+    def recomputed_share(self) -> float:
+        """Of the arithmetic of the network's step, without neck and heads."""
+        again = self.recomputed_flops_per_image
+        return again / (self.flops_per_image + again)
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        steps = "" if self.steps_per_epoch is None else f", {self.steps_per_epoch:,} steps an epoch"
+        flops = f"{self.flops_per_image / _TERA:.2f} TFLOP an image"
+        heads = f"{self.head_flops_per_image / _TERA:.2f} more in neck and heads, which MFU leaves out"
+        lines = [f"{self.images_per_step} images a step{steps}; {flops}, {heads}"]
+        if (seconds := self.seconds_per_step) is not None:
+            hours = None if self.steps_per_epoch is None else self.steps_per_epoch * seconds / _HOUR_S
+            epoch = "" if hours is None else f", {hours:.2f} h an epoch"
+            lines.append(f"at that speed {seconds:.2f} s a step, {self.images_per_step / seconds:.1f} images/s{epoch}")
+        return lines
+
+
+def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
+    from piip_scale.data.reading.set_files import has_manifest
+    from piip_scale.data.reading.shards import ShardSet
+    from piip_scale.data.stream import epoch_size
+
+    data = run.data
+    if not has_manifest(data.train_shards, data.cache):
+        return None
+    shards = ShardSet.open(data.train_shards, data.classes, cache=data.cache, max_pixels=data.max_pixels)
+    return epoch_size(shards, data) // plan.images_per_step

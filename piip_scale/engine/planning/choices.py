@@ -1,0 +1,185 @@
+"""Other ways to run the same steps: layouts, what is computed again, micro-batches; each with its memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from piip_scale.config.run import DataConfig, RunConfig, ZeroConfig
+from piip_scale.data.order import divisors
+from piip_scale.engine.batching import images_per_step, scale_to_ranks
+from piip_scale.engine.planning.cluster import Cluster
+from piip_scale.engine.planning.knobs import all_checkpointed, none_checkpointed
+from piip_scale.engine.planning.memory import MemoryPlan
+from piip_scale.engine.planning.planner import Planner
+from piip_scale.engine.planning.step_time import StepTime
+from piip_scale.errors import ConfigError
+
+# Beyond that accumulation is as good, and a mistake in the estimate of activations counts for more.
+_LARGEST_MICRO_BATCH = 8
+_PLAIN = {"node_partition": 1, "shard_over": "all", "offload_optimizer": "none", "offload_parameters": "none"}
+LAYOUT_KEYS = ("stage", *_PLAIN)
+"""Of ``ZeroConfig``: what says who holds what."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run.
+
+    Attributes:
+        name: What differs from the run as it was asked for, as a user would write it; empty for that itself.
+        config: The run.
+        memory: Of each GPU.
+        time: Of a step.
+        host_capacity: Bytes of a node's host memory; infinite where it is not known.
+        ranks_per_node: Ranks that share it.
+    """
+
+    name: str
+    config: RunConfig
+    memory: MemoryPlan
+    time: StepTime
+    host_capacity: float
+    ranks_per_node: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether GPUs and hosts hold it."""
+        return self.memory.fits and self.memory.host_memory * self.ranks_per_node <= self.host_capacity
+
+
+class Chooser:
+    """Looks for faster ways to run.
+
+    Args:
+        planner: Of GPUs as they are.
+        cluster: Its ranks and their rates.
+        host_capacity: Bytes of a node's host memory.
+    """
+
+    def __init__(self, planner: Planner, cluster: Cluster, host_capacity: float = float("inf")) -> None:
+        self._planner, self._cluster, self._host = planner, cluster, host_capacity
+
+    def asked(self, config: RunConfig) -> Choice:
+        """The run as it is.
+
+        Raises:
+            ConfigError: It cannot be.
+        """
+        return self._choice("", config)
+
+    def one_by_one(self, config: RunConfig) -> list[Choice]:
+        """All that differ from a run by one decision, as far as they can be."""
+        changed = [*self._layouts(config), *_checkpointings(config), *self._micro_batches(config)]
+        return list(self._possible((name, other) for name, other in changed if other != config))
+
+    def fastest(self, config: RunConfig) -> Choice | None:
+        """The fastest that fits of all layouts, checkpointings and micro-batches together; ``None`` where none does."""
+        return _fastest(self._possible(self._all(config)))
+
+    def fastest_layout(self, config: RunConfig, kept: Iterable[str] = ()) -> Choice:
+        """The fastest that fits of all layouts; where none does, the one that needs least memory.
+
+        Args:
+            config: The run.
+            kept: Keys of ``zero`` that stay as they are.
+
+        Raises:
+            ConfigError: None of them can be.
+        """
+        wanted = {key: getattr(config.zero, key) for key in kept}
+        choices = [
+            choice
+            for choice in self._possible([("", config), *self._layouts(config)])
+            if all(getattr(choice.config.zero, key) == value for key, value in wanted.items())
+        ]
+        if not choices:
+            return self.asked(config)
+        return _fastest(choices) or min(choices, key=lambda choice: choice.memory.total)
+
+    def _all(self, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+        for layout, of_layout in [("", config), *self._layouts(config)]:
+            for again, of_again in [("", of_layout), *_checkpointings(of_layout)]:
+                for micro, changed in [("", of_again), *self._micro_batches(of_again)]:
+                    yield ", ".join(filter(None, (layout, again, micro))), changed
+
+    def _possible(self, named: Iterable[tuple[str, RunConfig]]) -> Iterator[Choice]:
+        for name, config in named:
+            try:
+                yield self._choice(name, config)
+            except ConfigError:  # raw keys of DeepSpeed's, or the ranks, do not go with it
+                continue
+
+    def _choice(self, name: str, config: RunConfig) -> Choice:
+        ranks = self._cluster.num_ranks
+        settled = self._planner.settled(config, ranks)
+        memory, time = self._planner.plan(settled, ranks), self._planner.step_time(settled, self._cluster)
+        return Choice(name, settled, memory, time, self._host, self._cluster.ranks_per_node)
+
+    def _layouts(self, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+        for name, changes in _layouts_of(self._cluster.num_ranks, self._cluster.ranks_per_node):
+            zero = _with_layout(config, changes)
+            if zero is not None and any(getattr(zero, key) != getattr(config.zero, key) for key in LAYOUT_KEYS):
+                yield name, config.model_copy(update={"zero": zero})
+
+    def _micro_batches(self, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+        """Others that make steps of as many images."""
+        ranks, images = self._cluster.num_ranks, images_per_step(config, self._cluster.num_ranks)
+        now = scale_to_ranks(config, ranks).data.micro_batch_size
+        train = config.train.model_copy(update={"images_per_step": images, "gradient_accumulation": 1})
+        for size in divisors(images // ranks):
+            data = _with_micro_batch(config.data, size)
+            if size != now and size <= _LARGEST_MICRO_BATCH and data is not None:
+                yield f"data.micro_batch_size={size}", config.model_copy(update={"data": data, "train": train})
+
+
+def _fastest(choices: Iterable[Choice]) -> Choice | None:
+    # Of equals the first, which differs least from what was asked for.
+    return min((choice for choice in choices if choice.fits), key=lambda choice: choice.time.seconds, default=None)
+
+
+def _layouts_of(num_ranks: int, ranks_per_node: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    for stage in (3, 2, 1):
+        yield f"zero.stage={stage}", {"stage": stage}
+    nodes = num_ranks // ranks_per_node
+    if nodes > 1 and ranks_per_node > 1:
+        yield "zero.shard_over='node'", {"stage": 3, "shard_over": "node"}
+        yield f"zero.node_partition={ranks_per_node}", {"stage": 3, "node_partition": ranks_per_node}
+    group = 2
+    while group < nodes and nodes % group == 0:
+        yield f"zero.shard_over={group * ranks_per_node}", {"stage": 3, "shard_over": group * ranks_per_node}
+        group *= 2
+    places = {"offload_optimizer": "cpu"}
+    yield "zero.offload_optimizer='cpu'", {"stage": 3, **places}
+    yield (
+        "zero.offload_optimizer='cpu', zero.offload_parameters='cpu'",
+        {"stage": 3, **places, "offload_parameters": "cpu"},
+    )
+
+
+def _with_layout(config: RunConfig, changes: dict[str, Any]) -> ZeroConfig | None:
+    """``None`` where the config's own rules do not allow it."""
+    zero = config.zero.model_copy(update=_PLAIN | changes)
+    try:
+        type(config).model_validate(config.model_dump() | {"zero": zero.model_dump()})
+    except ValidationError:
+        return None
+    return zero
+
+
+def _checkpointings(config: RunConfig) -> list[tuple[str, RunConfig]]:
+    ways = [
+        ("checkpoint_blocks=False, checkpoint_units=False", none_checkpointed(config)),
+        ("checkpoint_blocks=True, checkpoint_units=True", all_checkpointed(config)),
+    ]
+    return [(name, changed) for name, changed in ways if changed.model != config.model]
+
+
+def _with_micro_batch(data: DataConfig, size: int) -> DataConfig | None:
+    try:
+        return type(data).model_validate(data.model_dump() | {"micro_batch_size": size})
+    except ValidationError:
+        return None
