@@ -17,6 +17,7 @@ DIGITS = Path(__file__).parents[2] / "configs" / "demo" / "digits.py"
 
 def test_a_plan_tells_memory_knobs_steps_and_time(shards):
     options = ("--nodes", 2, "--gpus-per-node", 2, "--gpu-memory-gib", 1, "--mfu", 0.5, "--peak-tflops", 100)
+    options += ("--gpu", "h200", "--network-gbps", 200)
     sets = ("--set", f"data.train_shards={shards / 'train'}", "--set", f"data.val_shards={shards / 'val'}")
     found = json.loads(succeeded(piip_scale("plan", DIGITS, *options, *sets, "--json")).stdout)
     assert (found["num_ranks"], found["fits"], found["capacity"]) == (4, False, 2**30)
@@ -27,7 +28,13 @@ def test_a_plan_tells_memory_knobs_steps_and_time(shards):
     # Libraries alone take more than this GPU has.
     assert not any(change["fits"] for change in found["changes"])
     assert {each["name"] for each in found["traffic"] if each["between"]} >= {"weights, forward", "gradients"}
+    assert found["gpu"]["name"] == "h200"
+    assert found["network_gbps_of_a_node"] == 200
+    assert found["time"]["seconds"] > 0
+    assert {"zero.stage=2", "zero.shard_over='node'"} <= {each["name"] for each in found["choices"]}
+    assert found["fastest"] is None
     pace = found["pace"]
+    assert pace["steps"] == 400
     assert pace["steps_per_epoch"] == 16 // found["images_per_step"]
     assert pace["seconds_per_step"] == pytest.approx(
         pace["flops_per_image"] * found["images_per_step"] / (4 * 0.5 * 100e12)
@@ -41,8 +48,10 @@ def test_a_plan_is_a_table_and_a_verdict(monkeypatch, capsys):
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("GiB on the GPU, micro-batches of ")
-    assert any("which fits into 80.0" in line for line in lines)
-    assert "TFLOP an image" in lines[-1]
+    assert any("which fits into 79.1" in line for line in lines)
+    assert any("TFLOP an image" in line for line in lines)
+    assert any(line.startswith("h100: ") for line in lines)
+    assert lines[-1].startswith("fastest that fits: ")
 
 
 def test_ctrl_c_in_any_command_is_one_line_and_exit_code_130(monkeypatch, capsys):

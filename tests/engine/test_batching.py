@@ -14,6 +14,7 @@ from piip_scale.engine.batching import (
     images_per_step,
     keep_images_per_step,
     keep_streams,
+    planned_batch,
     scale_to_ranks,
     shrunk_line,
 )
@@ -40,7 +41,7 @@ def test_what_does_not_fit_names_only_what_does(images, micro, ranks):
     with pytest.raises(ConfigError, match=r"train\.images_per_step: got") as caught:
         accumulation_for(images, micro, ranks)
     for way in caught.value.fix.removeprefix("what fits: ").split("; or "):
-        numbers = [int(number) for number in re.findall(r"\d+", way)]
+        numbers = [int(number) for number in re.findall(r"\d+", way.split(" with ")[0])]
         assert numbers
         for number in numbers:
             if "micro_batch_size" in way:
@@ -48,7 +49,18 @@ def test_what_does_not_fit_names_only_what_does(images, micro, ranks):
             elif "images_per_step" in way:
                 accumulation_for(number, micro, ranks)
             else:
-                accumulation_for(images, micro, number)
+                size = images // number if " with " in way else micro
+                assert " with " not in way or str(size) in way.split(" with ")[1]
+                accumulation_for(images, size, number)
+
+
+@given(st.integers(1, 60), small, small)
+def test_a_plan_of_ranks_that_cannot_share_a_step_takes_the_next_larger_one_and_says_so(images, micro, ranks):
+    config = tiny_config(data={"micro_batch_size": micro}, train={"images_per_step": images})
+    planned, line = planned_batch(config, ranks)
+    found = images_per_step(scale_to_ranks(planned, ranks), ranks)
+    assert 0 <= found - images < ranks
+    assert bool(line) == (found != images)
 
 
 @given(small, small, small, small)

@@ -1,1 +1,1 @@
-"""What a run will need, before there is a GPU: memory, and which knobs help."""
+"""What a run will need and how long it will take, before there is a GPU, and what else there is to choose."""

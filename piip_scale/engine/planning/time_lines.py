@@ -10,10 +10,9 @@ from piip_scale.engine.planning.cluster import H6B_OPERATORS, Assumptions, Clust
 from piip_scale.engine.planning.memory import GIB
 from piip_scale.engine.planning.step_time import StepTime
 
-_MILLI, _MICRO, _GIGA = 1e-3, 1e-6, 1e9
+_MILLI, _MICRO, _TERA = 1e-3, 1e-6, 1e12
 _HOUR_S, _DAY_H = 3600, 24
-_BITS = 8
-_NAME_WIDTH = 56
+_NAME_WIDTH = 62
 
 
 def time_lines(time: StepTime) -> list[str]:
@@ -29,23 +28,19 @@ def time_lines(time: StepTime) -> list[str]:
 def assumption_lines(gpu: Gpu, cluster: Cluster, network_gbps: float, assumed: Assumptions) -> list[str]:
     """What the times rest on: the data sheet, and what nothing but a measurement tells."""
     nodes = cluster.num_ranks // cluster.ranks_per_node
-    network = (
-        f"; network {network_gbps:g} Gb/s a node, which is {network_gbps / cluster.ranks_per_node:g} Gb/s a GPU"
-        if nodes > 1
-        else ""
-    )
-    host_ms = assumed.operator_s * H6B_OPERATORS / _MILLI
+    of_gpu = network_gbps / cluster.ranks_per_node
+    network = f"; network {network_gbps:g} Gb/s a node, which is {of_gpu:g} Gb/s a GPU" if nodes > 1 else ""
+    inner_us, outer_us = assumed.inner_latency_s / _MICRO, assumed.outer_latency_s / _MICRO
+    operator_us, host_ms = assumed.operator_s / _MICRO, assumed.operator_s * H6B_OPERATORS / _MILLI
     guesses = {
         "products": f"products reach {cluster.flops / cluster.peak_flops:.0%} of the peak",
         "memory": f"memory {assumed.memory_share:.0%} of its rate",
-        "links": f"links {assumed.link_share:.0%} of theirs, with {assumed.inner_latency_s / _MICRO:g} us a hop inside a "
-        f"node and {assumed.outer_latency_s / _MICRO:g} between",
-        "host": f"the host takes {assumed.operator_s / _MICRO:.1f} us an operator, {host_ms:.0f} ms a micro-batch of "
-        "H6B (measured on a busy CPU)",
+        "links": f"links {assumed.link_share:.0%} of theirs, {inner_us:g} us a hop in a node and {outer_us:g} between",
+        "host": f"the host takes {operator_us:.1f} us an operator, {host_ms:.0f} ms a micro-batch of H6B (of a CPU)",
     }
     lines = [
-        f"{gpu.name}: {cluster.peak_flops / 1e12:g} TFLOP/s, {gpu.memory_gb_s:,g} GB/s of memory, {gpu.link_gb_s:g} GB/s "
-        f"to GPUs of its node{network}",
+        f"{gpu.name}: {cluster.peak_flops / _TERA:g} TFLOP/s, {gpu.memory_gb_s:,g} GB/s of memory, "
+        f"{gpu.link_gb_s:g} GB/s to GPUs of its node{network}",
         "assumed: " + "; ".join(text for key, text in guesses.items() if key not in assumed.measured),
     ]
     measured = "; ".join(f"{key} {text}" for key, text in assumed.measured.items())

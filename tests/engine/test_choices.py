@@ -1,0 +1,140 @@
+"""Ways to run the same steps, compared by memory and time, and what a recording of a GPU changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from tiny_configs import tiny_config
+from tiny_task import TinyTask
+
+from piip_scale.engine.gpus import GPUS
+from piip_scale.engine.planning.choices import Chooser
+from piip_scale.engine.planning.cluster import Assumptions, Cluster, Link, gpu_cluster
+from piip_scale.engine.planning.measured import read_measured
+from piip_scale.engine.planning.planner import Planner, predict
+from piip_scale.engine.planning.time_lines import (
+    assumption_lines,
+    choice_lines,
+    fastest_line,
+    schedule_line,
+    time_lines,
+)
+from piip_scale.errors import DataError
+from piip_scale.models.counting import PartCount
+from piip_scale.world import World
+
+GIB = 2**30
+COUNTED = ((PartCount("branch 0", 1, 10**9, backward_macs=2 * 10**9),), ())
+# Links between nodes so slow that nothing else counts.
+SLOW = Cluster(8, 4, 1e12, 1e12, Link(1e10), Link(1e6), peak_flops=2e12)
+
+
+def outline_of(config):
+    return replace(TinyTask(config, World(), dim=64).outline(config), counted=lambda: COUNTED)
+
+
+@cache
+def planner() -> Planner:
+    return Planner(outline_of, 80 * GIB, 4)
+
+
+def run(**sections):
+    values = {"data": {"micro_batch_size": 2}, "train": {"steps": 6, "precision": "bf16", "images_per_step": 64}}
+    return tiny_config(**values | sections)
+
+
+def test_where_the_network_is_slow_replicas_win_and_the_line_says_so():
+    chooser = Chooser(planner(), SLOW)
+    asked, best = chooser.asked(run()), chooser.fastest(run())
+    assert (best.config.zero.shard_over, best.config.zero.stage) == ("node", 3)
+    assert best.time.seconds == min(each.time.seconds for each in [*chooser.one_by_one(run()), asked, best])
+    line = fastest_line(asked, best)
+    assert line.startswith("fastest that fits: zero.shard_over='node'")
+    assert "the network takes" in line
+    assert chooser.fastest_layout(run()).config.zero == best.config.zero
+    # What a user wrote stays.
+    assert chooser.fastest_layout(run(), kept=["shard_over"]).config.zero.shard_over == "all"
+
+
+def test_every_way_makes_steps_of_as_many_images_and_only_what_can_be_is_named():
+    ways = Chooser(planner(), SLOW).one_by_one(run())
+    names = [way.name for way in ways]
+    assert {"zero.stage=1", "zero.stage=2", "zero.node_partition=4", "zero.offload_optimizer='cpu'"} <= set(names)
+    assert [name for name in names if name.startswith("data.")] == [f"data.micro_batch_size={n}" for n in (1, 4, 8)]
+    assert "zero.stage=3" not in names
+    assert {way.time.images for way in ways} == {64}
+    averaged = run(train={"steps": 6, "images_per_step": 64, "ema_decay": 0.9})
+    assert len(Chooser(planner(), SLOW).one_by_one(averaged)) == len(ways)
+    alone = Chooser(Planner(outline_of, 80 * GIB, 1), replace(SLOW, num_ranks=1, ranks_per_node=1)).one_by_one(run())
+    assert not any("shard_over" in way.name or "node_partition" in way.name for way in alone)
+
+
+def test_what_does_not_fit_is_not_chosen():
+    small = planner().within(0.0)
+    assert Chooser(small, SLOW).fastest(run()) is None
+    assert "none of these fits" in fastest_line(Chooser(small, SLOW).asked(run()), None)
+    least = Chooser(small, SLOW).fastest_layout(run())
+    assert least.memory.total == min(way.memory.total for way in [*Chooser(small, SLOW).one_by_one(run()), least])
+    # Saves write from copies in host memory; a host without any holds none of them.
+    assert Chooser(planner(), SLOW, host_capacity=1.0).fastest(run()) is None
+
+
+def test_predicting_is_planning_with_memory_enough():
+    assert predict(run(), SLOW, outline_of) == planner().step_time(run(), SLOW)
+
+
+def test_times_are_lines():
+    chooser, gpu = Chooser(planner(), gpu_cluster(GPUS["h100"], 8, 4, 400)), GPUS["h100"]
+    asked = chooser.asked(run())
+    lines = time_lines(asked.time)
+    assert lines[1].startswith("branch 0")
+    assert f"a step takes {asked.time.seconds:.3f} s" in lines[-1]
+    table = choice_lines(asked, chooser.one_by_one(run()))
+    assert table[1].startswith("as it is")
+    assert all(line.endswith("fits") for line in table[1:])
+    hour = replace(asked.time, phases=(replace(asked.time.phases[0], times=1, compute=36.0),))
+    assert schedule_line(hour, 2400) == "2,400 steps take 24.0 h (1.0 days), 192 GPU hours"
+    assert schedule_line(hour, None) == ""
+    stated = " ".join(assumption_lines(gpu, gpu_cluster(gpu, 8, 4, 400), 400.0, Assumptions()))
+    assert "400 Gb/s a node, which is 100 Gb/s a GPU" in stated
+    assert "products reach 65% of the peak" in stated
+
+
+MACHINE = [
+    {"section": "machine", "name": "what it is", "device": "NVIDIA H200", "GiB": 139.7},
+    {"section": "machine", "name": "copy of 1 GiB", "GB/s": 4320.0},
+    {"section": "backbone", "name": "H6B 1024/512, 1 image, kept", "model TFLOP/s": 400.0},
+    {"section": "step", "name": "as the recipe, 1 image", "host forward ms": 60.0, "host backward ms": 105.4},
+    {"section": "step", "name": "blocks kept, 1 image", "error": "out of memory"},
+]
+
+
+def test_a_recording_replaces_assumptions_and_says_which(tmp_path):
+    (tmp_path / "gpu.jsonl").write_text("\n".join(map(json.dumps, MACHINE)))
+    gpu, assumed = read_measured(tmp_path)
+    assert (gpu.name, gpu.memory_gib) == ("h200", 139.7)
+    assert assumed.memory_share == pytest.approx(0.9)
+    assert assumed.operator_s == pytest.approx(1e-5)
+    # 60.5 TFLOP and 53 GB between them take as long as at 400 TFLOP/s in all.
+    whole = 60.5e12 / (assumed.product_share * 989e12) + 53e9 / 4320e9
+    assert whole == pytest.approx(60.5e12 / 400e12)
+    lines = assumption_lines(gpu, gpu_cluster(gpu, 8, 8, 400, assumed=assumed), 400.0, assumed)
+    assert lines[-1].startswith("measured: memory 4,320 GB/s; products ")
+    assert "host takes" not in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{", "gpu.jsonl"),
+        (json.dumps(MACHINE[0] | {"device": "cpu"}), "a rehearsal measures nothing"),
+        ("", "no device"),
+    ],
+)
+def test_a_recording_that_is_none_is_one_line(tmp_path, text, why):
+    (tmp_path / "gpu.jsonl").write_text(text)
+    with pytest.raises(DataError, match=why):
+        read_measured(tmp_path / "gpu.jsonl")
