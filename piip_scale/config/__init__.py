@@ -7,15 +7,9 @@ from piip_scale.config.interaction import InteractionConfig
 from piip_scale.config.loading import load_config
 from piip_scale.config.model import PiipConfig
 from piip_scale.config.pyramid import PyramidConfig
-from piip_scale.config.run import (
-    DataConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainConfig,
-    ZeroConfig,
-)
+from piip_scale.config.run import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from piip_scale.config.telemetry import TelemetryConfig
+from piip_scale.config.zero import ZeroConfig
 
 __all__ = [
     "AugmentConfig",

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from piip_scale.config.run import DataConfig, RunConfig, ZeroConfig
+from piip_scale.config.run import DataConfig, RunConfig
+from piip_scale.config.zero import ZeroConfig
 from piip_scale.data.order import divisors
 from piip_scale.engine.batching import images_per_step, scale_to_ranks
 from piip_scale.engine.planning.cluster import Cluster

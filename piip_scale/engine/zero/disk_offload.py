@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from piip_scale.config.run import ZeroConfig
+from piip_scale.config.zero import ZeroConfig
 from piip_scale.engine.zero.deepspeed_api import Engine, private
 from piip_scale.engine.zero.extensions import load_extension
 from piip_scale.errors import ConfigError

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from piip_scale.config.run import RunConfig, ZeroConfig
+from piip_scale.config.run import RunConfig
+from piip_scale.config.zero import ZeroConfig
 from piip_scale.engine.zero.raw_keys import checked_keys, leaves
 from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.unit import Unit

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from piip_scale.config.run import ZeroConfig
+from piip_scale.config.zero import ZeroConfig
 from piip_scale.engine.zero.refused_keys import OWNED, REFUSED
 from piip_scale.errors import ConfigError
 
