@@ -117,6 +117,8 @@ class DeepSpeedFiles:
         model = self.models[0]
         every: dict[str, StoredTensor] = model.get("module")
         _check_module(model, every)
+        if not self.stage:
+            self._check_not_cut(every)
         module = {name: value for name, value in every.items() if name not in left_out}
         buffers = set(self._model.get("buffer_names") or ())
         found = self._masters() if self.stage else _trained_whole(model)
@@ -199,6 +201,18 @@ class DeepSpeedFiles:
             parts = tuple(StoredSlice(part, self.models[part.rank], keys) for part in slices)
             weights[name] = Weight(tuple(shape), held.dtype, False, parts)
         return weights
+
+    def _check_not_cut(self, module: Mapping[str, StoredTensor]) -> None:
+        """Refuses a file of stage 3 that was taken out of its folder, and with its name lost what says so."""
+        named = [*(self._model.get("param_shapes") or ()), self._model.get("frozen_param_shapes") or {}]
+        shapes = {name: tuple(shape) for part in named for name, shape in part.items()}
+        cut = [name for name, value in module.items() if shapes.get(name, value.shape) != value.shape]
+        if cut:
+            raise CheckpointError(
+                f"{self.folder} holds nothing of {len(cut)} weights, {cut[0]} among them",
+                rule="ZeRO stage 3 keeps what it cuts in the files of the optimiser's states",
+                fix="give the folder that it was taken from",
+            )
 
     def _check_ranks(self) -> None:
         if self._model.get("mp_world_size", 1) != 1:

@@ -111,6 +111,16 @@ def test_weights_alone(tmp_path, name, only_weights):
     assert [note for note in report.notes if "16-bit weights the model computed with" in note]
 
 
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "piip.pth"])
+def test_what_stage_3_leaves_in_a_file_alone_is_no_model(tmp_path, name):
+    """It holds the weights' names, but their elements are with the optimiser's states: refused, not left out."""
+    write(tmp_path / "tag")
+    alone = shutil.move(model_files(tmp_path)[0], tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"holds nothing of 4 weights, a\.weight among them; .*give the folder"):
+        convert(alone, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_prefixes(tmp_path):
     write(tmp_path / "tag", prefix=PREFIX)
     out = tmp_path / "out.safetensors"
