@@ -22,7 +22,6 @@ data = dict(
 optimizer = dict(lr=3e-5, weight_decay=0.1, fresh_lr_ratio=10.0, decay_all=True)
 # 5 of 20 epochs of 1251 steps; from 1e-6 up, and down to 1e-5.
 schedule = dict(kind="cosine", warmup_steps=6255, warmup_ratio=1 / 30, final_ratio=1 / 3)
-zero = dict(stage=3)
 train = dict(
     epochs=20, precision="bf16", images_per_step=1024, evaluate_every_steps=1251, checkpoint_every_steps=1251
 )

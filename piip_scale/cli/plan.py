@@ -160,17 +160,23 @@ class _Found:
     ) -> _Found:
         """Plans it."""
         from piip_scale.engine.checkpoint_choice import leaves_open, settled_line
+        from piip_scale.engine.layout_choice import layout_line
         from piip_scale.engine.planning.choices import Chooser
 
         planner, ranks = setting.planner, setting.num_ranks
+        chooser = Chooser(planner, setting.cluster(run.train.precision), setting.host_capacity or float("inf"))
+        layout = ""
+        if open_keys := run.zero.open_keys:
+            choice = chooser.fastest_layout(run, open_keys)
+            run = run.model_copy(update={"zero": run.zero.decided(choice.config.zero)})
+            layout = layout_line(choice, setting.gpu.name, setting.network_gbps, planner.capacity)
         settled = planner.settled(run, ranks)
         decided = settled_line(settled, int(planner.capacity)) if leaves_open(run) else ""
-        chooser = Chooser(planner, setting.cluster(run.train.precision), setting.host_capacity or float("inf"))
         asked = chooser.asked(settled)
         return cls(
             run=settled,
             setting=setting,
-            notes=tuple(filter(None, [note, decided])),
+            notes=tuple(filter(None, [note, layout, decided])),
             asked=asked,
             others=tuple(chooser.one_by_one(settled)),
             best=chooser.fastest(settled),

@@ -107,6 +107,8 @@ def run_training(
     profiled = parse_profiled_steps(profile)
     resolved = with_classes(load_config(config, overrides))
     resume = resume and not restart
+    if resume and resolved.zero.open_keys:
+        resolved = with_layout_of(resolved, run_dir / "config.py")
     if restart and read_world().is_main:
         _refuse_active(run_dir)
     num_procs = procs or _num_gpus() or 1
@@ -128,6 +130,14 @@ def _refuse_active(run_dir: Path) -> None:
 
     # No queue is asked: the job that runs this command may itself be the run's.
     refuse_active([run_dir], run_dir, [])
+
+
+def with_layout_of(config: RunConfig, earlier: Path) -> RunConfig:
+    """The config with what it leaves open as the run to resume decided it, where that came so far."""
+    if not earlier.is_file():
+        return config
+    zero = load_config(earlier).zero
+    return config if zero.open_keys else config.model_copy(update={"zero": config.zero.decided(zero)})
 
 
 def with_classes(config: RunConfig) -> RunConfig:

@@ -63,8 +63,10 @@ def check_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def config_text(config: RunConfig) -> str:
-    """The config as a Python config file that loads to an equal config."""
+    """The config as a Python config file that loads to an equal config; what is left to a plan is left out."""
     values = config.model_dump(mode="python")
+    for key in config.zero.open_keys:
+        del values["zero"][key]
     lines = [f"{key} = {pprint.pformat(_lists(value), width=110, sort_dicts=False)}" for key, value in values.items()]
     return "# Resolved: every key of the run, presets and bases expanded.\n" + "\n".join(lines) + "\n"
 

@@ -20,10 +20,23 @@ def _place(value: str) -> str:
 Offload = Annotated[str, AfterValidator(_place)]
 
 
+LAYOUT: dict[str, Any] = {
+    "stage": 3,
+    "shard_over": "all",
+    "node_partition": 1,
+    "offload_optimizer": "none",
+    "offload_parameters": "none",
+}
+"""What says who holds what, and what it is where a config does not say."""
+
+
 class ZeroConfig(Strict):
     """DeepSpeed's sharding.
 
     Attributes:
+        strategy: ``auto`` leaves those of the next keys but ``persistence_threshold`` and ``reduce_dtype`` that are not
+            written to a plan, which takes the fastest layout that fits when a run starts, and writes it into the run's
+            config.py; resuming keeps that. ``manual`` takes them as they are.
         stage: 0 plain data parallel, 1 optimiser, 2 and gradients, 3 and parameters.
         persistence_threshold: Parameters of fewer elements stay whole on every rank; ``auto`` puts it between the
             largest branch's matrices and the next branch's.
@@ -38,11 +51,13 @@ class ZeroConfig(Strict):
         shard_over: Ranks that share one copy of parameters, gradients and optimiser state: ``all``, those of each
             ``node``, or so many that follow each other. Each such group is a replica of the others, and the slices of
             its gradients are summed with theirs once a step, not once a micro-batch. Stage 3 only, without offloading.
-        network_gbps: Gb/s of a whole node to others, in one direction: what ``piip-scale plan`` reckons with.
+        network_gbps: Gb/s of a whole node to others, in one direction: what ``auto`` and ``piip-scale plan`` reckon
+            with.
         deepspeed: Raw DeepSpeed keys on top, of those that are known to leave numbers and checkpoints as they are; the
             value ``auto`` leaves a key to us.
     """
 
+    strategy: Literal["manual", "auto"] = "manual"
     stage: Literal[0, 1, 2, 3] = 3
     persistence_threshold: Literal["auto"] | NonNegative = "auto"
     offload_optimizer: Offload = "none"
@@ -52,6 +67,15 @@ class ZeroConfig(Strict):
     shard_over: Literal["all", "node"] | Positive = "all"
     network_gbps: Annotated[float, Field(gt=0)] = 400.0
     deepspeed: dict[str, Any] = {}
+
+    @property
+    def open_keys(self) -> tuple[str, ...]:
+        """Keys of the layout that are still to be decided."""
+        return tuple(key for key in LAYOUT if self.strategy == "auto" and key not in self.model_fields_set)
+
+    def decided(self, other: ZeroConfig) -> ZeroConfig:
+        """With what is open as it is in another one."""
+        return self.model_copy(update={key: getattr(other, key) for key in self.open_keys})
 
     @property
     def optimizer_is_on_disk(self) -> bool:

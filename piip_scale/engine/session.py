@@ -7,13 +7,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 
 from piip_scale.config.loading import config_text
 from piip_scale.config.run import RunConfig, TrainConfig
+from piip_scale.config.zero import ZeroConfig
 from piip_scale.engine.bad_steps import KeepBadSteps
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.batching import batch_line, scale_to_ranks, shrunk_line
@@ -25,6 +26,7 @@ from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.first_save import FirstSave, foresee_first_save
 from piip_scale.engine.hooks import Average, Evaluate, LogStart, LogSteps, Save, Silence, Sink, ignore_step
 from piip_scale.engine.kernel_choice import choose_kernels
+from piip_scale.engine.layout_choice import settle_layout
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
 from piip_scale.engine.profiling import BeginProfile, EndProfile, Profiling
 from piip_scale.engine.resuming import Checkpoint, find_start
@@ -106,17 +108,28 @@ class Session:
         task = task_factory(scaled, self.world)
         # Nodes that have a copy each may have different ones, and samples would be lost and repeated without a word.
         require_same("the shards", task.data_id(), "give every node the same sets, then start again")
-        settled = settle_checkpointing(scaled, task, self.world, device, found)
+        laid_out = settle_layout(scaled, task, self.world, device)
+        settled = settle_checkpointing(laid_out, task, self.world, device, found)
         if settled is not scaled:
             scaled, task = settled, task_factory(settled, self.world)
         for line in choose_kernels(scaled, device):
             get_logger(__name__).info(line)
         try:
-            _Training(self, task, scaled, device, found, clock).run()
+            _Training(self._with_layout(scaled.zero), task, scaled, device, found, clock).run()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise device_memory_error(task, config, self.world, device) from error
+            laid_out = config.model_copy(update={"zero": scaled.zero})
+            raise device_memory_error(task, laid_out, self.world, device) from error
+
+    def _with_layout(self, decided: ZeroConfig) -> Session:
+        """The session whose run's config says what was decided."""
+        if not self.config.zero.open_keys:
+            return self
+        config = self.config.model_copy(update={"zero": self.config.zero.decided(decided)})
+        if self.world.is_main:
+            self.run.decide(config_text(config))
+        return replace(self, config=config)
 
 
 def group_timeout(train: TrainConfig) -> timedelta:

@@ -170,6 +170,15 @@ class RunDirectory:
                 "resuming with another config than %s: it is written to %s", self.config, self.resumed_config.name
             )
 
+    def decide(self, config_text: str) -> None:
+        """Puts a config in the place of that which the run was opened with, some keys of which were open.
+
+        Raises:
+            RunError: The disk refuses.
+        """
+        resumed = self.resumed_config.exists()
+        write_text_atomic(self.resumed_config if resumed else self.config, config_text)
+
     def clear_traces(self, before_unix_s: float = math.inf) -> None:
         """Sets aside errors and stacks of earlier processes, and forgets their heartbeats.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from piip_scale.config.run import DataConfig, RunConfig
-from piip_scale.config.zero import ZeroConfig
+from piip_scale.config.zero import LAYOUT, ZeroConfig
 from piip_scale.data.order import divisors
 from piip_scale.engine.batching import images_per_step, scale_to_ranks
 from piip_scale.engine.planning.cluster import Cluster
@@ -21,9 +21,7 @@ from piip_scale.errors import ConfigError
 
 # Beyond that accumulation is as good, and a mistake in the estimate of activations counts for more.
 _LARGEST_MICRO_BATCH = 8
-_PLAIN = {"node_partition": 1, "shard_over": "all", "offload_optimizer": "none", "offload_parameters": "none"}
-LAYOUT_KEYS = ("stage", *_PLAIN)
-"""Of ``ZeroConfig``: what says who holds what."""
+_FREE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -81,22 +79,18 @@ class Chooser:
         """The fastest that fits of all layouts, checkpointings and micro-batches together; ``None`` where none does."""
         return _fastest(self._possible(self._all(config)))
 
-    def fastest_layout(self, config: RunConfig, kept: Iterable[str] = ()) -> Choice:
+    def fastest_layout(self, config: RunConfig, open_keys: Collection[str] = tuple(LAYOUT)) -> Choice:
         """The fastest that fits of all layouts; where none does, the one that needs least memory.
 
         Args:
             config: The run.
-            kept: Keys of ``zero`` that stay as they are.
+            open_keys: Keys of the layout that may change.
 
         Raises:
-            ConfigError: None of them can be.
+            ConfigError: The others do not go together.
         """
-        wanted = {key: getattr(config.zero, key) for key in kept}
-        choices = [
-            choice
-            for choice in self._possible([("", config), *self._layouts(config)])
-            if all(getattr(choice.config.zero, key) == value for key, value in wanted.items())
-        ]
+        fixed = {key: getattr(config.zero, key) for key in LAYOUT if key not in open_keys}
+        choices = list(self._possible([("", config), *self._layouts(config, fixed)]))
         if not choices:
             return self.asked(config)
         return _fastest(choices) or min(choices, key=lambda choice: choice.memory.total)
@@ -120,10 +114,10 @@ class Chooser:
         memory, time = self._planner.plan(settled, ranks), self._planner.step_time(settled, self._cluster)
         return Choice(name, settled, memory, time, self._host, self._cluster.ranks_per_node)
 
-    def _layouts(self, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    def _layouts(self, config: RunConfig, fixed: Mapping[str, Any] = _FREE) -> Iterator[tuple[str, RunConfig]]:
         for name, changes in _layouts_of(self._cluster.num_ranks, self._cluster.ranks_per_node):
-            zero = _with_layout(config, changes)
-            if zero is not None and any(getattr(zero, key) != getattr(config.zero, key) for key in LAYOUT_KEYS):
+            zero = _with_layout(config, changes | dict(fixed))
+            if zero is not None and any(getattr(zero, key) != getattr(config.zero, key) for key in LAYOUT):
                 yield name, config.model_copy(update={"zero": zero})
 
     def _micro_batches(self, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -163,7 +157,7 @@ def _layouts_of(num_ranks: int, ranks_per_node: int) -> Iterator[tuple[str, dict
 
 def _with_layout(config: RunConfig, changes: dict[str, Any]) -> ZeroConfig | None:
     """``None`` where the config's own rules do not allow it."""
-    zero = config.zero.model_copy(update=_PLAIN | changes)
+    zero = config.zero.model_copy(update=LAYOUT | changes)
     try:
         type(config).model_validate(config.model_dump() | {"zero": zero.model_dump()})
     except ValidationError:

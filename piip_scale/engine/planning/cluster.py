@@ -161,6 +161,7 @@ def cpu_cluster(num_ranks: int, ranks_per_node: int, network_gbps: float) -> Clu
         inner=Link(2 * _GIGA, 5e-5),
         outer=Link(Assumptions.link_share * network_gbps * _GIGA / _BITS, 1e-4),
         memory_bytes_per_s=10 * _GIGA,
+        host_bytes_per_s=10 * _GIGA * ranks_per_node,
         operator_s=Assumptions.operator_s,
         asynchronous=False,
         transport=GLOO,
