@@ -39,16 +39,24 @@ def require_same(what: str, value: str, fix: str) -> None:
         )
 
 
-def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of named scalars, each over the ranks that have it: a head that was skipped has no losses. Collective."""
+def mean_over_ranks(values: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
+    """Means of named numbers, each over the ranks that have it: a head that was skipped has no losses. Collective.
+
+    Args:
+        values: This rank's; tensors are scalars of any dtype and device.
+        device: Through which ranks exchange them.
+    """
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, sorted(values))
     names = sorted(set().union(*everyones))
-    device = next(iter(values.values())).device
-    packed = torch.zeros(2, len(names), device=device)
-    for index, name in enumerate(names):
-        if name in values:
-            packed[:, index] = torch.stack([values[name].detach().float().reshape(()), packed.new_ones(())])
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = [0.0 if name in tensors else float(values.get(name, 0.0)) for name in names]
+    # Float64: pixels of an interval are more than float32 can count.
+    packed = torch.tensor([numbers, [float(name in values) for name in names]], dtype=torch.float64).to(device)
+    if tensors:
+        places = torch.tensor([names.index(name) for name in tensors])
+        stacked = torch.stack([value.detach().double().reshape(()).to(device) for value in tensors.values()])
+        packed[0].index_copy_(0, places.to(device), stacked)
     dist.all_reduce(packed)
     return dict(zip(names, (packed[0] / packed[1]).tolist(), strict=True))
 

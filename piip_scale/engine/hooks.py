@@ -11,13 +11,14 @@ from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import mean_over_ranks
 from piip_scale.engine.ema import WeightAverage
 from piip_scale.engine.first_save import FirstSave
+from piip_scale.engine.interval import Interval
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation
 from piip_scale.errors import Interrupted
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.run.starting import StartClock
 from piip_scale.telemetry.memory import GIB, memory_now_bytes, peak_memory_bytes
-from piip_scale.telemetry.records import EvaluationRecord, SaveRecord, StartRecord, StepRecord
+from piip_scale.telemetry.records import EvaluationRecord, IntervalRecord, SaveRecord, StartRecord, StepRecord
 from piip_scale.world import World
 
 # Beside the losses, which saves a collective of its own.
@@ -102,28 +103,37 @@ class LogSteps:
         total_steps: int,
         utilisation: Utilisation,
         num_broken: Callable[[], int],
+        interval: Interval,
     ) -> None:
         self._num_broken = num_broken
         self._sink, self._run, self._world, self._device = sink, run, world, device
-        self._every, self._total, self._utilisation = every, total_steps, utilisation
+        self._every, self._total, self._utilisation, self._interval = every, total_steps, utilisation, interval
 
     def after_step(self, report: StepReport) -> None:
         """Every rank takes part in the means."""
         logged = report.step % self._every == 0 or report.step == self._total
-        num_broken = None
+        num_broken, interval = None, None
+        self._interval.add(report)
         if logged:
-            broken = torch.tensor(float(self._num_broken()), device=self._device)
-            losses = mean_over_ranks(report.result.losses | {_BROKEN: broken})
+            own = {_BROKEN: float(self._num_broken()), **self._interval.own(report)}
+            losses = mean_over_ranks({**report.result.losses, **own}, self._device)
             num_broken = round(losses.pop(_BROKEN) * self._world.num_ranks)
+            interval = self._interval.record(losses, report)
         elif self._world.is_main:
             losses = report.result.host_losses
         if not self._world.is_main:
             return
-        self._sink.step(self._record(report, losses, num_broken))
+        self._sink.step(self._record(report, losses, num_broken, interval))
         if logged:
             self._run.write_status("running", report.step)
 
-    def _record(self, report: StepReport, losses: Mapping[str, float], num_broken: int | None) -> StepRecord:
+    def _record(
+        self,
+        report: StepReport,
+        losses: Mapping[str, float],
+        num_broken: int | None,
+        interval: IntervalRecord | None,
+    ) -> StepRecord:
         tflops = self._utilisation.tflops(report.result.sizes_px, report.seconds)
         return StepRecord(
             step=report.step,
@@ -141,6 +151,7 @@ class LogSteps:
             broken_samples=num_broken,
             num_ranks=self._world.num_ranks,
             memory_now_bytes={} if num_broken is None else memory_now_bytes(self._device),
+            interval=interval,
         )
 
     def at_stop(self, step: int) -> None:

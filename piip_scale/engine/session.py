@@ -12,12 +12,14 @@ from datetime import timedelta
 
 import torch
 
+from piip_scale.agreement import gathered
 from piip_scale.config.loading import config_text
 from piip_scale.config.run import RunConfig, TrainConfig
 from piip_scale.config.zero import ZeroConfig
 from piip_scale.engine.bad_steps import KeepBadSteps
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.batching import batch_line, scale_to_ranks, shrunk_line
+from piip_scale.engine.branch_watch import BranchWatch
 from piip_scale.engine.checkpoint_choice import settle_checkpointing
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.collective import any_rank, require_same
@@ -25,6 +27,7 @@ from piip_scale.engine.ema import build_average
 from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.first_save import FirstSave, foresee_first_save
 from piip_scale.engine.hooks import Average, Evaluate, LogStart, LogSteps, Save, Silence, Sink, ignore_step
+from piip_scale.engine.interval import Interval
 from piip_scale.engine.kernel_choice import choose_kernels
 from piip_scale.engine.layout_choice import settle_layout
 from piip_scale.engine.out_of_memory import device_memory_error, is_out_of_memory
@@ -48,6 +51,7 @@ from piip_scale.logging import get_logger
 from piip_scale.run.bad_steps import config_sha256
 from piip_scale.run.ending import Ending, ending_of, error_line
 from piip_scale.run.environment import few_cores_line
+from piip_scale.run.gpu_time import GpuTimeFile
 from piip_scale.run.heartbeat import Heartbeat
 from piip_scale.run.profiled_steps import ProfiledSteps
 from piip_scale.run.run_dir import RunDirectory
@@ -55,7 +59,7 @@ from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task
 from piip_scale.telemetry.records import EvaluationRecord
 from piip_scale.telemetry.telemetry import Telemetry
-from piip_scale.world import World, usable_cores
+from piip_scale.world import World, node_name, usable_cores
 
 # The communication library's own limit knows neither ranks nor stacks, so it comes later than the watchdog's.
 _GROUP_MARGIN = timedelta(minutes=10)
@@ -76,6 +80,7 @@ class Session:
         show_progress: Draw a progress line on the main rank.
         earlier: How the attempt before this one ended, where it failed; of the main rank.
         profiled: Steps of this attempt that the main rank profiles.
+        gpu_time: What the run's attempts take; of the main rank.
     """
 
     config: RunConfig
@@ -86,6 +91,7 @@ class Session:
     show_progress: bool
     earlier: Ending | None = None
     profiled: ProfiledSteps | None = None
+    gpu_time: GpuTimeFile | None = None
 
     def train(self, task_factory: TaskFactory) -> None:
         """Joins the ranks, resumes what is there, trains to the end, and leaves.
@@ -246,6 +252,7 @@ class _Training:
                 stream.total_steps,
                 use,
                 self._task.num_broken_samples,
+                self._interval(),
             ),
             KeepBadSteps(self._sink, session.run, stream, digest),
             LogStart(self._sink, clock, self._first_save),
@@ -253,6 +260,19 @@ class _Training:
             Evaluate(self._evaluate, self._sink, train.evaluate_every_steps),
             *begins,
         ]
+
+    def _interval(self) -> Interval:
+        session, model = self._session, self._engine.module
+        useful_s = self._sink.useful_gpu_seconds() if isinstance(self._sink, Telemetry) else 0.0
+        return Interval(
+            session.world,
+            self._device,
+            gathered(node_name()),
+            self._config.optimizer.clip_grad_norm,
+            BranchWatch(self._engine, model.parts()),
+            session.gpu_time,
+            useful_s,
+        )
 
     def _profile_hooks(self, first_step: int, total_steps: int) -> tuple[list[Hook], list[Hook]]:
         """Those before and after all others; of the main rank alone, since they exchange nothing."""

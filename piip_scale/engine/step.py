@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from piip_scale.data.batch import Batch
 from piip_scale.engine.phases import PassClock
 from piip_scale.engine.zero.deepspeed_api import Engine, skip_step
+from piip_scale.engine.zero.message_clock import MESSAGES
 from piip_scale.engine.zero.setup import gather_residents
 from piip_scale.errors import ModelError
 from piip_scale.world import World
@@ -35,6 +36,9 @@ class StepResult:
         sizes_px: Height and width of the network's input for each image of this rank.
         forward_seconds: Of its micro-batches' forward passes, on the device.
         backward_seconds: Of their backward passes, on the device.
+        message_seconds: How long computing stood still for messages; ``None`` where that is not measured, as on one
+            rank.
+        real_px: Pixels of its images, those that pad them to their batch's size left out.
     """
 
     losses: dict[str, Tensor]
@@ -44,6 +48,8 @@ class StepResult:
     sizes_px: tuple[tuple[int, int], ...]
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
+    message_seconds: float | None = None
+    real_px: int = 0
 
     @property
     def images(self) -> int:
@@ -86,6 +92,7 @@ def train_step(
     sums: dict[str, Tensor] = {}
     loss_sum: Tensor | float = 0.0
     sizes_px: list[tuple[int, int]] = []
+    real_px = 0
     clock = PassClock()
     for micro, batch in enumerate(batches):
         if micro:
@@ -102,6 +109,7 @@ def train_step(
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
         sizes_px += [(batch.images_BHWC.shape[1], batch.images_BHWC.shape[2])] * len(batch)
+        real_px += sum(math.prod(info.size_px) for info in batch.infos)
     means = torch.stack([value.float().reshape(()) for value in sums.values()]) / (micro + 1)
     on_host = means.to("cpu", non_blocking=True)
     norm = _update(engine)
@@ -116,6 +124,8 @@ def train_step(
         sizes_px=tuple(sizes_px),
         forward_seconds=forward_seconds,
         backward_seconds=backward_seconds,
+        message_seconds=MESSAGES.take(),
+        real_px=real_px,
     )
 
 

@@ -13,7 +13,8 @@ from piip_scale.engine.watchdog import Watchdog
 from piip_scale.errors import Interrupted, PiipError
 from piip_scale.logging import configure_logging, get_logger
 from piip_scale.run.failing import report_failure
-from piip_scale.run.heartbeat import Heartbeat
+from piip_scale.run.gpu_time import GpuTimeFile
+from piip_scale.run.heartbeat import Heartbeat, read_beat
 from piip_scale.run.profiled_steps import ProfiledSteps
 from piip_scale.run.reasons import has_lost_contact
 from piip_scale.run.run_dir import RunDirectory
@@ -58,9 +59,11 @@ def train_worker(
     """
     world = read_world()
     configure_logging(world.rank)
-    earlier = None
+    earlier, gpu_time = None, None
     if world.is_main:
+        last_beat = read_beat(run.heartbeats, 0)
         run.open(config_text, resume=resume, restart=restart)
+        gpu_time = GpuTimeFile(run.gpu_time, world.num_ranks, last_beat.unix_time_s if last_beat else 0.0)
         before = run.status()
         run.write_status("running", before.step if before else 0)
         earlier = before.ending if before and before.state == "failed" else None
@@ -69,7 +72,7 @@ def train_worker(
     stop = StopFlag()
     stop.install()
     heartbeat = Heartbeat(config.train.hang_minutes * _MINUTE_S, config.train.slow_hang_minutes * _MINUTE_S)
-    session = Session(config, run, world, stop, heartbeat, show_progress, earlier, profiled)
+    session = Session(config, run, world, stop, heartbeat, show_progress, earlier, profiled, gpu_time)
     with Watchdog(run, world, heartbeat):
         try:
             session.train(task_factory)

@@ -76,6 +76,7 @@ class RunDirectory:
         self.broken_samples = self.path / "broken_samples"
         self.bad_steps = self.path / "bad_steps"
         self.profile = self.path / "profile"
+        self.gpu_time = self.path / "gpu_time.json"
         self.metrics = self.path / "metrics.jsonl"
         self.superseded_metrics = self.path / "metrics.superseded.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -144,7 +145,7 @@ class RunDirectory:
         paths = (
             *(self.config, self.resumed_config, self.environment, self.status_file, self.checkpoints),
             *(self.broken_samples, self.bad_steps, self.profile),
-            *(self.metrics, self.superseded_metrics, self.tensorboard),
+            *(self.gpu_time, self.metrics, self.superseded_metrics, self.tensorboard),
         )
         with disk_errors(RunError, f"set aside the run in {self.path}"):
             folder = set_aside(self.path, paths)

@@ -66,6 +66,22 @@ def evaluated_steps(path: Path) -> set[int]:
         return {int(json.loads(line)["step"]) for line in file if b'"kind": "evaluation"' in line}
 
 
+def last_number(path: Path, key: str) -> float:
+    """The last finite number that a file's lines have under a key; 0 where there is none, or no file.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    if not path.exists():
+        return 0.0
+    found, quoted = 0.0, json.dumps(key).encode()
+    with path.open("rb") as file:
+        for line in file:
+            if quoted in line and isinstance(value := json.loads(line).get(key), int | float):
+                found = float(value)
+    return found
+
+
 def superseded_path(path: Path) -> Path:
     """Where a file's superseded lines are: ``metrics.superseded.jsonl`` for ``metrics.jsonl``."""
     return path.with_name(f"{path.stem}.superseded{path.suffix}")

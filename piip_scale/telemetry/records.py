@@ -10,6 +10,61 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True)
+class RankPace:
+    """How fast one rank is.
+
+    Attributes:
+        rank: The rank.
+        node: Its machine.
+        own_seconds: Of a step, what it takes itself, waiting for its data included: not what it waits for others.
+        wait_seconds: The part of them that it waits for its loader.
+    """
+
+    rank: int
+    node: str
+    own_seconds: float
+    wait_seconds: float
+
+
+@dataclass(frozen=True)
+class IntervalRecord:
+    """What is only known of all steps since the ones written last, and of all ranks.
+
+    Attributes:
+        data_wait_share: Of their time, on the main rank, spent waiting for the loader.
+        step_seconds: Wall time of one step.
+        message_seconds: Of one step, while computing stood still for messages, mean over ranks; ``None`` where that is
+            not measured.
+        padding_share: Of the pixels of all images, those that only pad them to their batch's size.
+        clipped_share: Of the steps, those whose gradient was clipped; ``None`` where nothing is.
+        slowest: The rank whose own time is the longest; ``None`` where that is not measured.
+        fastest: The one whose is the shortest.
+        gpu_utilisation: Share of time in which a kernel ran, by the driver, mean over ranks; ``None`` where not known.
+        gradient_norms: Of the last step's gradient before clipping, by part of the model.
+        gammas: Mean absolute value of the interactions' gammas by branch that they flow into.
+        merging_weights: By branch.
+        attempt: Number of this start of the run, from 1; ``None`` where nobody counts.
+        gpu_seconds: Time of all ranks of all attempts so far.
+        useful_gpu_seconds: The part of it in steps that were applied and stay.
+    """
+
+    data_wait_share: float
+    step_seconds: float
+    message_seconds: float | None = None
+    padding_share: float = 0.0
+    clipped_share: float | None = None
+    slowest: RankPace | None = None
+    fastest: RankPace | None = None
+    gpu_utilisation: float | None = None
+    gradient_norms: Mapping[str, float] = field(default_factory=dict)
+    gammas: Mapping[str, float] = field(default_factory=dict)
+    merging_weights: Mapping[str, float] = field(default_factory=dict)
+    attempt: int | None = None
+    gpu_seconds: float = 0.0
+    useful_gpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One optimiser step, over all ranks.
 
@@ -32,6 +87,7 @@ class StepRecord:
         num_ranks: Ranks that share the images.
         memory_now_bytes: Memory of this process at the end of the step by kind, as ``memory.memory_now_bytes`` names
             it; empty between the steps that are written.
+        interval: Of all steps since the ones written last; ``None`` between those.
     """
 
     step: int
@@ -49,6 +105,7 @@ class StepRecord:
     forward_seconds: float | None = None
     backward_seconds: float | None = None
     memory_now_bytes: Mapping[str, int] = field(default_factory=dict)
+    interval: IntervalRecord | None = None
 
     @property
     def total_loss(self) -> float:

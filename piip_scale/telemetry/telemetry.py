@@ -8,14 +8,17 @@ from typing import TextIO
 
 from piip_scale.errors import RunError
 from piip_scale.files import disk_errors
-from piip_scale.telemetry.jsonl import JsonLines, evaluated_steps, read_events
+from piip_scale.telemetry.health import Health
+from piip_scale.telemetry.jsonl import JsonLines, evaluated_steps, last_number, read_events
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.progress import ProgressLine
 from piip_scale.telemetry.records import EvaluationRecord, SaveRecord, StartRecord, StepRecord
 from piip_scale.telemetry.tensorboard import (
+    USEFUL_GPU_HOURS,
     TensorBoardWriter,
     evaluation_scalars,
+    interval_texts,
     save_scalars,
     start_scalars,
     step_overview,
@@ -52,7 +55,7 @@ class Telemetry:
         stream: TextIO | None = None,
     ) -> None:
         self._run_dir, self._total, self._every = Path(run_dir), total_steps, log_every_steps
-        self._since_log = RateMeter(window=log_every_steps)
+        self._since_log, self._health = RateMeter(window=log_every_steps), Health()
         self._action = f"write metrics in {run_dir}"
         with disk_errors(RunError, self._action):
             self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -72,13 +75,21 @@ class Telemetry:
         with disk_errors(RunError, self._action):
             self._board.texts(step, texts)
 
+    def useful_gpu_seconds(self) -> float:
+        """What earlier attempts wrote of the steps that stay."""
+        with disk_errors(RunError, self._action):
+            return last_number(self._run_dir / METRICS_FILE, USEFUL_GPU_HOURS) * 3600
+
     def step(self, record: StepRecord) -> None:
         """Logs one optimiser step."""
         self._since_log.add(record.images, record.step_seconds)
         self._progress.step(record)
         if record.step % self._every == 0 or record.step == self._total:
-            rate = self._since_log.rate
-            self._write(record.step, "step", step_scalars(record, rate), step_overview(record, rate))
+            rate, interval = self._since_log.rate, record.interval
+            texts = interval_texts(interval) if interval else {}
+            self._write(record.step, "step", step_scalars(record, rate), step_overview(record, rate), texts)
+            for line in self._health.lines(interval) if interval else ():
+                self.event(record.step, line)
 
     def evaluation(self, step: int, record: EvaluationRecord) -> None:
         """Logs an evaluation after ``step`` steps; one that the run's files have already is only told."""
@@ -134,10 +145,15 @@ class Telemetry:
             self._board.pictures(step, record.pictures)
 
     def _write(
-        self, step: int, kind: str, values: Mapping[str, float], overview: Mapping[str, float] | None = None
+        self,
+        step: int,
+        kind: str,
+        values: Mapping[str, float],
+        overview: Mapping[str, float] | None = None,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         with disk_errors(RunError, self._action):
-            self._lines.write(step, kind, values)
+            self._lines.write(step, kind, {**values, **(texts or {})})
             self._board.scalars(step, {**values, **(overview or {})})
 
     def _keep(self, step: int, text: str) -> None:

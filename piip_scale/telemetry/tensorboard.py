@@ -14,7 +14,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from piip_scale.telemetry.memory import GIB
-from piip_scale.telemetry.records import SaveRecord, StartRecord, StepRecord
+from piip_scale.telemetry.records import IntervalRecord, SaveRecord, StartRecord, StepRecord
 
 _FLUSH_SECONDS = 10
 # TensorBoard sorts groups by name and opens the first of them only.
@@ -26,12 +26,17 @@ _LAYOUT = {
     "Is it healthy?": {
         "losses": ["Multiline", ["loss/.*"]],
         "gradient norm before clipping": ["Multiline", ["train/grad_norm"]],
+        "gradient norm by part": ["Multiline", ["branches/grad_norm_.*"]],
+        "gammas into each branch, and merging weights": ["Multiline", ["branches/(gamma|merging).*"]],
+        "share of steps that are clipped": ["Multiline", ["train/clipped_share"]],
         "evaluation": ["Multiline", ["eval/[^/]*$"]],
     },
     "Is it fast?": {
         "images per second, of all ranks and of each": ["Multiline", ["throughput/images_per_second.*"]],
         "share of time that waits for data": ["Multiline", [f"{_OVERVIEW}/data_wait_share"]],
         "step and waiting for data, ms": ["Multiline", ["time/.*"]],
+        "slowest and fastest rank's own time, ms a step": ["Multiline", ["ranks/.*_own_ms"]],
+        "share of GPU time that was of use": ["Multiline", ["run/goodput"]],
         "share of the device's peak (MFU)": ["Multiline", ["throughput/mfu"]],
         "memory, GiB": ["Multiline", ["memory/.*"]],
         "standing still for a checkpoint, s": ["Multiline", ["checkpoint/stall_seconds"]],
@@ -39,6 +44,9 @@ _LAYOUT = {
 }
 # Text is shown whole, and sent whole to the browser each time.
 _MOST_EVENTS = 100
+_HOUR_S = 3600.0
+USEFUL_GPU_HOURS = "run/useful_gpu_hours"
+"""Goes on where a resumed run's curve does, so that what was done in vain is not in it."""
 
 
 class TensorBoardWriter:
@@ -167,13 +175,56 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
         "throughput/mfu": record.mfu,
         "data/broken_samples": record.broken_samples,
     }
-    return values | {tag: value for tag, value in optional.items() if value is not None}
+    interval = {} if record.interval is None else interval_scalars(record.interval)
+    return values | {tag: value for tag, value in optional.items() if value is not None} | interval
+
+
+def interval_scalars(record: IntervalRecord) -> dict[str, float]:
+    """Every scalar of an interval by its TensorBoard tag; what is not known is left out."""
+    optional = {
+        "data/padding_share": record.padding_share,
+        "train/clipped_share": record.clipped_share,
+        "throughput/gpu_utilisation": record.gpu_utilisation,
+        "time/communication_ms": None if record.message_seconds is None else record.message_seconds * 1e3,
+    }
+    values = {tag: value for tag, value in optional.items() if value is not None}
+    for name, pace in (("slowest", record.slowest), ("fastest", record.fastest)):
+        if pace is not None:
+            values |= {f"ranks/{name}": float(pace.rank), f"ranks/{name}_own_ms": pace.own_seconds * 1e3}
+    for name, parts in (
+        ("grad_norm_", record.gradient_norms),
+        ("gamma_into_branch_", record.gammas),
+        ("merging_weight_of_branch_", record.merging_weights),
+    ):
+        values |= {f"branches/{name}{part.replace(' ', '_')}": value for part, value in parts.items()}
+    return values | _use_of_gpus(record)
+
+
+def _use_of_gpus(record: IntervalRecord) -> dict[str, float]:
+    if record.attempt is None:
+        return {}
+    share = record.useful_gpu_seconds / record.gpu_seconds if record.gpu_seconds else 0.0
+    return {
+        "run/attempt": float(record.attempt),
+        "run/goodput": share,
+        "run/gpu_hours": record.gpu_seconds / _HOUR_S,
+        USEFUL_GPU_HOURS: record.useful_gpu_seconds / _HOUR_S,
+    }
+
+
+def interval_texts(record: IntervalRecord) -> dict[str, str]:
+    """What of an interval is no number: for files, beside its scalars."""
+    named = (("slowest", record.slowest), ("fastest", record.fastest))
+    return {f"ranks/{name}_node": pace.node for name, pace in named if pace is not None}
 
 
 def step_overview(record: StepRecord, images_per_second: float) -> dict[str, float]:
     """The few of a step's curves that say whether a run is healthy and fast, in the group that comes first."""
     shares = {"data_wait_share": record.data_wait_seconds / record.step_seconds} if record.step_seconds > 0 else {}
     norm = {} if record.grad_norm is None else {"grad_norm": record.grad_norm}
+    interval = record.interval
+    if interval and interval.message_seconds is not None:
+        shares["communication_share"] = interval.message_seconds / interval.step_seconds
     values = {"loss": record.total_loss, "images_per_second": images_per_second} | shares | norm
     return {f"{_OVERVIEW}/{name}": value for name, value in values.items()}
 

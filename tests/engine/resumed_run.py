@@ -43,7 +43,7 @@ def train_to_end(
         _save(savers, step)
         set_learning_rate(engine.optimizer.param_groups, config.optimizer.lr * lr_factor(config.schedule, step, steps))
         result = train_step(engine, stream.step(step), step, 0, world)
-        trace.append(mean_over_ranks(result.losses) | {"norm": result.grad_norm})
+        trace.append(mean_over_ranks(result.losses, device) | {"norm": result.grad_norm})
     _save(savers, steps)
     return trace, engine
 

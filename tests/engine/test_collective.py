@@ -7,7 +7,7 @@ from piip_scale.errors import RunError
 
 def agreements(world, _device):
     mine = [{"loss_a": 1.0, "loss_mask": 5.0}, {"loss_a": 3.0, "loss_dn": 7.0}][world.rank]
-    means = mean_over_ranks({name: torch.tensor(value) for name, value in mine.items()})
+    means = mean_over_ranks({name: torch.tensor(value) for name, value in mine.items()}, torch.device("cpu"))
     require_same("the shards", "one set", "copy it")
     try:
         require_same("the shards", f"set {world.rank}", "copy it")

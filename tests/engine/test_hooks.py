@@ -3,6 +3,7 @@ import torch
 
 from piip_scale.engine import hooks
 from piip_scale.engine.hooks import LogSteps, Silence
+from piip_scale.engine.interval import Interval
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation, peak_of, peak_tflops
@@ -31,6 +32,7 @@ def tell_of(heard, folder, peak_tflops=None):
         total_steps=5,
         utilisation=utilisation,
         num_broken=lambda: 3,
+        interval=Interval(World(), torch.device("cpu"), ["here"], clip_norm=0.0),
     )
 
 
@@ -40,7 +42,7 @@ def report_of(step, sizes_px=((32, 32),), seconds=1.0):
 
 
 def test_every_step_that_is_written_tells_means_over_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr(hooks, "mean_over_ranks", lambda losses: {name: 7.0 for name in losses})
+    monkeypatch.setattr(hooks, "mean_over_ranks", lambda values, _: {name: 7.0 for name in values})
     heard = Heard()
     tell = tell_of(heard, tmp_path)
     for step in range(1, 6):
@@ -50,7 +52,9 @@ def test_every_step_that_is_written_tells_means_over_ranks(tmp_path, monkeypatch
 
 def test_broken_samples_are_told_of_all_ranks_together(tmp_path, monkeypatch):
     # Ranks have replaced 3, 5, 0 and 4: the mean that the collective gives is 3.
-    monkeypatch.setattr(hooks, "mean_over_ranks", lambda losses: {name: value.item() for name, value in losses.items()})
+    monkeypatch.setattr(
+        hooks, "mean_over_ranks", lambda values, _: {name: float(value) for name, value in values.items()}
+    )
     heard = Heard()
     tell = tell_of(heard, tmp_path)
     tell._world = World(num_ranks=4)

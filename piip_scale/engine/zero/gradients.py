@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from piip_scale.engine.zero.deepspeed_api import load
+from piip_scale.engine.zero.message_clock import MESSAGES
 from piip_scale.engine.zero.replicas import Replicas, SumsAcross
 
 # Messages under way whose gradients are still held: what is computed meanwhile hides one, not more.
@@ -91,7 +92,8 @@ class GradientSums:
         if self._across:
             with self._lane.carry(()):
                 self._across.finish()
-        self._lane.join()
+        with MESSAGES.still(self.total.device):
+            self._lane.join()
         self._optimizer._epilogue_ran_this_backward = True
 
     def _send(self) -> None:
@@ -114,7 +116,8 @@ class GradientSums:
         for gradient, slices_RN in zip(gradients, message_RN.split(lengths, dim=1), strict=True):
             cut_into_rows(gradient.reshape(-1), slices_RN)
         own = torch.empty(sum(lengths), dtype=dtype, device=device)
-        self._reduce_scatter(own, message_RN.view(-1), group=self._group)
+        with MESSAGES.still(device):
+            self._reduce_scatter(own, message_RN.view(-1), group=self._group)
         slices: Sequence[Tensor] = own.split(lengths)
         return slices
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from piip_scale.engine.zero.deepspeed_api import Engine
+from piip_scale.engine.zero.message_clock import MESSAGES
 from piip_scale.engine.zero.partitions import frozen_parts, partitions
 from piip_scale.errors import RunError
 
@@ -155,7 +156,8 @@ class SumsAcross:
 
     def _land(self) -> None:
         work, message, sums = self._flying.popleft()
-        work.wait()
+        with MESSAGES.still(message.device):
+            work.wait()
         torch._foreach_copy_(list(sums), _parts(message, sums))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.gradients import GradientSums
+from piip_scale.engine.zero.message_clock import MESSAGES, time_gathers
 from piip_scale.engine.zero.replicas import Replicas, replicas_of
 from piip_scale.engine.zero.residents import Residents
 
@@ -33,8 +34,18 @@ def shorten_update(engine: Engine) -> None:
         sums.attach()
         residents.attach(optimizer)
         optimizer.step = Update(optimizer, sums, residents, replicas).step
+        time_gathers(engine, sums.total.device)
     else:
         _step_groups_with_parameters(optimizer.optimizer)
+
+
+def mean_gradient(engine: Engine) -> Tensor | None:
+    """This rank's slices of the last step's gradient, mean over ranks and clipped, as the update read them; live.
+
+    float32, in the order of ``partitions``; ``None`` where another loop than ours updates.
+    """
+    update = getattr(engine.optimizer.step, "__self__", None)
+    return update.gradient if isinstance(update, Update) else None
 
 
 def _is_plain(optimizer: Any) -> bool:
@@ -65,6 +76,11 @@ class Update:
         for sub_group, master in enumerate(self._masters):
             self._members[optimizer.sub_group_to_group_id[sub_group]].append(master)
 
+    @property
+    def gradient(self) -> Tensor:
+        """This rank's slices end to end, until the next backward pass; see ``mean_gradient``."""
+        return self._sums.total
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """In the place of the optimiser's own ``step``: moves the weights, unless the gradient is not finite.
@@ -82,17 +98,19 @@ class Update:
         self._scale_gradients(norm)
         self._step_every_group()
         self._copy_to_weights()
-        self._residents.gather(changed_by_update=True)
+        with MESSAGES.still(self._sums.total.device):
+            self._residents.gather(changed_by_update=True)
         optimizer.invalidate_secondary_tensor()
 
     def _norm(self) -> float:
         """Of the mean of all ranks' gradients; in float64 like DeepSpeed's."""
         square = torch.linalg.vector_norm(self._sums.total, dtype=torch.float64).square()
-        if self._replicas is None:
-            dist.all_reduce(square, group=self._optimizer.dp_process_group)
-        else:
-            # One message for all, or replicas that add in another order would clip by other last digits and part.
-            dist.all_reduce(square if self._replicas.replica == 0 else square.zero_())
+        with MESSAGES.still(square.device):
+            if self._replicas is None:
+                dist.all_reduce(square, group=self._optimizer.dp_process_group)
+            else:
+                # One message for all, or replicas that add in another order would clip by other last digits and part.
+                dist.all_reduce(square if self._replicas.replica == 0 else square.zero_())
         return math.sqrt(square.item()) / self._sums.num_summed
 
     def _scale_gradients(self, norm: float) -> None:
