@@ -23,6 +23,8 @@ from piip_scale.models.merging import MergePart
 GRADIENT, GAMMA, MERGING = "gradient of ", "gamma into branch ", "merging weight of branch "
 """Begin the names of what is watched."""
 _COUNT = "elements of "
+# What no part of the model is.
+_REST = "rest"
 _UNIT = re.compile(r"interactions\.\d+\.(\d+)\.inject_into_(large|small)$")
 
 
@@ -43,7 +45,7 @@ class BranchWatch:
             for parameter in module.parameters()
             if parameter.requires_grad
         }
-        self._parts = sorted(set(part_of.values()))
+        self._parts = sorted({*part_of.values(), _REST})
         self._pieces = [] if self._gradient is None else list(_pieces(engine, part_of))
         self._scales = _scales(engine, dict(_watched(engine.module)))
 
@@ -81,6 +83,8 @@ def read(sums: Mapping[str, float], grad_norm: float) -> tuple[dict[str, float],
     """
     squares = {name.removeprefix(GRADIENT): value for name, value in sums.items() if name.startswith(GRADIENT)}
     whole = sum(squares.values())
+    if not squares.get(_REST):
+        squares.pop(_REST, None)
     norms = {part: grad_norm * (square / whole) ** 0.5 for part, square in squares.items()} if whole > 0 else {}
     return norms, _means(sums, GAMMA), _means(sums, MERGING)
 
@@ -95,7 +99,7 @@ def _pieces(engine: Engine, part_of: Mapping[str, str]) -> Iterator[tuple[str, i
     start, open_piece = 0, ("", 0, 0)
     for partition in partitions(engine):
         for piece in partition.slices:
-            part, first = part_of.get(piece.name, ""), start + piece.start
+            part, first = part_of.get(piece.name, _REST), start + piece.start
             if part == open_piece[0] and first == open_piece[2]:
                 open_piece = (part, open_piece[1], first + piece.length)
                 continue

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _STEP, _WAIT, _MFU = "time/step_ms", "time/data_wait_ms", "throughput/mfu"
+_MESSAGES = "time/communication_ms"
+_SLOW_MS, _FAST_MS, _SLOW, _SLOW_NODE = (
+    *("ranks/slowest_own_ms", "ranks/fastest_own_ms"),
+    *("ranks/slowest", "ranks/slowest_node"),
+)
 _PREFIX, _SUFFIX = "time/", "_ms"
 # Below it a cure would not be noticed.
 _MUCH = 0.1
-_CURES = {
-    "communication": "messages between GPUs: zero.node_partition or a larger micro-batch helps",
-    "update": "the optimiser's update: a larger micro-batch, or offloading less, helps",
-}
+_MUCH_STILL = 0.3
+_MUCH_SLOWER = 1.5
+_CURES = {"update": "the optimiser's update: a larger micro-batch, or offloading less, helps"}
 
 
 def what_limits(steps: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -28,7 +32,26 @@ def what_limits(steps: Iterable[Mapping[str, Any]]) -> list[str]:
         return ["Not known: no step has written its time yet."]
     shares = {name: value / step_ms for name, value in _parts(lines).items()}
     wait = min(_mean(lines, _WAIT) / step_ms, 1.0)
-    return [_verdict(wait, shares), *_split(wait, shares, step_ms), *_utilisation(lines)]
+    still = min(_mean(lines, _MESSAGES) / step_ms, 1.0)
+    verdict = _verdict(wait, shares) if wait >= _MUCH else _of_ranks(lines, still) or _verdict(wait, shares)
+    return [verdict, *_split(wait, still, shares, step_ms), *_utilisation(lines)]
+
+
+def _of_ranks(lines: list[Mapping[str, Any]], still: float) -> str:
+    """What the ranks' exchange costs, where it costs much: a slow rank, or the messages themselves."""
+    slow_ms, fast_ms = _mean(lines, _SLOW_MS), _mean(lines, _FAST_MS)
+    if fast_ms and slow_ms > _MUCH_SLOWER * fast_ms:
+        last = next(line for line in reversed(lines) if _SLOW in line)
+        return (
+            f"A slow rank: rank {last[_SLOW]:.0f} on {last.get(_SLOW_NODE, 'a node without a name')} takes "
+            f"{slow_ms:.0f} ms of its own for a step, the fastest {fast_ms:.0f}, and all wait for it."
+        )
+    if still >= _MUCH_STILL:
+        return (
+            f"Communication: for {still:.0%} of a step computing stands still for messages between GPUs: "
+            "zero.node_partition or a larger micro-batch helps."
+        )
+    return ""
 
 
 def _verdict(wait: float, shares: Mapping[str, float]) -> str:
@@ -43,10 +66,11 @@ def _verdict(wait: float, shares: Mapping[str, float]) -> str:
     return f"Computing: loaders keep up, {wait:.0%} of a step waits for data."
 
 
-def _split(wait: float, shares: Mapping[str, float], step_ms: float) -> list[str]:
+def _split(wait: float, still: float, shares: Mapping[str, float], step_ms: float) -> list[str]:
     parts = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items()]
     left = [f"waiting for data {wait:.0%}"]
-    return [f"A step takes {step_ms:.0f} ms: {', '.join(left + parts)}."]
+    inside = f"; in them {still:.0%} of it stands still for messages" if still else ""
+    return [f"A step takes {step_ms:.0f} ms: {', '.join(left + parts)}{inside}."]
 
 
 def _utilisation(lines: list[Mapping[str, Any]]) -> list[str]:
@@ -60,7 +84,7 @@ def _parts(lines: list[Mapping[str, Any]]) -> dict[str, float]:
         tag: None
         for line in lines
         for tag in line
-        if tag.startswith(_PREFIX) and tag.endswith(_SUFFIX) and tag not in (_STEP, _WAIT)
+        if tag.startswith(_PREFIX) and tag.endswith(_SUFFIX) and tag not in (_STEP, _WAIT, _MESSAGES)
     }
     means = {tag.removeprefix(_PREFIX).removesuffix(_SUFFIX): _mean(lines, tag) for tag in tags}
     return dict(sorted(means.items(), key=lambda item: -item[1]))

@@ -134,6 +134,7 @@ def _facts(run: Reported) -> dict[str, str]:
         "images/s": f"{row.images_per_second:.4g}" if row.images_per_second is not None else "",
         "last sign": f"{duration(row.seen_s)} ago" if row.seen_s is not None else "",
         "restarts": _restarts(run),
+        "goodput": _goodput(run.curves),
         "job": row.job if row.job != "-" else "",
         "last event": row.event,
         "note": _notes(run.curves),
@@ -153,6 +154,14 @@ def _restarts(run: Reported) -> str:
     number = max(run.row.restarts, len(run.curves.starts) - 1, 0)
     lost = sum(steps for _, steps in run.curves.superseded)
     return f"{number}" + f", {lost} steps done again" * bool(lost)
+
+
+def _goodput(curves: RunCurves) -> str:
+    last = curves.last_steps[-1] if curves.last_steps else {}
+    share, hours = last.get("run/goodput"), last.get("run/gpu_hours")
+    if not (isinstance(share, float) and isinstance(hours, float)):
+        return ""
+    return f"{share:.0%} of {hours:.4g} GPU hours since the first start were in steps that stay"
 
 
 def _notes(curves: RunCurves) -> str:

@@ -9,7 +9,7 @@ from piip_scale.telemetry.records import IntervalRecord, RankPace
 
 # Intervals in a row: one may be slow for any reason.
 _SOON, _LONG = 3, 20
-_STARVED_SHARE = 0.4
+_STARVED_SHARE = 0.25
 # A rank's own time over the fastest one's, and the share of a step that others then wait.
 _MUCH_SLOWER = 1.5
 _LOST_SHARE = 0.2

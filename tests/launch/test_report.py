@@ -154,14 +154,21 @@ def test_what_is_asked_wrongly_is_one_line_and_nothing_is_written_over(tmp_path,
     report("run", "--out", "new/it's.html")
 
 
+SLOW = {"ranks/slowest": 3.0, "ranks/slowest_node": "n7", "ranks/slowest_own_ms": 80.0, "ranks/fastest_own_ms": 40.0}
+
+
 @pytest.mark.parametrize(
     ("line", "verdict"),
     [
         ({}, "Not known"),
         ({"time/step_ms": 100.0}, "Computing"),
         ({"time/step_ms": 100.0, "time/data_wait_ms": 40.0}, "Data: 40%"),
-        ({"time/step_ms": 100.0, "time/communication_ms": 60.0, "time/forward_ms": 10.0}, "Communication: 60%"),
+        ({"time/step_ms": 100.0, "time/communication_ms": 60.0, "time/forward_ms": 10.0}, "Communication: for 60%"),
         ({"time/step_ms": 100.0, "time/update_ms": 55.0}, "Update: 55%"),
+        (
+            {"time/step_ms": 90.0, "time/communication_ms": 50.0} | SLOW,
+            "A slow rank: rank 3 on n7 takes 80 ms of its own",
+        ),
         ({"time/step_ms": "nan", "time/data_wait_ms": None}, "Not known"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_intervals import interval
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -50,6 +51,7 @@ def record(step, **changes):
         "num_ranks": 2,
         "memory_now_bytes": {"host": 2 << 30},
         "grad_norm": 2.0,
+        "interval": interval(),
     }
     return StepRecord(**(values | changes))
 
@@ -108,6 +110,23 @@ def test_events_read_back(tmp_path):
         "time/backward_ms": [(s, 250.0) for s in steps],
         "time/update_ms": [(s, 62.5) for s in steps],
         "memory/peak_gib": [(s, 3.0) for s in steps],
+        "time/communication_ms": [(s, 125.0) for s in steps],
+        "data/padding_share": [(s, 0.25) for s in steps],
+        "train/clipped_share": [(s, 0.5) for s in steps],
+        "throughput/gpu_utilisation": [(s, 0.75) for s in steps],
+        "ranks/slowest": [(s, 3.0) for s in steps],
+        "ranks/slowest_own_ms": [(s, 375.0) for s in steps],
+        "ranks/fastest": [(s, 0.0) for s in steps],
+        "ranks/fastest_own_ms": [(s, 250.0) for s in steps],
+        "branches/grad_norm_branch_0": [(s, 1.5) for s in steps],
+        "branches/grad_norm_heads": [(s, 0.5) for s in steps],
+        "branches/gamma_into_branch_0": [(s, 0.125) for s in steps],
+        "branches/merging_weight_of_branch_1": [(s, 1.25) for s in steps],
+        "run/attempt": [(s, 2.0) for s in steps],
+        "run/goodput": [(s, 0.25) for s in steps],
+        "run/gpu_hours": [(s, 2.0) for s in steps],
+        "run/useful_gpu_hours": [(s, 0.5) for s in steps],
+        "0_overview/communication_share": [(s, 0.25) for s in steps],
         "eval/bbox_mAP": [(3, 0.5)],
         "0_overview/loss": [(s, 1 / s + 0.25) for s in steps],
         "0_overview/images_per_second": [(s, 8.0) for s in steps],
@@ -115,6 +134,7 @@ def test_events_read_back(tmp_path):
         "0_overview/grad_norm": [(s, 2.0) for s in steps],
         "0_overview/bbox_mAP": [(3, 0.5)],
     }
+    assert lines(tmp_path)[0]["ranks/slowest_node"] == "n7"
     # TensorBoard opens the group whose name comes first.
     assert min(read).startswith("0_overview/")
     assert read.keys() == wanted.keys()
@@ -365,3 +385,22 @@ def test_memory_of_the_device():
     torch.cuda.reset_peak_memory_stats(device)
     before, block = torch.cuda.memory_allocated(device), torch.ones(64 << 20, dtype=torch.uint8, device=device)
     assert peak_memory_bytes(device) - before == block.numel()
+
+
+def test_a_line_of_health_is_an_event_too(tmp_path):
+    told = io.StringIO()
+    telemetry = Telemetry(tmp_path, total_steps=9, stream=told, show_progress=False)
+    for step in range(1, 4):
+        telemetry.step(record(step, interval=interval(data_wait_share=0.8)))
+    telemetry.close()
+    assert told.getvalue().startswith("step 3  steps wait for data 80%")
+    assert lines(tmp_path)[-1]["kind"] == "event"
+
+
+def test_what_was_of_use_goes_on_from_the_steps_that_stay(tmp_path):
+    for first, last in ((0, 4), (2, 3)):
+        telemetry = Telemetry(tmp_path, total_steps=9, first_step=first, show_progress=False)
+        assert telemetry.useful_gpu_seconds() == (200.0 if first else 0.0)
+        for step in range(first + 1, last + 1):
+            telemetry.step(record(step, interval=interval(useful_gpu_seconds=100.0 * step)))
+        telemetry.close()

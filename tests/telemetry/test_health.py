@@ -1,0 +1,51 @@
+"""What is wrong with a run is said once, and only where it lasts."""
+
+from __future__ import annotations
+
+import pytest
+from made_intervals import interval
+
+from piip_scale.telemetry.health import Health
+from piip_scale.telemetry.records import RankPace
+
+
+def said_after(number, **changes):
+    health = Health()
+    return [line for _ in range(number) for line in health.lines(interval(**changes))]
+
+
+def test_nothing_is_said_of_a_healthy_run():
+    assert said_after(100) == []
+
+
+@pytest.mark.parametrize(
+    ("patience", "changes", "told"),
+    [
+        (3, {"data_wait_share": 0.8}, "steps wait for data 80% of their time: more data.workers"),
+        (
+            3,
+            {"slowest": RankPace(3, "n7", 0.45, 0.4), "fastest": RankPace(0, "n1", 0.1, 0.0)},
+            "rank 3 on n7 is slow, and the others wait for it: 450 ms a step of its own, 400 of them for data, "
+            "where rank 0 on n1 takes 100",
+        ),
+        (
+            20,
+            {"gradient_norms": {"branch 1": 1e-9, "heads": 1.0}},
+            "branch 1 learns nothing: its gradient's norm is 1.0e-09",
+        ),
+        (
+            20,
+            {"gammas": {"0": 1e-8, "1": 0.1}},
+            "nothing flows into branch 0: the gammas of its interactions are 1.0e-08",
+        ),
+    ],
+)
+def test_what_lasts_is_said_once(patience, changes, told):
+    assert said_after(patience - 1, **changes) == []
+    (line,) = said_after(100, **changes)
+    assert line.startswith(told)
+
+
+def test_what_comes_and_goes_is_not_said():
+    health = Health()
+    assert not [line for turn in range(100) for line in health.lines(interval(data_wait_share=0.9 * (turn % 3 > 0)))]
