@@ -67,7 +67,7 @@ def _dead_parts(record: IntervalRecord) -> Iterator[tuple[str, int, str]]:
                 f"gradient of {part}",
                 _LONG,
                 f"{part} learns nothing: its gradient's norm is {norm:.1e}, of {whole:.1e} in all, and has been for "
-                f"{_LONG} intervals",
+                f"{_LONG} logged steps in a row",
             )
     for branch, gamma in record.gammas.items():
         if gamma <= _DEAD_GAMMA:

@@ -7,7 +7,7 @@ from piip_scale.telemetry.records import IntervalRecord, RankPace
 
 def interval(**changes):
     values = {
-        "data_wait_share": 0.25,
+        "data_wait_share": 0.125,
         "step_seconds": 0.5,
         "message_seconds": 0.125,
         "padding_share": 0.25,
