@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
+
 import pytest
 from made_intervals import interval
 
+from piip_scale.telemetry import StepRecord, Telemetry
 from piip_scale.telemetry.health import Health
 from piip_scale.telemetry.records import RankPace
 
@@ -49,3 +53,29 @@ def test_what_lasts_is_said_once(patience, changes, told):
 def test_what_comes_and_goes_is_not_said():
     health = Health()
     assert not [line for turn in range(100) for line in health.lines(interval(data_wait_share=0.9 * (turn % 3 > 0)))]
+
+
+def record(step, **changes):
+    return StepRecord(
+        step, {"loss": 1.0}, lr=0.1, images=4, step_seconds=0.5, data_wait_seconds=0.0, memory_bytes=1, **changes
+    )
+
+
+def test_a_line_of_health_is_an_event_too(tmp_path):
+    told = io.StringIO()
+    telemetry = Telemetry(tmp_path, total_steps=9, stream=told, show_progress=False)
+    for step in range(1, 4):
+        telemetry.step(record(step, interval=interval(data_wait_share=0.8)))
+    telemetry.close()
+    assert told.getvalue().startswith("step 3  steps wait for data 80%")
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last == {"step": 3, "kind": "event", "text": told.getvalue().strip().removeprefix("step 3  ")}
+
+
+def test_what_was_of_use_goes_on_from_the_steps_that_stay(tmp_path):
+    for first, last in ((0, 4), (2, 3)):
+        telemetry = Telemetry(tmp_path, total_steps=9, first_step=first, show_progress=False)
+        assert telemetry.useful_gpu_seconds() == (200.0 if first else 0.0)
+        for step in range(first + 1, last + 1):
+            telemetry.step(record(step, interval=interval(useful_gpu_seconds=100.0 * step)))
+        telemetry.close()

@@ -385,22 +385,3 @@ def test_memory_of_the_device():
     torch.cuda.reset_peak_memory_stats(device)
     before, block = torch.cuda.memory_allocated(device), torch.ones(64 << 20, dtype=torch.uint8, device=device)
     assert peak_memory_bytes(device) - before == block.numel()
-
-
-def test_a_line_of_health_is_an_event_too(tmp_path):
-    told = io.StringIO()
-    telemetry = Telemetry(tmp_path, total_steps=9, stream=told, show_progress=False)
-    for step in range(1, 4):
-        telemetry.step(record(step, interval=interval(data_wait_share=0.8)))
-    telemetry.close()
-    assert told.getvalue().startswith("step 3  steps wait for data 80%")
-    assert lines(tmp_path)[-1]["kind"] == "event"
-
-
-def test_what_was_of_use_goes_on_from_the_steps_that_stay(tmp_path):
-    for first, last in ((0, 4), (2, 3)):
-        telemetry = Telemetry(tmp_path, total_steps=9, first_step=first, show_progress=False)
-        assert telemetry.useful_gpu_seconds() == (200.0 if first else 0.0)
-        for step in range(first + 1, last + 1):
-            telemetry.step(record(step, interval=interval(useful_gpu_seconds=100.0 * step)))
-        telemetry.close()
