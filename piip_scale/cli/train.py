@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from piip_scale.cli.options import ConfigPath, Overrides
 from piip_scale.config import RunConfig, load_config
-from piip_scale.config.loading import config_text
+from piip_scale.config.loading import changed_keys, config_text
 from piip_scale.errors import PiipError
 from piip_scale.launch.compile_caches import use_local_cache
 from piip_scale.logging import configure_logging
@@ -104,8 +104,12 @@ def run_training(
     Raises:
         PiipError: Config, shards, directory or world do not allow a start, or a rank ended without a report.
     """
+    from piip_scale.telemetry.trackers import require_trackers
+
     profiled = parse_profiled_steps(profile)
-    resolved = with_classes(load_config(config, overrides))
+    resolved = load_config(config, overrides)
+    require_trackers(resolved.telemetry.trackers)
+    resolved = with_classes(resolved)
     resume = resume and not restart
     if resume and resolved.zero.open_keys:
         resolved = with_layout_of(resolved, run_dir / "config.py")
@@ -113,7 +117,10 @@ def run_training(
         _refuse_active(run_dir)
     num_procs = procs or _num_gpus() or 1
     if num_procs == 1 or read_world().launcher != "single":
-        return _train_here(resolved, run_dir, resume=resume, restart=restart, progress=progress, profiled=profiled)
+        settings = _settings(run_dir, overrides)
+        return _train_here(
+            resolved, run_dir, settings, resume=resume, restart=restart, progress=progress, profiled=profiled
+        )
     check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume, restart=restart)
     from piip_scale.engine.local_launch import launch_local
     from piip_scale.run.run_dir import RunDirectory
@@ -205,7 +212,14 @@ def _report_as_rank(error: PiipError, run_dir: Path, rank: int) -> int:
 
 
 def _train_here(
-    config: RunConfig, run_dir: Path, *, resume: bool, restart: bool, progress: bool, profiled: ProfiledSteps | None
+    config: RunConfig,
+    run_dir: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    restart: bool,
+    progress: bool,
+    profiled: ProfiledSteps | None,
 ) -> int:
     from piip_scale.engine.worker import train_worker
     from piip_scale.run.run_dir import RunDirectory
@@ -222,7 +236,16 @@ def _train_here(
         restart=restart,
         show_progress=progress,
         profiled=profiled,
+        settings=settings,
     )
+
+
+def _settings(run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What was changed from the recipe, here or where the run was submitted, which has it in the job's own config."""
+    from piip_scale.launch.spec import load_spec
+
+    spec = load_spec(run_dir)
+    return changed_keys([*(spec.given_overrides if spec else ()), *overrides])
 
 
 def _num_gpus() -> int:

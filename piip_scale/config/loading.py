@@ -71,6 +71,15 @@ def config_text(config: RunConfig) -> str:
     return "# Resolved: every key of the run, presets and bases expanded.\n" + "\n".join(lines) + "\n"
 
 
+def changed_keys(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overrides change, by key, the last of a key.
+
+    Raises:
+        ConfigError: One that does not read ``key.path=value``.
+    """
+    return {".".join(key): value for key, value in map(_parse_override, overrides)}
+
+
 def _read(path: Path) -> dict[str, Any]:
     from mmengine.config import Config  # costs 0.3 s, which --help need not pay
 

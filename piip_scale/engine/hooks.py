@@ -15,7 +15,7 @@ from piip_scale.engine.interval import Interval
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation
 from piip_scale.errors import Interrupted
-from piip_scale.run.run_dir import RunDirectory
+from piip_scale.run.run_dir import RunDirectory, State
 from piip_scale.run.starting import StartClock
 from piip_scale.telemetry.memory import GIB, memory_now_bytes, peak_memory_bytes
 from piip_scale.telemetry.records import EvaluationRecord, IntervalRecord, SaveRecord, StartRecord, StepRecord
@@ -56,8 +56,8 @@ class Sink(Protocol):
         """How the run ends, where a rank reports that to its user."""
         ...
 
-    def close(self) -> None:
-        """The end."""
+    def close(self, state: State = "stopped") -> None:
+        """The end, and how the run came to it."""
         ...
 
 
@@ -82,7 +82,7 @@ class Silence:
     def ending(self, step: int, text: str) -> None:
         """Nothing."""
 
-    def close(self) -> None:
+    def close(self, state: State = "stopped") -> None:
         """Nothing."""
 
 

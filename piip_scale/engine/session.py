@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -54,11 +55,12 @@ from piip_scale.run.environment import few_cores_line
 from piip_scale.run.gpu_time import GpuTimeFile
 from piip_scale.run.heartbeat import Heartbeat
 from piip_scale.run.profiled_steps import ProfiledSteps
-from piip_scale.run.run_dir import RunDirectory
+from piip_scale.run.run_dir import RunDirectory, State
 from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task
 from piip_scale.telemetry.records import EvaluationRecord
 from piip_scale.telemetry.telemetry import Telemetry
+from piip_scale.telemetry.trackers import TrackedRun
 from piip_scale.world import World, node_name, usable_cores
 
 # The communication library's own limit knows neither ranks nor stacks, so it comes later than the watchdog's.
@@ -81,6 +83,7 @@ class Session:
         earlier: How the attempt before this one ended, where it failed; of the main rank.
         profiled: Steps of this attempt that the main rank profiles.
         gpu_time: What the run's attempts take; of the main rank.
+        settings: Keys that were changed from the recipe, with their values.
     """
 
     config: RunConfig
@@ -92,6 +95,7 @@ class Session:
     earlier: Ending | None = None
     profiled: ProfiledSteps | None = None
     gpu_time: GpuTimeFile | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def train(self, task_factory: TaskFactory) -> None:
         """Joins the ranks, resumes what is there, trains to the end, and leaves.
@@ -207,9 +211,12 @@ class _Training:
 
     def _run(self) -> None:
         run, is_main = self._session.run, self._session.world.is_main
+        state: State = "failed"
         try:
             self._trainer.run()
+            state = "done"
         except Interrupted as error:
+            state = "stopped"
             if is_main:
                 run.write_status("stopped", self._trainer.step, ending_of(error, step=self._trainer.step))
             raise
@@ -220,7 +227,7 @@ class _Training:
             self._checkpointer.close()
             raise
         finally:
-            self._sink.close()
+            self._sink.close(state)
         if is_main:
             run.write_status("done", self._trainer.step)
 
@@ -312,7 +319,10 @@ class _Training:
             show_progress=session.show_progress,
             log_every_steps=self._config.train.log_every_steps,
         )
-        sink.describe(first_step, {"config": config_text(session.config), "command": shlex.join(sys.argv)})
+        texts = {"config": config_text(session.config), "command": shlex.join(sys.argv)}
+        sink.describe(first_step, texts, session.settings)
+        tracked = self._config.telemetry
+        sink.track(tracked.trackers, TrackedRun(session.run.path, tracked.project, session.settings, texts))
         if found:
             ranks = f"ranks before: {found.state.num_ranks}, now: {session.world.num_ranks}"
             ending = f"; before, at step {earlier.step}: {earlier.line}" if (earlier := session.earlier) else ""

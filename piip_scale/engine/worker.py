@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.determinism import apply_determinism
@@ -34,6 +36,7 @@ def train_worker(
     restart: bool = False,
     show_progress: bool = True,
     profiled: ProfiledSteps | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> int:
     """Trains as one rank of the world that the environment describes. Collective.
 
@@ -49,6 +52,7 @@ def train_worker(
         restart: Set aside the run that is there, and start over.
         show_progress: Draw a progress line on the main rank.
         profiled: Steps of this attempt that the main rank profiles.
+        settings: Keys that were changed from the recipe, with their values.
 
     Returns:
         The process's exit code: 0 when done, the error's own otherwise. Leave the process at once with it.
@@ -72,7 +76,7 @@ def train_worker(
     stop = StopFlag()
     stop.install()
     heartbeat = Heartbeat(config.train.hang_minutes * _MINUTE_S, config.train.slow_hang_minutes * _MINUTE_S)
-    session = Session(config, run, world, stop, heartbeat, show_progress, earlier, profiled, gpu_time)
+    session = Session(config, run, world, stop, heartbeat, show_progress, earlier, profiled, gpu_time, settings or {})
     with Watchdog(run, world, heartbeat):
         try:
             session.train(task_factory)

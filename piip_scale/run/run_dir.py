@@ -80,6 +80,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.superseded_metrics = self.path / "metrics.superseded.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.trackers = self.path / "trackers.json"
 
     @property
     def newest_config(self) -> Path:
@@ -146,6 +147,7 @@ class RunDirectory:
             *(self.config, self.resumed_config, self.environment, self.status_file, self.checkpoints),
             *(self.broken_samples, self.bad_steps, self.profile),
             *(self.gpu_time, self.metrics, self.superseded_metrics, self.tensorboard),
+            self.trackers,
         )
         with disk_errors(RunError, f"set aside the run in {self.path}"):
             folder = set_aside(self.path, paths)

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,6 +80,22 @@ def last_number(path: Path, key: str) -> float:
         for line in file:
             if quoted in line and isinstance(value := json.loads(line).get(key), int | float):
                 found = float(value)
+    return found
+
+
+def last_steps(paths: Iterable[Path]) -> dict[str, int]:
+    """The highest step of each kind of line in these files, as far as they are there.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    found: dict[str, int] = {}
+    for path in filter(Path.exists, paths):
+        with path.open("rb") as file:
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError):
+                    values = json.loads(line)
+                    found[values["kind"]] = max(found.get(values["kind"], 0), int(values["step"]))
     return found
 
 

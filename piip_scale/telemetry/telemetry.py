@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from piip_scale.errors import RunError
 from piip_scale.files import disk_errors
+from piip_scale.run.run_dir import State
 from piip_scale.telemetry.health import Health
-from piip_scale.telemetry.jsonl import JsonLines, evaluated_steps, last_number, read_events
+from piip_scale.telemetry.jsonl import JsonLines, evaluated_steps, last_number, last_steps, read_events, superseded_path
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.progress import ProgressLine
@@ -19,11 +20,13 @@ from piip_scale.telemetry.tensorboard import (
     TensorBoardWriter,
     evaluation_scalars,
     interval_texts,
+    picture_tags,
     save_scalars,
     start_scalars,
     step_overview,
     step_scalars,
 )
+from piip_scale.telemetry.trackers import TrackedRun, Tracking
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -63,17 +66,36 @@ class Telemetry:
             self._events = read_events(self._run_dir / METRICS_FILE)
             self._evaluated = evaluated_steps(self._run_dir / METRICS_FILE)
             self._board = TensorBoardWriter(self._run_dir / TENSORBOARD_FOLDER, first_step)
+        self._trackers: list[Tracking] = []
+        self._told: dict[str, int] = {}
         self._progress = ProgressLine(total_steps, first_step, stream, shows_steps=show_progress)
 
-    def describe(self, step: int, texts: Mapping[str, str]) -> None:
+    def describe(self, step: int, texts: Mapping[str, str], settings: Mapping[str, Any] | None = None) -> None:
         """Shows what the run was started with, beside its curves in TensorBoard.
 
         Args:
             step: Steps done before.
             texts: By name, as ``config`` and ``command``.
+            settings: Keys that were changed from the recipe, with their values: how runs of a sweep differ.
         """
         with disk_errors(RunError, self._action):
             self._board.texts(step, texts)
+            self._board.settings(settings or {})
+
+    def track(self, names: Sequence[str], run: TrackedRun) -> None:
+        """From here on tells these trackers, too.
+
+        Args:
+            names: Of ``trackers.TRACKERS``.
+            run: What they are told of the run.
+        """
+        self._trackers = [Tracking(name, run) for name in names]
+        if not names:
+            return
+        # They cannot take back what they were told: steps that are done again are not told again.
+        with disk_errors(RunError, self._action):
+            metrics = self._run_dir / METRICS_FILE
+            self._told = last_steps([metrics, superseded_path(metrics)])
 
     def useful_gpu_seconds(self) -> float:
         """What earlier attempts wrote of the steps that stay."""
@@ -128,14 +150,20 @@ class Telemetry:
         """Logs how the run ends, for who reads its curves; at the terminal a rank reports it."""
         self._keep(step, text)
 
-    def close(self) -> None:
-        """Writes what is left and ends the progress line."""
+    def close(self, state: State = "stopped") -> None:
+        """Writes what is left and ends the progress line.
+
+        Args:
+            state: How the run ended.
+        """
         self._progress.close()
+        for tracker in self._trackers:
+            tracker.close(state)
         with disk_errors(RunError, self._action):
             try:
                 self._lines.close()
             finally:
-                self._board.close()
+                self._board.close(is_done=state == "done")
 
     def _write_evaluation(self, step: int, record: EvaluationRecord) -> None:
         with disk_errors(RunError, self._action):
@@ -143,6 +171,7 @@ class Telemetry:
             self._board.scalars(step, evaluation_scalars(record.metrics))
             self._board.pr_curves(step, record.pr_curves)
             self._board.pictures(step, record.pictures)
+        self._track(step, "evaluation", evaluation_scalars(record.metrics), picture_tags(record.pictures))
 
     def _write(
         self,
@@ -155,6 +184,15 @@ class Telemetry:
         with disk_errors(RunError, self._action):
             self._lines.write(step, kind, {**values, **(texts or {})})
             self._board.scalars(step, {**values, **(overview or {})})
+        self._track(step, kind, {**values, **(overview or {})})
+
+    def _track(
+        self, step: int, kind: str, scalars: Mapping[str, float], pictures: Mapping[str, bytes] | None = None
+    ) -> None:
+        if step > self._told.get(kind, 0):
+            for tracker in self._trackers:
+                tracker.scalars(step, scalars)
+                tracker.pictures(step, pictures or {})
 
     def _keep(self, step: int, text: str) -> None:
         self._events.append((step, text))

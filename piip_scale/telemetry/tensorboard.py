@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,14 @@ class TensorBoardWriter:
             shown = "\n".join(f"    {line}" for line in text.splitlines())
             self._writer.add_text(tag, shown, step)  # type: ignore[no-untyped-call]
 
+    def settings(self, settings: Mapping[str, Any]) -> None:
+        """Makes the run a session of the page of hyperparameters; where it has several, TensorBoard takes the first."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
+        _, start, _ = hparams(plain, {})
+        self._writer.file_writer.add_summary(start)  # type: ignore[attr-defined]
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point to each named curve.
 
@@ -117,20 +126,29 @@ class TensorBoardWriter:
         """Adds each picture, a JPEG file, at this step."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for name, content in pictures.items():
+        for tag, content in picture_tags(pictures).items():
             with PIL.Image.open(io.BytesIO(content)) as picture:
                 width, height = picture.size
             # As it is: the writer's own way decodes and stores a PNG of several times the size.
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
-            summary = Summary(value=[Summary.Value(tag=f"{_PICTURES}/{name}", image=image)])
+            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
             self._writer.file_writer.add_summary(summary, step)  # type: ignore[attr-defined]  # torch types it as None
 
-    def close(self) -> None:
+    def close(self, *, is_done: bool = False) -> None:
         """Writes what is left.
+
+        Args:
+            is_done: The run has come to its end, and will not be resumed.
 
         Raises:
             OSError: The disk refuses.
         """
+        if is_done:
+            from torch.utils.tensorboard.summary import hparams
+
+            # TensorBoard keeps the first of a run, so that one which may go on has none yet.
+            *_, end = hparams({}, {})
+            self._writer.file_writer.add_summary(end)  # type: ignore[attr-defined]
         self._writer.close()  # type: ignore[no-untyped-call]
 
     def _flush_when_due(self) -> None:
@@ -236,6 +254,11 @@ def evaluation_scalars(metrics: Mapping[str, float]) -> dict[str, float]:
     """
     first = {f"{_OVERVIEW}/{name}": value for name, value in list(metrics.items())[:1]}
     return first | {name if name.startswith(_OF_CLASS) else f"eval/{name}": value for name, value in metrics.items()}
+
+
+def picture_tags(pictures: Mapping[str, bytes]) -> dict[str, bytes]:
+    """An evaluation's pictures by their TensorBoard tags."""
+    return {f"{_PICTURES}/{name}": content for name, content in pictures.items()}
 
 
 def start_scalars(record: StartRecord) -> dict[str, float]:

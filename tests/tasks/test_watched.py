@@ -172,6 +172,11 @@ def test_which_are_watched_is_read_from_the_config(detection):
     assert watched_numbers(samples, (samples.keys[6], samples.keys[0])) == [6, 0]
     with pytest.raises(DataError, match=r"telemetry.pictures: got 'nothing'; it names samples of val"):
         watched_numbers(samples, ("nothing",))
-    for wrong, rule in ((-1, "pictures"), (["a", "a"], "each sample once")):
+    for wrong, rule in (
+        ({"pictures": -1}, "pictures"),
+        ({"pictures": ["a", "a"]}, "each once"),
+        ({"trackers": ["tensorbord"]}, "trackers"),
+        ({"trackers": ["wandb", "wandb"]}, "each once"),
+    ):
         with pytest.raises(ConfigError, match=rule):
-            check_config(values("detection", detector={"kind": "faster_rcnn"}, telemetry={"pictures": wrong}))
+            check_config(values("detection", detector={"kind": "faster_rcnn"}, telemetry=wrong))

@@ -7,21 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_intervals import interval
-from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.pr_curve.pr_curves_plugin import PrCurvesPlugin
-from tensorboard.summary.writer import event_file_writer
-from tensorboard.util.tensor_util import make_ndarray
 
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry import EvaluationRecord, SaveRecord, StepRecord, Telemetry, progress
@@ -29,12 +22,6 @@ from piip_scale.telemetry.jsonl import JsonLines, superseded_path
 from piip_scale.telemetry.memory import memory_now_bytes, peak_memory_bytes
 
 WRITER = Path(__file__).with_name("metrics_writer.py")
-
-
-@pytest.fixture(autouse=True)
-def _files_in_order(monkeypatch):
-    """Event files that one process makes within a second are told apart by a count: its tenth would be read first."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def record(step, **changes):
@@ -155,49 +142,6 @@ def test_a_resumed_run_writes_over_what_its_checkpoint_did_not_see(tmp_path):
         (6, "evaluation"),
         (6, "event"),
     ]
-
-
-def jpeg(grey):
-    content = io.BytesIO()
-    PIL.Image.new("L", (40, 20), grey).convert("RGB").save(content, format="JPEG")
-    return content.getvalue()
-
-
-def evaluation(value):
-    curve = np.stack([np.arange(101)[::-1], np.ones(101), np.arange(101), np.full(101, value), np.linspace(1, 0, 101)])
-    metrics = {"box_ap": value, "per_class/box_ap50/a/b": value}
-    return EvaluationRecord(metrics, {"box/all_classes": curve}, {"image 7": jpeg(round(255 * value))})
-
-
-def test_pictures_curves_and_classes_of_evaluations_are_there_once(tmp_path):
-    """As TensorBoard reads them, of a run that was killed and one that had ended before it was resumed."""
-    for first, values in ((0, {2: 0.2, 4: 0.4}), (3, {4: 0.5, 6: 0.6}), (6, {6: 0.7})):
-        telemetry = Telemetry(tmp_path, total_steps=6, first_step=first, stream=io.StringIO())
-        for step, value in values.items():
-            telemetry.evaluation(step, evaluation(value))
-        telemetry.close()
-    wanted = {2: 0.2, 4: 0.5, 6: 0.6}
-    read = curves(tmp_path)
-    assert {"eval/box_ap", "per_class/box_ap50/a/b"} == {tag for tag in read if not tag.startswith("0_overview")}
-    for points in read.values():
-        assert dict(points) == pytest.approx(wanted)
-        assert len(points) == 3
-    assert [line["eval/per_class/box_ap50/a/b"] for line in lines(tmp_path)] == [*wanted.values()]
-    # The server's own reader: the older one keeps tensors that were superseded.
-    events = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"), tensor_size_guidance={})
-    events.Reload()
-    for one in events.Tensors("truth_beside_found/image 7"):
-        assert list(one.tensor_proto.string_val) == [b"40", b"20", jpeg(round(255 * wanted[one.step]))]
-    tags = ("truth_beside_found/image 7", "pr_box/all_classes")
-    assert [[one.step for one in events.Tensors(tag)] for tag in tags] == [[*wanted]] * 2
-    plugin = PrCurvesPlugin(SimpleNamespace(data_provider=None, sampling_hints=None))
-    for one in events.Tensors("pr_box/all_classes"):
-        shown = plugin._make_pr_entry(one.step, one.wall_time, make_ndarray(one.tensor_proto))
-        assert shown["precision"] == pytest.approx([wanted[one.step]] * 101)
-        assert shown["recall"] == pytest.approx(shown["thresholds"][::-1])
-        assert shown["false_negatives"] == [*range(101)]
-    metadata = events.SummaryMetadata("pr_box/all_classes")
-    assert metadata.plugin_data.plugin_name == "pr_curves"
 
 
 def test_every_nth_step_is_logged_with_the_rate_of_all(tmp_path):
