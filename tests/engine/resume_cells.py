@@ -41,7 +41,9 @@ ALONE = {f"key {key.path}": key for key in ALLOWED if not key.on_disk}
 TOGETHER = {f"all keys of stage {stage}": stage for stage in STAGES}
 """Options beside those of the product: each raw key that may be set, and those of a stage that change no number."""
 FROZEN = {"none": {}, "blocks": {"frozen_blocks": 1}, "branch": {"frozen_blocks": "all"}}
-"""Of the large branch, which has a block in each stage: what DeepSpeed does to each parameter is most of the time."""
+"""Of the large branch."""
+# One stage: what DeepSpeed does to each parameter is most of the time, and a second one has no other kinds of them.
+SMALLEST = {"small": {"depth": 1}, "interaction": {"num_stages": 1, "num_heads": 2, "gamma_init": 0.1}}
 MOVES = {"2 -> 2": (2, 2), "2 -> 1": (2, 1), "1 -> 2": (1, 2)}
 # Of the first loss and its gradient's norm, relative, and of weights, after another number of ranks: rounding.
 TOLERANCES = {"fp32": (1e-5, 5e-5), "bf16": (2e-2, 2e-2)}
@@ -120,7 +122,7 @@ def config_of(layout: Layout, num_ranks: int):
     if num_ranks == 1:
         zero.pop("node_partition", None)
     return pyramid_config(
-        network(large={"depth": 2} | FROZEN[layout.frozen]),
+        network(large={"depth": 2} | FROZEN[layout.frozen], **SMALLEST),
         data={"micro_batch_size": 1},
         optimizer={"lr": 1e-3, "layer_decay": 0.8},
         zero={"stage": layout.stage} | zero,

@@ -20,7 +20,7 @@ from piip_scale.tasks.outline import outline_run
 from piip_scale.world import World
 
 BRANCHES = [
-    {"kind": "vit", "embed_dim": dim, "depth": 4, "num_heads": 4, "resolution_px": size, "checkpoint_blocks": "auto"}
+    {"kind": "vit", "embed_dim": dim, "depth": 2, "num_heads": 4, "resolution_px": size, "checkpoint_blocks": "auto"}
     for dim, size in ((256, 64), (64, 128))
 ]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 
@@ -19,8 +20,7 @@ def run(*arguments: str | Path, **environment: str) -> str:
     # A process of its own: triton reads TRITON_INTERPRET when it is first imported, by whomever.
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *map(str, arguments)]
-    folder = environment.get("TRITON_HOME")
-    done = subprocess.run(command, env=clean | environment, cwd=folder, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -41,7 +41,8 @@ def compiled(tmp_path_factory):
     """What Triton makes of the kernels for a Hopper GPU, which need not be here."""
     folder = tmp_path_factory.mktemp("triton")
     root = str(HERE.parents[1])
-    lines = run(HERE / "compile_kernels.py", TRITON_HOME=str(folder), PYTHONPATH=root).splitlines()
+    environment = os.environ | {"TRITON_HOME": str(folder), "PYTHONPATH": root}
+    lines = preloaded.run([HERE / "compile_kernels.py"], env=environment, cwd=folder, check=True).stdout.splitlines()
     return [json.loads(line) for line in lines]
 
 

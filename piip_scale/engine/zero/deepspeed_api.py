@@ -111,8 +111,12 @@ def load() -> Any:
 def _quiet_hot_paths() -> None:
     """Spares lines about every parameter that is fetched or released, and ranges for NVIDIA's profiler.
 
-    deepspeed 0.19.8 formats the lines, asks for its rank, and drops them: some 30 us a release of a parameter.
+    deepspeed 0.19.8 formats the lines, asks for its rank, and drops them: some 30 us a release of a parameter, and some
+    ms for each at start, where a line holds the numbers of all.
     """
+    for module in ("parameter_offload", "stage3"):
+        # Of both lines, and of nothing else.
+        importlib.import_module(f"deepspeed.runtime.zero.{module}").locals = dict  # type: ignore[attr-defined]
     for module in ("parameter_offload", "partition_parameters", "partitioned_param_coordinator"):
         found: Any = importlib.import_module(f"deepspeed.runtime.zero.{module}")
         found.print_rank_0 = _said_only_if_forced(found.print_rank_0)

@@ -9,8 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_ranks, tiny_config
+from tiny_task import TinyTask
 
 from piip_scale.engine.session import group_timeout
 from piip_scale.engine.zero import deepspeed_api
@@ -118,3 +120,17 @@ def test_lines_that_nobody_asked_for_cost_nothing_and_others_are_said(capsys, mo
     assert capsys.readouterr().out == ""
     partition_parameters.print_rank_0("somebody's", force=True)
     assert capsys.readouterr().out == "asked\nsomebody's\n"
+
+
+def written_out_while_built(world, _device):
+    from piip_scale.engine.zero.setup import build_engine, build_model
+
+    written = []
+    torch.Tensor.__repr__ = lambda tensor, **_: written.append(tuple(tensor.shape)) or ""
+    engine, _ = build_engine(build_model(TinyTask(tiny_config(), world), 0), tiny_config(), world)
+    assert str(next(engine.module.parameters())) == "Parameter containing:\n"
+    return len(written), engine.zero_optimization_stage()
+
+
+def test_no_parameter_is_written_out_at_start():
+    assert run_ranks(1, written_out_while_built) == [(1, 3)]

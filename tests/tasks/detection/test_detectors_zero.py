@@ -36,6 +36,10 @@ FORCED_RELEASE = {"zero_optimization": {"stage3_max_live_parameters": 100000, "s
 
 def config_of(kind, precision="fp32"):
     values = run_config(kind, SMALL[kind]).model_dump()
+    # The heads are what is asked; of the network as little as has every part.
+    values["model"]["interaction"]["num_stages"] = 1
+    for branch in values["model"]["branches"]:
+        branch["depth"] = 1
     values["optimizer"] = {"lr": LR}
     values["zero"] = {"stage": 3, "persistence_threshold": 0, "deepspeed": FORCED_RELEASE}
     values["train"] = {"steps": len(STEPS), "precision": precision, "gradient_accumulation": 2}
