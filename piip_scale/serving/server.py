@@ -12,10 +12,12 @@ from typing import Annotated, Any
 
 import python_multipart.exceptions
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
@@ -89,6 +91,8 @@ def build_app(answering: Answering, limits: Limits) -> FastAPI:
     app = FastAPI(title="piip_scale", lifespan=lifespan)
     app.middleware("http")(_counting(metrics))
     app.exception_handler(PiipError)(_refused)
+    app.exception_handler(RequestValidationError)(_misasked)
+    app.exception_handler(HTTPException)(_not_offered)
     page = resources.files("piip_scale.serving").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse)
@@ -136,6 +140,19 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
     code = next(code for kind, code in _CODES if isinstance(error, kind))
     headers = {"Retry-After": "1"} if code == 503 else {}
     return JSONResponse({"error": error.line}, status_code=code, headers=headers)
+
+
+async def _misasked(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    # Numbers that JSON has no word for, as nan, would break the answer: their text.
+    wrong = (f"{problem['loc'][-1]}: got {str(problem['input'])!r}; {problem['msg']}" for problem in error.errors())
+    return JSONResponse({"error": "; ".join(wrong)}, status_code=422)
+
+
+async def _not_offered(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    line = f"{request.method} {request.url.path}: {error.detail}; GET / is a page, POST /predict takes an image"
+    return JSONResponse({"error": line}, status_code=error.status_code, headers=error.headers)
 
 
 async def _image_of(request: Request, limits: Limits) -> bytes:

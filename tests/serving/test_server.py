@@ -144,7 +144,9 @@ def test_what_is_no_image_is_refused_in_one_line(client, content, code, part):
     ids=["get", "put", "path", "threshold", "nan", "form of text", "damaged form", "form without boundary"],
 )
 def test_other_requests_are_refused(client, send, code):
-    assert send(client).status_code == code
+    refused = send(client)
+    assert (refused.status_code, list(refused.json())) == (code, ["error"])
+    assert isinstance(refused.json()["error"], str)
 
 
 def test_health_metrics_and_the_page(client):

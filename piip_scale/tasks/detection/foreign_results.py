@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from piip_scale.data.reading.files import read_whole
 from piip_scale.errors import DataError
 from piip_scale.tasks.detection.scoring import Result
 
@@ -21,7 +21,10 @@ def read_results(path: Path, truth: Mapping[str, Any]) -> list[Result]:
         DataError: It is no results file, or of another set.
     """
     try:
-        entries = json.loads(read_whole(path))
+        entries = json.loads(path.read_bytes())
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise DataError(f"results {path} cannot be read", value=reason, fix="check the path") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"results {path} are not JSON", value=str(error)) from None
     if not isinstance(entries, list):

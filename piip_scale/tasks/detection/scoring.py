@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,10 @@ LVIS_MOST_DETECTIONS = 300
 VOC_IOU = 0.5
 _AREAS = {"s": 1, "m": 2, "l": 3}
 _FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
+
+
+Overlaps = Callable[[Sequence[Any], Sequence[Any]], Floats]
+"""Intersection over union of M shapes with N others: float64 (M, N)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def score(truth: dict[str, Any], results: Sequence[Result], part: str, scoring: 
     drop = "bbox" if part == "mask" else "segmentation"
     fresh = [{key: value for key, value in result.items() if key != drop} for result in results]
     if scoring.style == "voc":
-        return _voc_scores(truth, fresh)
+        return _voc_scores(truth, fresh, part)
     return _coco_scores(truth, fresh, part, scoring)
 
 
@@ -133,11 +137,13 @@ def best_of_images(results: Sequence[Result], most: int) -> list[Result]:
     return [result for found in ranked for result in found[:most]]
 
 
-def _voc_scores(truth: dict[str, Any], results: Sequence[Result]) -> Scores:
+def _voc_scores(truth: dict[str, Any], results: Sequence[Result], part: str) -> Scores:
+    overlaps = box_ious if part == "box" else _mask_ious
+    objects, found = (_with_shapes(truth, entries, part) for entries in (truth["annotations"], results))
     ids = sorted(category["id"] for category in truth["categories"])
     areas, points, curves = {}, {}, np.full((101, len(ids)), -1.0)
     for k, number in enumerate(ids):
-        recall, precision = _voc_curve(truth["annotations"], results, number)
+        recall, precision = _voc_curve(objects, found, number, overlaps)
         areas[number], points[number] = area_ap(recall, precision), eleven_point_ap(recall, precision)
         if recall is not None:
             curves[:, k] = [precision[recall >= at].max(initial=0.0) for at in np.linspace(0, 1, 101)]
@@ -145,14 +151,24 @@ def _voc_scores(truth: dict[str, Any], results: Sequence[Result]) -> Scores:
     return Scores(means, {"ap50": areas, "ap50_11_points": points}, curves)
 
 
+def _with_shapes(truth: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:
+    """Objects or results with their box or their mask's run lengths as ``shape``."""
+    if part == "box":
+        return [{**entry, "shape": entry["bbox"]} for entry in entries]
+    from piip_scale.tasks.detection.sample_picture import run_lengths
+
+    sizes_px = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    return [{**entry, "shape": run_lengths(entry["segmentation"], sizes_px[entry["image_id"]])} for entry in entries]
+
+
 def _voc_curve(
-    annotations: Sequence[Mapping[str, Any]], results: Sequence[Result], category_id: int
+    annotations: Sequence[Mapping[str, Any]], results: Sequence[Result], category_id: int, ious: Overlaps
 ) -> tuple[Floats | None, Floats]:
     """Recall and precision after each detection of a class, best first; no recall where it has no objects.
 
     Source: the development kit of Pascal VOC, as mmdet's ``eval_map`` has it: a detection is held to the object that it
     overlaps most; what is difficult counts for nothing, what is found twice is wrong. Boxes are corners in px without
-    the kit's extra pixel.
+    the kit's extra pixel. Masks in their place: AP^r of Hariharan et al., Simultaneous Detection and Segmentation.
     """
     objects: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in annotations:
@@ -163,7 +179,7 @@ def _voc_curve(
     right, wrong = np.zeros(len(found)), np.zeros(len(found))
     taken: set[int] = set()
     for place, result in enumerate(found):
-        note = _most_overlapped(result["bbox"], objects[result["image_id"]])
+        note = _most_overlapped(result["shape"], objects[result["image_id"]], ious)
         if note is None:
             wrong[place] = 1
         elif not note["iscrowd"]:
@@ -174,10 +190,10 @@ def _voc_curve(
     return (rights / num_objects if num_objects else None), precision
 
 
-def _most_overlapped(box: Sequence[float], notes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _most_overlapped(shape: Any, notes: Sequence[Mapping[str, Any]], ious: Overlaps) -> Mapping[str, Any] | None:
     if not notes:
         return None
-    overlaps = box_ious([box], [note["bbox"] for note in notes])[0]
+    overlaps = ious([shape], [note["shape"] for note in notes])[0]
     best = int(overlaps.argmax())
     return notes[best] if overlaps[best] >= VOC_IOU else None
 
@@ -191,6 +207,12 @@ def box_ious(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]])
     union = a[:, 2:].prod(1)[:, None] + b[:, 2:].prod(1)[None] - shared
     ious: Floats = shared / np.maximum(union, np.finfo(np.float64).eps)
     return ious
+
+
+def _mask_ious(ones: Sequence[Any], others: Sequence[Any]) -> Floats:
+    from pycocotools import mask as coco_mask
+
+    return np.asarray(coco_mask.iou(ones, others, [0] * len(others)), np.float64)
 
 
 def area_ap(recall: Floats | None, precision: Floats) -> float:

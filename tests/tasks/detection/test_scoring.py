@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -187,6 +188,22 @@ def test_voc_is_mmdets_eval_map(made):
         assert mine[f"per_class/box_ap50/c{number}"] == pytest.approx(float(one["ap"]), abs=1e-6)
     points, _ = eval_map(found, objects, iou_thr=0.5, logger="silent", nproc=1, eval_mode="11points")
     assert mine["box_ap50_11_points"] == pytest.approx(points, abs=1e-6)
+
+
+@pytest.mark.parametrize("style", ["coco", "voc"])
+def test_masks_that_fill_whole_boxes_score_as_the_boxes(made, style):
+    """In every style that a set with masks may be scored by."""
+    truth, results = copy.deepcopy(made)
+    for entry in (*truth["annotations"], *results):
+        entry["bbox"] = [float(round(side)) for side in entry["bbox"]]
+        x, y, width, height = entry["bbox"]
+        entry["area"] = width * height
+        ring = [x, y, x + width, y, x + width, y + height, x, y + height]
+        entry["segmentation"] = coco_mask.merge(coco_mask.frPyObjects([ring], SIDE, SIDE))
+    found = CocoMetric(truth, with_masks=True, scoring=Scoring(style)).score_results(results)
+    boxes_only = {name: value for name, value in found.items() if "box_" in name}
+    assert boxes_only
+    assert {name: found[name.replace("box_", "mask_")] for name in boxes_only} == pytest.approx(boxes_only, abs=1e-9)
 
 
 def _corners(entries, image_id, category_id):
