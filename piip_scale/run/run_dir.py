@@ -81,6 +81,7 @@ class RunDirectory:
         self.superseded_metrics = self.path / "metrics.superseded.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.trackers = self.path / "trackers.json"
+        self.last_evaluation = self.path / "last_evaluation"
 
     @property
     def newest_config(self) -> Path:
@@ -147,7 +148,7 @@ class RunDirectory:
             *(self.config, self.resumed_config, self.environment, self.status_file, self.checkpoints),
             *(self.broken_samples, self.bad_steps, self.profile),
             *(self.gpu_time, self.metrics, self.superseded_metrics, self.tensorboard),
-            self.trackers,
+            *(self.last_evaluation, self.trackers),
         )
         with disk_errors(RunError, f"set aside the run in {self.path}"):
             folder = set_aside(self.path, paths)

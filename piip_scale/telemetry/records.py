@@ -124,8 +124,8 @@ class EvaluationRecord:
 
     Attributes:
         metrics: By name; those of single classes are ``per_class/MEASURE/NAME``.
-        pr_curves: Precision and recall of rising scores from 0 to 1, by what is scored: float64 (5, T) of right and
-            wrong predictions, objects missed, precision and recall.
+        pr_curves: Precision and recall of rising scores from 0 to 1, by what is scored, names of single classes after a
+            slash: float64 (5, T) of right and wrong predictions, objects missed, precision and recall.
         pictures: JPEG files by the samples they show, the truth on the left.
     """
 

@@ -8,11 +8,12 @@ from typing import Any, TextIO
 
 from piip_scale.errors import RunError
 from piip_scale.files import disk_errors
-from piip_scale.run.run_dir import State
+from piip_scale.run.run_dir import RunDirectory, State
 from piip_scale.telemetry.health import Health
 from piip_scale.telemetry.jsonl import JsonLines, evaluated_steps, last_number, last_steps, read_events, superseded_path
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
+from piip_scale.telemetry.pictures import PICTURES_FOLDER, keep_pictures
 from piip_scale.telemetry.progress import ProgressLine
 from piip_scale.telemetry.records import EvaluationRecord, SaveRecord, StartRecord, StepRecord
 from piip_scale.telemetry.tensorboard import (
@@ -171,6 +172,8 @@ class Telemetry:
             self._board.scalars(step, evaluation_scalars(record.metrics))
             self._board.pr_curves(step, record.pr_curves)
             self._board.pictures(step, record.pictures)
+            if record.pictures:
+                keep_pictures(RunDirectory(self._run_dir).last_evaluation / PICTURES_FOLDER, record.pictures)
         self._track(step, "evaluation", evaluation_scalars(record.metrics), picture_tags(record.pictures))
 
     def _write(

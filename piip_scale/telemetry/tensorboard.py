@@ -21,6 +21,8 @@ _FLUSH_SECONDS = 10
 # TensorBoard sorts groups by name and opens the first of them only.
 _OVERVIEW = "0_overview"
 _OF_CLASS = "per_class/"
+# The page of curves opens the first group only, too.
+_PR, _PR_OF_CLASS = "pr", "pr_per_class"
 _PICTURES = "truth_beside_found"
 # Charts of the custom scalars page, by the question they answer; tags are regular expressions.
 _LAYOUT = {
@@ -111,7 +113,7 @@ class TensorBoardWriter:
         """Adds each curve at this step to the page of its plugin; see ``EvaluationRecord``."""
         for name, (right, wrong, missed, precision, recall) in curves.items():
             self._writer.add_pr_curve_raw(  # type: ignore[no-untyped-call]
-                f"pr_{name}",
+                f"{_PR_OF_CLASS if '/' in name else _PR}/{name}",
                 right,
                 wrong,
                 np.zeros_like(right),

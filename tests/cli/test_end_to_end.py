@@ -53,7 +53,7 @@ def test_tensorboard_tells_the_run(trained):
     assert len(pictures) == 4
     for tag in pictures:
         assert [(event.step, event.width, event.height) for event in events.Images(tag)] == [(6, 640, 320)]
-    assert {"pr_box/all_classes", "pr_mask/all_classes"} <= set(events.Tags()["tensors"])
+    assert {"pr/box", "pr/mask", "pr_per_class/mask/7"} <= set(events.Tags()["tensors"])
     # What a step is made of adds up to it, and all parts of this one take time.
     parts, step = (("data_wait", "forward", "backward", "update"), events.Scalars("time/step_ms"))
     values = [[event.value for event in events.Scalars(f"time/{part}_ms")] for part in parts]

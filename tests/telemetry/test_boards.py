@@ -14,6 +14,8 @@ from tensorboard.plugins.pr_curve.pr_curves_plugin import PrCurvesPlugin
 from tensorboard.util.tensor_util import make_ndarray
 from test_telemetry import curves, lines, record
 
+from piip_scale.launch.run_pictures import last_pictures
+from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry import EvaluationRecord, Telemetry
 
 
@@ -26,7 +28,7 @@ def jpeg(grey):
 def evaluation(value):
     curve = np.stack([np.arange(101)[::-1], np.ones(101), np.arange(101), np.full(101, value), np.linspace(1, 0, 101)])
     metrics = {"box_ap": value, "per_class/box_ap50/a/b": value}
-    return EvaluationRecord(metrics, {"box/all_classes": curve}, {"image 7": jpeg(round(255 * value))})
+    return EvaluationRecord(metrics, {"box": curve, "box/a/b": curve}, {"image 7": jpeg(round(255 * value))})
 
 
 def test_pictures_curves_and_classes_of_evaluations_are_there_once(tmp_path):
@@ -48,16 +50,32 @@ def test_pictures_curves_and_classes_of_evaluations_are_there_once(tmp_path):
     events.Reload()
     for one in events.Tensors("truth_beside_found/image 7"):
         assert list(one.tensor_proto.string_val) == [b"40", b"20", jpeg(round(255 * wanted[one.step]))]
-    tags = ("truth_beside_found/image 7", "pr_box/all_classes")
+    tags = ("truth_beside_found/image 7", "pr/box")
     assert [[one.step for one in events.Tensors(tag)] for tag in tags] == [[*wanted]] * 2
     plugin = PrCurvesPlugin(SimpleNamespace(data_provider=None, sampling_hints=None))
-    for one in events.Tensors("pr_box/all_classes"):
+    for one in events.Tensors("pr/box"):
         shown = plugin._make_pr_entry(one.step, one.wall_time, make_ndarray(one.tensor_proto))
         assert shown["precision"] == pytest.approx([wanted[one.step]] * 101)
         assert shown["recall"] == pytest.approx(shown["thresholds"][::-1])
         assert shown["false_negatives"] == [*range(101)]
-    metadata = events.SummaryMetadata("pr_box/all_classes")
+    assert [one.step for one in events.Tensors("pr_per_class/box/a/b")] == [*wanted]
+    metadata = events.SummaryMetadata("pr/box")
     assert metadata.plugin_data.plugin_name == "pr_curves"
+
+
+def test_pictures_of_the_newest_evaluation_are_files_that_the_report_finds(tmp_path):
+    telemetry = Telemetry(tmp_path, total_steps=6, stream=io.StringIO())
+    for step, keys in ((2, ("a/../b", "c d", "e" * 200)), (4, ("a/../b", "f"))):
+        telemetry.evaluation(step, EvaluationRecord({"box_ap": 0.5}, {}, {key: jpeg(10 * step) for key in keys}))
+    telemetry.evaluation(6, EvaluationRecord({"box_ap": 0.5}))
+    telemetry.close()
+    found = last_pictures(tmp_path)
+    assert [picture.name for picture in found] == [
+        f"last_evaluation/pictures/{name}.jpg" for name in ("1_a_.._b", "2_f")
+    ]
+    assert {picture.content for picture in found} == {jpeg(40)}
+    RunDirectory(tmp_path).start_over()
+    assert last_pictures(tmp_path) == []
 
 
 def sessions(folder):

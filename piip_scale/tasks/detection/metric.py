@@ -18,7 +18,7 @@ from piip_scale.tasks.base import Detections
 from piip_scale.tasks.detection.cases import detection_cases
 from piip_scale.tasks.detection.confusion import MIN_IOU, MIN_SCORE, NOTHING, confusion_of
 from piip_scale.tasks.detection.error_kinds import error_kinds
-from piip_scale.tasks.detection.pr_curves import Floats, pr_curves
+from piip_scale.tasks.detection.pr_curves import ALL_CLASSES, Floats, pr_curves
 from piip_scale.tasks.detection.scoring import Result, Scores, Scoring, score
 from piip_scale.tasks.report import Report
 
@@ -128,11 +128,14 @@ class CocoMetric:
         return checked
 
     def pr_curves(self) -> dict[str, Floats]:
-        """Precision and recall by score, as ``PART/NAME``, on rank 0 after ``compute``; nothing elsewhere."""
+        """Precision and recall by score, on rank 0 after ``compute``; nothing elsewhere.
+
+        By ``PART``, means over classes, and by ``PART/NAME``.
+        """
         names = {category["id"]: category["name"] for category in self._categories}
         counts = self._num_objects()
         return {
-            f"{part}/{name}": curve
+            part if name == ALL_CLASSES else f"{part}/{name}": curve
             for part, found in self.scores.items()
             for name, curve in pr_curves(found, counts, names).items()
         }

@@ -11,7 +11,7 @@ from piip_scale.tasks.detection.scoring import Scores
 
 Floats = npt.NDArray[np.float64]
 
-ALL_CLASSES = "all_classes"
+ALL_CLASSES = ""
 """The curve of means over classes."""
 MOST_CLASSES = 8
 """Classes that have a curve of their own: a set of hundreds would fill a run's directory."""

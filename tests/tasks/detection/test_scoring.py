@@ -129,7 +129,7 @@ def test_curves_by_score_are_pycocotools_matches(made):
     metric = CocoMetric(truth, with_masks=False)
     metric.score_results(copy.deepcopy(results))
     curves = metric.pr_curves()
-    assert list(curves) == ["box/all_classes", *(f"box/c{number}" for number in range(1, CLASSES + 1))]
+    assert list(curves) == ["box", *(f"box/c{number}" for number in range(1, CLASSES + 1))]
     known = COCO()
     known.dataset = truth
     known.createIndex()
@@ -154,8 +154,8 @@ def test_curves_by_score_are_pycocotools_matches(made):
         assert (precision + 1e-9 >= np.where(right > 0, right / np.maximum(right + wrong, 1), 0)).all()
         assert found[1] == pytest.approx(found[0] / precision - found[0], abs=0.5)
     of_classes = np.stack([curves[f"box/c{number}"] for number in range(1, CLASSES + 1)])
-    assert curves["box/all_classes"][:3] == pytest.approx(of_classes[:, :3].sum(0))
-    assert curves["box/all_classes"][3:] == pytest.approx(of_classes[:, 3:].mean(0))
+    assert curves["box"][:3] == pytest.approx(of_classes[:, :3].sum(0))
+    assert curves["box"][3:] == pytest.approx(of_classes[:, 3:].mean(0))
 
 
 def test_only_some_classes_have_curves_of_their_own(made, monkeypatch):
@@ -167,7 +167,7 @@ def test_only_some_classes_have_curves_of_their_own(made, monkeypatch):
     assert metric.pr_curves() == {}
     metric.score_results(results)
     most = sorted(sorted(range(2, CLASSES + 1), key=lambda number: -counts[number])[:2])
-    assert list(metric.pr_curves()) == ["box/all_classes", *(f"box/c{number}" for number in most)]
+    assert list(metric.pr_curves()) == ["box", *(f"box/c{number}" for number in most)]
     voc = CocoMetric(truth, with_masks=False, scoring=Scoring("voc"))
     voc.score_results(results)
     assert voc.pr_curves() == {}
