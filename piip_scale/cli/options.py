@@ -39,3 +39,15 @@ def read_size(text: str, option: str = "--size") -> tuple[int, int]:
     if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
         raise ConfigError(option, value=text, rule="height and width in px, as in 800x1216")
     return int(sides[0]), int(sides[1])
+
+
+def read_numbers(text: str, option: str = "--sweep") -> list[int]:
+    """Rising numbers from a text such as ``1,2,4``.
+
+    Raises:
+        ConfigError: It reads otherwise.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) for word in words):
+        raise ConfigError(option, value=text, rule="numbers of at least 1 with commas between, as in 1,2,4")
+    return sorted({int(word) for word in words})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from piip_scale.cli.pace import Pace
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
     from piip_scale.engine.gpus import Gpu
-    from piip_scale.engine.planning.choices import Choice
+    from piip_scale.engine.planning.choices import Choice, Chooser
     from piip_scale.engine.planning.cluster import Assumptions, Cluster
     from piip_scale.engine.planning.planner import Change, Planner
     from piip_scale.engine.zero.traffic import Collective
@@ -58,6 +59,10 @@ def plan(
         ),
     ] = None,
     peak_tflops: Annotated[float, typer.Option(min=1, help="Peak of a GPU in the run's precision, for --mfu.")] = 989.0,
+    sweep: Annotated[
+        str, typer.Option(metavar="1,2,4,...", help="Numbers of nodes: print how the run scales, and draw it.")
+    ] = "",
+    png: Annotated[Path, typer.Option(help="Where --sweep draws.")] = Path("scaling.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers.")] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -69,6 +74,7 @@ def plan(
 
     Example: `piip-scale plan configs/coco/mask_rcnn_h6b_1024_512.py --nodes 2 --gpu h100 --network-gbps 400`
     """
+    from piip_scale.cli.options import read_numbers
     from piip_scale.config.loading import load_config
     from piip_scale.engine.batching import planned_batch
     from piip_scale.engine.planning.planner import Planner
@@ -76,7 +82,8 @@ def plan(
     from piip_scale.tasks.outline import outline_run
 
     kind, assumed = _gpu_of(gpu, measured)
-    ranks = nodes * gpus_per_node
+    numbers = read_numbers(sweep) if sweep else [nodes]
+    ranks = numbers[0] * gpus_per_node
     run, note = planned_batch(load_config(Path(config), overrides or []), ranks)
     size_px = read_size(size) if size else None
     outline_of = partial(outline_run, num_classes=likely_classes(run)[1], size_px=size_px)
@@ -84,6 +91,9 @@ def plan(
     network = network_gbps or run.zero.network_gbps
     host = None if host_memory_gib is None else host_memory_gib * _GIB
     setting = _Setting(Planner(outline_of, capacity, gpus_per_node), kind, assumed, ranks, gpus_per_node, network, host)
+    if sweep:
+        typer.echo("\n".join([*filter(None, [note]), *_swept(run, setting, numbers, config.stem, png)]))
+        return
     found = _Found.of(run, setting, note, size_px, None if mfu is None else mfu * peak_tflops * _TERA)
     typer.echo(json.dumps(found.as_json(), indent=1) if as_json else "\n".join(found.lines()))
 
@@ -121,11 +131,33 @@ class _Setting:
     network_gbps: float
     host_capacity: float | None
 
-    def cluster(self, precision: str) -> Cluster:
-        """For a run in that precision."""
+    def cluster(self, precision: str, num_ranks: int | None = None) -> Cluster:
+        """For a run in that precision, on other ranks where they are given."""
         from piip_scale.engine.planning.cluster import gpu_cluster
 
-        return gpu_cluster(self.gpu, self.num_ranks, self.ranks_per_node, self.network_gbps, precision, self.assumed)
+        ranks = num_ranks or self.num_ranks
+        return gpu_cluster(self.gpu, ranks, self.ranks_per_node, self.network_gbps, precision, self.assumed)
+
+    def chooser(self, precision: str, num_ranks: int | None = None) -> Chooser:
+        """Likewise."""
+        from piip_scale.engine.planning.choices import Chooser
+
+        return Chooser(self.planner, self.cluster(precision, num_ranks), self.host_capacity or math.inf)
+
+
+def _swept(run: RunConfig, setting: _Setting, numbers: list[int], name: str, png: Path) -> list[str]:
+    from piip_scale.cli.scaling_plot import plot_scaling
+    from piip_scale.engine.layout_choice import layout_text
+    from piip_scale.engine.planning.scaling import scaling, scaling_lines
+    from piip_scale.engine.planning.time_lines import assumption_lines
+
+    precision = run.train.precision
+    points = list(scaling(run, numbers, setting.ranks_per_node, lambda ranks: setting.chooser(precision, ranks)))
+    where = f"{setting.gpu.name}, {setting.ranks_per_node} a node, {setting.network_gbps:g} Gb/s a node"
+    plot_scaling(points, f"{name}: planned, {where}", png)
+    largest = setting.cluster(precision, points[-1].num_ranks)
+    stated = assumption_lines(setting.gpu, largest, setting.network_gbps, setting.assumed)
+    return [*stated, *scaling_lines(points, layout_text), f"drawn in {png}"]
 
 
 @dataclass(frozen=True)
@@ -161,10 +193,9 @@ class _Found:
         """Plans it."""
         from piip_scale.engine.checkpoint_choice import leaves_open, settled_line
         from piip_scale.engine.layout_choice import layout_line
-        from piip_scale.engine.planning.choices import Chooser
 
         planner, ranks = setting.planner, setting.num_ranks
-        chooser = Chooser(planner, setting.cluster(run.train.precision), setting.host_capacity or float("inf"))
+        chooser = setting.chooser(run.train.precision)
         layout = ""
         if open_keys := run.zero.open_keys:
             choice = chooser.fastest_layout(run, open_keys)
