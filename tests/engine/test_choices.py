@@ -6,15 +6,20 @@ import json
 from dataclasses import replace
 from functools import cache
 
+import cv2
 import pytest
 from tiny_configs import tiny_config
 from tiny_task import TinyTask
 
+from piip_scale.cli.options import read_numbers
+from piip_scale.cli.scaling_plot import plot_scaling
 from piip_scale.engine.gpus import GPUS
+from piip_scale.engine.layout_choice import layout_text
 from piip_scale.engine.planning.choices import Chooser
 from piip_scale.engine.planning.cluster import Assumptions, Cluster, Link, gpu_cluster
 from piip_scale.engine.planning.measured import read_measured
 from piip_scale.engine.planning.planner import Planner, predict
+from piip_scale.engine.planning.scaling import scaling, scaling_lines
 from piip_scale.engine.planning.time_lines import (
     assumption_lines,
     choice_lines,
@@ -22,7 +27,7 @@ from piip_scale.engine.planning.time_lines import (
     schedule_line,
     time_lines,
 )
-from piip_scale.errors import DataError
+from piip_scale.errors import ConfigError, DataError
 from piip_scale.models.counting import PartCount
 from piip_scale.world import World
 
@@ -138,3 +143,50 @@ def test_a_recording_that_is_none_is_one_line(tmp_path, text, why):
     (tmp_path / "gpu.jsonl").write_text(text)
     with pytest.raises(DataError, match=why):
         read_measured(tmp_path / "gpu.jsonl")
+
+
+def swept(images=64):
+    config = run(train={"steps": 6, "precision": "bf16", "images_per_step": images})
+    choosers = {ranks: Chooser(planner(), replace(SLOW, num_ranks=ranks)) for ranks in (4, 8, 16, 32)}
+    return list(scaling(config, [1, 2, 4, 8], 4, choosers.__getitem__))
+
+
+def test_strong_scaling_shares_a_step_s_images_and_weak_scaling_adds_as_many():
+    points = swept(16)
+    assert [point.num_ranks for point in points] == [4, 8, 16, 32]
+    assert [point.strong and point.strong.fastest.time.images for point in points] == [16, 16, 16, None]
+    assert [point.weak.fastest.time.images for point in points] == [16, 32, 64, 128]
+    for point in points:
+        assert point.weak.fastest.time.seconds <= point.weak.written.time.seconds
+        assert point.weak.uncheckpointed is None
+    lines = scaling_lines(points, layout_text)
+    assert sum("cannot share" in line for line in lines) == 1
+    assert sum(line.endswith("shard_over='node'") for line in lines) >= 2
+    assert all("100%" in lines[index] for index in (2, 8))
+
+
+def test_what_is_computed_again_is_compared_with_what_is_kept():
+    config = run()
+    branches = tuple(branch.model_copy(update={"checkpoint_blocks": True}) for branch in config.model.branches)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"branches": branches})})
+    (point,) = scaling(config, [2], 4, lambda _: Chooser(planner(), SLOW))
+    # A billion multiply-adds an image more, of two images a rank, hidden behind the network at most.
+    assert point.weak.uncheckpointed.time.seconds <= point.weak.fastest.time.seconds
+    assert point.weak.uncheckpointed.time.parts[0][2] == 0 < point.weak.fastest.time.parts[0][2]
+
+
+def test_scaling_is_drawn_and_what_cannot_be_drawn_is_one_line(tmp_path):
+    points = swept(16)
+    plot_scaling(points, "tiny", tmp_path / "scaling.png")
+    height, width, _ = cv2.imread(str(tmp_path / "scaling.png")).shape
+    assert width > 2 * height > 1000
+    for path, why in (("scaling.xyz", "end its name in .png"), ("no/scaling.png", "cannot write")):
+        with pytest.raises(DataError, match=why):
+            plot_scaling(points, "tiny", tmp_path / path)
+
+
+@pytest.mark.parametrize("text", ["0", "1,x", "1;2", "-1", ","])
+def test_numbers_of_nodes_are_numbers(text):
+    with pytest.raises(ConfigError, match="--sweep"):
+        read_numbers(text)
+    assert read_numbers(" 4, 1,2,4") == [1, 2, 4]
