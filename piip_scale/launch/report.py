@@ -79,7 +79,7 @@ def report_page(runs: Sequence[Reported], now_unix_s: float | None = None) -> by
         _section("Last evaluation", _evaluations(runs, names)),
         *(_pictures(run, name) for run, name in zip(runs, names, strict=True)),
         _section("Where their configs differ", _differences(runs, names)) if len(runs) > 1 else "",
-        *(_details(run, name) for run, name in zip(named, names, strict=True)),
+        *(_details(run, name, alone=len(runs) == 1) for run, name in zip(named, names, strict=True)),
         *(_events(run, name) for run, name in zip(runs, names, strict=True)),
     ]
     return document(title, *filter(None, sections), note=f"piip-scale report, {when}")
@@ -214,8 +214,8 @@ def _differences(runs: Sequence[Reported], names: Sequence[str]) -> Html:
     return joined([table(heads, shown[:_MOST_DIFFERENCES], class_="words"), *notes])
 
 
-def _details(run: Named, name: str) -> Html | str:
-    charts = further_charts(run)
+def _details(run: Named, name: str, *, alone: bool) -> Html | str:
+    charts = further_charts(run, alone=alone)
     if not charts:
         return ""
     return tag("details", tag("summary", f"All other curves of {name}"), tag("div", *charts, class_="grid"))

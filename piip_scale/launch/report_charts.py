@@ -20,6 +20,14 @@ _LATER = {
     "memory/peak_gib": "Peak memory, GiB",
     "train/grad_norm": "Gradient norm before clipping",
     "train/lr": "Learning rate",
+    "throughput/gpu_utilisation": "GPU utilisation, 0 to 1",
+    "run/goodput": "Share of all GPU time that was of use",
+}
+# Curves of a model's parts, by the beginning of their names: one chart each, which says whether a branch is used.
+_BY_PART = {
+    "branches/grad_norm_": "Gradient norm by part",
+    "branches/gamma_into_": "Interactions' gammas, mean, by the branch they lead into",
+    "branches/merging_weight_of_": "Weight in the merged sum, by branch",
 }
 _LEFT_OUT = ("start/", "checkpoint/expected", "eval/per_class/")
 _MOST_EVALUATED = 4
@@ -42,33 +50,46 @@ class Named:
 
 
 def main_charts(runs: Sequence[Named]) -> list[Html]:
-    """Loss, evaluations, rates, memory: one chart each, a line a run; what no run has is left out."""
+    """Loss, evaluations, rates, memory: one chart each, a line a run; what no run has is left out.
+
+    Of a run alone those of its branches, too.
+    """
     evaluated = {tag: tag.removeprefix(EVALUATION) for tag in _evaluation_tags(runs)}
     marks = [mark for run in runs for mark in _marks(run)]
     titles = _FIRST | evaluated | _LATER
-    return [_chart(title, tag, runs, marks) for tag, title in titles.items() if _any_has(runs, tag)]
+    charts = [_chart(title, tag, runs, marks) for tag, title in titles.items() if _any_has(runs, tag)]
+    return charts + (_charts_by_group(runs[0], by_part=True) if len(runs) == 1 else [])
 
 
-def further_charts(run: Named) -> list[Html]:
-    """Everything else that a run wrote, several curves a chart, by the part of their names before the last slash."""
-    shown = {*_FIRST, *_LATER, *_evaluation_tags([run])}
-    groups: dict[str, list[str]] = {}
-    for name in run.curves.traces:
-        if name not in shown and not name.startswith(_LEFT_OUT):
-            groups.setdefault(name.rpartition("/")[0] or name, []).append(name)
-    charts = [chart for group, tags in sorted(groups.items()) for chart in _group(group, tags, run)]
+def further_charts(run: Named, *, alone: bool = False) -> list[Html]:
+    """Everything else that a run wrote, several curves a chart, by the part of their names before the last slash.
+
+    Args:
+        run: Whose.
+        alone: The main charts have those of its branches.
+    """
+    charts = _charts_by_group(run) + ([] if alone else _charts_by_group(run, by_part=True))
     left = len(charts) - _MOST_FURTHER
     more = [tag("p", f"{left} more charts: TensorBoard has them all.", class_="soft")] if left > 0 else []
     return charts[:_MOST_FURTHER] + more
 
 
+def _charts_by_group(run: Named, *, by_part: bool = False) -> list[Html]:
+    """Charts of what the main ones leave: of a model's parts, or all others."""
+    shown = {*_FIRST, *_LATER, *_evaluation_tags([run])}
+    groups: dict[str, list[str]] = {}
+    for name in run.curves.traces:
+        part = next((prefix for prefix in _BY_PART if name.startswith(prefix)), "")
+        if name not in shown and not name.startswith(_LEFT_OUT) and bool(part) == by_part:
+            groups.setdefault(part or f"{name.rpartition('/')[0] or name}/", []).append(name)
+    return [chart for group, tags in sorted(groups.items()) for chart in _group(group, tags, run)]
+
+
 def _group(group: str, tags: Sequence[str], run: Named) -> Iterator[Html]:
     for start in range(0, len(tags), NUM_COLOURS):
         part = tags[start : start + NUM_COLOURS]
-        curves = [
-            Curve(name.removeprefix(f"{group}/"), run.curves.traces[name], number) for number, name in enumerate(part)
-        ]
-        yield line_chart(group, curves, _marks(run))
+        curves = [Curve(name.removeprefix(group), run.curves.traces[name], number) for number, name in enumerate(part)]
+        yield line_chart(_BY_PART.get(group, group.removesuffix("/")), curves, _marks(run))
 
 
 def _chart(title: str, name: str, runs: Sequence[Named], marks: Sequence[Mark]) -> Html:

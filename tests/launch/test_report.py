@@ -95,6 +95,23 @@ def test_a_browser_shows_two_runs_on_a_desk_and_on_a_phone(page, tmp_path, dark)
         assert "model.branches" not in differs
 
 
+def test_a_run_alone_shows_whether_each_branch_is_used(tmp_path):
+    tags = [f"branches/{name}" for name in ("grad_norm_branch_0", "grad_norm_heads", "merging_weight_of_branch_0")]
+    used = dict.fromkeys([*tags, "branches/gamma_into_branch_1"], 0.5) | {"run/goodput": 0.9, "run/attempt": 2}
+    for name in ("one", "two"):
+        make_run(tmp_path / name, lines=[step_line(42, **used)])
+    report(tmp_path / "one", "--out", tmp_path / "alone.html")
+    report(tmp_path / "one", tmp_path / "two", "--out", tmp_path / "both.html")
+    for page, count, is_in_details in (("alone", 1, False), ("both", 2, True)):
+        text = (tmp_path / f"{page}.html").read_text()
+        details = text.index("<details")
+        assert "Share of all GPU time that was of use" in text[:details]
+        for title in ("Gradient norm by part", "Interactions&#x27; gammas", "Weight in the merged sum, by branch"):
+            assert text.count(f">{title}") == count, title
+            assert (text.index(f">{title}") > details) == is_in_details
+        assert ">branches<" not in text
+
+
 def test_half_a_million_steps_are_a_small_file_and_no_extreme_is_lost(tmp_path):
     run = tmp_path / "long"
     write_status(run, "done", 500_000)
