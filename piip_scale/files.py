@@ -60,6 +60,13 @@ def lacks_memory(error: BaseException) -> bool:
     return is_refused or os.strerror(errno.ENOMEM) in str(error)
 
 
+def available_memory_bytes() -> int:
+    """Memory of this machine that processes can have without swapping; 0 where the system does not tell."""
+    facts = Path("/proc/meminfo")
+    lines = facts.read_text(encoding="ascii").splitlines() if facts.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
 @contextlib.contextmanager
 def disk_errors(kind: type[PiipError], action: str) -> Iterator[None]:
     """Turns a refusal of the file system into one line of ``kind``.

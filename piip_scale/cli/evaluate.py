@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from piip_scale.cli.options import Averages, ChosenWeights, Overrides, Step
+from piip_scale.cli.options import Averages, ChosenWeights, Devices, Overrides, Spread, Step, devices_asked
 from piip_scale.cli.plain import plain
 from piip_scale.errors import ConfigError, Interrupted
 from piip_scale.text import printable
@@ -49,6 +49,8 @@ def evaluate(
     procs: Annotated[
         int | None, typer.Option("--procs", "--gpus", min=1, help="Processes on this machine that share the images.")
     ] = None,
+    spread: Spread = False,
+    devices: Devices = None,
     shards: Annotated[
         str | None, typer.Option(help="Shards to evaluate on; default: data.val_shards.", rich_help_panel=_SET)
     ] = None,
@@ -122,11 +124,12 @@ def evaluate(
     if config is None:
         raise ConfigError("no model is named", rule="evaluate CONFIG|RUN [WEIGHTS], or --results FILE")
     world = read_world()
+    spread_over = devices_asked(spread, devices, max(procs or 1, world.num_ranks))
     if (procs or 1) > 1 and world.num_ranks == 1:
         _start(procs or 1)
     views = Views(_factors(scales), flip, scoring.most)
     scored = None if scoring == Scoring() else scoring
-    asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision, scored, views)
+    asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision, scored, views, spread_over)
     try:
         metrics = evaluate_model(asked, outputs, world)
     except KeyboardInterrupt:

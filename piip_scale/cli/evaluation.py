@@ -42,6 +42,7 @@ class Asked:
         precision: Of the network, ``fp32`` or ``bf16``.
         scoring: Of detections; ``None`` for COCO's, or another task's own.
         views: What each image is looked at as.
+        devices: That the model is spread over, as ``named_devices`` takes them; ``None`` for a whole one a rank.
     """
 
     source: Path
@@ -53,6 +54,7 @@ class Asked:
     precision: str = "fp32"
     scoring: Scoring | None = None
     views: Views = field(default_factory=Views)
+    devices: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,10 @@ def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, 
     from piip_scale.engine.replicas import predicted
     from piip_scale.engine.zero.setup import choose_device
     from piip_scale.tasks.kinds import build_task, view_predictor
+    from piip_scale.tasks.spreading import named_devices
     from piip_scale.tasks.trained import find_trained
 
-    device = choose_device(world)
+    own, spread_over = choose_device(world), () if asked.devices is None else named_devices(asked.devices)
     found = find_trained(
         asked.source, asked.weights, overrides=asked.overrides, step=asked.step, averaged=asked.averaged
     )
@@ -190,9 +193,10 @@ def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, 
     apply_fp32_precision(found.config.train)
     tasks = [build_task(config, world, val_set=val_set) for config in asked.views.configs(found.config)]
     task = tasks[0]
-    predict = view_predictor(found.config, found.load(asked.precision, device), asked.views)
+    model = found.load(asked.precision, own, spread_over=spread_over)
+    predict = view_predictor(found.config, model, asked.views)
     limit = found.config.data.max_broken_share * task.num_val_samples()
-    metric = predicted(tasks, predict, device, track)
+    metric = predicted(tasks, predict, next(model.parameters()).device, track)
     if asked.scoring is not None:
         _score_by(metric, asked.scoring, asked.set_options.coco)
     return task, metric, limit

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from piip_scale.errors import ConfigError
+from piip_scale.errors import ConfigError, WorldError
 
 ConfigPath = Annotated[Path, typer.Argument(help="Config file (Python), one of configs/ or a run's own config.py.")]
 WeightsPath = Annotated[Path, typer.Argument(help="Weights, a .safetensors file that `piip-scale convert` wrote.")]
@@ -27,6 +27,36 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one key of the config; may be given many times."),
 ]
+
+Spread = Annotated[
+    bool, typer.Option("--spread", help="Put parts of the model on all GPUs: it may be too large for one.")
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(metavar="cuda:0,cuda:1,cpu", help="Put parts of the model on these, in the order of their use."),
+]
+
+
+def devices_asked(spread: bool, devices: str | None, num_procs: int) -> str | None:
+    """What ``--spread`` and ``--devices`` ask for, as ``named_devices`` takes it; ``None`` for neither.
+
+    Args:
+        spread: ``--spread``.
+        devices: ``--devices``.
+        num_procs: Processes that share the images.
+
+    Raises:
+        WorldError: They are several.
+    """
+    asked = "all" if spread and devices is None else devices
+    if asked is not None and num_procs > 1:
+        raise WorldError(
+            "--spread" if spread else "--devices",
+            value=f"{num_procs} processes",
+            rule="one process spreads one model; several have a whole one each",
+            fix="leave it out, or start one process (no --procs, torchrun or srun)",
+        )
+    return asked
 
 
 def read_size(text: str, option: str = "--size") -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from piip_scale.cli.options import Averages, Overrides, Step, TrainedPath
+from piip_scale.cli.options import Averages, Devices, Overrides, Spread, Step, TrainedPath, devices_asked
 from piip_scale.errors import ConfigError, DataError
 from piip_scale.text import printable
 
@@ -76,6 +76,8 @@ def predict(
         int | None,
         typer.Option(min=1, help="Refuse photographs of more; default: data.max_pixels."),
     ] = None,
+    spread: Spread = False,
+    devices: Devices = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out and --json name.")] = False,
     step: Step = None,
     ema: Averages = False,
@@ -93,14 +95,17 @@ def predict(
     from piip_scale.serving.looking import Looker, Looking
     from piip_scale.tasks.detection.tiling import Tiling
     from piip_scale.tasks.trained import find_trained
+    from piip_scale.world import read_world
 
+    spread_over = devices_asked(spread, devices, read_world().num_ranks)
     check_target(out, json_out, overwrite=overwrite)
     if is_sheet(out) and formats:
         raise DataError("--format", value=formats, rule="results go into a folder", fix="name one with --out DIR")
     weights, words = split_words(config, inputs)
     found = find_trained(config, weights, overrides=overrides or [], step=step, averaged=ema)
     chosen = tuple(_parts(classes or ""))
-    looker = Looker(found, Looking(threshold, chosen, Tiling(tile, overlap) if tile else None, batch))
+    looking = Looking(threshold, chosen, Tiling(tile, overlap) if tile else None, batch)
+    looker = Looker(found, looking, spread_over)
     reading = Reading(exif, max_pixels or found.config.data.max_pixels, every)
     outputs = (
         Sheet(out, looker.predictor, json_out, _report)

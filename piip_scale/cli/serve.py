@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from piip_scale.cli.options import Averages, ChosenWeights, Overrides, Step, TrainedPath
+from piip_scale.cli.options import (
+    Averages,
+    ChosenWeights,
+    Devices,
+    Overrides,
+    Spread,
+    Step,
+    TrainedPath,
+    devices_asked,
+)
 from piip_scale.errors import KernelError, WorldError
 from piip_scale.text import printable
 
@@ -31,6 +40,8 @@ def serve(
     max_pixels: Annotated[int, typer.Option(min=1, help="Refuse images of more pixels.")] = 50_000_000,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may wait and be answered in.")] = 60.0,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are answered 503.")] = 16,
+    spread: Spread = False,
+    devices: Devices = None,
     step: Step = None,
     ema: Averages = False,
     overrides: Overrides = None,
@@ -51,10 +62,12 @@ def serve(
     from piip_scale.serving.answering import Answering
     from piip_scale.serving.server import Limits, build_app
     from piip_scale.tasks.trained import find_trained
+    from piip_scale.world import read_world
 
+    spread_over = devices_asked(spread, devices, read_world().num_ranks)
     with listening(host, port) as place:
         found = find_trained(config, weights, overrides=overrides or [], step=step, averaged=ema)
-        app = build_app(Answering(found, max_pixels), Limits(max_mib, max_pixels, timeout, queue))
+        app = build_app(Answering(found, max_pixels, spread_over), Limits(max_mib, max_pixels, timeout, queue))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS))
         typer.echo(printable(f"serving {config}: http://{host}:{place.getsockname()[1]}"))
         # The server raises again what ended it, once all is answered: an end that was asked for is none of an error.

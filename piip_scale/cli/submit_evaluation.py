@@ -152,6 +152,8 @@ def _asked(words: Sequence[str]) -> dict[str, Any]:
         )
     if values["procs"] is not None:
         raise ConfigError("--procs", value=values["procs"], rule="processes of a job follow from --gpus-per-node")
+    if values["spread"] or values["devices"] is not None:
+        raise ConfigError("--spread", rule="a job evaluates with a process a GPU, and a whole model in each")
     return values
 
 

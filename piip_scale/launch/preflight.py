@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from piip_scale import __version__
 from piip_scale.errors import PiipError, RunError
-from piip_scale.files import named_folder
+from piip_scale.files import available_memory_bytes, named_folder
 from piip_scale.launch.compile_caches import use_local_cache
 from piip_scale.launch.node_facts import GpuFacts, NodeFacts, Reduction, save_facts
 from piip_scale.run.reasons import reason_of
@@ -71,7 +71,7 @@ def _look(config: Path | None, overrides: Sequence[str], gpus: int) -> NodeFacts
         gpus=found,
         free_disk_bytes=disks,
         disk_errors=tuple(errors),
-        memory_bytes=_available_memory_bytes(),
+        memory_bytes=available_memory_bytes(),
         data_error=data_error.line if data_error else "",
         data_reason=reason_of(data_error) if data_error else "",
         # Last: it is compared with the time at which the answer arrives.
@@ -115,13 +115,6 @@ def _look_at_disks() -> tuple[dict[str, int], list[str]]:
         except OSError as error:
             errors.append(f"{folder} cannot be written: {error.strerror}")
     return free, errors
-
-
-def _available_memory_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _versions(with_gpus: bool) -> dict[str, str]:

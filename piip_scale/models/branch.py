@@ -41,6 +41,20 @@ class BranchState:
     registers_BRC: Tensor | None = None
     rotary: Mapping[int, Tensor] | None = None
 
+    def with_grid(self, grid_BHWC: Tensor) -> BranchState:
+        """The same with another grid (B, H, W, C), on whose device all of it then is."""
+        class_token_B1C, registers_BRC, rotary = self.class_token_B1C, self.registers_BRC, self.rotary
+        return BranchState(
+            grid_BHWC,
+            None if class_token_B1C is None else _beside(grid_BHWC, class_token_B1C),
+            None if registers_BRC is None else _beside(grid_BHWC, registers_BRC),
+            None if rotary is None else {size: _beside(grid_BHWC, table) for size, table in rotary.items()},
+        )
+
+
+def _beside(grid_BHWC: Tensor, tensor: Tensor) -> Tensor:
+    return tensor if tensor.device == grid_BHWC.device else tensor.to(grid_BHWC.device)
+
 
 class Branch(nn.Module, ABC):
     """A backbone that can stop after any block, be changed there, and go on.

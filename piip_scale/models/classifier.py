@@ -49,6 +49,10 @@ class PiipClassifier(Trunk):
         """
         return self.logits(image_BCHW)
 
+    def call_order(self) -> list[list[nn.Module]]:
+        """See ``Trunk.call_order``."""
+        return [*super().call_order(), [self.head]]
+
     def logits(self, image_BCHW: Tensor) -> Tensor:
         """What ``forward`` returns, also where a subclass is called in another way."""
         *_, states = self.walk(image_BCHW)

@@ -60,6 +60,15 @@ class PIIP(Trunk):
         features: tuple[Tensor, ...] = self.pyramid(*(merged[stage] for stage in self.geometry.level_stages))
         return features
 
+    def call_order(self) -> list[list[nn.Module]]:
+        """See ``Trunk.call_order``."""
+        return [*super().call_order(), [self.pyramid]]
+
+    def _stage_modules(self, stage: int) -> list[list[nn.Module]]:
+        merged = sorted(set(self.geometry.level_stages))
+        mergings = [[self.mergings[merged.index(stage)]]] if stage in merged else []
+        return super()._stage_modules(stage) + mergings
+
     def _merge(self, index: int, states: list[BranchState]) -> Tensor:
         merged_BCHW: Tensor = self.mergings[index](*(state.grid_BHWC for state in states))
         return merged_BCHW

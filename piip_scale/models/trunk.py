@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
@@ -74,8 +73,15 @@ class Trunk(nn.Module):
             for large in reversed(range(len(grids) - 1)):
                 unit = cast("Unit", cast("nn.ModuleList", units)[large])
                 grids[large], grids[large + 1] = exchange(unit, grids[large], grids[large + 1])
-            states = [replace(state, grid_BHWC=grid) for grid, state in zip(grids, states, strict=True)]
+            states = [state.with_grid(grid) for grid, state in zip(grids, states, strict=True)]
             yield states
+
+    def call_order(self) -> list[list[nn.Module]]:
+        """All that holds parameters, in the order of calls: the modules of an entry compute on one device."""
+        stages = range(len(self.interactions))
+        return [branch.embedding_modules() for branch in self._branches] + [
+            modules for stage in stages for modules in self._stage_modules(stage)
+        ]
 
     def specs_after(self, stage: int) -> list[FeatureSpec]:
         """Every branch's width and stride after a stage, the stride in pixels of the branch's own input."""
@@ -120,12 +126,26 @@ class Trunk(nn.Module):
         tokens = [part.token for part in (single.class_token, single.registers) if part is not None]
         return {id(parameter) for parameter in (single.embedding.position, *tokens) if parameter is not None}
 
+    def _stage_modules(self, stage: int) -> list[list[nn.Module]]:
+        """``call_order`` of a stage."""
+        units = cast("nn.ModuleList", self.interactions[stage])
+        blocks = [
+            [block]
+            for index, branch in enumerate(self._branches)
+            for block in branch.blocks[slice(*self._blocks_of(index, stage))]
+        ]
+        return [*blocks, *([unit] for unit in reversed(units))]
+
     def _run_blocks(self, states: list[BranchState], stage: int) -> list[BranchState]:
-        advanced = []
-        for index, (branch, state) in enumerate(zip(self._branches, states, strict=True)):
-            end = self.geometry.last_block(index, stage) + 1
-            advanced.append(branch.run(state, end - self.geometry.blocks_per_stage[index][stage], end))
-        return advanced
+        return [
+            branch.run(state, *self._blocks_of(index, stage))
+            for index, (branch, state) in enumerate(zip(self._branches, states, strict=True))
+        ]
+
+    def _blocks_of(self, branch: int, stage: int) -> tuple[int, int]:
+        """The first block that a branch runs in a stage, and the one behind the last."""
+        end = self.geometry.last_block(branch, stage) + 1
+        return end - self.geometry.blocks_per_stage[branch][stage], end
 
     def _build_units(self, stage: int) -> nn.ModuleList:
         kernels = self.config.kernels

@@ -49,6 +49,7 @@ class Answering:
     Args:
         found: Config and weights.
         max_pixels: Images of more are refused before they are decoded.
+        devices: That the model is spread over, as ``named_devices`` takes them.
 
     Attributes:
         about: What the server says of its model: ``task``, ``classes``, ``branches``.
@@ -57,11 +58,11 @@ class Answering:
         PiipError: The weights are absent, damaged, or do not fit.
     """
 
-    def __init__(self, found: Trained, max_pixels: int) -> None:
+    def __init__(self, found: Trained, max_pixels: int, devices: str | None = None) -> None:
         self._max_pixels = max_pixels
         # Each task's config has its own.
         self._augment: Any = found.config.data.augment  # type: ignore[attr-defined]
-        self._looker = Looker(found, Looking(0.0))
+        self._looker = Looker(found, Looking(0.0), devices)
         branches = [f"branch {n} ({b.kind}, {b.resolution_px} px)" for n, b in enumerate(found.config.model.branches)]
         self.about = {
             "task": found.config.task,

@@ -13,6 +13,7 @@ from piip_scale.errors import ConfigError
 from piip_scale.registry import row_of
 from piip_scale.tasks.classes import class_names
 from piip_scale.tasks.kinds import build_predictor
+from piip_scale.tasks.spreading import named_devices
 
 if TYPE_CHECKING:
     from piip_scale.data.images import Image
@@ -45,23 +46,26 @@ class Looker:
     Args:
         found: Config and weights.
         looking: How.
+        devices: That the model is spread over, as ``named_devices`` takes them.
 
     Attributes:
         is_detector: It finds objects.
-        model: In eval mode, on a GPU where there is one.
+        model: In eval mode, on these devices, or on a GPU where there is one.
         predictor: The model on images.
 
     Raises:
         ConfigError: The model is no detector, and only those have classes to choose and tiles; or it has no such class.
+        WorldError: There are no such devices.
         PiipError: The weights are absent, damaged, or do not fit.
     """
 
-    def __init__(self, found: Trained, looking: Looking) -> None:
+    def __init__(self, found: Trained, looking: Looking, devices: str | Sequence[str] | None = None) -> None:
         self.is_detector = row_of(found.config.task).finds_objects
         self._looking = looking
         self._labels = _labels(looking, class_names(found.config), self.is_detector)
         apply_fp32_precision(found.config.train)
-        self.model = found.load(device="cuda" if torch.cuda.is_available() else "cpu")
+        spread_over = () if devices is None else named_devices(devices)
+        self.model = found.load(device="cuda" if torch.cuda.is_available() else "cpu", spread_over=spread_over)
         self.predictor: Predictor = build_predictor(found.config, self.model, looking.threshold)
 
     def look(self, images: Sequence[Image]) -> list[Any]:

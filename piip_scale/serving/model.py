@@ -89,18 +89,25 @@ class Result:
 
 
 class Model:
-    """A trained model on images: one at a time, in eval mode, on a GPU where there is one.
+    """A trained model on images: one at a time, in eval mode, on a GPU where there is one, or on the devices named.
 
     Attributes:
         classes: Names in label order.
         task: ``detection``, ``segmentation`` or ``classification``.
     """
 
-    def __init__(self, source: str | Path, weights: str | Path | None = None, threshold: float = 0.5) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        weights: str | Path | None = None,
+        threshold: float = 0.5,
+        devices: str | Sequence[str] | None = None,
+    ) -> None:
         found = find_trained(Path(source), Path(weights) if weights is not None else None)
         self.task = found.config.task
         self._max_pixels = found.config.data.max_pixels
-        self._looker = Looker(found, Looking(threshold if row_of(self.task).finds_objects else None))
+        looking = Looking(threshold if row_of(self.task).finds_objects else None)
+        self._looker = Looker(found, looking, devices)
         self.classes = self._looker.predictor.classes
 
     def predict(self, image: ImageLike) -> Result:

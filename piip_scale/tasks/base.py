@@ -117,6 +117,10 @@ class TrainableModel(Protocol):
         """
         ...
 
+    def call_order(self) -> list[list[nn.Module]]:
+        """All that holds parameters, in the order of calls: the modules of an entry compute on one device."""
+        ...
+
     def parameter_rules(self) -> dict[str, ParameterRule]:
         """The rule of every parameter, by its name in ``named_parameters()``."""
         ...

@@ -128,6 +128,10 @@ class NetworkWithHeads(nn.Module):
         """The heads, and what lies between them and the network."""
         return self.heads
 
+    def call_order(self) -> list[list[nn.Module]]:
+        """See ``Trunk.call_order``."""
+        return [*self.backbone.call_order(), [self.heads]]
+
     def parts(self) -> dict[str, nn.Module]:
         """Branches, largest first, then what joins them, and the heads."""
         return network_parts(self.backbone) | {"heads": self.heads}

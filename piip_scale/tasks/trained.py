@@ -21,6 +21,7 @@ from piip_scale.tasks.base import DTYPES
 from piip_scale.tasks.classes import class_names
 from piip_scale.tasks.exported import is_exported, read_exported
 from piip_scale.tasks.kinds import build_model
+from piip_scale.tasks.spreading import Spread
 from piip_scale.tasks.weights import CheckpointWeights, SafetensorsWeights, StoredInModel, WeightSource, load_weights
 
 
@@ -47,25 +48,40 @@ class Trained:
             self, config=self.config.model_copy(update={"data": data.model_copy(update={"classes": tuple(classes)})})
         )
 
-    def load(self, precision: str = "fp32", device: torch.device | str = "cpu") -> nn.Module:
+    def load(
+        self,
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+        *,
+        spread_over: Sequence[torch.device] = (),
+    ) -> nn.Module:
         """The model, a ``TrainableModel`` in eval mode. Not collective.
 
         The network is never drawn, and in memory once: on a CPU, weights that are stored in the dtype they are used in
-        stay the file's own pages.
+        stay the file's own pages; on other devices they are nowhere else.
 
         Args:
             precision: Of the network, ``fp32`` or ``bf16``; neck and heads are float32 in both.
             device: Where it goes.
+            spread_over: Its parts go on these instead, as much on each as its free memory has room for. Whoever calls
+                it puts what it takes on the device of its first parameter.
 
         Raises:
-            ModelError: The weights are not this model's.
+            ModelError: The weights are not this model's, or do not fit.
             ConfigError: Neither the config nor its shards name classes; or heads cannot be built.
             PiipError: The weights cannot be read.
         """
         model = build_model(self.config, len(class_names(self.config)), network_device="meta")
         model.set_precision(DTYPES[precision])  # type: ignore[operator]  # a TrainableModel
-        load_weights(model, StoredInModel(model, self.weights))
-        return model.to(device).eval()
+        weights = StoredInModel(model, self.weights)
+        if spread_over:
+            spread = Spread(model, spread_over)
+            load_weights(model, weights, spread.by_name)
+            spread.settle()
+        else:
+            load_weights(model, weights, dict.fromkeys(model.state_dict(), torch.device(device)))
+            model.to(device)
+        return model.eval()
 
 
 def find_trained(

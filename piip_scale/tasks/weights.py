@@ -18,6 +18,7 @@ from piip_scale.models.stored import SCALE, WEIGHT, StoredWeights
 _NUM_NAMED = 3
 # Pages of a mapped file count as this process's memory until it is unmapped, however short their use.
 _MAPPED_BYTES = 1 << 30
+_CPU = torch.device("cpu")
 
 
 class WeightSource(Protocol):
@@ -31,8 +32,8 @@ class WeightSource(Protocol):
     name: str
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU; one that has this dtype already may be mapped from the disk.
+    def read(self, name: str, dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+        """A tensor on a device; on the CPU, one that has this dtype already may be mapped from the disk.
 
         Raises:
             PiipError: It cannot be read.
@@ -66,13 +67,13 @@ class SafetensorsWeights:
             shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names}
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
         """As in ``WeightSource``."""
         try:
             stored: Tensor = self._opened(self._file_of[name]).get_tensor(name)
-            if stored.dtype == dtype:
+            if stored.dtype == dtype and device == _CPU:
                 return stored
-            converted = stored.to(dtype)
+            converted = stored.to(device, dtype)
         except (MemoryError, RuntimeError) as error:
             raise _unreadable(self.name, error) from None
         self._count(stored.numel() * stored.element_size())
@@ -104,9 +105,11 @@ class StoredInModel:
         self._made = {*made, *(name.removesuffix(SCALE) + WEIGHT for name in made)}
         self.shapes: Mapping[str, tuple[int, ...]] = {**source.shapes, **made}
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
         """As in ``WeightSource``."""
-        return self._stored[name].to(dtype) if name in self._made else self._source.read(name, dtype)
+        if name in self._made:
+            return self._stored[name].to(device, dtype)
+        return self._source.read(name, dtype, device)
 
 
 class _Read(Mapping[str, Tensor]):
@@ -146,22 +149,24 @@ class CheckpointWeights:
         weights = self._checkpoint.weights
         self.shapes: Mapping[str, tuple[int, ...]] = {name: weight.shape for name, weight in weights.items()}
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
         """As in ``WeightSource``."""
         weight = self._checkpoint.weights[name]
-        flat = torch.empty(weight.numel, dtype=dtype if weight.dtype.is_floating_point else weight.dtype.to_torch())
+        read_as = dtype if weight.dtype.is_floating_point else weight.dtype.to_torch()
+        flat = torch.empty(weight.numel, dtype=read_as, device=device)
         self._checkpoint.copy_slice(name, 0, flat)
         return flat.view(weight.shape)
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, source: WeightSource) -> None:
+def load_weights(model: nn.Module, source: WeightSource, devices: Mapping[str, torch.device] | None = None) -> None:
     """Gives a model its weights, one tensor at a time; dtypes stay.
 
     Args:
         model: The model; parameters it uses under several names need one of them. Those on the meta device become the
-            tensors that are read, on the CPU; others are copied into.
+            tensors that are read; others are copied into, where they are.
         source: The weights.
+        devices: Where those go that are read, by the model's names; the CPU for others.
 
     Raises:
         ModelError: Names or shapes are not the model's; nothing is changed then.
@@ -170,12 +175,13 @@ def load_weights(model: nn.Module, source: WeightSource) -> None:
     state = model.state_dict(keep_vars=True)
     check_weights(state, source)
     made: dict[int, Tensor] = {}
+    devices = devices or {}
     for name in source.shapes:
         place = state[name]
         if not place.is_meta:
             place.copy_(source.read(name, place.dtype))
         elif id(place) not in made:
-            made[id(place)] = source.read(name, place.dtype)
+            made[id(place)] = source.read(name, place.dtype, devices.get(name, _CPU))
     _put(model, made)
 
 

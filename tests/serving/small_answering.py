@@ -15,8 +15,8 @@ class ModelsWeights:
         self.name, self._state = "model", model.state_dict()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
 
-    def read(self, name, dtype):
-        return self._state[name].to(dtype)
+    def read(self, name, dtype, device=None):
+        return self._state[name].to(device, dtype)
 
 
 def small_answering(max_pixels):

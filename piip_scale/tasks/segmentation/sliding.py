@@ -77,7 +77,8 @@ def _slid(scorer: Scorer, pixels: Tensor, sizes_px: Sequence[Size], crop_px: Siz
             _add(sums, counts, window, score, sizes_px[window.image])
     for _ in range(_most_over_ranks(len(chunks), pixels.device) - len(chunks)):
         scorer(_cut(pixels, chunks[-1], crop_px))
-    return [total / count for total, count in zip(sums, counts, strict=True) if total is not None]
+    # A spread network's scores are where its heads are, and pixels where it begins.
+    return [total / count.to(total.device) for total, count in zip(sums, counts, strict=True) if total is not None]
 
 
 def windows_of(image: int, size_px: Size, crop_px: Size, stride_px: Size) -> list[Window]:
