@@ -21,7 +21,12 @@ class Pretended(torch.Tensor):
     @staticmethod
     def __new__(cls, real, device):
         wrapped = torch.Tensor._make_wrapper_subclass(
-            cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype, device=device
+            cls,
+            real.shape,
+            strides=real.stride(),
+            storage_offset=real.storage_offset(),
+            dtype=real.dtype,
+            device=device,
         )
         wrapped.held = real
         return wrapped
@@ -33,8 +38,13 @@ class Pretended(torch.Tensor):
     def new_tensor(self, values, dtype=None):
         return torch.tensor(values, dtype=dtype or self.dtype).to(self.device)
 
+    def as_subclass(self, kind):
+        return self
+
     def __getitem__(self, index):
-        return super().__getitem__(self.new_tensor(index, torch.long) if isinstance(index, list) else index)
+        parts = index if isinstance(index, tuple) else (index,)
+        here = (self.new_tensor(part, torch.long) if isinstance(part, list) else part for part in parts)
+        return super().__getitem__(tuple(here))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -46,9 +56,8 @@ class _Devices(TorchDispatchMode):
         return _computed(func, args, kwargs or {})
 
 
-@contextmanager
-def pretended_gpus(monkeypatch):
-    """Inside, tensors can be made on any number of GPUs, and moved there; yields which was made current, each time."""
+def noting_current(monkeypatch):
+    """Which devices are made current, each time, from now on."""
     made_current = []
 
     @contextmanager
@@ -56,15 +65,23 @@ def pretended_gpus(monkeypatch):
         made_current.append(device)
         yield
 
+    monkeypatch.setattr(torch.cuda, "device", current)
+    return made_current
+
+
+@contextmanager
+def pretended_gpus(monkeypatch):
+    """Inside, tensors can be made on any number of GPUs, and moved there; yields which was made current, each time."""
     # As FakeTensorMode does it, which torch tells apart by itself.
     torch._C._ensureCUDADeviceGuardSet()
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", current)
+    made_current = noting_current(monkeypatch)
     # A module's parameters keep their type otherwise, which is not that of the wrapped.
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with _Devices():
+        # Its kernels are none of the CPU's.
+        with torch.backends.cudnn.flags(enabled=False), _Devices():
             yield made_current
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)

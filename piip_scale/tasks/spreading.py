@@ -76,13 +76,20 @@ class Spread:
     def settle(self) -> None:
         """Has each part compute on its device, on what is brought there; once weights are loaded."""
         for module, device in self._modules:
-            module.to(device)
+            # What was read is there.
+            if any(tensor.device != device for tensor in _tensors([module])):
+                module.to(device)
             module.forward = _computed_on(device, module.forward)
 
 
 def _bytes(modules: Sequence[nn.Module]) -> int:
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(modules))
+
+
+def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    found = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 def _computed_on(device: torch.device, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,11 +14,12 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import piip_scale
 from piip_scale.cli.evaluation import Asked, Outputs, evaluate_model
 from piip_scale.cli.main import app
 from piip_scale.cli.predict import split_words
 from piip_scale.config.loading import config_text, load_config
-from piip_scale.errors import ConfigError, DataError, PiipError
+from piip_scale.errors import ConfigError, DataError, PiipError, WorldError
 from piip_scale.tasks.kinds import build_model
 
 
@@ -178,3 +179,39 @@ def test_weights_are_told_from_photographs(files, tmp_path):
     assert split_words(tmp_path, ["absent.safetensors", "-"]) == (Path("absent.safetensors"), ["-"])
     with pytest.raises(ConfigError, match="no photographs"):
         split_words(config, [str(weights)])
+
+
+def test_devices_that_are_named_hold_the_model_and_change_nothing(files, photos, tmp_path):
+    found = {}
+    for name, words in {"plain": (), "named": ("--devices", "cpu")}.items():
+        assert predict(*files, *photos[:2], "--out", tmp_path / name, "--no-pictures", *words).exit_code == 0
+        metrics = tmp_path / f"{name}.json"
+        asked = ["evaluate", *files, *words, "--precision", "bf16", "--predictions", str(metrics)]
+        assert CliRunner().invoke(app, asked, catch_exceptions=False).exit_code == 0
+        found[name] = (tmp_path / name / "results.json").read_bytes(), metrics.read_bytes()
+    assert found["plain"] == found["named"]
+    model = piip_scale.load(*files, threshold=0.0, devices=["cpu"])
+    entries = [{"image": Path(photo).name} | model.predict(photo).values for photo in photos[:2]]
+    assert entries == json.loads(found["plain"][0])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "serve"])
+def test_spreading_that_cannot_be_is_one_line_and_starts_nothing(command, files, monkeypatch, photos):
+    def refused(*words):
+        inputs = photos[:1] if command == "predict" else []
+        port = ["--port", "0"] if command == "serve" else []
+        done = CliRunner().invoke(app, [command, *files, *inputs, *words, *port])
+        assert isinstance(done.exception, WorldError)
+        return done.exception.line
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "no GPU to spread over; this process sees none" in refused("--spread")
+    assert "unknown device: got 'cuda:3'; this process has cpu" in refused("--devices", "cpu,cuda:3")
+    several = "got '2 processes'; one process spreads one model"
+    if command == "evaluate":
+        assert f"--spread: {several}" in refused("--spread", "--procs", "2")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert f"--devices: {several}" in refused("--devices", "cpu")
