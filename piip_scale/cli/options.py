@@ -37,7 +37,7 @@ Devices = Annotated[
 ]
 
 
-def devices_asked(spread: bool, devices: str | None, num_procs: int) -> str | None:
+def devices_asked(spread: bool, devices: str | None, num_procs: int = 1) -> str | None:
     """What ``--spread`` and ``--devices`` ask for, as ``named_devices`` takes it; ``None`` for neither.
 
     Args:

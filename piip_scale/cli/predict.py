@@ -95,9 +95,8 @@ def predict(
     from piip_scale.serving.looking import Looker, Looking
     from piip_scale.tasks.detection.tiling import Tiling
     from piip_scale.tasks.trained import find_trained
-    from piip_scale.world import read_world
 
-    spread_over = devices_asked(spread, devices, read_world().num_ranks)
+    spread_over = devices_asked(spread, devices)
     check_target(out, json_out, overwrite=overwrite)
     if is_sheet(out) and formats:
         raise DataError("--format", value=formats, rule="results go into a folder", fix="name one with --out DIR")

@@ -62,9 +62,8 @@ def serve(
     from piip_scale.serving.answering import Answering
     from piip_scale.serving.server import Limits, build_app
     from piip_scale.tasks.trained import find_trained
-    from piip_scale.world import read_world
 
-    spread_over = devices_asked(spread, devices, read_world().num_ranks)
+    spread_over = devices_asked(spread, devices)
     with listening(host, port) as place:
         found = find_trained(config, weights, overrides=overrides or [], step=step, averaged=ema)
         app = build_app(Answering(found, max_pixels, spread_over), Limits(max_mib, max_pixels, timeout, queue))

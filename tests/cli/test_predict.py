@@ -182,17 +182,17 @@ def test_weights_are_told_from_photographs(files, tmp_path):
 
 
 def test_devices_that_are_named_hold_the_model_and_change_nothing(files, photos, tmp_path):
-    found = {}
+    found = []
     for name, words in {"plain": (), "named": ("--devices", "cpu")}.items():
-        assert predict(*files, *photos[:2], "--out", tmp_path / name, "--no-pictures", *words).exit_code == 0
-        metrics = tmp_path / f"{name}.json"
-        asked = ["evaluate", *files, *words, "--precision", "bf16", "--predictions", str(metrics)]
+        file = tmp_path / f"{name}.json"
+        asked = ["evaluate", *files, *words, "--precision", "bf16", "--predictions", str(file)]
         assert CliRunner().invoke(app, asked, catch_exceptions=False).exit_code == 0
-        found[name] = (tmp_path / name / "results.json").read_bytes(), metrics.read_bytes()
-    assert found["plain"] == found["named"]
-    model = piip_scale.load(*files, threshold=0.0, devices=["cpu"])
-    entries = [{"image": Path(photo).name} | model.predict(photo).values for photo in photos[:2]]
-    assert entries == json.loads(found["plain"][0])
+        found.append(file.read_bytes())
+    assert found[0] == found[1]
+    assert predict(*files, photos[0], "--out", tmp_path / "out", "--no-pictures", "--devices", "cpu").exit_code == 0
+    models = [piip_scale.load(*files, threshold=0.0, devices=devices) for devices in (None, ["cpu"])]
+    entries = [{"image": photos[0]} | model.predict(photos[0]).values for model in models]
+    assert [entries[0]] == [entries[1]] == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict", "serve"])
@@ -207,11 +207,11 @@ def test_spreading_that_cannot_be_is_one_line_and_starts_nothing(command, files,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "no GPU to spread over; this process sees none" in refused("--spread")
     assert "unknown device: got 'cuda:3'; this process has cpu" in refused("--devices", "cpu,cuda:3")
-    several = "got '2 processes'; one process spreads one model"
+    # The others are done by rank 0 alone.
     if command == "evaluate":
+        several = "got '2 processes'; one process spreads one model"
         assert f"--spread: {several}" in refused("--spread", "--procs", "2")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    assert f"--devices: {several}" in refused("--devices", "cpu")
+        ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+        for name, value in (ranks | {"MASTER_ADDR": "127.0.0.1"}).items():
+            monkeypatch.setenv(name, value)
+        assert f"--devices: {several}" in refused("--devices", "cpu")
