@@ -64,8 +64,8 @@ def federated(truth: dict[str, Any], root: Mapping[str, Any], name: str) -> dict
     """
     images = {image["id"]: image for image in root["images"]}
     categories = {category["id"]: category for category in root["categories"]}
-    _require(images, _FEDERATED, f"image of annotation file {name}")
-    _require(categories, ("frequency",), f"category of annotation file {name}")
+    _require(images, _FEDERATED, f"annotation file {name}: image")
+    _require(categories, ("frequency",), f"annotation file {name}: category")
     return truth | {
         "images": [image | {key: images[image["id"]][key] for key in _FEDERATED} for image in truth["images"]],
         "categories": [c | {"frequency": categories[c["id"]]["frequency"]} for c in truth["categories"]],
@@ -76,7 +76,7 @@ def _require(entries: Mapping[int, Mapping[str, Any]], keys: Sequence[str], owne
     for number, entry in entries.items():
         if missing := [key for key in keys if key not in entry]:
             raise DataError(
-                f"{owner}: {number} has no {missing[0]}",
+                f"{owner} {number} has no {missing[0]}",
                 rule="LVIS's metric needs what LVIS's files say",
                 fix="name LVIS's annotation file with --coco, or leave out --metric lvis",
             )
