@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from piip_scale.checkpoint import layout
 from piip_scale.checkpoint.dtypes import FLOAT32
@@ -31,6 +31,19 @@ _OTHER_KINDS = {"expert_": "a mixture of experts", "expp_": "a mixture of expert
 _PER_RANK = "pp_rank_"
 _RANKS_SHOWN = 4
 _MOST_RANKS = 1 << 16
+_Value = TypeVar("_Value")
+
+
+class Share(Protocol):
+    """Has one process look for all that open a checkpoint together, and gives each what it found."""
+
+    def __call__(self, look: Callable[[], _Value], /) -> _Value:
+        """What ``look`` returns, on one process."""
+
+
+def each_itself(look: Callable[[], _Value], /) -> _Value:
+    """For a process that opens a checkpoint by itself."""
+    return look()
 
 
 @dataclass(frozen=True)
@@ -100,20 +113,23 @@ class DeepSpeedFiles:
         content: dict[str, Any] = self.models[0].get()
         return content
 
-    def weights(self, left_out: Collection[str] = (), given: Mapping[str, Weight] | None = None) -> dict[str, Weight]:
+    def weights(
+        self, left_out: Collection[str] = (), given: Mapping[str, Weight] | None = None, share: Share = each_itself
+    ) -> dict[str, Weight]:
         """Every weight, in the order of the model's state dict.
 
         Args:
             left_out: Names of those that are not in the files.
             given: What takes their places; without, they are absent.
+            share: As of ``ZeroCheckpoint``.
 
         Raises:
             CheckpointError: The files do not fit together, or hold no values of a weight.
         """
         with _in_their_layout(self.folder):
-            return self._weights(set(left_out), given or {})
+            return self._weights(set(left_out), given or {}, share)
 
-    def _weights(self, left_out: Collection[str], given: Mapping[str, Weight]) -> dict[str, Weight]:
+    def _weights(self, left_out: Collection[str], given: Mapping[str, Weight], share: Share) -> dict[str, Weight]:
         model = self.models[0]
         every: dict[str, StoredTensor] = model.get("module")
         _check_module(model, every)
@@ -121,7 +137,7 @@ class DeepSpeedFiles:
             self._check_not_cut(every)
         module = {name: value for name, value in every.items() if name not in left_out}
         buffers = set(self._model.get("buffer_names") or ())
-        found = self._masters() if self.stage else _trained_whole(model)
+        found = self._masters(share) if self.stage else _trained_whole(model)
         found |= self._frozen(left_out) if self.stage == 3 else {}
         found |= {n: whole_weight(model, n, "module", n, is_buffer=True) for n in module if n in buffers}
         unknown = [name for name in found if name not in module]
@@ -150,14 +166,16 @@ class DeepSpeedFiles:
             )
         return twins
 
-    def _masters(self) -> dict[str, Weight]:
+    def _masters(self, share: Share) -> dict[str, Weight]:
         """The trained parameters."""
         key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
         root = ("optimizer_state_dict", key)
         inner = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
         states = ("optimizer_state_dict", inner, "state")
         shapes: list[dict[str, tuple[int, ...]]] = self.models[0].get("param_shapes")
-        slices = self._slices(shapes, root)
+        # Below stage 3 each rank's file says what it holds: for ranks that all look, ranks times ranks files.
+        look = each_itself if self.stage == 3 else share
+        slices = look(lambda: self._slices(shapes, root))
         return {
             name: Weight(tuple(shape), FLOAT32, False, self._stored(slices[name], root, states))
             for named in shapes

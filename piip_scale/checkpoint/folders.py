@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from piip_scale.errors import CheckpointError
@@ -33,8 +34,9 @@ def find_files(path: Path) -> Path:
     holders = [path] if _holds(path) else []
     above = [path]
     for _ in range(_MOST_FOLDERS):
-        holders = holders or [tag for folder in above for tag in _tags(folder)]
-        above = [inner for folder in above for inner in _folders(folder)]
+        if not holders:
+            holders = [tag for folder in above for tag in _tags(folder)]
+            above = [inner for folder in above for inner in _folders(folder)]
     if len(holders) != 1:
         raise _not_one(path, holders)
     return holders[0]
@@ -68,7 +70,11 @@ def _tags(folder: Path) -> list[Path]:
 
 def _folders(folder: Path) -> list[Path]:
     with disk_errors(CheckpointError, f"read {folder}"):
-        return sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+        if not folder.is_dir():
+            return []
+        # The listing says what is a folder: files of a thousand ranks may lie here, and every rank may look.
+        with os.scandir(folder) as children:
+            return sorted(Path(child.path) for child in children if child.is_dir())
 
 
 def _holds(folder: Path) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from piip_scale.checkpoint.manifest import (
     MANIFEST,
@@ -176,6 +177,14 @@ class CheckpointStore:
             return []
         return [path for path in self.folder.iterdir() if path.name[0] != "." and (path / MANIFEST).is_file()]
 
+    def files_of(self, path: Path) -> dict[str, dict[str, Any]]:
+        """What the manifest says of each file, by its path in a checkpoint whose files have their sizes.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        return whole_files(path)
+
     def validate(self, path: Path) -> None:
         """Checks every file of a checkpoint against the manifest, with its checksum.
 
@@ -183,7 +192,18 @@ class CheckpointStore:
             CheckpointError: Names the file and what is wrong with it.
         """
         path = Path(path)
-        files = whole_files(path)
+        self.validate_files(path, whole_files(path))
+
+    def validate_files(self, path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Checks some files of a checkpoint as ``validate`` does; any rank.
+
+        Args:
+            path: The checkpoint.
+            files: Of ``files_of``, those to check.
+
+        Raises:
+            CheckpointError: Names the file and what is wrong with it.
+        """
         for name, entry in files.items():
             with disk_errors(CheckpointError, f"read {path / name}"):
                 found = checksum(path / name)

@@ -30,7 +30,7 @@ class StoredFile:
         self.path = path
         self._allowed = allowed
         self._content: Any = None
-        self._has_swapped = False
+        self._has_swapped, self._num_bytes = False, 0
 
     def get(self, *keys: str | int) -> Any:
         """What lies under ``keys``.
@@ -52,6 +52,8 @@ class StoredFile:
     def _opened(self) -> Any:
         if self._content is None:
             content = read_torch_file(self.path, self._allowed)
+            # Once, and not for each of thousands of tensors: every rank that resumes may ask for them all.
+            self._num_bytes = self.path.stat().st_size
             if isinstance(content, dict):
                 # Raw files beside it, checked where they are found, hold what this file has no room for.
                 self._has_swapped = SWAPPED in content
@@ -74,9 +76,7 @@ class StoredFile:
             CheckpointError: There is none, or it claims more elements than the file has room for.
         """
         value = self.get(*keys)
-        if not isinstance(value, StoredTensor) or (
-            not self._has_swapped and value.num_bytes > self.path.stat().st_size
-        ):
+        if not isinstance(value, StoredTensor) or (not self._has_swapped and value.num_bytes > self._num_bytes):
             raise CheckpointError(
                 f"{self.path}: {'.'.join(map(str, keys))} is no tensor that the file holds",
                 value=value.shape if isinstance(value, StoredTensor) else type(value).__name__,

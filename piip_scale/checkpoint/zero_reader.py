@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from piip_scale.checkpoint.averages import averaged_weights, num_updates, open_averages
-from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles
+from piip_scale.checkpoint.deepspeed_files import DeepSpeedFiles, Share, each_itself
 from piip_scale.checkpoint.left_out import Given, given_weights, left_out_of
 from piip_scale.checkpoint.reading import OpenFiles
 from piip_scale.checkpoint.stored_tensor import StoredTensor
@@ -34,6 +34,8 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
         averaged: Trained parameters are their running averages instead.
         allowed: Classes whose objects the files may hold beside tensors and plain values.
         given: Reads frozen weights that the checkpoint leaves to other files; without, they are absent here too.
+        share: Looks into the files of all ranks for those that open the checkpoint together; opening is collective
+            then.
 
     Attributes:
         folder: That holds the files.
@@ -49,13 +51,19 @@ class ZeroCheckpoint(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, folder: Path, *, averaged: bool = False, allowed: Collection[str] = (), given: Given | None = None
+        self,
+        folder: Path,
+        *,
+        averaged: bool = False,
+        allowed: Collection[str] = (),
+        given: Given | None = None,
+        share: Share = each_itself,
     ) -> None:
         files = DeepSpeedFiles.open(Path(folder), allowed)
         self.folder, self.stage, self.num_ranks = files.folder, files.stage, files.num_ranks
         self.step, self.leaves_out_frozen = files.step, files.leaves_out_frozen
         left_out = left_out_of(Path(folder)).get("names", ())
-        self.weights = files.weights(left_out, given_weights(Path(folder), given))
+        self.weights = files.weights(left_out, given_weights(Path(folder), given), share)
         self.num_updates = 0
         self._files = OpenFiles()
         if averaged:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from piip_scale.errors import RunError
+
+_DIGEST_BYTES = 7
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -46,9 +50,12 @@ def mean_over_ranks(values: Mapping[str, Tensor | float], device: torch.device) 
         values: This rank's; tensors are scalars of any dtype and device.
         device: Through which ranks exchange them.
     """
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, sorted(values))
-    names = sorted(set().union(*everyones))
+    names = sorted(values)
+    # The lists of all ranks grow with them, so they are only exchanged where they differ.
+    if not _is_same(json.dumps(names), device):
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, names)
+        names = sorted(set().union(*everyones))
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     numbers = [0.0 if name in tensors else float(values.get(name, 0.0)) for name in names]
     # Float64: pixels of an interval are more than float32 can count.
@@ -59,6 +66,14 @@ def mean_over_ranks(values: Mapping[str, Tensor | float], device: torch.device) 
         packed[0].index_copy_(0, places.to(device), stacked)
     dist.all_reduce(packed)
     return dict(zip(names, (packed[0] / packed[1]).tolist(), strict=True))
+
+
+def _is_same(text: str, device: torch.device) -> bool:
+    """Whether every rank gives the same text, by its digest. Collective."""
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest(), "big")
+    least = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return bool((least[0] == -least[1]).item())
 
 
 def count_collectives() -> int:

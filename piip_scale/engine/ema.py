@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from piip_scale.agreement import on_main
 from piip_scale.checkpoint.averages import AVERAGE, UPDATES
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.config.run import TrainConfig
@@ -87,7 +88,7 @@ class WeightAverage:
         return {AVERAGE: self._averages, UPDATES: self._updates}
 
     def restore(self, checkpoint: Path) -> None:
-        """Takes over the averages of a checkpoint, whichever ranks and ZeRO stage wrote it. Not collective.
+        """Takes over the averages of a checkpoint, whichever ranks and ZeRO stage wrote it. Collective.
 
         Where it has none, the average starts from the weights as they are, and a warning says so.
 
@@ -97,7 +98,7 @@ class WeightAverage:
         if not (checkpoint / AVERAGE).is_dir():
             get_logger(__name__).warning("%s holds no averaged weights: the average starts here", checkpoint)
             return
-        saved = ZeroCheckpoint(checkpoint, averaged=True)
+        saved = ZeroCheckpoint(checkpoint, averaged=True, share=on_main)
         for partition, average in zip(self._partitions, self._averages, strict=True):
             copy_slices(saved, partition, average)
         self._updates = saved.num_updates

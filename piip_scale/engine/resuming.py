@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from piip_scale.agreement import on_main
+from piip_scale.agreement import LocalFault, is_distributed, on_main
 from piip_scale.checkpoint.origin import STATE_FILE
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.config.loading import check_config
@@ -139,8 +139,16 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: The newest one was changed after it was saved, or is of another version.
     """
-    path = on_main(lambda: _newest(folder))
-    return Checkpoint(path, read_state(path)) if path else None
+    path, files = on_main(lambda: _newest(folder))
+    if path is None:
+        return None
+    # Each rank a share: checksums of hundreds of gigabytes would keep all waiting for the first.
+    own = slice(dist.get_rank(), None, dist.get_world_size()) if is_distributed() else slice(None)
+    fault = LocalFault()
+    with fault.caught():
+        CheckpointStore(folder, keep=1).validate_files(path, dict(files[own]))
+    fault.raise_once()
+    return Checkpoint(path, read_state(path))
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -206,13 +214,12 @@ def warn_of_other_sets(path: Path, before: str, here: str) -> None:
         )
 
 
-def _newest(folder: Path) -> Path | None:
+def _newest(folder: Path) -> tuple[Path | None, list[tuple[str, dict[str, Any]]]]:
+    """The newest checkpoint, and what its manifest says of its files."""
     store = CheckpointStore(folder, keep=1)
     store.clean()
     newest = store.latest()
-    if newest is not None:
-        store.validate(newest)
-    return newest
+    return newest, [*store.files_of(newest).items()] if newest else []
 
 
 def _check(path: Path, saved: TrainingState, now: TrainingState) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from piip_scale.agreement import on_main
 from piip_scale.checkpoint.left_out import Given
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 from piip_scale.engine.zero.deepspeed_api import Engine
@@ -32,7 +33,7 @@ def restore(engine: Engine, checkpoint: Path, given: Given | None = None) -> Non
     Raises:
         CheckpointError: The files are damaged.
     """
-    saved = ZeroCheckpoint(checkpoint, given=given)
+    saved = ZeroCheckpoint(checkpoint, given=given, share=on_main)
     with torch.no_grad():
         for partition in partitions_in_memory(engine):
             copy_slices(saved, partition, partition.master)
