@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import socket
 
 import numpy as np
@@ -135,6 +136,32 @@ def test_perfect_detections_score_one_and_none_score_zero():
     scores = nothing.compute()
     assert scores["box_ap"] == scores["mask_ap"] == scores["per_class/box_ap50/disc"] == 0.0
     assert scores["per_class/box_ap50/absent"] == -1.0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_results_go_to_rank_0_alone_and_numbers_to_all(rank, monkeypatch):
+    """Were each rank sent what all have found, a thousand ranks would hold a thousand copies of it."""
+    sent = []
+
+    def gather_object(value, values, dst):
+        sent.append(("to rank", dst, len(pickle.dumps(value))))
+        if values is not None:
+            values[:] = [value, {}]
+
+    def broadcast_object_list(box, src):
+        sent.append(("from rank", src, len(pickle.dumps(box))))
+
+    # Every other collective fails: there is no group.
+    world = {"is_initialized": lambda: True, "get_world_size": lambda: 2, "get_rank": lambda: rank}
+    for name, stand_in in (world | {f.__name__: f for f in (gather_object, broadcast_object_list)}).items():
+        monkeypatch.setattr(dist, name, stand_in)
+    truth = _truth()
+    metric = CocoMetric(truth, with_masks=True)
+    metric.update(None, _found(truth))
+    metric.compute()
+    (*to_main, results_bytes), (*from_main, numbers_bytes) = sent
+    assert (to_main, from_main) == (["to rank", 0], ["from rank", 0])
+    assert numbers_bytes < results_bytes / 2
 
 
 def test_a_set_without_objects_has_no_precision():
