@@ -38,11 +38,12 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
         listener.close()
         arguments = (num_ranks, port, folder, function, args)
         context = torch.multiprocessing.spawn(_main, arguments, nprocs=num_ranks, join=False, daemon=True)  # type: ignore[attr-defined]
-        _wait(context, timeout_s)
+        wait_for(context, timeout_s)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(num_ranks)]
 
 
-def _wait(context: Any, timeout_s: float) -> None:
+def wait_for(context: Any, timeout_s: float) -> None:
+    """Waits for the end of ranks; ends them, and raises TimeoutError, where they take longer."""
     deadline = time.monotonic() + timeout_s
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
