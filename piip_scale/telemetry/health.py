@@ -75,5 +75,5 @@ def _dead_parts(record: IntervalRecord) -> Iterator[tuple[str, int, str]]:
                 f"gamma of {branch}",
                 _LONG,
                 f"nothing flows into branch {branch}: the gammas of its interactions are {gamma:.1e} in the mean, and "
-                f"have been for {_LONG} intervals",
+                f"have been for {_LONG} logged steps in a row",
             )
