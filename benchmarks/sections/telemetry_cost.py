@@ -31,7 +31,7 @@ from sections.record import table
 from sections.subject import build, detector_config, made_up_batch
 
 # Of a block the last step is written, as by train.log_every_steps' default.
-_BLOCK, _TURNS, _WARM_UP = 10, 8, 3
+_BLOCK, _TURNS, _WARM_UP = 10, 5, 1
 
 
 def section() -> str:
@@ -47,9 +47,9 @@ def section() -> str:
             rows.append([f"{num_ranks} rank(s), {kind}", f"{off_ms:.1f}", f"{on_ms - off_ms:+.2f}", *shares])
     return (
         f"Rank 0, {_TURNS} turns of {_BLOCK} steps with all telemetry and {_BLOCK} without, of which none marks or "
-        "writes anything; of the steps with it the last is written: losses, interval, branches, files, TensorBoard. A small "
-        f"Mask R-CNN, ZeRO-3 in float32, one image of {made_up_batch(0).images_BHWC.shape[1]} px a rank, one thread a "
-        "rank: a step of a large model takes as much telemetry, but for the norms of more parameters. Ratios are of "
+        "writes anything; of the steps with it the last is written: losses, interval, branches, files, TensorBoard. A "
+        f"small Mask R-CNN, ZeRO-3 in float32, one image of {made_up_batch(0).images_BHWC.shape[1]} px a rank, one "
+        "thread a rank: a step of a large model takes as much telemetry, but for norms of more parameters. Ratios are of "
         f"neighbouring turns: median, lowest and highest; load average at the end: {os.getloadavg()[0]:.1f}.\n\n"
         + table(["", "ms a step without", "more with", "median", "lowest", "highest"], rows)
     )
