@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from piip_scale.config.base import DropPathMode, Positive, Share, Strict
 from piip_scale.geometry import Section, Sections, block_windows, convnext_sections, depth_of, scaled_width
 
+Deviation = Annotated[float, Field(gt=0)]
+Statistics = tuple[float, float, float]
 PositionResize = Literal["bicubic", "crop", "tile"]
 _ROTARY_CHANNELS = 4
 """A pair of channels for rows and one for columns."""
@@ -50,6 +52,9 @@ class _BranchConfig(Strict):
         checkpoint_blocks: Keep each block's input only and compute the block again in the backward pass; ``auto``
             decides at the start of a training by the plan's memory, and where nothing decides means yes.
         released_as: Where the hub has weights for these numbers, to say so where a file is absent.
+        mean: Of pixels, 0 to 255, red first, that its pretraining subtracted; without, ``data.augment.mean``. With its
+            own a branch sees its image in them, and padding as the run's mean colour.
+        std: What it divided by, likewise; both or neither.
     """
 
     resolution_px: Positive
@@ -61,6 +66,14 @@ class _BranchConfig(Strict):
     drop_path_mode: DropPathMode = "zero"
     checkpoint_blocks: bool | Literal["auto"] = False
     released_as: str | None = None
+    mean: Statistics | None = None
+    std: tuple[Deviation, Deviation, Deviation] | None = None
+
+    @model_validator(mode="after")
+    def _statistics_are_whole(self) -> _BranchConfig:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean={self.mean} and std={self.std} belong together: set both, or leave both out")
+        return self
 
 
 class RotaryConfig(Strict):

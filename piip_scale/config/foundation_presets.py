@@ -1,7 +1,7 @@
 """Named foundation models: pure data, one row a model, each with the place on the hub that has its weights.
 
-Patches of 14 px become 16 px, as PIIP does it; ``pretrain_resolution_px`` then keeps as many cells as the file has, so
-that learned positions are resized at most once.
+Each says the pixel statistics of its own pretraining. Patches of 14 px become 16 px, as PIIP does it;
+``pretrain_resolution_px`` then keeps as many cells as the file has, so that learned positions are resized at most once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 _PATCH_PX = 16
+
+# Of pixels, 0 to 255.
+_IMAGENET: dict[str, Any] = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+_HALVES: dict[str, Any] = {"mean": (127.5, 127.5, 127.5), "std": (127.5, 127.5, 127.5)}
+_CLIP: dict[str, Any] = {"mean": (122.7709383, 116.7460125, 104.09373615), "std": (68.5005327, 66.6321579, 70.32316305)}
 _SMALL: dict[str, Any] = {"embed_dim": 384, "depth": 12, "num_heads": 6}
 _BASE: dict[str, Any] = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 _LARGE: dict[str, Any] = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
@@ -29,6 +34,7 @@ _DINOV3 = _vit(
     rotary={"base": 100.0},
     class_token=True,
     register_tokens=4,
+    **_IMAGENET,
 )
 _DINOV3_GATED: dict[str, Any] = {"feed_forward": "swiglu", "mlp_multiple": 8}
 _DINOV3_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +59,7 @@ _DINOV3_CONVNEXT: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 _PE_ROTARY: dict[str, Any] = {"base": 10000.0, "coordinates": "cells", "pretrain_grid_cells": 32, "first": "columns"}
 _PE_ROTARY |= {"pairs": "neighbours", "offset_cells": 1.0}
 _PE = _vit(32, norm_eps=1e-5, rotary=_PE_ROTARY, class_token=True, patch_bias=False, embedding_norm=True)
+_PE |= _HALVES
 _PE_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "t": ("T16-512", {"embed_dim": 192, "depth": 12, "num_heads": 3}),
     "s": ("S16-512", _SMALL),
@@ -72,6 +79,7 @@ _EVA = _vit(
     feed_forward="swiglu",
     rotary={"base": 10000.0, "coordinates": "cells", "pretrain_grid_cells": 16, "pairs": "neighbours"},
     class_token=True,
+    **_CLIP,
 )
 _EVA_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "ti": ("tiny_patch14_224.mim_in22k", {"embed_dim": 192, "depth": 12, "num_heads": 3}),
@@ -88,7 +96,7 @@ _SIGLIP_SIZES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "g": ("giant-opt-patch16-384", 24, {"embed_dim": 1536, "depth": 40, "num_heads": 16}),
 }
 # Ranzinger et al., RADIO: positions for 2048 px of which a crop is taken, class tokens of all teachers and registers.
-_RADIO = _vit(128, position_resize="crop", patch_bias=False)
+_RADIO = _vit(128, position_resize="crop", patch_bias=False, **_CLIP)
 _RADIO_HUGE: dict[str, Any] = {"embed_dim": 1280, "depth": 32, "num_heads": 16}
 _RADIO_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "radio_v3_b": ("C-RADIOv3-B", _BASE | {"register_tokens": 8}),
@@ -111,9 +119,10 @@ _SAM3 = _vit(
     rotary={"base": 10000.0, "coordinates": "cells", "pretrain_grid_cells": 24, "normalise": "longer"}
     | {"first": "columns", "pairs": "neighbours", "windows": "window"},
     released_as="facebook/sam3",
+    **_HALVES,
 )
 # Chen et al., InternVL: the 224 px original has 48 blocks, its successors leave the last three out.
-_INTERNVIT = _vit(32, layer_scale_init=0.1, position_class_slot=True)
+_INTERNVIT = _vit(32, layer_scale_init=0.1, position_class_slot=True, **_IMAGENET)
 _INTERNVIT_6B: dict[str, Any] = {"embed_dim": 3200, "num_heads": 25, "norm": "rmsnorm", "qkv_bias": False}
 _INTERNVIT_6B |= {"qk_norm": True}
 _INTERNVIT_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -131,6 +140,7 @@ FOUNDATION_PRESETS: dict[str, dict[str, Any]] = {
     },
     **{
         f"dinov3_convnext_{size}": {"kind": "convnext", "depths": depths, "widths": widths}
+        | _IMAGENET
         | {"released_as": f"facebook/dinov3-convnext-{size}-pretrain-lvd1689m"}
         for size, (depths, widths) in _DINOV3_CONVNEXT.items()
     },
@@ -143,7 +153,9 @@ FOUNDATION_PRESETS: dict[str, dict[str, Any]] = {
         for size, (name, numbers) in _EVA_SIZES.items()
     },
     **{
-        f"siglip2_{size}": _vit(cells, activation="gelu_tanh") | numbers | {"released_as": f"google/siglip2-{name}"}
+        f"siglip2_{size}": _vit(cells, activation="gelu_tanh", **_HALVES)
+        | numbers
+        | {"released_as": f"google/siglip2-{name}"}
         for size, (name, cells, numbers) in _SIGLIP_SIZES.items()
     },
     **{

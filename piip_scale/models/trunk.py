@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig, VitBranchConfig
+from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig, Statistics, VitBranchConfig
 from piip_scale.config.model import Kernels, PiipConfig
+from piip_scale.errors import ModelError
 from piip_scale.geometry import num_frozen_blocks
 from piip_scale.models.branch import Branch, BranchState, FeatureSpec
 from piip_scale.models.convnext import ConvNext
@@ -19,6 +20,7 @@ from piip_scale.models.layers import DropPath
 from piip_scale.models.lora import LORA, add_lora
 from piip_scale.models.rotary import RotaryPositions
 from piip_scale.models.rules import ParameterRule
+from piip_scale.models.statistics import Recolouring, recolouring
 from piip_scale.models.stored import store_frozen
 from piip_scale.models.unit import Unit
 from piip_scale.models.vit import Vit
@@ -44,6 +46,7 @@ class Trunk(nn.Module):
         require_deform_kernel(config.deform_kernel)
         require_fused_kernel(config.fused_kernel)
         self.config, self.geometry = config, config.geometry
+        self._recolourings: list[Recolouring | None] | None = None
         self.branches = nn.ModuleList(_build_branch(branch, config.kernels) for branch in config.branches)
         self.interactions = nn.ModuleList(self._build_units(stage) for stage in range(config.interaction.num_stages))
         for branch, numbers in zip(self._branches, config.branches, strict=True):
@@ -52,6 +55,15 @@ class Trunk(nn.Module):
                 store_frozen(branch, numbers)
                 add_lora(branch, numbers)
 
+    def take_images_of(self, mean: Statistics, std: Statistics) -> None:
+        """Says how the images that ``walk`` gets are normalised, for branches with statistics of their own.
+
+        Args:
+            mean: Subtracted from the channels, 0 to 255.
+            std: Divides them after that.
+        """
+        self._recolourings = [recolouring(branch, mean, std) for branch in self.config.branches]
+
     def walk(self, image_BCHW: Tensor) -> Iterator[list[BranchState]]:
         """The branches' states after each stage.
 
@@ -59,13 +71,10 @@ class Trunk(nn.Module):
             image_BCHW: Normalised images (B, 3, H, W) at the last branch's resolution, any float dtype.
 
         Raises:
-            ModelError: The images are too small for a branch.
+            ModelError: The images are too small for a branch, or in statistics that nobody has said while a branch has
+                its own.
         """
-        sizes = [branch.resolution_px for branch in self.config.branches]
-        states = [
-            branch.embed(resize_image(image_BCHW, size / sizes[-1]))
-            for branch, size in zip(self._branches, sizes, strict=True)
-        ]
+        states = [branch.embed(self._image_of(index, image_BCHW)) for index, branch in enumerate(self._branches)]
         for stage, units in enumerate(self.interactions):
             states = self._run_blocks(states, stage)
             grids = [state.grid_BHWC for state in states]
@@ -135,6 +144,20 @@ class Trunk(nn.Module):
             for block in branch.blocks[slice(*self._blocks_of(index, stage))]
         ]
         return [*blocks, *([unit] for unit in reversed(units))]
+
+    def _image_of(self, index: int, image_BCHW: Tensor) -> Tensor:
+        """What a branch sees: the image at its resolution, in its statistics."""
+        branch = self.config.branches[index]
+        image = resize_image(image_BCHW, branch.resolution_px / self.config.branches[-1].resolution_px)
+        if self._recolourings is not None:
+            own = self._recolourings[index]
+            return image if own is None else own(image)
+        if branch.mean is not None:
+            raise ModelError(
+                f"branch {index} has pixel statistics of its own, and those of its images are not known",
+                fix="call take_images_of first",
+            )
+        return image
 
     def _run_blocks(self, states: list[BranchState], stage: int) -> list[BranchState]:
         return [

@@ -16,6 +16,7 @@ from piip_scale.errors import ModelError
 from piip_scale.files import disk_errors
 from piip_scale.models.lora import LORA
 from piip_scale.models.released import released_name, released_network, released_shape
+from piip_scale.models.statistics import recolouring
 from piip_scale.models.whole_file import CLASSES, describe_misfits, list_misfits
 from piip_scale.registry import row_of
 from piip_scale.tasks.base import DTYPES
@@ -74,6 +75,14 @@ def _refuse_our_own(config: RunConfig, weights: WeightSource) -> None:
             f"{config.model.interaction.direction!r}",
             rule="the released units lead both ways",
         )
+    augment = config.data.augment  # type: ignore[attr-defined]  # every task's data has one
+    for index, branch in enumerate(config.model.branches):
+        if recolouring(branch, augment.mean, augment.std) is not None:
+            raise ModelError(
+                f"weights {weights.name} cannot have released names: model.branches.{index}.mean={branch.mean} is not "
+                f"data.augment.mean={augment.mean}, or its std",
+                rule="the released code gives all branches one image",
+            )
     if any(LORA in name for name in weights.shapes):
         raise ModelError(
             f"weights {weights.name} hold low-rank additions, which have no released names",

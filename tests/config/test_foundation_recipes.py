@@ -15,7 +15,7 @@ from piip_scale.tasks.outline import outline_run
 GIB = 2**30
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs" / "foundation").glob("*.py"))}
 GIANTS_B = {"internvit_6b": (5.8, 6.0), "h6b": (5.8, 6.0), "dinov3_7b": (6.6, 6.8), "dinov3_bs": (0.08, 0.09)}
-GIANTS_B |= {"dinov3_l": (0.3, 0.31)}
+GIANTS_B |= {"dinov3_l": (0.3, 0.31), "siglip2_b": (0.08, 0.09), "radio_b": (0.09, 0.1)}
 """Billions of parameters of the first branch, by what a config is named after."""
 CLASSES = {"lvis": 1203, "objects365_1024": 365, "upernet": 150}
 ONE_24_GB = [name for name, path in CONFIGS.items() if "one GPU of 24 GB" in path.read_text().splitlines()[0]]

@@ -1,5 +1,6 @@
 """Foundation models as branches, against the libraries that own them: random weights, through the files' own names."""
 
+import numpy as np
 import pytest
 import torch
 from foundation import CASES, SIZES, TOLERANCE, compare
@@ -54,6 +55,9 @@ def test_presets_have_timms_parameters(depth):
             size = {"resolution_px": side, "pretrain_resolution_px": side, "patch_size_px": patch}
             kept = {"class_token": theirs.cls_token is not None, "position_class_slot": False}
             ours = Vit(VitBranchConfig(**PRESETS[preset] | size | kept | own))
+        pixels = [[value / 255 for value in PRESETS[preset][key]] for key in ("mean", "std")]
+        # To what a preset's six digits hold.
+        np.testing.assert_allclose(pixels, [theirs.default_cfg["mean"], theirs.default_cfg["std"]], rtol=1e-6)
         slot = 0
         if getattr(theirs, "pos_embed", None) is not None:
             # A position of the class token is added to that token when it is loaded.

@@ -76,6 +76,7 @@ class ClassificationModel(PiipClassifier):
     def __init__(self, config: ClassificationRun, num_classes: int) -> None:
         super().__init__(config.model, ClassifierConfig(num_classes=num_classes, separate=config.classifier.separate))
         self._mean, self._std = config.data.augment.mean, config.data.augment.std
+        self.take_images_of(self._mean, self._std)
         self._label_smoothing = config.classifier.label_smoothing
 
     def forward(self, batch: ClassificationBatch) -> dict[str, Tensor]:  # type: ignore[override]  # engines pass batches

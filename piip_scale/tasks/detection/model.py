@@ -130,6 +130,7 @@ class DetectionModel(NetworkWithHeads):
         super().__init__(backbone, heads)
         self.heads: DetectionHeads = heads
         self._mean, self._std = augment.mean, augment.std
+        backbone.take_images_of(augment.mean, augment.std)
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
         """Named losses, float32 scalars.

@@ -115,6 +115,7 @@ class SegmentationModel(NetworkWithHeads):
         super().__init__(backbone, heads)
         self.heads: SegmentationHeads = heads
         self._mean, self._std, self._inference = augment.mean, augment.std, inference
+        backbone.take_images_of(augment.mean, augment.std)
         self._pad_multiple_px = augment.pad_multiple_px
 
     def forward(self, batch: SegmentationBatch) -> dict[str, Tensor]:
