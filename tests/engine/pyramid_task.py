@@ -44,6 +44,7 @@ class PyramidModel(nn.Module):
         super().__init__()
         with torch.device("meta"):
             self.backbone = PIIP(config)
+        self.backbone.take_images_of((127.5,) * 3, (127.5,) * 3)
         self.head = MeanHead(self.backbone.feature_specs[0].channels)
 
     def forward(self, batch) -> dict[str, Tensor]:

@@ -40,6 +40,12 @@ WHOLE = {"large": {"frozen_blocks": "all", "checkpoint_blocks": True}, "small": 
 PARTS = {"rotary": {}, "position_embedding": False, "class_token": True, "register_tokens": 2, "key_bias": False}
 PARTS |= {"feed_forward": "swiglu", "mlp_multiple": 8}
 FOUNDATION = {"large": STEM["large"] | PARTS, "small": {"rotary": {}, "register_tokens": 1, "feed_forward": "swiglu"}}
+# A giant as DINOv3's, by a file of timm's, in 8 bits: without a graph, or with additions that are trained.
+GIANT = {"preset": "dinov3_s_plus", "register_tokens": 2, "pretrained": "giant.safetensors"}
+ONE_WAY = {"num_stages": 2, "num_heads": 2, "gamma_init": 0.1, "direction": "to_small"}
+ALONE = {"large": GIANT | {"frozen_blocks": "all", "frozen_dtype": "fp8"}, "small": FOUNDATION["small"]}
+ALONE |= {"interaction": ONE_WAY}
+ADDED_TO = {"frozen_blocks": 1, "frozen_dtype": "int8", "lora": LORA, "checkpoint_blocks": True}
 CASES = {
     "foundation model": (FOUNDATION, 3, "fp32"),
     "stem": (STEM, 3, "fp32"),
@@ -49,8 +55,11 @@ CASES = {
     "in 8 bits": (IN_8_BITS, 3, "bf16"),
     "left out": (ADDED, 3, "bf16"),
     "left out at stage 1": (FROM_FILE, 1, "fp32"),
+    "giant": (ALONE, 3, "fp32"),
+    "giant with additions": (ALONE | {"large": GIANT | ADDED_TO}, 3, "fp32"),
 }
 LEFT_OUT = [case for case in CASES if "left out" in case]
+GIANTS = [case for case in CASES if "giant" in case]
 
 
 def config_of(case: str, folder: Path = Path()):
@@ -62,7 +71,7 @@ def config_of(case: str, folder: Path = Path()):
         network(**frozen),
         optimizer={"lr": 1e-2},
         zero={"stage": stage, "deepspeed": FORCED_RELEASE if stage == 3 else {}},
-        train={"precision": precision, "background_saves": False, "save_frozen": case not in LEFT_OUT},
+        train={"precision": precision, "background_saves": False, "save_frozen": case not in LEFT_OUT + GIANTS},
     )
 
 
@@ -72,6 +81,18 @@ def write_large(path: Path) -> None:
     config = pyramid_config().model.branches[0]
     weights = {name: torch.randn(tensor.shape) / 8 for name, tensor in Vit(config).state_dict().items()}
     save_file({official_branch_name(name, config, "deit"): tensor for name, tensor in weights.items()}, path)
+
+
+def write_giant(path: Path) -> None:
+    """Weights of the giant by timm's names."""
+    import timm
+
+    torch.manual_seed(8)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_reg_tokens": 2}
+    giant = timm.create_model("vit_small_plus_patch16_dinov3_qkvb", num_classes=0, **sizes)
+    for parameter in giant.parameters():
+        torch.nn.init.normal_(parameter, std=1 / 8)
+    save_file(giant.state_dict(), path)
 
 
 def steps(engine, world, first: int, last: int) -> list[tuple[float, float]]:
@@ -119,11 +140,14 @@ def trained(world, device, folder: Path) -> dict[str, dict]:
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
     write_large(folder / "large.safetensors")
+    write_giant(folder / "giant.safetensors")
     return folder, run_ranks(2, trained, folder)
 
 
 def expected_names(case: str) -> set[str]:
     large, small = "backbone.branches.0.", "backbone.branches.1."
+    if case in GIANTS:
+        return {large}
     if case in ("whole branch", "in 8 bits"):
         return {large, f"{small}embedding.", f"{small}blocks.0."}
     found = {f"{large}embedding.", f"{large}blocks.0.", f"{large}blocks.1."}
@@ -168,7 +192,7 @@ def test_it_trains_as_torch_alone(results, case):
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoints_keep_frozen_parts(results, case):
     folder, ranks = results
-    given = reader_of(config_of(case, folder).model) if case in LEFT_OUT else None
+    given = reader_of(config_of(case, folder).model) if case in LEFT_OUT + GIANTS else None
     checkpoint = ZeroCheckpoint(folder / case / "step_00000002", given=given)
     start = ranks[0][case]["start"]
     assert set(start) <= set(checkpoint)
@@ -189,6 +213,22 @@ def test_a_converted_foundation_model_has_the_loss_of_the_step_after_its_save(re
     (folder, ranks), case, out = results, "foundation model", tmp_path / "whole.safetensors"
     convert(folder / case / "step_00000002", out, ConvertOptions(verify=True))
     model = build_model(PyramidTask(config_of(case), World()), 0)
+    model.load_state_dict(load_file(out), assign=True)
+    with torch.no_grad():
+        losses = [model(make_batch(4 + rank, 1))["loss"].item() for rank in range(2)]
+    np.testing.assert_allclose(sum(losses) / 2, ranks[0][case]["trace"][2][0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", GIANTS)
+def test_a_giant_and_what_was_trained_beside_it_convert_to_the_loss_of_the_step_after_the_save(results, case, tmp_path):
+    (folder, ranks), out = results, tmp_path / "whole.safetensors"
+    checkpoint, config = folder / case / "step_00000002", config_of(case, folder)
+    assert not set(ranks[0][case]["frozen"]) & set(ZeroCheckpoint(checkpoint))
+    convert(checkpoint, out, ConvertOptions(given=reader_of(config.model), verify=True))
+    if case == "giant with additions":
+        # Merged, its weights are floats.
+        config = pyramid_config(network(**ALONE | {"large": GIANT | {"frozen_blocks": "all"}}))
+    model = build_model(PyramidTask(config, World()), 0)
     model.load_state_dict(load_file(out), assign=True)
     with torch.no_grad():
         losses = [model(make_batch(4 + rank, 1))["loss"].item() for rank in range(2)]
