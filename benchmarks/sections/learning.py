@@ -84,7 +84,14 @@ def section(name: str) -> str:
     chosen = SETS[name]
     recipe = chosen.config({})
     rows = [_row(chosen, label, _overrides(chosen, recipe, index)) for label, index in _ALONE.items()]
-    names = ["network", "image, px", "parameters (M)", "GMACs", f"`{chosen.metric.removeprefix('eval/')}`, mean", "spread"]
+    names = [
+        "network",
+        "image, px",
+        "parameters (M)",
+        "GMACs",
+        f"`{chosen.metric.removeprefix('eval/')}`, mean",
+        "spread",
+    ]
     return (
         f"`configs/{chosen.recipe}`: {chosen.steps} steps of {recipe.data.micro_batch_size} images by one process.\n\n"
         f"{table([*names, *(f'seed {seed}' for seed in _SEEDS)], rows)}"
