@@ -58,8 +58,7 @@ _AT_PRIORITY = "At real-time priority (`chrt -r 50`), so that what else ran on t
 _BESIDE = "Other processes may have run beside: load average {load:.1f} on {cores} cores at the end."
 _DISK = (
     "The disk alone, in the same minutes: {read:.1f} s to read as many bytes as the masters have, cold and in order; "
-    "{fp32:.1f} s to write and sync what fp32 takes, {bf16:.1f} s what bf16 does (`dd conv=fsync`). What "
-    "a cold conversion takes beyond its imports is what the disk takes to read and to write."
+    "{fp32:.1f} s to write and sync what fp32 takes, {bf16:.1f} s what bf16 does (`dd conv=fsync`)."
 )
 _LARGE_TEXT = (
     "ZeRO-3 on {ranks} ranks; the files are sparse, so reading costs no disk, and every byte of the output is written. "
