@@ -1,4 +1,4 @@
-"""Does PIIP learn more than its own branches alone, at equal computation? Trainings from random weights on small sets."""
+"""Does PIIP learn more than its own branches alone, at equal computation? Trainings from random weights, small sets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SEEDS = (0, 1, 2)
 _ALONE = {"PIIP": None, "its large branch alone": 0, "its small branch alone": 1}
 _LARGEST_FACTOR = 2.5
 _PATCHES_PX = 16
-"""Two patches, which the pyramid's coarsest level halves: without sides of a multiple computation would not be equal."""
+"""Two patches, which the pyramid's coarsest level halves: images are padded to a multiple of it and no further."""
 _MEGA, _GIGA = 1e6, 1e9
 
 Overrides = Mapping[str, Any]

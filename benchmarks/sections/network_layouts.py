@@ -151,7 +151,7 @@ class Predictions:
 
     Attributes:
         slowness: How many times longer a rank computes than planning takes for a free core.
-        message_s: What a message costs the host beside its way: hooks, copies, and waking all ranks on shared cores.
+        message_s: What a message costs the host; see ``Cluster``.
     """
 
     def __init__(self, layouts: Mapping[str, float]) -> None:
@@ -170,8 +170,7 @@ class Predictions:
 
     def seconds(self, setting: Setting, layout: str) -> float:
         """Of a step."""
-        time = self._planner(setting).step_time(_config(setting, layout), self._cluster(setting))
-        return time.seconds + self.messages(setting, layout) * self.message_s
+        return self._planner(setting).step_time(_config(setting, layout), self._cluster(setting)).seconds
 
     def messages(self, setting: Setting, layout: str) -> int:
         """That a rank takes part in in a step."""
@@ -197,6 +196,7 @@ class Predictions:
             outer=Link(setting.megabits_per_s * _MEGA / _BITS, 1e-4),
             memory_bytes_per_s=10e9 / self.slowness,
             operator_s=2.65e-5 * self.slowness,
+            message_s=self.message_s,
             asynchronous=False,
             # Without prefetching nothing of a gather hides.
             transport=replace(GLOO, hides=dict.fromkeys(GLOO.hides, False)),
@@ -228,9 +228,9 @@ _TEXT = (
     "Four ranks on this machine's cores as 2 nodes of 2 or 4 nodes of 1: network namespaces, whose links tc limits to "
     "a rate. A detector with a large branch of 256 and a small one of 64 dimensions in float32 over gloo, nothing "
     "prefetched or kept for reuse; the faster of two steps, or one of four micro-batches. MB are what a node sends to "
-    "others in a step, by its link's counter, headers included. Predicted is what `plan` reckons with, plus a cost of "
-    "each message; rates are set once, by stage 0 and stage 3 at {calibrated}: a rank computes {slowness:.1f} times "
-    "longer than a free core, and a message costs {message_ms:.0f} ms."
+    "others in a step, by its link's counter, headers included. Predicted is what `plan` reckons with; its "
+    "rates are set once, by stage 0 and stage 3 at {calibrated}: a rank computes {slowness:.1f} times longer than a "
+    "free core, and a message costs {message_ms:.0f} ms."
 )
 
 

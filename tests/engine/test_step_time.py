@@ -99,6 +99,13 @@ def test_latency_counts_hops_and_messages():
     assert slow.outer - plain.outer == pytest.approx(4 * 2)
 
 
+def test_each_message_costs_the_host():
+    plain, slow = (time_of(on=cluster(message_s=cost, asynchronous=False), precision="bf16") for cost in (0.0, 1.0))
+    # Four units are gathered twice; their sums leave as one bucket, and what stays whole is gathered after the update.
+    assert [after.host - before.host for before, after in zip(plain.phases, slow.phases, strict=True)] == [4, 5, 1]
+    assert slow.seconds - plain.seconds == pytest.approx(10)
+
+
 def test_offloading_pays_on_the_way_and_in_host_memory():
     on = cluster(pcie=Link(1e9), host_bytes_per_s=1e9)
     *_, update = time_of({"offload_optimizer": "cpu"}, on, precision="bf16").phases

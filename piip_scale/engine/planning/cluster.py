@@ -67,6 +67,7 @@ class Cluster:
         pcie: Between a rank's device and its host.
         host_bytes_per_s: Of a node's host memory; an update of what is offloaded is bound by it.
         operator_s: That the host needs for an operator of the network, all that surrounds it included.
+        message_s: That the host needs for a message beside its way: hooks, copies, waking the other ranks of its cores.
         asynchronous: Whether the device computes while the host goes on, as GPUs do; else the host's time comes on top.
         transport: Of messages.
         peak_flops: What MFU is a share of; 0 where that is not known.
@@ -82,6 +83,7 @@ class Cluster:
     pcie: Link = Link(math.inf)
     host_bytes_per_s: float = math.inf
     operator_s: float = 0.0
+    message_s: float = 0.0
     asynchronous: bool = True
     transport: Transport = NCCL
     peak_flops: float = 0.0
@@ -151,7 +153,8 @@ def gpu_cluster(
 def cpu_cluster(num_ranks: int, ranks_per_node: int, network_gbps: float) -> Cluster:
     """The same of ranks that compute on CPU cores and talk over gloo: orders of magnitude, to choose a layout by.
 
-    A core is taken for 50 GFLOP/s, 10 GB/s of memory and 2 GB/s to the other ranks of its host.
+    A core is taken for 50 GFLOP/s, 10 GB/s of memory and 2 GB/s to the other ranks of its host. A message costs it
+    15 ms, as benchmarks/layouts.md found; a GPU's host has that in what an operator costs it.
     """
     return Cluster(
         num_ranks=num_ranks,
@@ -163,6 +166,7 @@ def cpu_cluster(num_ranks: int, ranks_per_node: int, network_gbps: float) -> Clu
         memory_bytes_per_s=10 * _GIGA,
         host_bytes_per_s=10 * _GIGA * ranks_per_node,
         operator_s=Assumptions.operator_s,
+        message_s=0.015,
         asynchronous=False,
         transport=GLOO,
     )

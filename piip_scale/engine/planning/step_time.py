@@ -219,7 +219,7 @@ class _Step:
             outer=sum(map(self._outer, hidden)),
             pcie=self._copied(backward=backward) / self._cluster.pcie.bytes_per_s,
             exposed=sum(max(self._inner(each), self._outer(each)) for each in sent if each not in hidden),
-            host=operators * self._cluster.operator_s,
+            host=operators * self._cluster.operator_s + self._sending(sent),
             messages=sum(each.messages for each in hidden) or 1,
             asynchronous=self._cluster.asynchronous,
         )
@@ -234,7 +234,19 @@ class _Step:
             compute = num_bytes * self._cluster.ranks_per_node / self._cluster.host_bytes_per_s
             pcie = slices * BYTES[self._sharding.precision] / self._cluster.pcie.bytes_per_s
         exposed = sum(max(self._inner(each), self._outer(each)) for each in sent)
-        return Phase("update", 1, compute, pcie=pcie, exposed=exposed, asynchronous=self._cluster.asynchronous)
+        return Phase(
+            name="update",
+            times=1,
+            compute=compute,
+            pcie=pcie,
+            exposed=exposed,
+            host=self._sending(sent),
+            asynchronous=self._cluster.asynchronous,
+        )
+
+    def _sending(self, sent: Iterable[Collective]) -> float:
+        """Of the host, for one time."""
+        return self._cluster.message_s * sum(each.messages for each in sent)
 
     @property
     def _slices(self) -> float:
