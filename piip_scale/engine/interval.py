@@ -84,17 +84,25 @@ class Interval:
         Args:
             report: The last of them.
         """
-        sums, rank = self._sums, self._world.rank
+        sums = self._sums
         found: dict[str, Tensor | float] = {_PIXELS: float(sums.pixels), _REAL: float(sums.real_px)}
         if sums.message_seconds is not None:
             found[_MESSAGES] = sums.message_seconds / sums.steps
-            found[f"{_OWN}{rank}"] = max(sums.seconds - sums.message_seconds, 0.0) / sums.steps
-            found[f"{_WAIT}{rank}"] = sums.wait_seconds / sums.steps
+            own_s = max(sums.seconds - sums.message_seconds, 0.0) / sums.steps
+            found |= self._of_rank(_OWN, own_s) | self._of_rank(_WAIT, sums.wait_seconds / sums.steps)
         if (utilisation := gpu_utilisation(self._device)) is not None:
             found[_GPU] = utilisation
         if self._branches:
             found |= self._branches.own(with_gradients=math.isfinite(report.result.grad_norm))
         return {f"{PREFIX}{name}": value for name, value in found.items()}
+
+    def _of_rank(self, name: str, value: float) -> dict[str, float]:
+        """A number of this rank whose mean over ranks is the number itself.
+
+        Every rank names all ranks: where names differ they are exchanged, and there are as many lists as ranks.
+        """
+        mine, num_ranks = self._world.rank, self._world.num_ranks
+        return {f"{name}{rank}": value * num_ranks if rank == mine else 0.0 for rank in range(num_ranks)}
 
     def record(self, means: MutableMapping[str, float], report: StepReport) -> IntervalRecord:
         """Takes its numbers out of the means over ranks, and begins the next interval.

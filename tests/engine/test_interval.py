@@ -41,7 +41,9 @@ def interval_of_two(world, device):
         timed = replace(result, message_seconds=STILL_S[world.rank])
         report = StepReport(step + 1, timed, 0.0, seconds=1.0, wait_seconds=0.125)
         interval.add(report)
-    means = mean_over_ranks({"loss": 1.0, **interval.own(report)}, device)
+    own = interval.own(report)
+    means = mean_over_ranks({"loss": 1.0, **own}, device)
+    names = sorted(own)
     found = interval.record(means, report)
     config = pyramid_config(zero={"stage": 3})
     engine, _ = build_engine(build_model(PyramidTask(config, world), 0), config, world)
@@ -50,7 +52,7 @@ def interval_of_two(world, device):
             for part in partition:
                 part.mul_(-2.0)
     own = BranchWatch(engine, engine.module.parts()).own(with_gradients=False)
-    return found, means, result.message_seconds, read(mean_over_ranks(own, device), 0.0)
+    return found, means, result.message_seconds, names, read(mean_over_ranks(own, device), 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +76,17 @@ def test_norms_by_part_are_those_of_the_whole_gradient_before_clipping(found):
 
 
 def test_a_rank_that_is_late_is_named_and_the_others_stand_still(found):
-    for record, means, measured, _ in found:
+    for record, means, measured, *_ in found:
         assert means == {"loss": 1.0}
         assert record.slowest == RankPace(1, "n1", own_seconds=0.75, wait_seconds=0.125)
         assert record.fastest == RankPace(0, "n0", own_seconds=0.25, wait_seconds=0.125)
         assert record.message_seconds == 0.5
         assert measured > 0
+
+
+def test_ranks_name_the_same_numbers_for_others_would_be_exchanged_as_lists(found):
+    (*_, first, _), (*_, second, _) = found
+    assert first == second
 
 
 def test_padding_and_clipping_are_shares(found):
