@@ -1,4 +1,4 @@
-"""A frozen giant beside a small ConvNeXt, by the commands a user types: trained, killed, resumed, converted, used.
+"""A frozen giant of DINOv3-7B's parts beside a small ConvNeXt, by a user's commands: trained, killed, resumed, used.
 
 Slow; what it holds is held in seconds by ``tests/engine/test_frozen_training.py``, whose ranks are functions.
 """
@@ -12,29 +12,27 @@ import time
 import commands
 import psutil
 import pytest
+import timm
 import torch
 from commands import failed_in_one_line, piip_scale, started, succeeded
 from safetensors.torch import load_file, save_file
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
-from piip_scale.config import load_config
-from piip_scale.models.official_keys import official_branch_name
-from piip_scale.models.vit import Vit
 
 MODEL = """
 model = dict(
     branches=[
         dict(
-            resolution_px=32, embed_dim=64, depth=3, num_heads=4, patch_size_px=8, pretrain_resolution_px=32,
+            preset="dinov3_7b", resolution_px=32, embed_dim=64, depth=4, num_heads=4, patch_size_px=8,
             frozen_blocks="all", frozen_dtype="int8", pretrained="{giant}",
         ),
         dict(
-            kind="convnext", resolution_px=64, depths=(1, 1, 1), widths=(32, 32, 64), blocks_per_stage=(1, 2, 2),
-            drop_path_rate=0.1,
+            preset="dinov3_convnext_tiny", resolution_px=64, depths=(1, 1, 3, 1), widths=(16, 32, 32, 64),
+            blocks_per_stage=(1, 2, 4, 2), drop_path_rate=0.1, pretrained="{small}",
         ),
     ],
-    interaction=dict(num_stages=3, num_heads=4, gamma_init=0.1, drop_path_rate=0.1, direction="to_small"),
-    pyramid=dict(kind="regular", scales=(1.0, 1.0, 1.0), stages=(0, 1, 2)),
+    interaction=dict(num_stages=4, num_heads=4, gamma_init=0.1, drop_path_rate=0.1, direction="to_small"),
+    pyramid=dict(kind="regular", scales=(1.0, 1.0, 1.0), stages=(1, 2, 3)),
 )
 """
 STEPS = (
@@ -56,11 +54,13 @@ def giant(tmp_path):
 def config(tmp_path, shards, giant):
     rest = commands.CONFIG[commands.CONFIG.index("detector =") :].replace("{shards}", str(shards))
     path = tmp_path / "frozen.py"
-    path.write_text(MODEL.replace("{giant}", str(giant)) + rest)
-    branch = load_config(path).model.branches[0].model_copy(update={"frozen_blocks": 0, "frozen_dtype": "run"})
+    small = tmp_path / "small.safetensors"
+    path.write_text(MODEL.replace("{giant}", str(giant)).replace("{small}", str(small)) + rest)
     torch.manual_seed(4)
-    weights = Vit(branch).state_dict()
-    save_file({official_branch_name(name, branch, "deit"): tensor for name, tensor in weights.items()}, giant)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    save_file(timm.create_model("vit_7b_patch16_dinov3", num_classes=0, **sizes).state_dict(), giant)
+    convnext = timm.create_model("convnext_tiny", num_classes=0, depths=(1, 1, 3, 1), dims=(16, 32, 32, 64))
+    save_file(convnext.state_dict(), small)
     return path
 
 
