@@ -106,7 +106,7 @@ def steps(engine, world, first: int, last: int) -> list[tuple[float, float]]:
 
 
 def trained(world, device, folder: Path) -> dict[str, dict]:
-    """Three steps with a checkpoint after the second, and the last one again from there."""
+    """Four steps with a checkpoint after the second, and the last two again from there."""
     found = {}
     for name in CASES:
         config = config_of(name, folder)
@@ -120,7 +120,7 @@ def trained(world, device, folder: Path) -> dict[str, dict]:
         start, trace = weights_of(engine), steps(engine, world, 0, 2)
         checkpointer.save(2)
         checkpointer.finish()
-        trace += steps(engine, world, 2, 3)
+        trace += steps(engine, world, 2, 4)
         moments = [state["exp_avg"] for state in engine.optimizer.optimizer.state.values()]
         again, checkpointer = begin(give_blanks)
         assert find_checkpoint(folder / name).resume(again, checkpointer.describe(0)) == 2
@@ -128,7 +128,7 @@ def trained(world, device, folder: Path) -> dict[str, dict]:
             "start": start,
             "end": weights_of(engine),
             "trace": trace,
-            "resumed": (steps(again, world, 2, 3), weights_of(again)),
+            "resumed": (steps(again, world, 2, 4), weights_of(again)),
             "moments": sum(moment.numel() for moment in moments),
             "gradients": [n for n, p in engine.module.named_parameters() if p.grad is not None and not p.requires_grad],
             "frozen": [n for n, p in engine.module.named_parameters() if not p.requires_grad],
