@@ -53,9 +53,11 @@ class StoredWeights(Mapping[str, Tensor]):
             return self._weights[name]
         if name != weight and name in self._weights:
             return self._weights[name]
-        if self._last is None or self._last[0] != weight:
-            self._last = weight, store(self._weights[weight], self._kinds[weight])
-        return self._last[1][name != weight]
+        # Converting reads in several threads: another may set the last one anew before this one has taken its own.
+        last = self._last
+        if last is None or last[0] != weight:
+            self._last = last = weight, store(self._weights[weight], self._kinds[weight])
+        return last[1][name != weight]
 
     def __contains__(self, name: object) -> bool:
         return name in self._known

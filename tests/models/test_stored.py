@@ -1,5 +1,8 @@
 """Frozen weights in 8 bits: which layers have them, and what files of float weights become."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -52,6 +55,26 @@ def test_weights_that_are_stored_already_stay_as_they_are():
     numbers, scale = store(weight, "int8")
     assert torch.equal(made[name], numbers)
     assert torch.equal(made[f"{name}_scale"], scale)
+
+
+@pytest.fixture
+def restless_threads():
+    """The interpreter goes from thread to thread as often as it can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless_threads")
+def test_threads_get_the_weights_they_ask_for():
+    model = network(frozen_blocks="all", frozen_dtype="int8")
+    weights = {name: torch.randn(tensor.shape) for name, tensor in network().state_dict().items()}
+    given = StoredWeights(model, weights)
+    alone = {name: StoredWeights(model, weights)[name] for name in given}
+    with ThreadPoolExecutor(4) as threads:
+        for name, found in [(name, threads.submit(given.__getitem__, name)) for name in list(given) * 20]:
+            assert torch.equal(found.result(), alone[name]), name
 
 
 def test_drawn_weights_are_stored_from_the_same_draw():
