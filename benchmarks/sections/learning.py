@@ -74,7 +74,7 @@ def _photographs(factor: float) -> Overrides:
 
 SETS = {
     "Nuclei": LearningSet("nuclei/upernet_small.py", "nuclei_maps", "eval/miou", 300, 16, _crops),
-    "Blood cells": LearningSet("bccd/faster_rcnn_small.py", "bccd", "eval/box_ap50", 240, 16, _photographs),
+    "Blood cells": LearningSet("bccd/faster_rcnn_small.py", "bccd", "eval/box_ap50", 120, 16, _photographs),
     "Digits": LearningSet("demo/digit_classes.py", "digits", "eval/top1_accuracy", 300, 4, lambda factor: {}),
 }
 
