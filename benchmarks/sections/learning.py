@@ -13,6 +13,7 @@ from typing import Any
 
 from piip_scale.config.loading import load_config
 from piip_scale.config.run import RunConfig
+from piip_scale.models.counting import PartCount
 from piip_scale.tasks.counting import counting_of
 from sections.record import table
 
@@ -123,7 +124,7 @@ def _macs(config: RunConfig) -> int:
     return sum(part.total_macs for part in _parts(config))
 
 
-def _parts(config: RunConfig) -> tuple[Any, ...]:
+def _parts(config: RunConfig) -> tuple[PartCount, ...]:
     side_px = _input_px(config)
     return counting_of(config, num_classes=1).network(side_px, side_px, training=False)
 

@@ -61,7 +61,8 @@ def mean_over_ranks(values: Mapping[str, Tensor | float], device: torch.device) 
     # Float64: pixels of an interval are more than float32 can count.
     packed = torch.tensor([numbers, [float(name in values) for name in names]], dtype=torch.float64).to(device)
     if tensors:
-        places = torch.tensor([names.index(name) for name in tensors])
+        place_of = {name: place for place, name in enumerate(names)}
+        places = torch.tensor([place_of[name] for name in tensors])
         stacked = torch.stack([value.detach().double().reshape(()).to(device) for value in tensors.values()])
         packed[0].index_copy_(0, places.to(device), stacked)
     dist.all_reduce(packed)
