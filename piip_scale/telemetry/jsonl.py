@@ -48,11 +48,7 @@ def read_events(path: Path) -> list[tuple[int, str]]:
     Raises:
         OSError: The disk refuses.
     """
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        values = [json.loads(line) for line in file if b'"kind": "event"' in line]
-    return [(int(event["step"]), str(event["text"])) for event in values]
+    return [(int(event["step"]), str(event["text"])) for event in _of_kind(path, "event")]
 
 
 def evaluated_steps(path: Path) -> set[int]:
@@ -61,10 +57,15 @@ def evaluated_steps(path: Path) -> set[int]:
     Raises:
         OSError: The disk refuses.
     """
+    return {int(evaluation["step"]) for evaluation in _of_kind(path, "evaluation")}
+
+
+def _of_kind(path: Path, kind: str) -> list[dict[str, Any]]:
     if not path.exists():
-        return set()
+        return []
+    quoted = f'"kind": "{kind}"'.encode()
     with path.open("rb") as file:
-        return {int(json.loads(line)["step"]) for line in file if b'"kind": "evaluation"' in line}
+        return [json.loads(line) for line in file if quoted in line]
 
 
 def last_number(path: Path, key: str) -> float:

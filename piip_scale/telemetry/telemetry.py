@@ -68,7 +68,7 @@ class Telemetry:
             self._evaluated = evaluated_steps(self._run_dir / METRICS_FILE)
             self._board = TensorBoardWriter(self._run_dir / TENSORBOARD_FOLDER, first_step)
         self._trackers: list[Tracking] = []
-        self._told: dict[str, int] = {}
+        self._tracked_to: dict[str, int] = {}
         self._progress = ProgressLine(total_steps, first_step, stream, shows_steps=show_progress)
 
     def describe(self, step: int, texts: Mapping[str, str], settings: Mapping[str, Any] | None = None) -> None:
@@ -84,19 +84,19 @@ class Telemetry:
             self._board.settings(settings or {})
 
     def track(self, names: Sequence[str], run: TrackedRun) -> None:
-        """From here on tells these trackers, too.
+        """From here on logs to these trackers, too.
 
         Args:
             names: Of ``trackers.TRACKERS``.
-            run: What they are told of the run.
+            run: What they get of the run.
         """
         self._trackers = [Tracking(name, run) for name in names]
         if not names:
             return
-        # They cannot take back what they were told: steps that are done again are not told again.
+        # They cannot take back what they have: steps that are done again are not sent again.
         with disk_errors(RunError, self._action):
             metrics = self._run_dir / METRICS_FILE
-            self._told = last_steps([metrics, superseded_path(metrics)])
+            self._tracked_to = last_steps([metrics, superseded_path(metrics)])
 
     def useful_gpu_seconds(self) -> float:
         """What earlier attempts wrote of the steps that stay."""
@@ -115,7 +115,7 @@ class Telemetry:
                 self.event(record.step, line)
 
     def evaluation(self, step: int, record: EvaluationRecord) -> None:
-        """Logs an evaluation after ``step`` steps; one that the run's files have already is only told."""
+        """Logs an evaluation after ``step`` steps; one that the run's files have already is only shown."""
         if step not in self._evaluated:
             self._evaluated.add(step)
             self._write_evaluation(step, record)
@@ -192,7 +192,7 @@ class Telemetry:
     def _track(
         self, step: int, kind: str, scalars: Mapping[str, float], pictures: Mapping[str, bytes] | None = None
     ) -> None:
-        if step > self._told.get(kind, 0):
+        if step > self._tracked_to.get(kind, 0):
             for tracker in self._trackers:
                 tracker.scalars(step, scalars)
                 tracker.pictures(step, pictures or {})

@@ -23,7 +23,7 @@ from piip_scale.files import disk_errors, write_text_atomically
 from piip_scale.logging import get_logger
 from piip_scale.run.run_dir import RunDirectory, State
 
-# What is told while a tracker cannot be reached waits here; more is dropped, and said so.
+# What is logged while a tracker cannot be reached waits here; more is dropped, with a warning.
 _MOST_WAITING = 10_000
 _LONGEST_CLOSING_S = {"done": 60.0, "stopped": 15.0, "failed": 5.0}
 _STEP = "step"
@@ -31,7 +31,7 @@ _STEP = "step"
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run at its start.
+    """What a tracker gets of a run at its start.
 
     Attributes:
         folder: The run's directory; its name is the run's.
@@ -187,11 +187,11 @@ def require_trackers(names: tuple[str, ...]) -> None:
 class Tracking:
     """One tracker in a thread of its own: whatever happens to it, and however long it takes, the training goes on.
 
-    What fails is told once, and the tracker gets no more of this process; the run's own files have it all.
+    What fails is logged once, and the tracker gets no more of this process; the run's own files have it all.
 
     Args:
         name: Of ``TRACKERS``.
-        run: What it is told of; ``identity`` is filled in from the run's directory.
+        run: What it gets of the run; ``identity`` is filled in from the run's directory.
     """
 
     def __init__(self, name: str, run: TrackedRun) -> None:
@@ -210,7 +210,7 @@ class Tracking:
             self._put(lambda tracker: tracker.pictures(step, pictures))
 
     def close(self, state: State) -> None:
-        """Waits for what is not told yet, but not for long where other ranks, or a signal's time, wait for this one."""
+        """Waits for what is not sent yet, but not for long where other ranks, or a signal's time, wait for this one."""
         longest_s = _LONGEST_CLOSING_S[state]
         self._put(lambda tracker: tracker.close(state))
         self._put(None)

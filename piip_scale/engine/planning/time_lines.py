@@ -26,7 +26,7 @@ def time_lines(time: StepTime) -> list[str]:
 
 
 def assumption_lines(gpu: Gpu, cluster: Cluster, network_gbps: float, assumed: Assumptions) -> list[str]:
-    """What the times rest on: the data sheet, and what nothing but a measurement tells."""
+    """What the times rest on: the data sheet, and what only a measurement shows."""
     nodes = cluster.num_ranks // cluster.ranks_per_node
     of_gpu = network_gbps / cluster.ranks_per_node
     network = f"; network {network_gbps:g} Gb/s a node, which is {of_gpu:g} Gb/s a GPU" if nodes > 1 else ""
