@@ -39,6 +39,8 @@ _STACKS_WITHIN_S = 5.0
 # The rank that asked for stacks names who is late within so long, or it is gone itself.
 _NAMES_WITHIN_S = 3 * _STACKS_WITHIN_S
 _POLLS_COUNTED = 5
+# One that goes on after a signal stopped it polls at once; the second poll is for a busy machine.
+_POLLS_TO_WAKE = 2
 _RANKS_NAMED = 4
 
 
@@ -138,15 +140,16 @@ class Watchdog:
             faulthandler.dump_traceback(self._stack)
 
     def _end(self) -> None:
-        began_s, limit_s = time.monotonic(), self._mark.limit_s
+        limit_s = self._mark.limit_s
         self._write_stack()
         if not self._may_name_the_late():
             return
         # Read before anything is woken, which would go on.
         beats = {beat.rank: beat for beat in read_beats(self._run.heartbeats, process_start_unix_s())}
         silent = [rank for rank, beat in beats.items() if time.time() - beat.unix_time_s > limit_s / 2]
-        _wake([beats[rank] for rank in silent])
+        self._wake([beats[rank] for rank in silent])
         # Until nobody writes any more: a launcher kills the others once this rank has ended.
+        began_s = time.monotonic()
         sizes: list[int] = []
         while not all(sizes) or sizes != self._stack_sizes():
             if time.monotonic() - began_s > _STACKS_WITHIN_S:
@@ -155,6 +158,20 @@ class Watchdog:
             time.sleep(self._poll_s)
         error = hang_error(beats, silent, self._world.num_ranks, limit_s, str(self._run.stacks))
         os._exit(report_failure(self._run, self._world.rank, error, self._mark.step))
+
+    def _wake(self, silent: Sequence[Beat]) -> None:
+        """Has the stacks written of processes on this machine whose own watchdog does not run.
+
+        One that a signal stopped goes on, and its watchdog writes them. Only where that does not, since something holds
+        Python's lock for ever, does a handler in C: it walks the frames of all threads, and those of a thread that runs
+        meanwhile may be freed memory, of which processes that were merely stopped died now and then.
+        """
+        here = [beat for beat in silent if beat.host == socket.gethostname()]
+        _signal(here, signal.SIGCONT)
+        deadline_s = time.monotonic() + _POLLS_TO_WAKE * self._poll_s
+        while (still := [beat for beat in here if not self._stack_size(beat.rank)]) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_RANGE_S[0])
+        _signal(still, STACK_SIGNAL)
 
     def _may_name_the_late(self) -> bool:
         """Asks for all stacks, unless another rank has. It looks at every rank, which is for one of them to do."""
@@ -169,12 +186,12 @@ class Watchdog:
         return True
 
     def _stack_sizes(self) -> list[int]:
-        def size(rank: int) -> int:
-            with suppress(OSError):
-                return (self._run.stacks / f"rank_{rank}.txt").stat().st_size
-            return 0
+        return [self._stack_size(rank) for rank in range(self._world.num_ranks)]
 
-        return [size(rank) for rank in range(self._world.num_ranks)]
+    def _stack_size(self, rank: int) -> int:
+        with suppress(OSError):
+            return (self._run.stacks / f"rank_{rank}.txt").stat().st_size
+        return 0
 
 
 def hang_error(
@@ -215,13 +232,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
 
 
-def _wake(beats: Sequence[Beat]) -> None:
-    """Has the stacks written of processes on this machine whose own watchdog cannot run.
-
-    A signal stopped them, or something holds Python's lock for ever; the handler is C, and runs before all else.
-    """
+def _signal(beats: Sequence[Beat], number: int) -> None:
     for beat in beats:
-        if beat.host == socket.gethostname():
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(beat.pid, STACK_SIGNAL)
-                os.kill(beat.pid, signal.SIGCONT)
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(beat.pid, number)
