@@ -64,6 +64,8 @@ CASES = {
         patch_size=16,
         window_size=3,
         global_attn_indexes=[1],
+        # As Meta's own code has it; the class's default is 1e-6.
+        layer_norm_eps=1e-5,
     ),
     "internvit_300m_v2_5": lambda grid: timm_model("vit_intern300m_patch14_448", grid),
     "internvit_300m_v2_5 of transformers": lambda grid: transformers_model(
@@ -198,7 +200,7 @@ def at_another_size(case, theirs, grid):
     name, own = positions_of(other)
     if own is not None and own.shape != weights[name].shape:
         slots = weights[name].shape[1] - GRID**2
-        resized = resize_position(weights[name][:, slots:], GRID, *grid).flatten(1, 2)
+        resized = resize_position(weights[name][:, slots:], GRID, *grid, our_config(case).position_resize).flatten(1, 2)
         weights[name] = torch.cat((weights[name][:, :slots], resized), 1)
     other.load_state_dict(weights)
     return other

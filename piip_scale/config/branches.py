@@ -11,7 +11,7 @@ from piip_scale.geometry import Section, Sections, block_windows, convnext_secti
 
 Deviation = Annotated[float, Field(gt=0)]
 Statistics = tuple[float, float, float]
-PositionResize = Literal["bicubic", "crop", "tile"]
+PositionResize = Literal["bicubic", "bilinear", "crop", "tile"]
 _ROTARY_CHANNELS = 4
 """A pair of channels for rows and one for columns."""
 
@@ -136,8 +136,9 @@ class VitBranchConfig(_BranchConfig):
         activation: Of an ``mlp``: GELU, exact or by tanh.
         layer_scale_init: Start of the per-channel scales, ``None`` for none.
         position_embedding: Learn a position for each cell of the grid.
-        position_resize: How positions come to another grid: ``bicubic`` stretches them, ``crop`` stretches them to a
-            square over its longer side and takes what lies on it, bilinear (RADIO), ``tile`` repeats them (SAM 3).
+        position_resize: How positions come to another grid: ``bicubic`` and ``bilinear`` (PE) stretch them, ``crop``
+            stretches them to a square over its longer side and takes what lies on it, bilinear (RADIO), ``tile``
+            repeats them (SAM 3).
         position_class_slot: The position embedding keeps a slot for a class token at index 0.
         frame_positions: Learned positions in time, of which an image takes the first (Uni-Perceiver).
         relative_position_bias: Learn a bias on the scores for every distance inside a window (BEiT).

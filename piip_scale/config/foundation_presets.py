@@ -112,6 +112,7 @@ _SAM3 = _vit(
     depth=32,
     num_heads=16,
     mlp_ratio=4.625,
+    norm_eps=1e-5,
     position_resize="tile",
     patch_bias=False,
     embedding_norm=True,

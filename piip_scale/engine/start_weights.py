@@ -15,11 +15,12 @@ from piip_scale.logging import get_logger
 from piip_scale.models.class_layers import num_classes_of
 from piip_scale.models.joined import Value, Weights
 from piip_scale.models.lora import LORA
+from piip_scale.models.misfits import describe_misfits, list_misfits
 from piip_scale.models.pretrained import pretrained_weights
 from piip_scale.models.released import from_released, is_released
 from piip_scale.models.stored import SCALE, StoredWeights
 from piip_scale.models.trunk import Trunk
-from piip_scale.models.whole_file import WholeFile, describe_misfits, list_misfits, read_whole_file, require_classes
+from piip_scale.models.whole_file import WholeFile, read_whole_file, require_classes
 from piip_scale.tasks.base import TrainableModel
 
 _RESET_CLASSES = "add --set 'model.reset=[\"classes\"]': the layers of the classes then start afresh"

@@ -20,7 +20,7 @@ _WRAPPERS = (
     r"radio_model\.model\.",
     r"base_model\.",
     r"(model\.)?vision_tower\.(vision_model\.)?",
-    r"vision_model\.",
+    r"(model\.)?vision_model\.",
     r"visual\.(trunk\.)?",
 )
 """What the backbone is called inside a larger model; what lies beside it there is of no use here."""
@@ -90,6 +90,7 @@ _FORMATS = (
             (r"^patch_generator\.embedder\.", "embedding.proj."),
             (r"^patch_generator\.pos_embed$", "embedding.position"),
             (r"^patch_generator\.cls_token\.token$", "registers.token"),
+            (r"\.ls(\d)\.grandma$", r".ls\1.gamma"),
         ),
     ),
     # Hugging Face's RADIO.
@@ -123,6 +124,17 @@ _FORMATS = (
             (r"^embeddings\.cls_token$", "class_token.token"),
             (r"^layer_norm\.", "embedding.norm."),
             *_LAYERS,
+        ),
+    ),
+    # InternViT's own code on the hub.
+    _Format(
+        r"^embeddings\.class_embedding$",
+        (
+            (r"^embeddings\.patch_embedding\.", "embedding.proj."),
+            (r"^embeddings\.position_embedding$", "embedding.position"),
+            (r"^embeddings\.class_embedding$", "class_token.token"),
+            (r"^encoder\.layers\.", "blocks."),
+            (r"\.ls(\d)$", r".ls\1.gamma"),
         ),
     ),
     # Hugging Face's SigLIP.

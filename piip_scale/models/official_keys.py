@@ -13,9 +13,14 @@ from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig
 from piip_scale.config.model import PiipConfig
 from piip_scale.errors import ModelError
 from piip_scale.geometry import is_downsampling, locate
+from piip_scale.logging import get_logger
 from piip_scale.models.official_config import OfficialModel
 from piip_scale.models.trunk import Trunk
 from piip_scale.models.vit import relative_positions
+
+_LOG = get_logger(__name__)
+_WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "module", "model", "weights")
+"""What training codes call a network in a checkpoint; averages before what they are averages of, as timm takes them."""
 
 Renames = tuple[tuple[str, str], ...]
 """Patterns and their replacements, all applied in order."""
@@ -210,9 +215,11 @@ def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def unwrap_whole(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint, out of the wrappers that training codes put around them."""
-    for wrapper in ("state_dict", "module", "model"):
-        if isinstance(state_dict.get(wrapper), Mapping):
-            return unwrap_whole(state_dict[wrapper])
+    wrappers = [wrapper for wrapper in _WRAPPERS if isinstance(state_dict.get(wrapper), Mapping)]
+    if wrappers:
+        if len(wrappers) > 1:
+            _LOG.info("the file has the networks %s: the first is taken", ", ".join(wrappers))
+        return unwrap_whole(state_dict[wrappers[0]])
     return {str(key).removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)}
 
 

@@ -7,6 +7,7 @@ those of the foundation models that ``models.foundation_keys`` knows.
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import re
@@ -27,22 +28,15 @@ from piip_scale.geometry import depth_of
 from piip_scale.logging import get_logger
 from piip_scale.models.foundation_keys import foundation_names
 from piip_scale.models.joined import Value, Weights
+from piip_scale.models.misfits import describe_misfits
 from piip_scale.models.official_keys import official_branch_name, official_kind, unwrap
 from piip_scale.models.position_tables import resize_position_table
 from piip_scale.models.trunk import Trunk
 from piip_scale.ops.resize import at_least_float32, resize_position
 
 _LOG = get_logger(__name__)
-_HUGGING_FACE = (
-    (r"^(vision_model|model\.vision_model)\.", ""),
-    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embedding$", "pos_embed"),
-    (r"^embeddings\.class_embedding$", "cls_token"),
-    (r"^encoder\.layers\.", "blocks."),
-    (r"^(blocks\.\d+\.ls\d)$", r"\1.gamma"),
-    (r"^(convnext\.)?(?=embeddings\.patch_embeddings|embeddings\.layernorm|encoder\.stages)", "convnext_model."),
-)
-"""Hugging Face's names of InternViT and ConvNeXt, by those of the released PIIP code."""
+_CONVNEXT = re.compile(r"^(convnext\.)?(?=embeddings\.patch_embeddings|embeddings\.layernorm|encoder\.stages)")
+"""What Hugging Face's names of ConvNeXt begin with, and those of the released PIIP code with ``convnext_model``."""
 _NOT_OF_A_BRANCH = re.compile(
     r"^(cls_token|class_token\.token$|attn_pool\.|mask_token|norm\.|fc_norm\.|head|pre_logits\.|decoder|clip_projector\.|classifier\.)"
     r"|^(convnext\.)?layernorm\.|relative_position_index$|^rel_pos_bias\."
@@ -53,6 +47,10 @@ _MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.|\.qv_bias\.|\.lora\.
 scales of weights that are stored in 8 bits follow from these."""
 _SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\.(safetensors|bin|pth|pt)")
 """What an index may name: from wherever the folder came, never a way out of it."""
+_RECORDS = [argparse.Namespace]
+"""What training codes save beside tensors (RADIO, MAE) and what runs nothing when it is read: plain values by name."""
+_KEYS_SHOWN = 5
+_PICKLE, _ZIP, _START_BYTES = b"\x80", b"PK", 40
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
@@ -79,14 +77,25 @@ def pretrained_weights(trunk: Trunk) -> Weights:
 
 
 def check_pretrained(config: PiipConfig) -> None:
-    """Raises a ``ModelError`` where a file that a training would start from is absent; reads nothing."""
+    """Raises a ``ModelError`` where a file that a training would start from is absent; reads no tensors."""
     if config.pretrained is not None:
         files: list[tuple[str | None, str | None]] = [(config.pretrained, None)]
     else:
         files = [(branch.pretrained, branch.released_as) for branch in config.branches]
     for named, released_as in files:
-        if named is not None and not Path(named).exists():
-            raise _absent(Path(named), released_as)
+        if named is not None:
+            _require_files(Path(named), released_as)
+
+
+def _require_files(path: Path, released_as: str | None) -> None:
+    """Raises a ``ModelError`` where a file is absent, or one of those that an index names; reads no tensors."""
+    if not path.exists():
+        raise _absent(path, released_as)
+    file = weights_in(path, released_as) if path.is_dir() else path
+    shards = indexed_files(file) if file.suffix == ".json" else []
+    for shard in shards:
+        if not (file.parent / shard).is_file():
+            raise _absent(file.parent / shard, released_as)
 
 
 def branch_weights(branch: nn.Module, config: BranchConfig, path: Path) -> Weights:
@@ -95,8 +104,7 @@ def branch_weights(branch: nn.Module, config: BranchConfig, path: Path) -> Weigh
     Raises:
         ModelError: The file is absent or not readable, or does not fit the branch.
     """
-    if not path.exists():
-        raise _absent(path, config.released_as)
+    _require_files(path, config.released_as)
     weights = _read_jax(path, config) if path.suffix == ".npz" else read_weights(path)
     fitted = fit_weights(weights, branch.state_dict(), config, path.name)
     fresh = sorted(set(branch.state_dict()) - set(fitted))
@@ -114,7 +122,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path: ``.safetensors``, a pickle of tensors (``.pth``, ``.pt``, ``.bin``), ``*.index.json``, or a folder.
 
     Raises:
-        ModelError: The file is absent, damaged, or a pickle that would run code.
+        ModelError: The file is absent, damaged, without tensors, or a pickle that would run code.
     """
     if path.is_dir():
         path = weights_in(path)
@@ -125,7 +133,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return {name: tensor for shard in shards for name, tensor in read_weights(path.parent / shard).items()}
     if path.suffix == ".safetensors":
         return _map_safetensors(path)
-    return unwrap(load_pickle(path))
+    content = load_pickle(path)
+    tensors = unwrap(content)
+    if not tensors:
+        keys = ", ".join(map(str, list(content)[:_KEYS_SHOWN])) or "nothing"
+        raise ModelError("pretrained weights: no tensors in the file", value=str(path), rule=f"it holds {keys}")
+    return tensors
 
 
 def load_pickle(path: Path) -> Mapping[str, Any]:
@@ -135,10 +148,13 @@ def load_pickle(path: Path) -> Mapping[str, Any]:
         ModelError: It is damaged or no dict, or would run code.
     """
     can_map = zipfile.is_zipfile(path)
-    if not can_map:
-        _LOG.warning("%s is a pickle of before torch 1.6: every rank reads it whole; save it again to avoid that", path)
+    start = _start_of(path)
+    if not can_map and not start.startswith(_PICKLE):
+        # torch would call a page or a pointer in the file's place a pickle that runs code.
+        raise _unreadable(path, ValueError("it is cut off" if start.startswith(_ZIP) else "it is no pickle"))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+        with torch.serialization.safe_globals(_RECORDS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except pickle.UnpicklingError as error:
         raise ModelError(
             "pretrained weights: the pickle holds more than tensors, and loading it could run any code",
@@ -150,6 +166,8 @@ def load_pickle(path: Path) -> Mapping[str, Any]:
         raise _unreadable(path, error) from error
     if not isinstance(content, Mapping):
         raise _unreadable(path, TypeError(f"it holds a {type(content).__name__}, no dict of tensors"))
+    if not can_map:
+        _LOG.warning("%s is a pickle of before torch 1.6: every rank reads it whole; save it again to avoid that", path)
     return content
 
 
@@ -165,36 +183,37 @@ def fit_weights(
         where: Name of the file, for messages.
 
     Raises:
-        ModelError: A key is missing, unexpected or of another shape; all of them are listed.
+        ModelError: Keys are missing, unexpected or of another shape; how many of each is said, and the first of them.
     """
     found = foundation_names(weights, config)
     left: dict[str, Value] = _common_names(weights, config) if found is None else found
-    problems: list[str] = []
+    misfits: dict[str, dict[str, str]] = {"missing": {}, "unexpected": {}, "of another shape": {}}
     fitted: dict[str, Value] = {}
     for name, parameter in wanted.items():
         key = name if found is not None else official_branch_name(name, config, official_kind(config))
         value = left.pop(key, None)
         if value is None:
-            problems += [] if _MAY_BE_ABSENT.search(name) else [f"missing {key}"]
+            if not _MAY_BE_ABSENT.search(name):
+                misfits["missing"][key] = key
             continue
         tensor = _resize(name, value, config) if isinstance(value, Tensor) else value
         if tensor.shape.numel() != parameter.numel():
-            problems.append(f"{key} has shape {list(tensor.shape)}, expected {list(parameter.shape)}")
+            misfits["of another shape"][key] = f"{key} {list(tensor.shape)} for {list(parameter.shape)}"
         elif isinstance(tensor, Tensor):
             tensor = tensor.reshape(parameter.shape)
         fitted[name] = tensor
-    problems += [f"unexpected {key}" for key in left if not _NOT_OF_A_BRANCH.search(key)]
-    if problems:
-        raise ModelError(f"pretrained weights {where} do not fit their branch", value=problems)
+    misfits["unexpected"] = {key: key for key in left if not _NOT_OF_A_BRANCH.search(key)}
+    if any(misfits.values()):
+        raise ModelError(
+            f"pretrained weights {where} do not fit their branch: {describe_misfits(misfits)}",
+            rule=f"its numbers are those of {config.released_as}" if config.released_as else "",
+            fix="name the file of that model, or take the preset of this file's" if config.released_as else "",
+        )
     return Weights(fitted)
 
 
 def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Value]:
-    renamed: dict[str, Value] = {}
-    for name, tensor in weights.items():
-        for pattern, replacement in _HUGGING_FACE:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+    renamed: dict[str, Value] = {_CONVNEXT.sub("convnext_model.", name): value for name, value in weights.items()}
     if _SHARED_TABLE in renamed:
         # One table for all blocks in pretraining; each block's own from here on.
         for block in range(depth_of(config.sections)):
@@ -265,8 +284,19 @@ def _map_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unreadable(path: Path, error: BaseException) -> ModelError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    start = _start_of(path)
+    if start and start.isascii() and start.decode().isprintable():
+        reason += f"; it begins with {start.decode()!r}"
     fix = LACKS_MEMORY_FIX if lacks_memory(error) else "download it again"
     return ModelError("pretrained weights cannot be read", value=str(path), rule=reason, fix=fix)
+
+
+def _start_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.readline(_START_BYTES).rstrip(b"\n")
+    except OSError:  # whoever reads the file says why
+        return b""
 
 
 def indexed_files(path: Path) -> list[str]:
@@ -287,25 +317,32 @@ def indexed_files(path: Path) -> list[str]:
 
 
 def _absent(path: Path, released_as: str | None = None) -> ModelError:
-    fix = "correct the path, or download it"
-    if released_as is not None:
-        folder = path.parent if path.suffix else path
-        fix += f": hf download {released_as} --local-dir {folder}"
+    folder = path.parent if path.suffix else path
+    fix = f"correct the path, or download it{_command(folder, released_as)}"
     return ModelError("pretrained weights: no such file", value=str(path), fix=fix)
 
 
-def weights_in(folder: Path) -> Path:
+def _command(folder: Path, released_as: str | None) -> str:
+    return "" if released_as is None else f": hf download {released_as} --local-dir {folder}"
+
+
+def weights_in(folder: Path, released_as: str | None = None) -> Path:
     """The file of weights, or the index of several, in a folder.
+
+    Args:
+        folder: Where they are.
+        released_as: Where the hub has them, for the message.
 
     Raises:
         ModelError: There is none, or more than one.
     """
-    for pattern in ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pth"):
+    for pattern in ("*.safetensors.index.json", "*.bin.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt"):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
     raise ModelError(
         "pretrained weights: no single file or index in the folder",
         value=str(folder),
-        rule="it must hold one *.index.json, *.safetensors, *.bin or *.pth",
+        rule="it must hold one *.index.json, *.safetensors, *.bin, *.pth or *.pt",
+        fix=f"name the file, or download it{_command(folder, released_as)}",
     )

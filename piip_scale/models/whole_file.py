@@ -23,7 +23,6 @@ _CONFIG = "config"
 _META = "meta"
 _PICKLES = (".pth", ".pt", ".bin")
 _NAMES_SHOWN = 5
-_MISFITS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -115,32 +114,3 @@ def require_classes(path: Path, found: Sequence[str], wanted: Sequence[str], fix
 def _listed(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > _NAMES_SHOWN else ""
     return f"{len(names)} ({', '.join(names[:_NAMES_SHOWN])}{more})"
-
-
-def list_misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-    """How tensors do not fit a model: by kind of misfit, what to say of each name.
-
-    Args:
-        found: By the model's names.
-        wanted: The model's, on any device, for their names and shapes.
-    """
-    misshaped = {
-        name: f"{name} {list(found[name].shape)} for {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
-    }
-    return {
-        "missing": {name: name for name in wanted if name not in found},
-        "unexpected": {name: name for name in found if name not in wanted},
-        "of another shape": misshaped,
-    }
-
-
-def describe_misfits(misfits: Mapping[str, Mapping[str, str]]) -> str:
-    """What ``list_misfits`` found, in a line."""
-    parts = []
-    for what, names in misfits.items():
-        shown = list(names.values())[:_MISFITS_SHOWN]
-        if names:
-            parts.append(f"{len(names)} {what} ({', '.join(shown)}{', ...' if len(names) > len(shown) else ''})")
-    return "; ".join(parts)

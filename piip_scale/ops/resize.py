@@ -40,24 +40,23 @@ def resize_position(position_1NC: Tensor, side: int, height: int, width: int, ho
         side: Side of its own grid.
         height: Rows wanted.
         width: Columns wanted.
-        how: ``bicubic``, to the grid; ``crop``, bilinear to a square over its longer side, of which the grid is the
-            upper left; or ``tile``, repeated.
+        how: ``bicubic`` or ``bilinear``, to the grid; ``crop``, bilinear to a square over its longer side, of which
+            the grid is the upper left; or ``tile``, repeated.
 
     Returns:
         (1, height, width, C).
 
-    Source: ``crop`` as in C-RADIO's patch generator, ``tile`` as in SAM 3's image encoder.
+    Source: ``bilinear`` as in Perception Encoder, ``crop`` as in C-RADIO's patch generator, ``tile`` as in SAM 3's
+        image encoder.
     """
     if how == "tile":
         rows, columns = -(-height // side), -(-width // side)
         tiled_1HWC: Tensor = position_1NC.unflatten(1, (side, side)).tile(1, rows, columns, 1)
         return tiled_1HWC[:, :height, :width]
     grid_1CHW = at_least_float32(position_1NC).unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if how == "crop":
-        square = (max(height, width),) * 2
-        resized = functional.interpolate(grid_1CHW, size=square, mode="bilinear", align_corners=False)
-    else:
-        resized = functional.interpolate(grid_1CHW, size=(height, width), mode="bicubic", align_corners=False)
+    size = (max(height, width),) * 2 if how == "crop" else (height, width)
+    mode = "bicubic" if how == "bicubic" else "bilinear"
+    resized = functional.interpolate(grid_1CHW, size=size, mode=mode, align_corners=False)
     return resized[..., :height, :width].permute(0, 2, 3, 1).to(position_1NC.dtype)
 
 

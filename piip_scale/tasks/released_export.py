@@ -15,9 +15,10 @@ from piip_scale.config.run import RunConfig
 from piip_scale.errors import ModelError
 from piip_scale.files import disk_errors
 from piip_scale.models.lora import LORA
+from piip_scale.models.misfits import describe_misfits, list_misfits
 from piip_scale.models.released import released_name, released_network, released_shape
 from piip_scale.models.statistics import recolouring
-from piip_scale.models.whole_file import CLASSES, describe_misfits, list_misfits
+from piip_scale.models.whole_file import CLASSES
 from piip_scale.registry import row_of
 from piip_scale.tasks.base import DTYPES
 from piip_scale.tasks.classes import class_names

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from piip_scale.config.run import RunConfig
 from piip_scale.errors import ModelError
 from piip_scale.models.class_layers import SOME_CLASSES, num_classes_of
+from piip_scale.models.misfits import describe_misfits, list_misfits
 from piip_scale.models.released import from_released
-from piip_scale.models.whole_file import describe_misfits, list_misfits, read_whole_file, require_classes
+from piip_scale.models.whole_file import read_whole_file, require_classes
 from piip_scale.tasks.kinds import build_model
 
 if TYPE_CHECKING:

@@ -1,11 +1,15 @@
 """Files of foundation models: their owners', timm's and Hugging Face's give the same branches."""
 
+import json
+from argparse import Namespace
+
 import pytest
 import torch
 from foundation import CASES, GRID, TOLERANCE, VIT, error, gradient, load, our_config, randomise
 from safetensors.torch import save_file
 
 from piip_scale.config.branches import ConvNextBranchConfig
+from piip_scale.config.foundation_presets import FOUNDATION_PRESETS
 from piip_scale.config.model import PiipConfig
 from piip_scale.errors import ModelError
 from piip_scale.models.convnext import ConvNext
@@ -83,30 +87,97 @@ RENAMES = {
         ("encoder.layer.", "blocks."),
     ),
 }
-WRAPPERS = {"sam3": "detector.backbone.vision_backbone.trunk.", "radio_v4_h": "radio_model.model."}
+SAM3 = "detector.backbone.vision_backbone."
+BESIDE = {
+    f"{SAM3}trunk.": {
+        f"{SAM3}convs.0.conv_1x1.weight": torch.zeros(3),
+        "detector.backbone.language_backbone.encoder.ln_final.weight": torch.zeros(3),
+        "tracker.maskmem_tpos_enc": torch.zeros(3),
+        **{f"{SAM3}trunk.blocks.{block}.attn.freqs_cis": torch.zeros(9, 8, dtype=torch.complex64) for block in (0, 1)},
+    },
+    "radio_model.model.": {
+        "radio_model.summary_idxs": torch.zeros(2, dtype=torch.int64),
+        "radio_model.input_conditioner.norm_mean": torch.zeros(3, 1, 1),
+        "radio_model.adaptors.siglip2-g.head_mlp.fc1.weight": torch.zeros(3),
+    },
+    "base_model.": {
+        "input_conditioner.norm_mean": torch.zeros(3, 1, 1),
+        "_heads.0.fc1.weight": torch.zeros(3),
+        "_feature_normalizer.mean": torch.zeros(3),
+    },
+}
+"""What the repositories' files have beside the backbone, by what they call that: none of it is used."""
 
 
-@pytest.mark.parametrize("case", RENAMES)
-def test_originals_of_sam_and_radio_are_those_of_transformers(tmp_path, case):
+@pytest.mark.parametrize(
+    ("case", "wrapper"),
+    [("sam3", f"{SAM3}trunk."), ("radio_v4_h", "radio_model.model."), ("radio_v4_h", "base_model.")],
+)
+def test_originals_of_sam_and_radio_are_those_of_transformers(tmp_path, case, wrapper):
     weights = randomise(CASES[case]((GRID, GRID))).state_dict()
-    original = {"elsewhere.weight": torch.zeros(3)}
+    original = dict(BESIDE[wrapper])
     for name, value in weights.items():
         if "layer_scale" in name or name.startswith(("input_conditioner", "summary")):
             continue
         for old, new in (*RENAMES[case], (".attention.", ".attn."), ("o_proj", "proj")):
             name = name.replace(old, new)
-        original[WRAPPERS[case] + name] = value
+        original[wrapper + name] = value
+    if case == "sam3":
+        # Its positions keep the slot of a class token that it has none of.
+        positions = f"{wrapper}pos_embed"
+        original[positions] = torch.cat((torch.full((1, 1, 32), torch.nan), original[positions]), 1)
     for block in range(VIT["depth"]):
-        prefix = f"{WRAPPERS[case]}blocks.{block}.attn."
+        prefix = f"{wrapper}blocks.{block}.attn."
         for kind in ("weight", "bias"):
             original[f"{prefix}qkv.{kind}"] = torch.cat([original.pop(f"{prefix}{part}_proj.{kind}") for part in "qkv"])
     found = []
-    for name, tensors in (("original", original), ("transformers", weights)):
+    for name, tensors in (("original", {"model": original}), ("transformers", weights)):
         torch.save(tensors, tmp_path / f"{name}.pth")
         branch = Vit(our_config(case))
         found.append(branch_weights(branch, branch.config, tmp_path / f"{name}.pth"))
         assert found[-1].keys() == branch.state_dict().keys()
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda weights, other: {"teacher": {f"backbone.{name}": value for name, value in weights.items()}, "epoch": 3},
+        lambda weights, other: {
+            "state_dict": other,
+            "state_dict_ema": weights,
+            "args": Namespace(teachers=[{"name": 1}]),
+        },
+        lambda weights, other: {"model": {"module": {f"module.{name}": value for name, value in weights.items()}}},
+        lambda weights, other: {"weights": {f"visual.{name}": value for name, value in weights.items()}},
+    ],
+)
+def test_networks_inside_checkpoints_are_found_averages_first(tmp_path, nested):
+    weights = randomise(CASES["dinov3_s"]((GRID, GRID))).state_dict()
+    other = {name: torch.zeros_like(value) for name, value in weights.items()}
+    found = []
+    for name, content in (("plain", weights), ("nested", nested(weights, other))):
+        torch.save(content, tmp_path / f"{name}.pth")
+        branch = Vit(our_config("dinov3_s"))
+        found.append(branch_weights(branch, branch.config, tmp_path / f"{name}.pth"))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_radios_own_name_of_a_layer_scale_is_known(tmp_path):
+    # Which its code writes, since Hugging Face renames what is called gamma.
+    config = our_config("radio_v4_h").model_copy(update={"layer_scale_init": 1.0})
+    branch = Vit(config)
+    weights = {
+        f"base_model.{name.replace('.gamma', '.grandma')}": value
+        for name, value in branch.state_dict().items()
+        if name.startswith("blocks.")
+    }
+    for name, ours in (("embedder.weight", "embedding.proj.weight"), ("pos_embed", "embedding.position")):
+        weights[f"base_model.patch_generator.{name}"] = branch.state_dict()[ours]
+    weights["base_model.patch_generator.cls_token.token"] = branch.registers.token[0]
+    torch.save(weights, tmp_path / "radio.pth.tar")
+    found = branch_weights(branch, config, tmp_path / "radio.pth.tar")
+    assert all(torch.equal(value, found[name]) for name, value in branch.state_dict().items())
 
 
 def test_dinov3s_convnext_is_hugging_faces_and_timms(tmp_path):
@@ -166,8 +237,44 @@ def test_a_bias_for_keys_is_never_left_out_in_silence(tmp_path):
         branch_weights(Vit(config), config, tmp_path / "sam.pth")
 
 
-def test_an_absent_file_says_where_the_hub_has_it(tmp_path):
-    config = our_config("dinov3_7b").model_copy(update={"pretrained": str(tmp_path / "dinov3" / "model.safetensors")})
-    command = r"hf download facebook/dinov3-vit7b16-pretrain-lvd1689m --local-dir \S+/dinov3$"
-    with pytest.raises(ModelError, match=command):
-        check_pretrained(PiipConfig(branches=(config,), pyramid={"scales": (1.0,)}))
+@pytest.mark.parametrize("absent", ["file", "folder", "everything in the folder", "a shard"])
+def test_an_absent_file_says_where_the_hub_has_it(tmp_path, absent):
+    folder = tmp_path / "folder"
+    if absent == "a shard":
+        folder.mkdir()
+        index = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        save_file({"a": torch.zeros(1)}, folder / index["a"])
+    elif absent == "everything in the folder":
+        folder.mkdir()
+    named = folder / "model.safetensors" if absent == "file" else folder
+    for preset in FOUNDATION_PRESETS.values():
+        branch = preset | {"pretrained": str(named), "resolution_px": 64}
+        config = PiipConfig(branches=(branch,), pyramid={"scales": (1.0,)})
+        with pytest.raises(ModelError) as raised:
+            check_pretrained(config)
+        assert raised.value.line.endswith(f"hf download {preset['released_as']} --local-dir {folder}")
+        assert absent != "a shard" or "00002-of-00002" in raised.value.line
+
+
+def test_a_file_of_another_model_says_whose_numbers_the_branch_has(tmp_path):
+    torch.save(randomise(CASES["siglip2_so400m"]((GRID, GRID))).state_dict(), tmp_path / "siglip.pth")
+    config = our_config("dinov3_s")
+    with pytest.raises(ModelError, match=r"\d+ missing \(.*facebook/dinov3-vits16-pretrain-lvd1689m") as raised:
+        branch_weights(Vit(config), config, tmp_path / "siglip.pth")
+    assert len(raised.value.line) < 600
+
+
+def test_a_pickle_without_a_network_says_what_it_has(tmp_path):
+    torch.save({"optimizer": {"lr": 1.0}, "epoch": 3}, tmp_path / "training.pth")
+    config = our_config("dinov3_s")
+    with pytest.raises(ModelError, match=r"no tensors in the file.*it holds optimizer, epoch"):
+        branch_weights(Vit(config), config, tmp_path / "training.pth")
+
+
+def test_a_folder_with_one_pickle_is_that_pickle(tmp_path):
+    # As the hub has Perception Encoder.
+    weights = randomise(CASES["pe_spatial_b"]((GRID, GRID))).state_dict()
+    torch.save(weights, tmp_path / "PE-Spatial-B16-512.pt")
+    branch = Vit(our_config("pe_spatial_b"))
+    assert branch_weights(branch, branch.config, tmp_path).keys() == branch.state_dict().keys()

@@ -30,7 +30,7 @@ def vit(draw, resolution: int, dim: int, stages: int):
         "register_tokens": draw(st.integers(0, 2)),
         "class_token": draw(st.booleans()),
         "feed_forward": draw(st.sampled_from(["mlp", "swiglu"])),
-        "position_resize": draw(st.sampled_from(["bicubic", "crop", "tile"])),
+        "position_resize": draw(st.sampled_from(["bicubic", "bilinear", "crop", "tile"])),
         "key_bias": draw(st.booleans()),
         "layer_scale_init": draw(st.sampled_from([None, 0.1])),
         "position_class_slot": draw(st.booleans()),

@@ -211,6 +211,22 @@ def test_a_damaged_file_is_one_line(tmp_path, name, content):
     assert "\n" not in caught.value.line
 
 
+@pytest.mark.parametrize("name", ["w.pth", "w.bin", "w.safetensors"])
+def test_a_pointer_in_the_files_place_is_shown(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(ModelError, match=r"cannot be read.*it begins with 'version https://git-lfs") as caught:
+        read_weights(tmp_path / name)
+    assert "code" not in caught.value.line
+
+
+def test_a_pickle_that_is_cut_off_says_so(tmp_path, caplog):
+    whole = save({"a": torch.zeros(64)}, tmp_path / "w.pth").read_bytes()
+    (tmp_path / "w.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"it is cut off; download it again"):
+        read_weights(tmp_path / "w.pth")
+    assert "torch 1.6" not in caplog.text
+
+
 def test_a_limit_on_virtual_memory_is_no_damage(tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(2)}, tmp_path / "w.pth")
     monkeypatch.setattr(
@@ -252,7 +268,11 @@ def test_a_file_that_does_not_fit_is_told_in_one_line(tmp_path):
     config = VitBranchConfig(pretrain_resolution_px=64, **NUMBERS)
     with pytest.raises(ModelError) as raised:
         load_branch(Vit(config), config, save(weights, tmp_path / "vit.pth"))
-    for part in ("missing blocks.1.norm1.bias", "fc1.weight has shape [5, 5]", "unexpected blocks.2.norm1.bias"):
+    for part in (
+        "1 missing (blocks.1.norm1.bias)",
+        "1 unexpected (blocks.2.norm1.bias)",
+        "1 of another shape (blocks.0.mlp.fc1.weight [5, 5] for [96, 24])",
+    ):
         assert part in str(raised.value)
     assert "\n" not in str(raised.value)
 

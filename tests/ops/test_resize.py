@@ -24,6 +24,12 @@ def test_positions_agree_with_opencv(size):
     np.testing.assert_allclose(ours, opencv(values, *size, cv2.INTER_CUBIC), atol=1e-4)
 
 
+def test_bilinear_positions_agree_with_opencv():
+    values = np.random.default_rng(2).normal(size=(6, 6)).astype(np.float32)
+    ours = resize_position(torch.from_numpy(values).reshape(1, 36, 1), 6, 5, 9, "bilinear")[0, ..., 0].numpy()
+    np.testing.assert_allclose(ours, opencv(values, 5, 9, cv2.INTER_LINEAR), atol=1e-5)
+
+
 def test_a_position_embedding_on_its_own_grid_is_itself():
     position = torch.randn(1, 9, 4)
     torch.testing.assert_close(resize_position(position, 3, 3, 3).flatten(1, 2), position)
