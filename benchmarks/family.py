@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import building, golden, large_model, published
+from sections import building, golden, large_model, published, windows
 from sections.record import measure
 
 # A section returns its Markdown, without its heading.
@@ -17,6 +17,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Published": published.section,
     "Meta": building.meta_section,
     "Bfloat16": building.bf16_section,
+    "Windows": windows.section,
     "Evaluation": large_model.section,
 }
 _NAMES = f"Of {', '.join(SECTIONS)}; all where none is named."

@@ -37,8 +37,8 @@ class RotaryPositions(nn.Module):
             grid_BHWC: The branch's tokens; only their grid, dtype and device are looked at.
 
         Returns:
-            (2, 1, prefix + H * W, size of a head) for full attention, where tokens before the cells are not turned;
-            (2, windows, cells, size of a head) for windows, or one for all of them.
+            (2, 1, prefix + H * W, pairs of a head) for full attention, where tokens before the cells are not turned;
+            (2, windows, cells, pairs of a head) for windows, or one for all of them.
         """
         height, width = grid_BHWC.shape[1:3]
         like = grid_BHWC.new_empty(0, dtype=torch.promote_types(grid_BHWC.dtype, torch.float32))
@@ -53,22 +53,22 @@ class RotaryPositions(nn.Module):
 
     def _table(self, like: Tensor, height: int, width: int, window: int, factor: Tensor | None) -> Tensor:
         if window and self.config.windows == "window":
-            table_2HWD = self._grid_table(like, (window, window), (window, window), factor)
-            return table_2HWD.flatten(1, 2)[:, None]
+            table_2HWP = self._grid_table(like, (window, window), (window, window), factor)
+            return table_2HWP.flatten(1, 2)[:, None]
         if window:
             padded = (height + -height % window, width + -width % window)
-            windows_NLD = split_windows(self._grid_table(like, padded, (height, width), factor), window)
-            return windows_NLD.view(2, -1, *windows_NLD.shape[1:])
-        cells_2LD = self._grid_table(like, (height, width), (height, width), factor).flatten(1, 2)
+            windows_NLP = split_windows(self._grid_table(like, padded, (height, width), factor), window)
+            return windows_NLP.view(2, -1, *windows_NLP.shape[1:])
+        cells_2LP = self._grid_table(like, (height, width), (height, width), factor).flatten(1, 2)
         # A cosine of 1 and a sine of 0 leave a token as it is, to the last bit.
         cosines, sines = (
             functional.pad(part, (0, 0, self.num_prefix, 0), value=value)
-            for part, value in zip(cells_2LD, (1.0, 0.0), strict=True)
+            for part, value in zip(cells_2LP, (1.0, 0.0), strict=True)
         )
         return torch.stack((cosines, sines)).unsqueeze(1)
 
     def _grid_table(self, like: Tensor, grid: tuple[int, int], image: tuple[int, int], factor: Tensor | None) -> Tensor:
-        """Of all cells of a grid (2, H, W, D), where the image has as many cells as told."""
+        """Of all cells of a grid (2, H, W, pairs of a head), where the image has as many cells as told."""
         sides = {"own": image, "shorter": (min(image),) * 2, "longer": (max(image),) * 2}[self.config.normalise]
         rows, columns = (
             self._places(side)(torch.arange(cells, device=like.device, dtype=like.dtype))
@@ -78,8 +78,7 @@ class RotaryPositions(nn.Module):
             rows, columns = rows * factor, columns * factor
         down, right = (places.flatten() for places in torch.meshgrid(rows, columns, indexing="ij"))
         first, second = (down, right) if self.config.first == "rows" else (right, down)
-        halves = self.config.pairs == "halves"
-        return rotary_table(first, second, self.head_size, self.config.base, halves).view(2, *grid, self.head_size)
+        return rotary_table(first, second, self.head_size, self.config.base).unflatten(1, grid)
 
     def _places(self, side: int) -> Callable[[Tensor], Tensor]:
         config = self.config

@@ -21,7 +21,7 @@ from piip_scale.ops.qk_norm import qk_rms_norm
 from piip_scale.ops.residual import Paths
 from piip_scale.ops.resize import resize_position
 from piip_scale.ops.rotary import rotate
-from piip_scale.ops.windows import join_windows, split_windows
+from piip_scale.ops.windows import gather_windows, join_windows, split_windows
 
 
 class Vit(Branch):
@@ -163,7 +163,7 @@ class Block(Unit):
         self.drop_path = DropPath(rate, config.drop_path_mode)
 
     def draw(
-        self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLD: Tensor | None = None
+        self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLP: Tensor | None = None
     ) -> tuple[Paths | None, ...]:
         """See ``Unit.draw``: one for each residual."""
         return self.drop_path.draw(tokens_BLC), self.drop_path.draw(tokens_BLC)
@@ -174,12 +174,12 @@ class Block(Unit):
         tokens_BLC: Tensor,
         height: int,
         width: int,
-        rotary_2WLD: Tensor | None = None,
+        rotary_2WLP: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, prefix + height * width, C), rows first, to the same shape; positions as ``models.rotary``."""
 
         def attend(x_BLC: Tensor) -> Tensor:
-            found_BLC: Tensor = self.attn(self.norm1(x_BLC), height, width, rotary_2WLD)
+            found_BLC: Tensor = self.attn(self.norm1(x_BLC), height, width, rotary_2WLP)
             return found_BLC
 
         tokens_BLC = self.drop_path(tokens_BLC, attend, self.ls1, drawn[0])
@@ -219,24 +219,24 @@ class Attention(nn.Module):
         self.position_bias = PositionBias(self.window, self.num_heads) if config.relative_position_bias else None
         self.proj = Linear(dim, dim, bias=config.proj_bias)
 
-    def forward(self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLD: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLP: Tensor | None = None) -> Tensor:
         """Tokens (B, prefix + height * width, C), rows first, to the same shape; positions as ``models.rotary``."""
         if not self.window:
-            found_BLC = self._attend(*self._heads(tokens_BLC, rotary_2WLD))
+            found_BLC = self._attend(*self._heads(tokens_BLC, rotary_2WLP))
         elif not self.num_prefix:
             # Padding comes before qkv: padded tokens take part, with the projection's bias as key and value.
             windows_NLC = split_windows(tokens_BLC.unflatten(1, (height, width)), self.window)
-            found_NLC = self._attend(*self._heads(windows_NLC, rotary_2WLD))
+            found_NLC = self._attend(*self._heads(windows_NLC, rotary_2WLP))
             found_BLC = join_windows(found_NLC, self.window, height, width).flatten(1, 2)
         else:
-            found_BLC = self._attend_in_windows(tokens_BLC, height, width, rotary_2WLD)
+            found_BLC = self._attend_in_windows(tokens_BLC, height, width, rotary_2WLP)
         output: Tensor = self.proj(found_BLC)
         return output
 
-    def _attend_in_windows(self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLD: Tensor | None) -> Tensor:
+    def _attend_in_windows(self, tokens_BLC: Tensor, height: int, width: int, rotary_2WLP: Tensor | None) -> Tensor:
         prefix_BPC, cells_BLC = tokens_BLC.tensor_split((self.num_prefix,), 1)
         windows_NLC = split_windows(cells_BLC.unflatten(1, (height, width)), self.window)
-        query, key, value = self._heads(windows_NLC, rotary_2WLD)
+        query, key, value = self._heads(windows_NLC, rotary_2WLP)
         own_query, own_key, own_value = self._heads(prefix_BPC, None)
 
         def with_prefix(own_BHPD: Tensor, cells_NHLD: Tensor) -> Tensor:
@@ -244,8 +244,8 @@ class Attention(nn.Module):
             return torch.cat((repeated, cells_NHLD), 2)
 
         def of_image(own_BHPD: Tensor, cells_NHLD: Tensor) -> Tensor:
-            cells = join_windows(join_heads(cells_NHLD), self.window, height, width).flatten(1, 2)
-            return torch.cat((own_BHPD, split_heads(cells, self.num_heads)), 2)
+            cells_BLC = gather_windows(join_heads(cells_NHLD), self.window, height, width)
+            return split_heads(torch.cat((join_heads(own_BHPD), cells_BLC), 1), self.num_heads)
 
         seen_NLC = self._attend(query, with_prefix(own_key, key), with_prefix(own_value, value))
         prefix_BPC = self._attend(own_query, of_image(own_key, key), of_image(own_value, value))
@@ -255,13 +255,13 @@ class Attention(nn.Module):
         bias_HLL = None if self.position_bias is None else self.position_bias()
         return join_heads(attention(query_BHLD, key_BHSD, value_BHSD, bias_HLL, self.kernel))
 
-    def _heads(self, tokens_BLC: Tensor, rotary_2WLD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, tokens_BLC: Tensor, rotary_2WLP: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of each head, (B, heads, L, D) each."""
         query, key, value = (split_heads(part, self.num_heads) for part in self._parts(tokens_BLC))
         if self.norms_heads:
             query, key = self.q_norm(query), self.k_norm(key)
-        if rotary_2WLD is not None:
-            query, key = (rotate(part, rotary_2WLD, self.halves) for part in (query, key))
+        if rotary_2WLP is not None:
+            query, key = (rotate(part, rotary_2WLP, self.halves) for part in (query, key))
         return query, key, value
 
     def _parts(self, tokens_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

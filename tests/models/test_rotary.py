@@ -10,7 +10,7 @@ from piip_scale.config.branches import VitBranchConfig
 from piip_scale.config.model import AUTO_KERNELS, PiipConfig
 from piip_scale.models.piip import PIIP
 from piip_scale.models.vit import Attention, Vit
-from piip_scale.ops.rotary import rotary_table, rotate
+from piip_scale.ops.rotary import rotary_table, rotate, rotate_plain
 
 NUMBERS = {"resolution_px": 96, "embed_dim": 32, "depth": 2, "num_heads": 2, "position_embedding": False}
 TOKENS = {"class_token": True, "register_tokens": 2}
@@ -28,12 +28,40 @@ def test_scores_depend_on_distances_and_lengths_stay(halves):
     place = torch.tensor([0.3, 1.1, 2.4], dtype=torch.float64)
 
     def score(shift):
-        first, second = rotary_table(place[:2] + shift, place[1:] - shift, 16, 100.0, halves).unbind(1)
+        first, second = rotary_table(place[:2] + shift, place[1:] - shift, 16, 100.0).unbind(1)
         turned = [rotate(x, t[:, None, None], halves) for x, t in ((query, first), (key, second))]
         torch.testing.assert_close(turned[0].norm(), query.norm())
         return (turned[0] * turned[1]).sum()
 
     torch.testing.assert_close(score(0.0), score(5.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("halves", [True, False])
+def test_turning_in_place_is_the_formula(dtype, halves):
+    generator = torch.Generator().manual_seed(2)
+    wide = torch.promote_types(dtype, torch.float32)
+    table = torch.randn(2, 3, 5, 4, generator=generator, dtype=wide)
+    # As queries lie in a projection: heads behind tokens, in every third of its channels.
+    projected = torch.randn(6, 5, 48, generator=generator).to(dtype).requires_grad_()
+    heads = projected.chunk(3, -1)[1].unflatten(-1, (2, 8)).transpose(1, 2)
+    expected = rotate_plain(heads.unflatten(0, (2, 3)), table.unsqueeze(2), halves).flatten(0, 1)
+    found = rotate(heads, table, halves)
+    assert found.dtype == dtype
+    assert found.transpose(1, 2).is_contiguous()
+    cotangent = torch.randn(found.shape, generator=generator).to(dtype)
+    gradients = [torch.autograd.grad(turned, projected, cotangent)[0] for turned in (found, expected)]
+    tolerance = torch.finfo(dtype).eps * 4
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(*gradients, atol=tolerance, rtol=tolerance)
+
+
+def test_turning_keeps_the_table_alone():
+    heads, kept = torch.randn(1, 2, 6, 8, requires_grad=True), []
+    table = torch.randn(2, 1, 6, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        rotate(heads, table, halves=True)
+    assert {tensor.untyped_storage().data_ptr() for tensor in kept} == {table.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (6, 9)])

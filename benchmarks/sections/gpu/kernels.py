@@ -13,6 +13,7 @@ from sections.gpu.fused import FUSED, FusedCase
 from sections.gpu.jobs import Job, Setting, Values
 from sections.gpu.shapes import ATTENTION, DEFORM, Attend, AttentionShape, DeformShape, attention_backends
 from sections.gpu.timing import GIB, MIB, copy_gb_per_s, first_ms, host_ms, matmul_tflops, median_ms
+from sections.windowed_blocks import PreparedBlock, WindowedBlock
 
 _BF16 = torch.bfloat16
 _BACKWARD_OVER_FORWARD = 2.5
@@ -20,7 +21,7 @@ _BACKWARD_OVER_FORWARD = 2.5
 
 
 def jobs(setting: Setting) -> list[Job]:
-    """Deformable attention and all that is fused, old and new, every attention backend, a new shape's first cost."""
+    """Deformable attention, all that is fused, old and new, blocks with windows, every attention, new shapes' costs."""
     ceilings = _Ceilings(setting)
     deform = [
         Job(f"deformable {kernel}, {shape.name}", partial(_deform, setting, ceilings, kernel, shape))
@@ -38,7 +39,15 @@ def jobs(setting: Setting) -> list[Job]:
         for case in FUSED
         for kernel in case.kernels(setting)
     ]
-    return [*deform, *fused, *found]
+    blocks = [Job(f"block of ViT-S, {case}", partial(_block, setting, case)) for case in _blocks(setting)]
+    return [*deform, *fused, *blocks, *found]
+
+
+def _blocks(setting: Setting) -> list[WindowedBlock]:
+    """Full attention and windows, without and with rotary positions, and a grid that windows do not divide."""
+    grids = [(setting.size(64, 8),) * 2, (setting.size(50, 5), setting.size(37, 7))]
+    windows = (0, setting.size(14, 3), setting.size(16, 4))
+    return [WindowedBlock(grid, window, rotary) for grid in grids for window in windows for rotary in (False, True)]
 
 
 class _Ceilings:
@@ -112,6 +121,21 @@ def _attention(setting: Setting, ceilings: _Ceilings, attend: Attend, shape: Att
         "backward TFLOP/s": rate_back,
         "of a product": flops / (forward + backward) / 1e9 / ceilings.tflops,
         "first call of a shape ms": first,
+    }
+
+
+def _block(setting: Setting, case: WindowedBlock) -> Values:
+    block = PreparedBlock(case, setting.device, _BF16)
+    forward = median_ms(block, setting.device)
+    output = block()
+    backward = median_ms(lambda: block.backward(output), setting.device)
+    return {
+        "forward ms": forward,
+        "backward ms": backward,
+        "both ms": forward + backward,
+        "TFLOP/s": 2 * 3 * case.macs() / (forward + backward) / 1e9,
+        "host ms": host_ms(block, setting.device, setting.size(200, 2)),
+        "kept MiB": case.kept_bytes(_BF16) / MIB,
     }
 
 
