@@ -156,10 +156,11 @@ def load_pickle(path: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals(_RECORDS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except pickle.UnpicklingError as error:
+        named = re.search(r"\bGLOBAL (\S+)", str(error))
         raise ModelError(
             "pretrained weights: the pickle holds more than tensors, and loading it could run any code",
             value=str(path),
-            rule=str(error).split(". ")[0].splitlines()[0],
+            rule=f"it names {named[1]}" if named else str(error).split(". ")[0].splitlines()[0],
             fix="open it where that does no harm, and save its tensors as .safetensors",
         ) from None
     except Exception as error:  # a damaged or hostile pickle makes torch's parser raise anything
