@@ -30,6 +30,10 @@ addEventListener("load", () => {
       charts: figures.map(figure => figure.querySelector("h3").innerText),
       marks: inner.querySelectorAll("svg g line").length,
       images: [...inner.images].map(i => i.naturalWidth),
+      sorted: [...inner.querySelectorAll(".sortable thead th")].map(head => {
+        head.click();
+        return [...head.closest("table").tBodies[0].rows].map(row => row.cells[head.cellIndex].innerText);
+      }),
     };
   });
   document.body.dataset.told = JSON.stringify(told);

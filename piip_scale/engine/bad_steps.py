@@ -27,6 +27,8 @@ class KeepBadSteps:
         config_sha256: Of the run's config file, on the main rank.
     """
 
+    doing = "keeping a bad step"
+
     def __init__(self, sink: Sink, run: RunDirectory, stream: BatchStream, config_sha256: str) -> None:
         self._sink, self._run, self._stream, self._config_sha256 = sink, run, stream, config_sha256
 

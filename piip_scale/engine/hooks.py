@@ -93,6 +93,8 @@ class LogSteps:
     moves a progress line is not worth a collective.
     """
 
+    doing = "logging"
+
     def __init__(
         self,
         sink: Sink,
@@ -172,6 +174,8 @@ class LogStart:
         first_save: What is known of a save, where the run has none yet.
     """
 
+    doing = "logging"
+
     def __init__(self, sink: Sink, clock: StartClock, first_save: FirstSave | None = None) -> None:
         self._sink, self._clock, self._first_save = sink, clock, first_save
         self._logged = False
@@ -198,6 +202,8 @@ class LogStart:
 class Average:
     """Has the average of the weights follow each step that moved them; comes before whoever uses it."""
 
+    doing = "averaging weights"
+
     def __init__(self, average: WeightAverage) -> None:
         self._average = average
 
@@ -221,6 +227,8 @@ class Evaluate:
         sink: Gets what it finds.
         every: Steps between evaluations.
     """
+
+    doing = "evaluating"
 
     def __init__(self, run: Callable[[], EvaluationRecord | None], sink: Sink, every: int) -> None:
         self._evaluate, self._sink, self._every = run, sink, every
@@ -266,6 +274,8 @@ class Save:
         first_step: That of the checkpoint this process started from; 0 for none.
         note: Called with the step of each checkpoint once it is visible.
     """
+
+    doing = "saving"
 
     def __init__(
         self,

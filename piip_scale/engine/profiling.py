@@ -216,6 +216,8 @@ def _removed_at_last(path: Path) -> Iterator[None]:
 class EndProfile:
     """The first of all hooks, so that no profile has what the others do."""
 
+    doing = "profiling"
+
     def __init__(self, profiling: Profiling) -> None:
         self._profiling = profiling
 
@@ -234,6 +236,8 @@ class EndProfile:
 
 class BeginProfile:
     """The last of all hooks, for the same reason."""
+
+    doing = "profiling"
 
     def __init__(self, profiling: Profiling) -> None:
         self._profiling = profiling

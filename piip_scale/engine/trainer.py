@@ -46,7 +46,13 @@ class StepReport:
 
 
 class Hook(Protocol):
-    """Something done beside the steps. Every rank calls every hook, in the same order."""
+    """Something done beside the steps. Every rank calls every hook, in the same order.
+
+    Attributes:
+        doing: What a rank does in it, for those who wait.
+    """
+
+    doing: str
 
     def after_step(self, report: StepReport) -> None:
         """After each step."""
@@ -135,7 +141,7 @@ class Trainer:
 
     def _next_hooks(self) -> Iterator[Hook]:
         for hook in self._hooks:
-            self._heartbeat.mark(f"in {type(hook).__name__}", self.step)
+            self._heartbeat.mark(hook.doing, self.step)
             yield hook
 
     def _check_progress(self, report: StepReport) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 _STEP, _WAIT, _MFU = "time/step_ms", "time/data_wait_ms", "throughput/mfu"
@@ -13,6 +14,7 @@ _SLOW_MS, _FAST_MS, _SLOW, _SLOW_NODE = (
     *("ranks/slowest", "ranks/slowest_node"),
 )
 _PREFIX, _SUFFIX = "time/", "_ms"
+_ORDER = ("forward", "backward", "update")
 # Below it a cure would not be noticed.
 _MUCH = 0.1
 _MUCH_STILL = 0.3
@@ -20,21 +22,35 @@ _MUCH_SLOWER = 1.5
 _CURES = {"update": "the optimiser's update: a larger micro-batch, or offloading less, helps"}
 
 
-def what_limits(steps: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Sentences on where the time of a step goes, the verdict first.
+@dataclass(frozen=True)
+class Limit:
+    """Where the time of a step goes.
+
+    Attributes:
+        sentences: The verdict first.
+        shares: Of a step's time by what is done in it, which come to about 1; empty where it is not known.
+    """
+
+    sentences: Sequence[str]
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+def what_limits(steps: Iterable[Mapping[str, Any]]) -> Limit:
+    """Where the time of a run's last steps went.
 
     Args:
-        steps: The last lines of steps in a run's metrics; what one of them lacks is not spoken of.
+        steps: The last lines of steps in its metrics; what one of them lacks is not spoken of.
     """
     lines = list(steps)
     step_ms = _mean(lines, _STEP)
     if not step_ms:
-        return ["Not known: no step has written its time yet."]
+        return Limit(["Not known: no step has written its time yet."])
     shares = {name: value / step_ms for name, value in _parts(lines).items()}
     wait = min(_mean(lines, _WAIT) / step_ms, 1.0)
     still = min(_mean(lines, _MESSAGES) / step_ms, 1.0)
     verdict = _verdict(wait, shares) if wait >= _MUCH else _of_ranks(lines, still) or _verdict(wait, shares)
-    return [verdict, *_split(wait, still, shares, step_ms), *_utilisation(lines)]
+    sentences = [verdict, _step_sentence(step_ms, still), *_utilisation(lines)]
+    return Limit(sentences, {"waiting for data": wait} | shares)
 
 
 def _of_ranks(lines: list[Mapping[str, Any]], still: float) -> str:
@@ -66,11 +82,9 @@ def _verdict(wait: float, shares: Mapping[str, float]) -> str:
     return f"Computing: loaders keep up, {wait:.0%} of a step waits for data."
 
 
-def _split(wait: float, still: float, shares: Mapping[str, float], step_ms: float) -> list[str]:
-    parts = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items()]
-    left = [f"waiting for data {wait:.0%}"]
-    inside = f"; in them {still:.0%} of it stands still for messages" if still else ""
-    return [f"A step takes {step_ms:.0f} ms: {', '.join(left + parts)}{inside}."]
+def _step_sentence(step_ms: float, still: float) -> str:
+    inside = f"; for {still:.0%} of it computing stands still for messages between ranks" if still else ""
+    return f"A step takes {step_ms:.0f} ms{inside}."
 
 
 def _utilisation(lines: list[Mapping[str, Any]]) -> list[str]:
@@ -79,7 +93,7 @@ def _utilisation(lines: list[Mapping[str, Any]]) -> list[str]:
 
 
 def _parts(lines: list[Mapping[str, Any]]) -> dict[str, float]:
-    """Milliseconds of each named part of a step, other than its wait for data."""
+    """Milliseconds of each named part of a step, other than its wait for data, in the order in which they come."""
     tags = {
         tag: None
         for line in lines
@@ -87,7 +101,11 @@ def _parts(lines: list[Mapping[str, Any]]) -> dict[str, float]:
         if tag.startswith(_PREFIX) and tag.endswith(_SUFFIX) and tag not in (_STEP, _WAIT, _MESSAGES)
     }
     means = {tag.removeprefix(_PREFIX).removesuffix(_SUFFIX): _mean(lines, tag) for tag in tags}
-    return dict(sorted(means.items(), key=lambda item: -item[1]))
+    return {name.replace("_", " "): means[name] for name in sorted(means, key=_place)}
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER)), name
 
 
 def _mean(lines: list[Mapping[str, Any]], tag: str) -> float:

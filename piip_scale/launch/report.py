@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from piip_scale.config.differences import differing_keys, resolved_keys
-from piip_scale.launch.bottleneck import what_limits
-from piip_scale.launch.report_charts import EVALUATION, Named, further_charts, main_charts, main_metrics
+from piip_scale.launch.bottleneck import Limit, what_limits
+from piip_scale.launch.report_charts import EVALUATION, Named, further_charts, main_charts
 from piip_scale.launch.run_curves import RunCurves, read_curves
 from piip_scale.launch.run_pictures import last_pictures
 from piip_scale.launch.runs import Row
@@ -20,9 +21,14 @@ from piip_scale.launch.words import duration
 from piip_scale.pages.charts import chip
 from piip_scale.pages.html import Html, document, joined, picture, table, tag
 from piip_scale.run.run_dir import RunDirectory
+from piip_scale.tasks.score_parts import Scored, class_bars, score_tiles
 
 _MOST_DIFFERENCES = 200
 _MOST_EVENTS = 30
+_CURVES = (
+    "By optimiser step. A line is the mean of neighbouring steps, the band around it their extremes. Dashed lines are "
+    "restarts, red ticks values that are not finite."
+)
 _TONES = {
     "good": ("running", "done"),
     "busy": ("queued", "submitted", "waiting", "stopping"),
@@ -72,11 +78,12 @@ def report_page(runs: Sequence[Reported], now_unix_s: float | None = None) -> by
     named = [Named(name, run.curves, number) for number, (name, run) in enumerate(zip(names, runs, strict=True))]
     when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(now_unix_s))
     title = f"{names[0]}: how it goes" if len(runs) == 1 else f"{len(runs)} runs: how they go"
-    cards = [_card(run, name, number) for number, (name, run) in enumerate(zip(names, runs, strict=True))]
+    now_s = time.time() if now_unix_s is None else now_unix_s
+    cards = [_card(run, name, number, now_s) for number, (name, run) in enumerate(zip(names, runs, strict=True))]
     sections = [
         tag("section", joined(cards), class_="grid pair" if len(runs) > 1 else None),
-        _section("Curves", tag("div", *main_charts(named), class_="grid")),
-        _section("Last evaluation", _evaluations(runs, names)),
+        _section("Curves", joined([tag("p", _CURVES, class_="soft"), tag("div", *main_charts(named), class_="grid")])),
+        _section("Last evaluation", _evaluations(named)),
         *(_pictures(run, name) for run, name in zip(runs, names, strict=True)),
         _section("Where their configs differ", _differences(runs, names)) if len(runs) > 1 else "",
         *(_details(run, name, alone=len(runs) == 1) for run, name in zip(named, names, strict=True)),
@@ -112,34 +119,57 @@ def _section(title: str, content: Html | str) -> Html | str:
     return tag("section", tag("h2", title), content) if content else ""
 
 
-def _card(run: Reported, name: str, number: int) -> Html:
+def _card(run: Reported, name: str, number: int, now_unix_s: float) -> Html:
     state = tag("span", run.row.state, class_=f"state {_tone(run.row.state)}")
-    facts = [tag("dt", key) + tag("dd", value) for key, value in _facts(run).items() if value]
+    facts = [tag("dt", key) + tag("dd", value) for key, value in _facts(run, now_unix_s).items() if value]
     return tag(
         "article",
         tag("div", tag("h3", chip(number), name), state, class_="head"),
         tag("div", tag("i", style=f"width:{_share(run.row):.1%}"), class_="bar"),
-        tag("dl", *map(Html, facts)),
-        tag("h3", "What limits a step"),
-        *(tag("p", sentence) for sentence in what_limits(run.curves.last_steps)),
+        tag("div", tag("dl", *map(Html, facts)), _limit(what_limits(run.curves.last_steps)), class_="halves"),
         class_="card",
     )
 
 
-def _facts(run: Reported) -> dict[str, str]:
+def _limit(limit: Limit) -> Html:
+    parts = [(name, share, _part_colour(place)) for place, (name, share) in enumerate(limit.shares.items())]
+    bars = [tag("i", style=f"width:{share:.1%};background:{colour}", title=name) for name, share, colour in parts]
+    keys = [
+        tag("li", tag("i", class_="chip", style=f"background:{colour}"), f"{name} {share:.0%}")
+        for name, share, colour in parts
+    ]
+    split = [tag("div", *bars, class_="bar split"), tag("ul", *keys, class_="key")] if parts else []
+    verdict, *more = limit.sentences
+    return tag("div", tag("h3", "What limits a step"), tag("p", verdict), *split, *(tag("p", text) for text in more))
+
+
+def _part_colour(place: int) -> str:
+    """Waiting in a colour of its own, and what is done in shades of one: runs have all other colours."""
+    return f"rgba(var(--hot), {max(1.05 - 0.25 * place, 0.2):.2f})" if place else "var(--wait)"
+
+
+def _facts(run: Reported, now_unix_s: float) -> dict[str, Html | str]:
     row = run.row
     return {
         "step": f"{row.step}" + (f" of {row.total_steps}, {_share(row):.0%}" if row.total_steps else ""),
-        "time to go": duration(row.eta_s) if row.eta_s is not None else "",
+        "time to go": _time_to_go(row.eta_s, now_unix_s),
         "images/s": f"{row.images_per_second:.4g}" if row.images_per_second is not None else "",
         "last sign": f"{duration(row.seen_s)} ago" if row.seen_s is not None else "",
         "restarts": _restarts(run),
         "goodput": _goodput(run.curves),
-        "job": row.job if row.job != "-" else "",
+        "process" if ":" in row.job else "job": row.job if row.job != "-" else "",
         "last event": row.event,
         "note": _notes(run.curves),
         "command": _command(run.environment),
     }
+
+
+def _time_to_go(eta_s: float | None, now_unix_s: float) -> str:
+    """With the hour of the end: a page is read later than it is made."""
+    if eta_s is None:
+        return ""
+    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(now_unix_s + eta_s))
+    return f"{duration(eta_s)}, until {end}, without saves and evaluations"
 
 
 def _share(row: Row) -> float:
@@ -161,7 +191,7 @@ def _goodput(curves: RunCurves) -> str:
     share, hours = last.get("run/goodput"), last.get("run/gpu_hours")
     if not (isinstance(share, float) and isinstance(hours, float)):
         return ""
-    return f"{share:.0%} of {hours:.4g} GPU hours since the first start were in steps that stay"
+    return f"{share:.0%} of {hours:.3g} GPU hours since the first start"
 
 
 def _notes(curves: RunCurves) -> str:
@@ -169,27 +199,35 @@ def _notes(curves: RunCurves) -> str:
     return "; ".join(filter(None, (curves.problem, bad)))
 
 
-def _command(environment: Mapping[str, Any]) -> str:
+def _command(environment: Mapping[str, Any]) -> Html | str:
     words = environment.get("command")
-    return " ".join(map(str, words)) if isinstance(words, list) else ""
+    if not isinstance(words, list):
+        return ""
+    # A line may end between arguments, and not after each hyphen.
+    return tag("code", joined((tag("span", shlex.quote(str(word))) for word in words), " "))
 
 
-def _evaluations(runs: Sequence[Reported], names: Sequence[str]) -> Html | str:
-    evaluated = [(name, run.curves.last_evaluation) for name, run in zip(names, runs, strict=True)]
-    evaluated = [(name, found) for name, found in evaluated if found]
+def _evaluations(runs: Sequence[Named]) -> Html | str:
+    evaluated = [run for run in runs if run.curves.last_evaluation]
     if not evaluated:
         return ""
-    metrics = dict.fromkeys(metric for _, found in evaluated for metric in main_metrics(found))
-    heads = ["metric, 0 to 1", *(f"{name}, step {found['step']}" for name, found in evaluated)]
-    rows = [[name.removeprefix(EVALUATION), *(_score(found.get(name)) for _, found in evaluated)] for name in metrics]
-    missing = any(found.get(name) == -1 for _, found in evaluated for name in metrics)
-    return joined([table(heads, rows), tag("p", "-1: the set holds no such objects", class_="soft") if missing else ""])
+    alone = len(runs) == 1
+    steps = [
+        tag("li", "" if alone else chip(run.colour), f"{run.name} " * (not alone), f"step {step}")
+        for run in evaluated
+        if (step := run.curves.last_evaluation["step"])
+    ]
+    scored = [Scored("" if alone else run.name, _scores(run.curves.last_evaluation), run.colour) for run in evaluated]
+    return joined([tag("ul", *steps, class_="key"), score_tiles(scored), class_bars(scored)])
 
 
-def _score(value: object) -> str:
-    if value == -1:
-        return "-1"
-    return f"{value:.4f}" if isinstance(value, float | int) else str(value if value is not None else "-")
+def _scores(evaluation: Mapping[str, object]) -> dict[str, float]:
+    """Its metrics as a task names them; what is no number, as NaN is not in JSON, counts as none."""
+    return {
+        name.removeprefix(EVALUATION): float(value) if isinstance(value, float | int) else -1.0
+        for name, value in evaluation.items()
+        if name.startswith(EVALUATION)
+    }
 
 
 def _pictures(run: Reported, name: str) -> Html | str:
@@ -197,7 +235,8 @@ def _pictures(run: Reported, name: str) -> Html | str:
     figures = [
         tag("figure", picture(path.content, path.kind, path.name), tag("figcaption", path.name)) for path in found
     ]
-    return _section(f"Pictures of {name}", tag("div", *figures, class_="grid")) if figures else ""
+    note = tag("p", "The truth on the left, what was found on the right.", class_="soft")
+    return _section(f"Pictures of {name}", joined([note, tag("div", *figures, class_="grid pair")])) if figures else ""
 
 
 def _differences(runs: Sequence[Reported], names: Sequence[str]) -> Html:

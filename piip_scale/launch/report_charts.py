@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from piip_scale.launch.run_curves import RunCurves
 from piip_scale.pages.charts import NUM_COLOURS, Curve, Mark, line_chart
 from piip_scale.pages.html import Html, tag
+from piip_scale.tasks.metric_words import kind_of, title_of
 
 EVALUATION = "eval/"
 _FIRST = {"loss/total": "Loss, total"}
 _LATER = {
-    "throughput/images_per_second": "Images/s, all GPUs",
-    "throughput/mfu": "MFU",
-    "throughput/model_tflops_per_rank": "Model TFLOP/s per GPU",
+    "throughput/images_per_second": "Images/s, all ranks",
+    "throughput/mfu": "MFU, 0 to 1",
+    "throughput/model_tflops_per_rank": "Model TFLOP/s of a rank",
     "time/step_ms": "Step, ms",
     "time/data_wait_ms": "Waiting for data, ms of a step",
-    "memory/peak_gib": "Peak memory, GiB",
+    "memory/peak_gib": "Peak memory of rank 0, GiB",
     "train/grad_norm": "Gradient norm before clipping",
     "train/lr": "Learning rate",
     "throughput/gpu_utilisation": "GPU utilisation, 0 to 1",
-    "run/goodput": "Share of all GPU time that was of use",
+    "run/goodput": "Goodput: share of all GPU time in steps that stay",
 }
 # Curves of a model's parts, by the beginning of their names: one chart each, which says whether a branch is used.
 _BY_PART = {
@@ -54,7 +55,7 @@ def main_charts(runs: Sequence[Named]) -> list[Html]:
 
     Of a run alone those of its branches, too.
     """
-    evaluated = {tag: tag.removeprefix(EVALUATION) for tag in _evaluation_tags(runs)}
+    evaluated = {tag: title_of(tag.removeprefix(EVALUATION)) for tag in first_metrics(runs)}
     marks = [mark for run in runs for mark in _marks(run)]
     titles = _FIRST | evaluated | _LATER
     charts = [_chart(title, tag, runs, marks) for tag, title in titles.items() if _any_has(runs, tag)]
@@ -76,7 +77,7 @@ def further_charts(run: Named, *, alone: bool = False) -> list[Html]:
 
 def _charts_by_group(run: Named, *, by_part: bool = False) -> list[Html]:
     """Charts of what the main ones leave: of a model's parts, or all others."""
-    shown = {*_FIRST, *_LATER, *_evaluation_tags([run])}
+    shown = {*_FIRST, *_LATER, *first_metrics([run])}
     groups: dict[str, list[str]] = {}
     for name in run.curves.traces:
         part = next((prefix for prefix in _BY_PART if name.startswith(prefix)), "")
@@ -89,12 +90,21 @@ def _group(group: str, tags: Sequence[str], run: Named) -> Iterator[Html]:
     for start in range(0, len(tags), NUM_COLOURS):
         part = tags[start : start + NUM_COLOURS]
         curves = [Curve(name.removeprefix(group), run.curves.traces[name], number) for number, name in enumerate(part)]
-        yield line_chart(_BY_PART.get(group, group.removesuffix("/")), curves, _marks(run))
+        yield line_chart(_BY_PART.get(group, group.removesuffix("/")), curves, _marks(run), steps=_steps([run]))
 
 
 def _chart(title: str, name: str, runs: Sequence[Named], marks: Sequence[Mark]) -> Html:
     having = [run for run in runs if name in run.curves.traces]
-    return line_chart(title, [Curve(run.name, run.curves.traces[name], run.colour) for run in having], marks)
+    # A title is enough where the page is of one run.
+    alone = len(runs) == 1
+    curves = [Curve("" if alone else run.name, run.curves.traces[name], run.colour) for run in having]
+    return line_chart(title, curves, marks, steps=_steps(runs))
+
+
+def _steps(runs: Sequence[Named]) -> tuple[float, float]:
+    """From the first to the last that any of their curves has."""
+    spans = [trace.spans for run in runs for trace in run.curves.traces.values() if trace.spans]
+    return min(span[0].first_x for span in spans), max(span[-1].last_x for span in spans)
 
 
 def _any_has(runs: Sequence[Named], name: str) -> bool:
@@ -109,10 +119,10 @@ def _marks(run: Named) -> Iterator[Mark]:
         yield Mark(first, f"{run.name} went on at step {first}" + f", {steps} steps done again" * bool(steps))
 
 
-def _evaluation_tags(runs: Sequence[Named]) -> list[str]:
-    """The first metric of each kind of shape, and of a task without such kinds the first few."""
+def first_metrics(runs: Sequence[Named]) -> list[str]:
+    """The tag of the first metric of each kind of shape, and of a task without such kinds of the first few."""
     names = [name.removeprefix(EVALUATION) for run in runs for name in main_metrics(run.curves.last_evaluation)]
-    kinds = {name.partition("_")[0] if name.startswith(("box_", "mask_")) else name: name for name in reversed(names)}
+    kinds = {kind_of(name) or name: name for name in reversed(names)}
     return [EVALUATION + name for name in list(reversed(kinds.values()))[:_MOST_EVALUATED]]
 
 

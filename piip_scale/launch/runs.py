@@ -19,6 +19,7 @@ from piip_scale.launch.run_state import LOST, event_of, state_of
 from piip_scale.launch.signs import pause, sign_age_s
 from piip_scale.launch.spec import JobFiles, JobSpec, Request, load_request, load_spec
 from piip_scale.launch.submitting import is_job_of, submitted_jobs
+from piip_scale.run.gpu_time import num_starts
 from piip_scale.run.heartbeat import Beat, read_beat
 from piip_scale.run.run_dir import RunDirectory, Status
 from piip_scale.run.starting import process_age_seconds
@@ -48,6 +49,7 @@ class Run:
         status_unix_s: When the training last reported.
         submitted_unix_s: When a job was last submitted for it; ``None`` where none was, or by hand.
         slurm_end: What Slurm calls the end of its last job, where nothing else is known of it; empty where it forgot.
+        num_starts: How often it began, by a job or by hand; 0 where that is not known.
         queue_known: Whether the queue could be asked: without it, a job that is not found may wait there.
     """
 
@@ -65,6 +67,7 @@ class Run:
     submitted_unix_s: float | None = None
     queue_known: bool = True
     slurm_end: str = ""
+    num_starts: int = 0
 
     @property
     def step(self) -> int:
@@ -92,7 +95,7 @@ class Row:
         total_steps: Of the whole run.
         images_per_second: While it steps.
         eta_s: To its end, while it steps.
-        restarts: Attempts after the first.
+        restarts: Starts after the first, by a job or by hand.
         event: What happened last, in one line.
         seen_s: How long ago the last sign came that the state rests on, as ``sign_age_s`` has it.
     """
@@ -159,6 +162,7 @@ def read_run(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
         status_unix_s=_modified_unix_s(RunDirectory(path).status_file) or 0.0,
         submitted_unix_s=_modified_unix_s(JobFiles(path).submitted),
         queue_known=queue is not None,
+        num_starts=num_starts(RunDirectory(path).gpu_time),
     )
 
 
@@ -262,7 +266,7 @@ def describe(run: Run, now_unix_s: float | None = None) -> Row:
         total_steps=run.pace.total_steps,
         images_per_second=run.pace.images_per_second if stepping else None,
         eta_s=run.pace.eta_s(run.step) if stepping else None,
-        restarts=max(len(run.attempts) - 1, 0),
+        restarts=max(len(run.attempts), run.num_starts, 1) - 1,
         event=event_of(run, state, now_s),
         seen_s=sign_age_s(run, state, now_s),
     )

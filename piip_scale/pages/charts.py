@@ -14,7 +14,9 @@ _WIDTH, _HEIGHT = 360, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 352, 8, 178
 # Beyond it a linear axis shows one end of the values only.
 _LOG_FROM = 50.0
-_TICKS = 4
+# Fewer than three ticks do not say how long the axis is.
+_TICKS = 2.5
+_LOG_TICKS = 4
 # So few points are seen one by one.
 _DOTS_UP_TO = 40
 _MOST_KEYS = 12
@@ -25,7 +27,7 @@ class Curve:
     """A named trace.
 
     Attributes:
-        name: As its key shows it.
+        name: As its key shows it; empty for a chart's only one.
         trace: Its points.
         colour: Its number; those above ``NUM_COLOURS`` come round again.
     """
@@ -33,6 +35,11 @@ class Curve:
     name: str
     trace: Trace
     colour: int = 0
+
+    @property
+    def last(self) -> str:
+        """Its name, and its last value."""
+        return f"{self.name or 'last'} {number_text(self.trace.last)}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class _Axis:
     first_px: float
     last_px: float
     is_log: bool = False
+    is_whole: bool = False
 
     def place(self, value: float) -> float:
         low, high, at = (math.log10(v) if self.is_log else v for v in (self.low, self.high, value))
@@ -67,10 +75,11 @@ class _Axis:
     def ticks(self) -> Iterator[float]:
         if self.is_log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            stride = max(1, math.ceil((last - first) / _TICKS))
+            stride = max(1, math.ceil((last - first) / _LOG_TICKS))
             yield from (10.0**power for power in range(first, last + 1, stride))
             return
         step = _round_step((self.high - self.low) / _TICKS)
+        step = max(step, 1.0) if self.is_whole else step
         number = math.ceil(self.low / step - 1e-9)
         while number * step <= self.high + 1e-9 * step:
             yield number * step
@@ -88,7 +97,13 @@ def chip(number: int) -> Html:
 
 
 def line_chart(
-    title: str, curves: Sequence[Curve], marks: Iterable[Mark] = (), note: str = "", *, shows_last: bool = True
+    title: str,
+    curves: Sequence[Curve],
+    marks: Iterable[Mark] = (),
+    note: str = "",
+    *,
+    steps: tuple[float, float] | None = None,
+    shows_last: bool = True,
 ) -> Html:
     """A figure of curves over one x axis; curves without a number are left out, and named.
 
@@ -97,20 +112,21 @@ def line_chart(
         curves: In order of their keys.
         marks: Upright lines.
         note: Below the keys.
+        steps: The x axis' ends, whole numbers, for charts that are compared; where ``None``, the curves' own.
         shows_last: Keys have the curves' last values.
     """
     shown = [curve for curve in curves if curve.trace.spans]
     heading = tag("h3", title)
     if not shown:
         return tag("figure", heading, tag("figcaption", "no finite value so far"))
-    across, up = _axes(shown)
+    across, up = _across(shown, steps), _up(shown)
     parts = [
         *_grid(across, up),
         *(_mark(mark, across) for mark in marks if across.low <= mark.x <= across.high),
         *(part for curve in shown for part in _drawn(curve, across, up)),
         *(part for curve in curves for part in _gaps(curve, across)),
     ]
-    label = f"{title}: " + ", ".join(f"{c.name} {number_text(c.trace.last)}" for c in shown[:_MOST_KEYS])
+    label = f"{title}: " + ", ".join(curve.last for curve in shown[:_MOST_KEYS])
     picture = tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label)
     notes = [note, "logarithmic" if up.is_log else "", _gap_note(curves)]
     below = tag("figcaption", "; ".join(filter(None, notes))) if any(notes) else ""
@@ -125,25 +141,33 @@ def number_text(value: float) -> str:
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[letter]:.4g}{letter}"
-    return f"{value:.1e}" if 0 < size < 1e-3 else f"{value:.4g}"
+    if not 0 < size < 1e-3:
+        return f"{value:.4g}"
+    factor, power = f"{value:.1e}".split("e")
+    return f"{factor.removesuffix('.0')}e{int(power)}"
 
 
-def _axes(curves: Sequence[Curve]) -> tuple[_Axis, _Axis]:
-    first = min(curve.trace.spans[0].first_x for curve in curves)
-    last = max(curve.trace.spans[-1].last_x for curve in curves)
+def _across(curves: Sequence[Curve], steps: tuple[float, float] | None) -> _Axis:
+    first, last = steps or (
+        min(curve.trace.spans[0].first_x for curve in curves),
+        max(curve.trace.spans[-1].last_x for curve in curves),
+    )
+    return _Axis(first, last if last > first else first + 1, _LEFT, _RIGHT, is_whole=steps is not None)
+
+
+def _up(curves: Sequence[Curve]) -> _Axis:
     low, high = min(curve.trace.low for curve in curves), max(curve.trace.high for curve in curves)
     is_log = low > 0 and high / low > _LOG_FROM
     if not is_log:
         room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
         # Room below zero would show values that there cannot be.
         low, high = (max(low - room, 0.0) if low >= 0 else low - room), high + room
-    across = _Axis(first, last if last > first else first + 1, _LEFT, _RIGHT)
-    return across, _Axis(low, high, _BOTTOM, _TOP, is_log)
+    return _Axis(low, high, _BOTTOM, _TOP, is_log)
 
 
 def _round_step(raw: float) -> float:
     power = 10.0 ** math.floor(math.log10(raw))
-    return float(next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9)))
+    return float(next(factor * power for factor in (5, 2, 1) if factor * power <= raw * (1 + 1e-9)))
 
 
 def _grid(across: _Axis, up: _Axis) -> Iterator[Html]:
@@ -176,7 +200,7 @@ def _drawn(curve: Curve, across: _Axis, up: _Axis) -> Iterator[Html]:
         if len(spans) <= _DOTS_UP_TO or len(run) == 1:
             for span in run:
                 x, y = f"{across.place(span.x):.1f}", f"{up.place(span.mean):.1f}"
-                title = tag("title", f"{curve.name}: {number_text(span.mean)} at {number_text(span.x)}")
+                title = tag("title", f"{curve.name} {number_text(span.mean)} at {number_text(span.x)}".lstrip())
                 yield tag("circle", title, cx=x, cy=y, r=2.4, style=f"fill:{colour}")
 
 
@@ -201,10 +225,7 @@ def _gap_note(curves: Sequence[Curve]) -> str:
 
 
 def _keys(curves: Sequence[Curve], shows_last: bool) -> Html:
-    entries = [
-        tag("li", chip(curve.colour), f"{curve.name} {number_text(curve.trace.last)}" if shows_last else curve.name)
-        for curve in curves[:_MOST_KEYS]
-    ]
+    entries = [tag("li", chip(curve.colour), curve.last if shows_last else curve.name) for curve in curves[:_MOST_KEYS]]
     if len(curves) > _MOST_KEYS:
         entries.append(tag("li", f"and {len(curves) - _MOST_KEYS} more"))
     return tag("ul", joined(entries), class_="key")

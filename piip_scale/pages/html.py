@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -13,8 +14,10 @@ GENERATOR = '<meta name="generator" content="piip-scale">'
 """Tells a page of ours from any other file."""
 
 _EMPTY_TAGS = frozenset({"img", "meta", "line", "path", "rect", "circle", "br"})
-# Nothing runs and nothing is fetched, whatever a name from outside would like.
+# Nothing is fetched, and nothing runs but a script of ours, whatever a name from outside would like.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+SORTABLE = "sortable"
+"""The class of tables that a click on a heading sorts, on a page that ``sorts``."""
 
 
 class Html(str):
@@ -71,24 +74,32 @@ def picture(content: bytes, kind: str, alt: str) -> Html:
     return tag("img", src=f"data:image/{kind};base64,{data}", alt=alt, loading="lazy")
 
 
-def document(title: str, *children: object, note: str = "") -> bytes:
+def document(title: str, *children: object, note: str = "", sorts: bool = False) -> bytes:
     """A whole file, in UTF-8.
 
     Args:
         title: Of it.
         children: Its body.
         note: Small, beside the title.
+        sorts: It has tables that can be sorted.
     """
-    style = resources.files("piip_scale.pages").joinpath("style.css").read_text(encoding="utf-8")
+    script = _resource("sort.js") if sorts else ""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = _POLICY + f"; script-src 'sha256-{digest}'" * sorts
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         Html(GENERATOR),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Html(style)),
+        tag("style", Html(_resource("style.css"))),
     )
     heading = tag("header", tag("h1", title), tag("small", note))
-    whole = tag("html", head, tag("body", heading, tag("main", *children)), lang="en")
+    end = tag("script", Html(script)) if sorts else ""
+    whole = tag("html", head, tag("body", heading, tag("main", *children), end), lang="en")
     return f"<!doctype html>\n{whole}\n".encode()
+
+
+def _resource(name: str) -> str:
+    return resources.files("piip_scale.pages").joinpath(name).read_text(encoding="utf-8")

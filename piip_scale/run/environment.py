@@ -22,7 +22,7 @@ _LIBRARIES = ("piip-scale", "torch", "torchvision", "deepspeed", "mmdet", "mmcv-
 def describe_environment() -> dict[str, Any]:
     """Versions, machine and command line of this process, for ``environment.json``."""
     return {
-        "command": sys.argv,
+        "command": command_line(),
         "directory": os.getcwd(),
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -34,6 +34,12 @@ def describe_environment() -> dict[str, Any]:
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
         "git_commit": _git_commit(Path(__file__).parent),
     }
+
+
+def command_line() -> list[str]:
+    """This process' command as its user would give it: ranks are started by a file's path, and not by our name."""
+    name = "piip-scale" if Path(sys.argv[0]).parts[-3:] == ("piip_scale", "cli", "main.py") else sys.argv[0]
+    return [name, *sys.argv[1:]]
 
 
 def few_cores_line(usable: int, of_node: int) -> str:

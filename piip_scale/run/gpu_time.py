@@ -77,6 +77,13 @@ class GpuTimeFile:
         return self._now.spent_s(now_s)
 
 
+def num_starts(path: Path) -> int:
+    """How often a run has begun, by its ``gpu_time.json``, whoever started it; 0 where that cannot be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return int(json.loads(path.read_text(encoding="utf-8"))["attempt"])
+    return 0
+
+
 def _read(path: Path) -> GpuTime | None:
     with suppress(FileNotFoundError):
         try:

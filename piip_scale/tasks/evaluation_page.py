@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,21 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from piip_scale.pages.charts import NUM_COLOURS, Curve, line_chart
-from piip_scale.pages.html import Html, document, joined, picture, table, tag
+from piip_scale.pages.html import SORTABLE, Html, document, joined, picture, table, tag
 from piip_scale.pages.trace import Trace
 from piip_scale.tasks.cases import DrawnCase, jpeg_bytes
 from piip_scale.tasks.charts import draw_confusion
 from piip_scale.tasks.detection.error_kinds import KINDS, ErrorKinds
 from piip_scale.tasks.drawing import png_bytes
-from piip_scale.tasks.metric_words import KINDS_OF_SHAPES, measure_of, words_of
+from piip_scale.tasks.metric_words import title_of
 from piip_scale.tasks.report import Report
+from piip_scale.tasks.score_parts import Scored, score_text, score_tiles
 
 _MOST_CELLS = 24
 _MOST_PAIRS = 15
-_ABSENT = (
-    "-1 is no score: the set holds no object, image or pixel of that class or size, and the mean leaves it out. "
-    "All others are shares, 0 to 1."
-)
+_PARTS = {"box": "Boxes", "mask": "Masks"}
 
 
 @dataclass(frozen=True)
@@ -49,53 +46,28 @@ class Evaluated:
 def evaluation_page(evaluated: Evaluated) -> bytes:
     """The page."""
     report = evaluated.report
-    numbers = [
-        _section("Scores", _metrics(evaluated.metrics)),
-        *(_section(f"Errors by kind ({part})", _errors(found)) for part, found in report.errors.items()),
-        *(_section(f"Precision by recall ({part})", _curves(report, part)) for part in report.curves),
-    ]
+    errors = [_section(f"Errors by kind ({part})", _errors(found)) for part, found in report.errors.items()]
     sections = [
-        tag("div", *numbers, class_="grid pair"),
+        _section("Scores", score_tiles([Scored("", evaluated.metrics)])),
+        tag("div", *errors, class_="grid pair") if errors else "",
+        _section("Precision by recall", _curves(report)) if report.curves else "",
         _cases("Where it went worst", evaluated.worst),
         _cases("Where it went best", evaluated.best),
         _section("What is taken for what", _confusion(report)),
         _section("By class", _classes(report)),
     ]
-    return document("Evaluation", *filter(None, sections), note=evaluated.source)
+    return document("Evaluation", *filter(None, sections), note=evaluated.source, sorts=True)
 
 
 def _section(title: str, *content: Html | str) -> Html:
     return tag("section", tag("h2", title), *content)
 
 
-def _metrics(metrics: Mapping[str, float]) -> Html:
-    """A row a measure; a column for boxes and one for masks where they are scored."""
-    wholes = {name: value for name, value in metrics.items() if "/" not in name}
-    kinds = [kind for kind in KINDS_OF_SHAPES if any(name.startswith(f"{kind}_") for name in wholes)] or [""]
-    measures = dict.fromkeys(measure_of(name) for name in wholes)
-    rows = [
-        [
-            measure,
-            *(_score(wholes.get(f"{kind}_{measure}" if kind else measure, -1)) for kind in kinds),
-            words_of(measure),
-        ]
-        for measure in measures
-    ]
-    heads = ["measure", *(kind or "value" for kind in kinds), "meaning"]
-    return joined([table(heads, rows, class_="words"), tag("p", _ABSENT, class_="soft")])
-
-
-def _score(value: float) -> str:
-    if value == -1 or math.isnan(value):
-        return "-1"
-    return f"{value:.0f}" if float(value).is_integer() and value > 1 else f"{value:.4f}"
-
-
 def _errors(found: ErrorKinds) -> Html:
     most = max(found.costs.values(), default=0.0)
     rows = [[name, found.counts[name], _cost(found.costs[name], most), KINDS[name]] for name in KINDS]
     note = (
-        f"Average precision at an IoU of 0.5 is {found.ap50:.4f}. What it would gain if all errors of one kind were "
+        f"Average precision at an IoU of 0.5 is {found.ap50:.3f}. What it would gain if all errors of one kind were "
         "mended, each kind for itself; of all detections, whatever they score. The kinds are TIDE's."
     )
     heads = ["kind", "errors", "AP50 to gain", "a detection"]
@@ -105,22 +77,32 @@ def _errors(found: ErrorKinds) -> Html:
 def _cost(cost: float, most: float) -> Html:
     share = cost / most if most > 0 else 0.0
     bar = tag("div", tag("i", style=f"width:{share:.0%}"), class_="bar")
-    return joined([f"{cost:.4f}", bar])
+    return joined([f"{cost:.3f}", bar])
 
 
-def _curves(report: Report, part: str) -> Html:
-    precision = report.curves[part]
+def _curves(report: Report) -> Html:
+    charts = [_curves_of(report, part) for part in report.curves]
+    note = tag(
+        "p", "Precision, upwards, by recall at an IoU of 0.5; beside each name the mean, which is AP50.", class_="soft"
+    )
+    return joined([note, tag("div", *charts, class_="grid pair")])
+
+
+def _curves_of(report: Report, part: str) -> Html:
+    precision, title = report.curves[part], _PARTS.get(part, part)
     known = [k for k in range(len(report.classes)) if precision[:, k].max(initial=-1) > -1]
     if not known:
-        return tag("p", "no class has objects")
+        return tag("figure", tag("h3", title), tag("figcaption", "no class has objects"))
     objects = report.columns.get("objects", [0.0] * len(report.classes))
     chosen = sorted(sorted(known, key=lambda k: -objects[k])[: NUM_COLOURS - 1])
-    curves = [Curve("mean", _trace(precision[:, known].mean(1)), 0)]
-    curves += [Curve(report.classes[k], _trace(precision[:, k]), place) for place, k in enumerate(chosen, start=1)]
+    shown = [("mean of all classes", precision[:, known].mean(1))]
+    shown += [(report.classes[k], precision[:, k]) for k in chosen]
+    curves = [
+        Curve(f"{name}: {values.mean():.2f}", _trace(values), place) for place, (name, values) in enumerate(shown)
+    ]
     left = len(known) - len(chosen)
     note = f"the {len(chosen)} classes with the most objects; {left} more are in the table below" if left else ""
-    chart = line_chart("Precision (up) by recall, IoU of 0.5", curves, note=note, shows_last=False)
-    return chart
+    return line_chart(title, curves, note=note, shows_last=False)
 
 
 def _trace(values: npt.NDArray[np.float64]) -> Trace:
@@ -132,28 +114,32 @@ def _trace(values: npt.NDArray[np.float64]) -> Trace:
 
 def _confusion(report: Report) -> Html:
     counts, names = report.confusion, report.names
-    parts = [tag("p", report.confusion_title, class_="soft")]
-    if len(names) > len(report.classes):
-        parts.append(_matched(counts, names))
+    parts = [_matched(counts)] if len(names) > len(report.classes) else []
+    parts.append(tag("p", report.confusion_title, class_="soft"))
     if len(names) <= _MOST_CELLS:
-        parts.append(_cells(counts, names))
+        shown = _cells(counts, names)
     else:
         chart = png_bytes(draw_confusion(counts, names, report.confusion_title))
-        parts.append(tag("figure", picture(chart, "png", report.confusion_title)))
-    return joined([*parts, _pairs(counts, report.classes)])
+        shown = tag("figure", picture(chart, "png", report.confusion_title))
+    return joined([*parts, tag("div", shown, _pairs(counts, report.classes), class_="beside")])
 
 
-def _matched(counts: npt.NDArray[np.int64], names: Sequence[str]) -> Html:
+def _matched(counts: npt.NDArray[np.int64]) -> Html:
     """Of objects and detections together; the last row and column stand for nothing."""
     inner = counts[:-1, :-1]
-    right = int(inner.diagonal().sum())
-    facts = {
-        "objects found as their class": right,
-        "objects taken for another class": int(inner.sum()) - right,
-        "objects not found": int(counts[:-1, -1].sum()),
-        "detections on the background": int(counts[-1, :-1].sum()),
-    }
-    return table(["objects and detections", "number"], [[name, number] for name, number in facts.items()])
+    right, objects, found = int(inner.diagonal().sum()), int(counts[:-1].sum()), int(counts[:, :-1].sum())
+    facts = (
+        ("found as their class", right, objects, "objects"),
+        ("taken for another class", int(inner.sum()) - right, objects, "objects"),
+        ("not found", int(counts[:-1, -1].sum()), objects, "objects"),
+        ("on the background", int(counts[-1, :-1].sum()), found, "detections"),
+    )
+    return tag("div", *(_share_tile(*fact) for fact in facts), class_="tiles")
+
+
+def _share_tile(title: str, number: int, total: int, what: str) -> Html:
+    share = f"{number / total:.0%} of {total} {what}" if total else f"there are no {what}"
+    return tag("div", tag("h3", title), tag("b", number), tag("small", share), class_="tile")
 
 
 def _cells(counts: npt.NDArray[np.int64], names: Sequence[str]) -> Html:
@@ -180,7 +166,7 @@ def _pairs(counts: npt.NDArray[np.int64], names: Sequence[str]) -> Html | str:
     if not rows:
         return ""
     heads = ["is", "taken for", "times"]
-    return joined([tag("h3", "The most frequent mistakes"), table(heads, rows, class_="words")])
+    return tag("div", tag("h3", "The most frequent mistakes"), table(heads, rows, class_="words"))
 
 
 def _cases(title: str, cases: Sequence[DrawnCase]) -> Html | str:
@@ -203,8 +189,15 @@ def _cases(title: str, cases: Sequence[DrawnCase]) -> Html | str:
 
 
 def _classes(report: Report) -> Html:
-    rows = [
-        [name, *(_score(values[place]) for values in report.columns.values())]
-        for place, name in enumerate(report.classes)
-    ]
-    return table(["class", *report.columns], rows)
+    columns = [_class_cells(values) for values in report.columns.values()]
+    rows = [[name, *(cells[place] for cells in columns)] for place, name in enumerate(report.classes)]
+    heads = ["class", *map(title_of, report.columns)]
+    note = tag("p", "A click on a heading sorts the table by it.", class_="soft")
+    return joined([note, table(heads, rows, class_=f"cells upright {SORTABLE}")])
+
+
+def _class_cells(values: Sequence[float]) -> list[Html | str]:
+    """Counts as they are; shares on a darker ground where they are better: the weak classes are seen among many."""
+    if max(values, default=0.0) > 1:
+        return [f"{value:.0f}" for value in values]
+    return [tag("span", score_text(v), style=f"--share:{max(v, 0.0):.2f}", class_="cell") for v in values]

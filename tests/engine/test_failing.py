@@ -217,7 +217,7 @@ def test_a_status_written_at_the_moment_of_the_failure_is_put_right_when_all_ran
 def test_limits_follow_the_phase():
     heartbeat = Heartbeat(step_limit_s=10, slow_limit_s=60)
     limits = {}
-    for phase, step in [(WAITING, 5), (COMPUTING, 5), (WAITING, 6), (COMPUTING, 6), ("in Save", 7), (WAITING, 7)]:
+    for phase, step in [(WAITING, 5), (COMPUTING, 5), (WAITING, 6), (COMPUTING, 6), ("saving", 7), (WAITING, 7)]:
         heartbeat.mark(phase, step)
         limits[phase, step] = heartbeat.last.limit_s
     assert limits == {
@@ -225,7 +225,7 @@ def test_limits_follow_the_phase():
         (COMPUTING, 5): 60,
         (WAITING, 6): 10,
         (COMPUTING, 6): 10,
-        ("in Save", 7): 60,
+        ("saving", 7): 60,
         (WAITING, 7): 10,
     }
     before = heartbeat.last

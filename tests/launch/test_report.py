@@ -33,7 +33,8 @@ def make_run(folder, *, lr=1e-4, lines=()):
         "kind": "evaluation",
         "eval/box_ap": 0.3,
         "eval/box_ap_s": -1,
-        "eval/per_class/x/cat": 0.1,
+        "eval/per_class/box_ap50/cat": 0.125,
+        "eval/per_class/box_ap50/dog": 0.75,
     }
     again = [start | {"step": 21}, {"step": 21, "kind": "event", "text": f"resumed {EVIL}"}]
     write_metrics(
@@ -83,13 +84,17 @@ def test_a_browser_shows_two_runs_on_a_desk_and_on_a_phone(page, tmp_path, dark)
         assert "1, 13 steps done again" in words
         assert "rank 3 met a loss that is not finite <script>" in words
         assert "Computing: loaders keep up, 4% of a step waits for data." in words
-        assert "waiting for data 4%, backward 60%, forward 30%" in words
-        assert frame["charts"][:3] == ["Loss, total", "box_ap", "Images/s, all GPUs"]
+        for told in ("waiting for data 4%", "forward 30%", "backward 60%", "A step takes 500 ms."):
+            assert told in words
+        assert frame["charts"][:3] == ["Loss, total", "box AP", "Images/s, all ranks"]
         assert frame["marks"] > 2
         assert frame["paths"] > 10
         assert frame["images"] == [40, 41, 42, 43, 40, 41]
         assert "1 value(s) not finite, in red" in words
-        assert "-1: the set holds no such objects" in words
+        assert "-1 is no score" in words
+        evaluation = words[words.index("Last evaluation") :].split()
+        assert evaluation.count("0.300") == evaluation.count("0.125") == 2
+        assert evaluation.index("dog") < evaluation.index("cat")
         differs = words[words.index("Where their configs differ") :]
         assert "optimizer.lr" in differs
         assert "model.branches" not in differs
@@ -105,7 +110,7 @@ def test_a_run_alone_shows_whether_each_branch_is_used(tmp_path):
     for page, count, is_in_details in (("alone", 1, False), ("both", 2, True)):
         text = (tmp_path / f"{page}.html").read_text()
         details = text.index("<details")
-        assert "Share of all GPU time that was of use" in text[:details]
+        assert "Goodput: share of all GPU time in steps that stay" in text[:details]
         for title in ("Gradient norm by part", "Interactions&#x27; gammas", "Weight in the merged sum, by branch"):
             assert text.count(f">{title}") == count, title
             assert (text.index(f">{title}") > details) == is_in_details
@@ -190,4 +195,11 @@ SLOW = {"ranks/slowest": 3.0, "ranks/slowest_node": "n7", "ranks/slowest_own_ms"
     ],
 )
 def test_what_limits_a_step_is_said_by_its_parts(line, verdict):
-    assert what_limits([line])[0].startswith(verdict)
+    assert what_limits([line]).sentences[0].startswith(verdict)
+
+
+def test_a_steps_parts_come_in_the_order_in_which_they_are_done():
+    line = {"time/step_ms": 100.0, "time/update_ms": 5.0, "time/backward_ms": 60.0, "time/forward_ms": 25.0}
+    found = what_limits([line | {"time/data_wait_ms": 10.0}])
+    assert list(found.shares) == ["waiting for data", "forward", "backward", "update"]
+    assert sum(found.shares.values()) == pytest.approx(1.0)

@@ -87,6 +87,13 @@ def test_restarts_are_attempts_after_the_first(run_dir):
     assert (found.restarts, found.job) == (2, "12")
 
 
+def test_restarts_by_hand_count_too(run_dir):
+    write_status(run_dir, "stopped", 7)
+    for content, restarts in (('{"attempt": 3}', 2), ("[", 0)):
+        (run_dir / "gpu_time.json").write_text(content)
+        assert row(run_dir).restarts == restarts
+
+
 def test_the_pace_of_an_attempt_before_is_not_told(run_dir):
     make_spec(run_dir)
     write_status(run_dir, "stopped", 40)

@@ -23,7 +23,7 @@ from piip_scale.tasks.classification.metric import AccuracyMetric
 from piip_scale.tasks.classification.model import Classification
 from piip_scale.tasks.detection.metric import CocoMetric
 from piip_scale.tasks.evaluation_page import Evaluated, evaluation_page
-from piip_scale.tasks.metric_words import measure_of, words_of
+from piip_scale.tasks.metric_words import measure_of, title_of, words_of
 from piip_scale.tasks.segmentation.cases import image_iou, keep
 from piip_scale.tasks.segmentation.metric import SegmentationMetric
 
@@ -65,7 +65,7 @@ def _rle(entry, truth):
 def test_a_detectors_page_is_read_on_a_desk_and_on_a_phone(detection, tmp_path):
     for frame in shown(detection, tmp_path, dark=True):
         words = frame["words"]
-        assert "measure\tbox\tmask\tmeaning" in words
+        assert "AP small\n\tbox\tmask\n" in words
         assert "average precision, mean over IoU of 0.50 to 0.95" in words
         assert "-1 is no score" in words
         assert "Errors by kind (box)" in words
@@ -73,13 +73,16 @@ def test_a_detectors_page_is_read_on_a_desk_and_on_a_phone(detection, tmp_path):
         rows = dict(re.findall(r"^(classification|missed|localisation)\t(\d+)", words, re.MULTILINE))
         assert rows["classification"] == "1"
         assert int(rows["missed"]) >= 1
-        assert "objects taken for another class\t1" in words
+        assert re.search(r"taken for another class\s+1\s+\d+% of \d+ objects", words)
         assert f"b{EVIL}" in words
         assert len(frame["charts"]) == 2
         # Truth and prediction of each of the images that hold anything.
         assert len(frame["images"]) == 12
         assert min(frame["images"]) > 100
         assert "F1 1.00" in words
+        names, objects, *_scores = frame["sorted"]
+        assert names == sorted(names)
+        assert list(map(int, objects)) == sorted(map(int, objects), reverse=True)
 
 
 def info(samples, number):
@@ -140,7 +143,7 @@ def test_a_classifiers_page_tells_what_it_is_sure_of_and_wrong_in(tmp_path):
     assert worst[0].words == f"class 2, taken for class 3 ({surest[True]:.2f})"
     assert best[0].words == f"right ({surest[False]:.2f})"
     text = page_of(metric.compute(), report, samples).decode()
-    for told in ("first guess is right", "class 2</th><td>class 3</td><td>2", "top5_accuracy", "among the first five"):
+    for told in ("first guess is right", "class 2</th><td>class 3</td><td>2", "top-5 accuracy", "among the first five"):
         assert told in text
     assert report.columns["top5_accuracy"] == [1.0] * 7
 
@@ -164,7 +167,18 @@ def test_an_images_iou_is_that_of_its_classes():
 
 
 def test_every_metric_has_words():
-    for name in ("box_ap", "mask_ap50", "box_ar300", "mask_ar_s", "box_ap_rare", "miou", "top5_accuracy"):
+    titles = {
+        "box_ap": "box AP",
+        "mask_ap50": "mask AP50",
+        "box_ar300": "box AR300",
+        "mask_ar_s": "mask AR small",
+        "box_ap_rare": "box AP rare",
+        "miou": "mean IoU",
+        "top5_accuracy": "top-5 accuracy",
+    }
+    for name, title in titles.items():
         assert words_of(measure_of(name))
+        assert title_of(name) == title
+    assert title_of("box_of_a_later_version") == "box of_a_later_version"
     assert words_of(measure_of("box_ar10")) == "average recall with at most 10 detections an image"
     assert words_of("of a later version") == ""

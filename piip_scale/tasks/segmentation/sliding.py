@@ -58,10 +58,11 @@ def _whole(scorer: Scorer, pixels: Tensor, sizes_px: Sequence[Size], multiple_px
         padded = -(-height // multiple_px) * multiple_px, -(-width // multiple_px) * multiple_px
         alike.setdefault(padded, []).append(image)
     found: dict[int, Tensor] = {}
+    num_more = _num_more(len(alike), pixels.device)
     for (height, width), images in alike.items():
         part = pixels[images, :, :height, :width]
         found |= zip(images, scorer(part), strict=True)
-    for _ in range(_most_over_ranks(len(alike), pixels.device) - len(alike)):
+    for _ in range(num_more):
         scorer(part)
     return [found[image][:, :height, :width] for image, (height, width) in enumerate(sizes_px)]
 
@@ -71,11 +72,12 @@ def _slid(scorer: Scorer, pixels: Tensor, sizes_px: Sequence[Size], crop_px: Siz
     sums: list[Tensor | None] = [None] * len(sizes_px)
     counts = [pixels.new_zeros(size) for size in sizes_px]
     chunks = [windows[start : start + len(pixels)] for start in range(0, len(windows), len(pixels))]
+    num_more = _num_more(len(chunks), pixels.device)
     for chunk in chunks:
         scores = scorer(_cut(pixels, chunk, crop_px))
         for window, score in zip(chunk, scores, strict=True):
             _add(sums, counts, window, score, sizes_px[window.image])
-    for _ in range(_most_over_ranks(len(chunks), pixels.device) - len(chunks)):
+    for _ in range(num_more):
         scorer(_cut(pixels, chunks[-1], crop_px))
     # A spread network's scores are where its heads are, and pixels where it begins.
     return [total / count.to(total.device) for total, count in zip(sums, counts, strict=True) if total is not None]
@@ -131,9 +133,10 @@ def _add(sums: list[Tensor | None], counts: list[Tensor], window: Window, score:
     counts[window.image][rows, columns] += 1
 
 
-def _most_over_ranks(number: int, device: torch.device) -> int:
+def _num_more(number: int, device: torch.device) -> int:
+    """How many more calls another rank makes; asked before the first of them, whose messages it would meet."""
     if not is_distributed():
-        return number
+        return 0
     most = torch.tensor(number, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
+    return int(most) - number

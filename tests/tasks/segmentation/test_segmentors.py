@@ -12,6 +12,7 @@ from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.branch import FeatureSpec
 from piip_scale.tasks.base import Segmentation
 from piip_scale.tasks.mmlab import BaseModule, ConfigDict, DefaultScope
+from piip_scale.tasks.segmentation import sliding
 from piip_scale.tasks.segmentation.heads_config import plan_segmentor
 from piip_scale.tasks.segmentation.metric import SegmentationMetric
 from piip_scale.tasks.segmentation.mmlab import MODELS, PixelData, SegDataSample
@@ -175,6 +176,28 @@ def test_whole_images_score_the_same_whichever_share_their_batch():
     for image, found in zip(images, together, strict=True):
         assert found.shape == image.shape
         torch.testing.assert_close(found, scores_of([image])[0])
+
+
+@pytest.mark.parametrize(
+    "config", [InferenceConfig(), InferenceConfig(mode="slide", crop_px=(32, 32), stride_px=(32, 32))]
+)
+def test_ranks_agree_on_their_calls_before_the_first_of_them(config, monkeypatch):
+    """Under ZeRO-3 a call sends messages: a rank that asks after its last call meets those of another's next one."""
+    done = []
+
+    def all_reduce(most, _op):
+        done.append("agreed")
+        most.fill_(5)
+
+    monkeypatch.setattr(sliding, "is_distributed", lambda: True)
+    monkeypatch.setattr(sliding.dist, "all_reduce", all_reduce)
+
+    def scorer(pixels):
+        done.append("called")
+        return pixels
+
+    class_scores(scorer, torch.zeros(2, 3, 64, 64), [(20, 20), (60, 60)], config, 32)
+    assert done == ["agreed", *["called"] * 5]
 
 
 def test_scores_are_scaled_before_the_best_is_taken():
