@@ -10,6 +10,7 @@ from torch import Tensor
 from piip_scale.config.branches import VitBranchConfig
 from piip_scale.config.model import PiipConfig
 from piip_scale.config.presets import PRESETS
+from piip_scale.config.pyramid import PyramidConfig
 from piip_scale.engine.rehearsal import rehearse
 from piip_scale.geometry import Grid
 from piip_scale.models.network_work import AS_COMPUTED, NetworkWork
@@ -43,9 +44,10 @@ class WindowedBlock:
 
     def macs(self) -> int:
         """Multiply-accumulates of its forward pass on one image, padded cells counted as they are computed."""
-        size_px = [side * _PATCH_PX for side in self.grid]
-        configs = [PiipConfig(branches=(self.config(depth),), pyramid={"scales": (1.0,)}) for depth in (1, 2)]
-        one, two = (NetworkWork(each, *size_px, AS_COMPUTED, None).branch(0).forward for each in configs)
+        height_px, width_px = (side * _PATCH_PX for side in self.grid)
+        pyramid = PyramidConfig(scales=(1.0,))
+        configs = [PiipConfig(branches=(self.config(depth),), pyramid=pyramid) for depth in (1, 2)]
+        one, two = (NetworkWork(each, height_px, width_px, AS_COMPUTED, None).branch(0).forward for each in configs)
         return two - one
 
     def kept_bytes(self, dtype: torch.dtype) -> int:

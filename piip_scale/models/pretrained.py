@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ _MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.|\.qv_bias\.|\.lora\.
 scales of weights that are stored in 8 bits follow from these."""
 _SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\.(safetensors|bin|pth|pt)")
 """What an index may name: from wherever the folder came, never a way out of it."""
-_RECORDS = [argparse.Namespace]
+_RECORDS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 """What training codes save beside tensors (RADIO, MAE) and what runs nothing when it is read: plain values by name."""
 _KEYS_SHOWN = 5
 _PICKLE, _ZIP, _START_BYTES = b"\x80", b"PK", 40

@@ -78,7 +78,8 @@ class RotaryPositions(nn.Module):
             rows, columns = rows * factor, columns * factor
         down, right = (places.flatten() for places in torch.meshgrid(rows, columns, indexing="ij"))
         first, second = (down, right) if self.config.first == "rows" else (right, down)
-        return rotary_table(first, second, self.head_size, self.config.base).unflatten(1, grid)
+        cells_2NP = rotary_table(first, second, self.head_size, self.config.base)
+        return cells_2NP.view(2, *grid, -1)
 
     def _places(self, side: int) -> Callable[[Tensor], Tensor]:
         config = self.config
