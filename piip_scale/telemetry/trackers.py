@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from piip_scale.run.run_dir import RunDirectory, State
 _MOST_WAITING = 10_000
 _LONGEST_CLOSING_S = {"done": 60.0, "stopped": 15.0, "failed": 5.0}
 _STEP = "step"
+_WANDB_PROCESS = "wandb-core"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Tracker(Protocol):
         """The run ends."""
         ...
 
+    @staticmethod
+    def abandon() -> None:
+        """Nobody waits any longer for what is not sent, nor may the end of the process."""
+        ...
+
 
 class WandbTracker:
     """A run of Weights & Biases.
@@ -77,6 +84,9 @@ class WandbTracker:
         import wandb
 
         self._wandb = wandb
+        settings = wandb.Settings(console="off", silent=True)  # Ranks' own output stays theirs.
+        # Before all else: without a key, W&B would ask for one at the terminal of whoever started the training.
+        wandb.setup(settings)
         self._run = wandb.init(
             project=run.project,
             name=run.folder.name,
@@ -84,8 +94,7 @@ class WandbTracker:
             resume="allow",
             dir=str(run.folder),
             config=dict(run.settings) | dict(run.texts),
-            # Ranks' own output stays theirs.
-            settings=wandb.Settings(console="off", silent=True),
+            settings=settings,
         )
         # Its own counter refuses a step that is lower than the last, as a checkpoint's that became visible later.
         self._run.define_metric("*", step_metric=_STEP)
@@ -108,6 +117,20 @@ class WandbTracker:
     def close(self, state: State) -> None:
         """Ends the run; one that failed or was stopped may go on."""
         self._run.finish(exit_code=int(state == "failed"))
+
+    @staticmethod
+    def abandon() -> None:
+        """Ends W&B's own process, for whose last byte sent Python's end would wait: for good without a network."""
+        import psutil  # DeepSpeed requires it
+        import wandb
+
+        for process in psutil.Process().children():
+            with suppress(psutil.Error):
+                if process.name().startswith(_WANDB_PROCESS):
+                    process.kill()
+        # Or it would look for that process when Python ends, and print that it is gone. Told so, it would leave Python.
+        with suppress(Exception, SystemExit):
+            wandb.teardown()
 
 
 class MlflowTracker:
@@ -158,13 +181,17 @@ class MlflowTracker:
         """Ends the run."""
         self._client.set_terminated(self.identity, self._STATES[state])
 
+    @staticmethod
+    def abandon() -> None:
+        """Nothing: its calls end with the thread that waits for them."""
+
 
 def _mlflow_name(name: str) -> str:
     """A name of letters that MLflow takes."""
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
-TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
+TRACKERS: dict[str, type[Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
 """By the values of ``telemetry.trackers``, which are the packages' names."""
 
 
@@ -217,6 +244,8 @@ class Tracking:
         self._thread.join(longest_s)
         if self._thread.is_alive():
             self._warn(f"has not taken everything after {longest_s:.0f} s")
+        if self._gave_up:
+            TRACKERS[self._name].abandon()
 
     def _put(self, call: Callable[[Tracker], None] | None) -> None:
         if self._gave_up:

@@ -6,11 +6,13 @@ from pathlib import Path
 from piip_scale.errors import RunError
 from piip_scale.logging import configure_logging, get_logger
 from piip_scale.telemetry import EvaluationRecord, StepRecord, Telemetry
+from piip_scale.telemetry.trackers import TrackedRun
 
 
-def main(run_dir, num_steps):
+def main(run_dir, num_steps, *names):
     configure_logging()
     telemetry = Telemetry(run_dir, total_steps=num_steps)
+    telemetry.track(names, TrackedRun(run_dir, "digits"))
     get_logger().info("a message beside the bar")
     try:
         for step in range(1, num_steps + 1):
@@ -23,7 +25,7 @@ def main(run_dir, num_steps):
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), int(sys.argv[2]))
+        main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
     except RunError as error:
         print(error.line, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 from test_boards import evaluation
-from test_telemetry import record
+from test_telemetry import WRITER, record
 
 from piip_scale.config.loading import changed_keys
 from piip_scale.errors import ConfigError
@@ -36,6 +40,10 @@ class Told:
 
     def close(self, state):
         self.calls.append(state)
+
+    @classmethod
+    def abandon(cls):
+        cls.calls.append("abandoned")
 
 
 @pytest.fixture
@@ -73,6 +81,7 @@ def test_what_a_run_tells_reaches_a_tracker_once_also_after_a_kill(told, tmp_pat
     assert scores == (4, {"0_overview/box_ap": 0.4, "eval/box_ap": 0.4, "per_class/box_ap50/a/b": 0.4})
     assert [*pictures[1]] == ["truth_beside_found/image 7"]
     assert state == "stopped"
+    assert "abandoned" not in told.calls
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "a1b2"}
     # From its checkpoint of step 2 on: what is done again was told.
     train(tmp_path, 2, 6)
@@ -95,6 +104,7 @@ def test_a_tracker_that_fails_is_one_line_and_the_run_goes_on(told, warnings, tm
     ]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4]
+    assert told.calls[-1] == "abandoned"
 
 
 def test_a_tracker_that_hangs_holds_up_nothing(told, warnings, tmp_path, monkeypatch):
@@ -105,6 +115,7 @@ def test_a_tracker_that_hangs_holds_up_nothing(told, warnings, tmp_path, monkeyp
     assert warnings == [
         "wandb has not taken everything after 0 s; the run goes on without it, its own files have everything"
     ]
+    assert told.calls == ["abandoned"]
     monkeypatch.setattr(trackers, "_MOST_WAITING", 3)
     train(tmp_path, 4, 8)
     assert "wandb takes too long; the run goes on without it" in warnings[1]
@@ -177,6 +188,22 @@ def logged(content):
         if part in (1, 4):
             yield record_so_far
             record_so_far = b""
+
+
+def test_weights_and_biases_without_a_network_holds_up_neither_the_run_nor_its_end(tmp_path):
+    pytest.importorskip("wandb")
+    with socket.socket() as server:
+        # Takes what is sent, and never answers.
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+        command = [sys.executable, WRITER, tmp_path, "3", "wandb"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    told = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "a message"))]
+    rest = "the run goes on without it, its own files have everything"
+    assert told == [f"wandb has not taken everything after 15 s; {rest}"]
 
 
 @pytest.fixture
