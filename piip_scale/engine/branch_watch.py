@@ -46,7 +46,11 @@ class BranchWatch:
             if parameter.requires_grad
         }
         self._parts = sorted({*part_of.values(), _REST})
-        self._pieces = [] if self._gradient is None else list(_pieces(engine, part_of))
+        pieces = [] if self._gradient is None else list(_pieces(engine, part_of))
+        # Once: a step that is written has the host make neither views nor copies of numbers.
+        self._slices = [] if self._gradient is None else [self._gradient[first:end] for _, first, end in pieces]
+        places = torch.tensor([self._parts.index(part) for part, _, _ in pieces], dtype=torch.int64)
+        self._places = places if self._gradient is None else places.to(self._gradient.device)
         self._scales = _scales(engine, dict(_watched(engine.module)))
 
     def own(self, *, with_gradients: bool) -> dict[str, Tensor | float]:
@@ -65,12 +69,11 @@ class BranchWatch:
         return found
 
     def _squares(self, gradient: Tensor) -> dict[str, Tensor | float]:
-        if not self._pieces:
+        if not self._slices:
             return dict.fromkeys((f"{GRADIENT}{part}" for part in self._parts), 0.0)
-        norms = torch._foreach_norm([gradient[first:end] for _, first, end in self._pieces])
-        places = torch.tensor([self._parts.index(part) for part, _, _ in self._pieces])
+        norms = torch._foreach_norm(self._slices)
         squares = torch.zeros(len(self._parts), device=gradient.device)
-        squares.index_add_(0, places.to(gradient.device, non_blocking=True), torch.stack(norms).square())
+        squares.index_add_(0, self._places, torch.stack(norms).square())
         return {f"{GRADIENT}{part}": square for part, square in zip(self._parts, squares, strict=True)}
 
 

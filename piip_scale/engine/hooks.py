@@ -15,7 +15,8 @@ from piip_scale.engine.interval import Interval
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation
 from piip_scale.errors import Interrupted
-from piip_scale.run.run_dir import RunDirectory, State
+from piip_scale.run.progress_notes import ProgressNotes
+from piip_scale.run.run_dir import State
 from piip_scale.run.starting import StartClock
 from piip_scale.telemetry.memory import GIB, memory_now_bytes, peak_memory_bytes
 from piip_scale.telemetry.records import EvaluationRecord, IntervalRecord, SaveRecord, StartRecord, StepRecord
@@ -87,7 +88,7 @@ class Silence:
 
 
 class LogSteps:
-    """Sends every step to the sink, and the status to the run directory with every logged one.
+    """Sends every step to the sink, and has the run directory note every logged one.
 
     Losses are means over ranks in logged steps (every n-th and the last) and this rank's own in between: what only
     moves a progress line is not worth a collective.
@@ -98,7 +99,7 @@ class LogSteps:
     def __init__(
         self,
         sink: Sink,
-        run: RunDirectory,
+        notes: ProgressNotes,
         world: World,
         device: torch.device,
         every: int,
@@ -108,7 +109,7 @@ class LogSteps:
         interval: Interval,
     ) -> None:
         self._num_broken = num_broken
-        self._sink, self._run, self._world, self._device = sink, run, world, device
+        self._sink, self._notes, self._world, self._device = sink, notes, world, device
         self._every, self._total, self._utilisation, self._interval = every, total_steps, utilisation, interval
 
     def after_step(self, report: StepReport) -> None:
@@ -127,7 +128,7 @@ class LogSteps:
             return
         self._sink.step(self._record(report, losses, num_broken, interval))
         if logged:
-            self._run.write_status("running", report.step)
+            self._notes.note(report.step)
 
     def _record(
         self,
@@ -146,22 +147,24 @@ class LogSteps:
             data_wait_seconds=report.wait_seconds,
             forward_seconds=report.result.forward_seconds,
             backward_seconds=report.result.backward_seconds,
-            memory_bytes=peak_memory_bytes(self._device),
+            memory_bytes=None if interval is None else peak_memory_bytes(self._device),
             grad_norm=report.result.grad_norm,
             model_tflops=tflops,
             mfu=self._utilisation.mfu(tflops),
             broken_samples=num_broken,
             num_ranks=self._world.num_ranks,
-            memory_now_bytes={} if num_broken is None else memory_now_bytes(self._device),
+            memory_now_bytes={} if interval is None else memory_now_bytes(self._device),
             interval=interval,
         )
 
     def at_stop(self, step: int) -> None:
         """Says so."""
+        self._notes.finish()
         self._sink.ending(step, "stopped as asked")
 
     def at_end(self, step: int) -> None:
         """Says so."""
+        self._notes.finish()
         self._sink.event(step, "training is done")
 
 

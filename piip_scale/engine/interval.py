@@ -105,11 +105,7 @@ class Interval:
         return {f"{name}{rank}": value * num_ranks if rank == mine else 0.0 for rank in range(num_ranks)}
 
     def record(self, means: MutableMapping[str, float], report: StepReport) -> IntervalRecord:
-        """Takes its numbers out of the means over ranks, and begins the next interval.
-
-        Raises:
-            RunError: The disk refuses.
-        """
+        """Takes its numbers out of the means over ranks, and begins the next interval."""
         found = {name.removeprefix(PREFIX): means.pop(name) for name in list(means) if name.startswith(PREFIX)}
         sums, self._sums = self._sums, _Sums()
         paces = sorted(self._paces(found), key=lambda pace: pace.own_seconds)
@@ -127,7 +123,7 @@ class Interval:
             gammas=gammas,
             merging_weights=merging,
             attempt=self._gpu_time.attempt if self._gpu_time else None,
-            gpu_seconds=self._gpu_time.note() if self._gpu_time else 0.0,
+            gpu_seconds=self._gpu_time.spent_s() if self._gpu_time else 0.0,
             useful_gpu_seconds=self._useful_s,
         )
 

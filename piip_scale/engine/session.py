@@ -54,6 +54,7 @@ from piip_scale.run.environment import command_line, few_cores_line
 from piip_scale.run.gpu_time import GpuTimeFile
 from piip_scale.run.heartbeat import Heartbeat
 from piip_scale.run.profiled_steps import ProfiledSteps
+from piip_scale.run.progress_notes import ProgressNotes
 from piip_scale.run.run_dir import RunDirectory, State
 from piip_scale.run.starting import StartClock
 from piip_scale.tasks.base import Task
@@ -251,7 +252,7 @@ class _Training:
             *averaging,
             LogSteps(
                 self._sink,
-                session.run,
+                ProgressNotes(session.run, session.gpu_time),
                 session.world,
                 self._device,
                 train.log_every_steps,

@@ -65,8 +65,12 @@ class GpuTimeFile:
         """This attempt's number, from 1."""
         return self._now.attempt
 
+    def spent_s(self) -> float:
+        """The seconds that all ranks have taken so far, those of earlier attempts too."""
+        return self._now.spent_s(time.time())
+
     def note(self) -> float:
-        """Notes that the attempt goes on; gives the seconds that all ranks have taken so far, earlier attempts' too.
+        """Notes that the attempt goes on; gives what ``spent_s`` does.
 
         Raises:
             RunError: The disk refuses.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -21,6 +22,9 @@ from piip_scale.run.ending import Ending, ending_of, parse_ending
 from piip_scale.run.starting import process_age_seconds
 
 State = Literal["running", "stopped", "failed", "done"]
+
+# Held from reading a status to replacing it: threads of this process do both.
+_CHANGING_STATUS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -222,16 +226,18 @@ class RunDirectory:
 
         A run with a failed rank does not run: ranks that the signal for their stacks woke go on for some moments.
         """
-        before = self.status()
-        if state == "running" and before and before.state == "failed" and self.first_error():
-            return
-        self._write_status(Status(state, step, ending, before.checkpoint_step if before else 0))
+        with _CHANGING_STATUS:
+            before = self.status()
+            if state == "running" and before and before.state == "failed" and self.first_error():
+                return
+            self._write_status(Status(state, step, ending, before.checkpoint_step if before else 0))
 
     def note_checkpoint(self, step: int) -> None:
         """Has the status know of a checkpoint, so that its loss is noticed. Main rank only."""
-        status = self.status()
-        if status is not None:
-            self._write_status(replace(status, checkpoint_step=step))
+        with _CHANGING_STATUS:
+            status = self.status()
+            if status is not None:
+                self._write_status(replace(status, checkpoint_step=step))
 
     def _write_status(self, status: Status) -> None:
         write_text_atomic(self.status_file, json.dumps(asdict(status)) + "\n")
@@ -242,9 +248,10 @@ class RunDirectory:
         Raises:
             RunError: The disk refuses, or the status there is none.
         """
-        before = self.status()
-        if before is None or (before.state, before.ending) != ("failed", ending):
-            self.write_status("failed", before.step if before else 0, ending)
+        with _CHANGING_STATUS:
+            before = self.status()
+            if before is None or (before.state, before.ending) != ("failed", ending):
+                self.write_status("failed", before.step if before else 0, ending)
 
     def record_error(self, rank: int, error: BaseException, step: int = 0, node: str = "") -> Ending | None:
         """Writes a rank's traceback, and claims to be the first that failed.

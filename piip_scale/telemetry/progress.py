@@ -15,6 +15,8 @@ from piip_scale.telemetry.records import StepRecord
 # Between two lines of a log: a hundredth of the time so far, within these bounds, some 1,500 lines in a week.
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
 _PAUSE_SHARE = 0.01
+# Of a terminal's line, which takes a millisecond or two.
+_REDRAWN_S = 1.0
 _NUM_LOSSES_SHOWN = 3
 
 
@@ -37,7 +39,7 @@ class ProgressLine:
         self._bar: Progress | None = None
         if shows_steps and self._stream.isatty():
             columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
-            self._bar = Progress(*columns, console=Console(file=self._stream), refresh_per_second=4)
+            self._bar = Progress(*columns, console=Console(file=self._stream), auto_refresh=False)
             self._task = self._bar.add_task("", total=total_steps, completed=first_step, text="")
             self._bar.start()
 
@@ -46,10 +48,14 @@ class ProgressLine:
         if not self._shows_steps:
             return
         self._meter.add(record.images, record.step_seconds, record.data_wait_seconds)
+        now_s = time.monotonic()
+        if now_s < self._next_s and record.step != self._total:
+            return
         text = progress_text(record, self._meter, self._total)
         if self._bar is not None:
-            self._bar.update(self._task, completed=record.step, text=text)
-        elif (now_s := time.monotonic()) >= self._next_s or record.step == self._total:
+            self._next_s = now_s + _REDRAWN_S
+            self._bar.update(self._task, completed=record.step, text=text, refresh=True)
+        else:
             pause_s = _PAUSE_SHARE * (now_s - self._began_s)
             self._next_s = now_s + min(max(pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
             self.note(f"step {record.step}/{self._total}  {text}")

@@ -78,7 +78,8 @@ class StepRecord:
         data_wait_seconds: The part of it spent waiting for the loader.
         forward_seconds: The part of it in forward passes, on the device of this rank.
         backward_seconds: In backward passes. What is left is the update, and what ends micro-batches.
-        memory_bytes: Peak memory of this process so far: the device allocator's on a GPU, else resident memory.
+        memory_bytes: Peak memory of this process so far: the device allocator's on a GPU, else resident memory;
+            ``None`` between the steps that are written.
         grad_norm: Norm of the whole gradient before clipping, ``None`` where it is not computed.
         model_tflops: TFLOP/s of this rank by the count of the network's multiply-adds, waiting included.
         mfu: Their share of the device's peak, ``None`` where that is not known.
@@ -96,7 +97,7 @@ class StepRecord:
     images: int
     step_seconds: float
     data_wait_seconds: float
-    memory_bytes: int
+    memory_bytes: int | None = None
     grad_norm: float | None = None
     model_tflops: float | None = None
     mfu: float | None = None

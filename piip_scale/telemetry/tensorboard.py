@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,6 @@ class TensorBoardWriter:
         # From the first process on: TensorBoard takes the first such mark for the run's beginning and hides nothing.
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=_FLUSH_SECONDS)  # type: ignore[no-untyped-call]
         self._writer.add_custom_scalars(_LAYOUT)  # type: ignore[no-untyped-call]
-        self._last_check = time.monotonic()
 
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Shows each named text as it stands, in letters of one width."""
@@ -88,14 +86,16 @@ class TensorBoardWriter:
         self._writer.file_writer.add_summary(start)  # type: ignore[attr-defined]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one point to each named curve.
+        """Adds one point to each named curve; its file is written by another thread.
 
         Raises:
-            OSError: The disk refused this or an earlier point.
+            OSError: The disk refused an earlier point.
         """
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
-        self._flush_when_due()
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # All in one event: the writing thread opens its file for each, and more than ten of them wait for it.
+        points = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
+        self._writer.file_writer.add_summary(Summary(value=points), step)  # type: ignore[attr-defined]
 
     def events(self, events: Sequence[tuple[int, str]]) -> None:
         """Shows what has happened so far, the newest first, as one text under ``events``.
@@ -153,12 +153,6 @@ class TensorBoardWriter:
             self._writer.file_writer.add_summary(end)  # type: ignore[attr-defined]
         self._writer.close()  # type: ignore[no-untyped-call]
 
-    def _flush_when_due(self) -> None:
-        # The writer's own thread meets a full disk alone; a flush from here brings the error to the run.
-        if time.monotonic() - self._last_check > _FLUSH_SECONDS:
-            self._writer.flush()  # type: ignore[no-untyped-call]
-            self._last_check = time.monotonic()
-
 
 @functools.cache
 def _hush_writers() -> None:
@@ -182,13 +176,13 @@ def step_scalars(record: StepRecord, images_per_second: float) -> dict[str, floa
         "throughput/images_per_second_per_rank": images_per_second / record.num_ranks,
         "time/step_ms": record.step_seconds * 1e3,
         "time/data_wait_ms": record.data_wait_seconds * 1e3,
-        "memory/peak_gib": record.memory_bytes / GIB,
     }
     if record.forward_seconds is not None and record.backward_seconds is not None:
         passes = {"forward": record.forward_seconds, "backward": record.backward_seconds}
         left = record.step_seconds - record.data_wait_seconds - sum(passes.values())
         values |= {f"time/{name}_ms": value * 1e3 for name, value in (passes | {"update": max(left, 0.0)}).items()}
-    values |= {f"memory/{kind}_gib": num_bytes / GIB for kind, num_bytes in record.memory_now_bytes.items()}
+    peak = {} if record.memory_bytes is None else {"peak": record.memory_bytes}
+    values |= {f"memory/{kind}_gib": size / GIB for kind, size in (peak | dict(record.memory_now_bytes)).items()}
     optional = {
         "train/grad_norm": record.grad_norm,
         "throughput/model_tflops_per_rank": record.model_tflops,

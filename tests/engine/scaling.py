@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from file_operations import count_operations
 from ranks import tiny_config
+from sections.file_operations import count_operations
 from tiny_task import TinyTask
 
 from piip_scale.engine import save_job

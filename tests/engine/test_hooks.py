@@ -7,6 +7,7 @@ from piip_scale.engine.interval import Interval
 from piip_scale.engine.step import StepResult
 from piip_scale.engine.trainer import StepReport
 from piip_scale.engine.utilisation import Utilisation, peak_of, peak_tflops
+from piip_scale.run.progress_notes import ProgressNotes
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry.tensorboard import step_scalars
 from piip_scale.world import World
@@ -25,7 +26,7 @@ def tell_of(heard, folder, peak_tflops=None):
     utilisation = Utilisation(lambda height, width: height * width * 10**12, peak_tflops)
     return LogSteps(
         heard,
-        RunDirectory(folder),
+        ProgressNotes(RunDirectory(folder)),
         World(),
         torch.device("cpu"),
         every=2,
@@ -63,6 +64,19 @@ def test_broken_samples_are_told_of_all_ranks_together(tmp_path, monkeypatch):
     assert [record.broken_samples for record in heard.records] == [None, 12]
     assert "data/broken_samples" not in step_scalars(heard.records[0], 1.0)
     assert step_scalars(heard.records[1], 1.0)["data/broken_samples"] == 12
+
+
+def test_what_only_written_steps_show_is_read_for_them_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "mean_over_ranks", lambda values, _: {name: 1.0 for name in values})
+    monkeypatch.setattr(hooks, "peak_memory_bytes", lambda _: 5)
+    heard = Heard()
+    tell = tell_of(heard, tmp_path)
+    for step in (1, 2):
+        tell.after_step(report_of(step))
+    tell.at_end(2)
+    assert [record.memory_bytes for record in heard.records] == [None, 5]
+    assert "memory/peak_gib" not in step_scalars(heard.records[0], 1.0)
+    assert RunDirectory(tmp_path).status().step == 2
 
 
 def test_utilisation_is_the_tasks_flops_over_the_peak(tmp_path):

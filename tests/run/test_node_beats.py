@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from file_operations import count_operations
+from sections.file_operations import count_operations
 
 from piip_scale.errors import DataError, PiipError
 from piip_scale.files import write_briefly

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_intervals import interval
+from sections.file_operations import count_operations
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -127,6 +128,16 @@ def test_events_read_back(tmp_path):
     assert read.keys() == wanted.keys()
     for tag, points in wanted.items():
         assert read[tag] == [(s, pytest.approx(v, rel=1e-6)) for s, v in points], tag
+
+
+def test_a_steps_curves_are_one_event_for_its_file_is_opened_for_each(tmp_path):
+    telemetry = Telemetry(tmp_path, total_steps=6, stream=io.StringIO())
+    telemetry._board._writer.flush()
+    with count_operations(tmp_path) as operations:
+        for step in (1, 2, 3):
+            telemetry.step(record(step))
+        telemetry.close()
+    assert operations == {"open": 3}
 
 
 def test_a_resumed_run_writes_over_what_its_checkpoint_did_not_see(tmp_path):

@@ -7,8 +7,9 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _AUDITED = {
     "open",
@@ -46,8 +47,8 @@ def count_operations(folder: Path) -> Iterator[Counter[str]]:
         sys.addaudithook(_count)
     looks = {name: getattr(os, name) for name in _LOOKS}
 
-    def counted(name: str):
-        def look(path, *rest, **more):
+    def counted(name: str) -> Callable[..., Any]:
+        def look(path: Any, *rest: Any, **more: Any) -> Any:
             if not isinstance(path, int):
                 _add(name, path)
             return looks[name](path, *rest, **more)
