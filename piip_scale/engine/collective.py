@@ -50,9 +50,9 @@ def mean_over_ranks(values: Mapping[str, Tensor | float], device: torch.device) 
         values: This rank's; tensors are scalars of any dtype and device.
         device: Through which ranks exchange them.
     """
-    names = sorted(values)
+    names, is_alone = sorted(values), dist.get_world_size() == 1
     # The lists of all ranks grow with them, so they are only exchanged where they differ.
-    if not _is_same(json.dumps(names), device):
+    if not (is_alone or _is_same(json.dumps(names), device)):
         everyones: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, names)
         names = sorted(set().union(*everyones))
@@ -65,7 +65,8 @@ def mean_over_ranks(values: Mapping[str, Tensor | float], device: torch.device) 
         places = torch.tensor([place_of[name] for name in tensors])
         stacked = torch.stack([value.detach().double().reshape(()).to(device) for value in tensors.values()])
         packed[0].index_copy_(0, places.to(device), stacked)
-    dist.all_reduce(packed)
+    if not is_alone:
+        dist.all_reduce(packed)
     return dict(zip(names, (packed[0] / packed[1]).tolist(), strict=True))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+from queue import SimpleQueue
 
-from piip_scale.errors import PiipError
 from piip_scale.run.gpu_time import GpuTimeFile
 from piip_scale.run.run_dir import RunDirectory
 
@@ -19,8 +19,12 @@ class ProgressNotes:
 
     def __init__(self, run: RunDirectory, gpu_time: GpuTimeFile | None = None) -> None:
         self._run, self._gpu_time = run, gpu_time
-        self._thread: threading.Thread | None = None
-        self._refusal: PiipError | None = None
+        self._steps: SimpleQueue[int] = SimpleQueue()
+        self._is_idle = threading.Event()
+        self._is_idle.set()
+        self._refusal: Exception | None = None
+        # One for all notes: who starts a thread waits until it runs.
+        self._thread = threading.Thread(target=self._work, name="progress notes", daemon=True)
 
     def note(self, step: int) -> None:
         """Notes, soon, that the run is at a step; left out while a disk is still busy with the note before.
@@ -28,11 +32,13 @@ class ProgressNotes:
         Raises:
             RunError: The disk refused an earlier note.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if not self._is_idle.is_set():
             return
         self.finish()
-        self._thread = threading.Thread(target=self._write, args=(step,), name=f"note step {step}", daemon=True)
-        self._thread.start()
+        if not self._thread.is_alive():
+            self._thread.start()
+        self._is_idle.clear()
+        self._steps.put(step)
 
     def finish(self) -> None:
         """Waits for a note that is being written.
@@ -40,15 +46,20 @@ class ProgressNotes:
         Raises:
             RunError: The disk refused it.
         """
-        if self._thread is not None:
-            self._thread.join()
+        self._is_idle.wait()
         if self._refusal is not None:
             raise self._refusal
 
+    def _work(self) -> None:
+        while True:
+            step = self._steps.get()
+            try:
+                self._write(step)
+            except Exception as error:  # noqa: BLE001 - raised where the training sees it
+                self._refusal = error
+            self._is_idle.set()
+
     def _write(self, step: int) -> None:
-        try:
-            if self._gpu_time:
-                self._gpu_time.note()
-            self._run.write_status("running", step)
-        except PiipError as error:
-            self._refusal = error
+        if self._gpu_time:
+            self._gpu_time.note()
+        self._run.write_status("running", step)

@@ -231,6 +231,9 @@ class RunDirectory:
             if state == "running" and before and before.state == "failed" and self.first_error():
                 return
             self._write_status(Status(state, step, ending, before.checkpoint_step if before else 0))
+            # A rank that failed between the two has written its word, and this one over it.
+            if state == "running" and (first := self.first_error()):
+                self.write_failure(first)
 
     def note_checkpoint(self, step: int) -> None:
         """Has the status know of a checkpoint, so that its loss is noticed. Main rank only."""

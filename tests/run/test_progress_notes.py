@@ -70,7 +70,7 @@ def test_what_the_disk_refuses_ends_the_run_at_the_next_note(run, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     notes = ProgressNotes(run)
     notes.note(10)
-    notes._thread.join()
+    assert notes._is_idle.wait(30)
     with pytest.raises(RunError, match=r"status\.json: No space left.*free some space"):
         notes.note(20)
     with pytest.raises(RunError, match="No space left"):

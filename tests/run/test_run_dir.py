@@ -151,6 +151,20 @@ def test_the_ending_that_a_rank_left_is_the_one_in_the_status(tmp_path):
     assert run.status().ending == better
 
 
+def test_a_rank_that_fails_while_another_notes_its_step_has_the_last_word(tmp_path, monkeypatch):
+    run, write, endings = opened(tmp_path), RunDirectory._write_status, []
+
+    def written_late(self, status):
+        if not endings:
+            endings.append(run.record_error(1, DataError("broken", value="a.tar"), step=7))
+            run.write_failure(endings[0])
+        write(self, status)
+
+    monkeypatch.setattr(RunDirectory, "_write_status", written_late)
+    run.write_status("running", 7)
+    assert (run.status().state, run.status().ending) == ("failed", endings[0])
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "3", '{"state": "running"}', '{"state": "odd", "step": 1}', '{"state": "done", "step": "x"}'],
