@@ -45,7 +45,7 @@ from sections.subject import SIZE_PX, build, detector_config, made_up_batch
 
 _DEMO = Path(__file__).parents[2] / "configs" / "demo" / "digits.py"
 _RANKS = (1, 2)
-_PAIRS = {"small": 24, "demo": 12}
+_PAIRS = {"small": 16, "demo": 6}
 """Pairs of intervals that count, by what is trained."""
 _WARM_UP = 2
 """Pairs before those; operations are counted in the last of them."""
