@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -134,7 +134,7 @@ def _quartiles(values: Sequence[float], digits: int) -> str:
 
 def _differences(found: Found, kind: str) -> list[float]:
     def mean_ms(interval: list[Spent]) -> float:
-        return sum(getattr(step, kind) for step in interval) / len(interval)
+        return fmean(getattr(step, kind) for step in interval)
 
     return [mean_ms(watched) - mean_ms(alone) for watched, alone in zip(found.watched, found.alone, strict=True)]
 
@@ -230,6 +230,8 @@ def _unwatched() -> Iterator[None]:
 
 class _Turns:
     """Has a hook watch the steps of every other interval, and keeps the time of all."""
+
+    doing = "logging"
 
     def __init__(self, hook: LogSteps, folder: Path, every: int) -> None:
         self._hook, self._folder, self._every = hook, folder, every

@@ -19,7 +19,7 @@ _DEVICE_BOUND_SHARE = 0.8
 _NUM_ROWS = 10
 _NAME_WIDTH = 72
 _US_PER_MS = 1000.0
-_COMMUNICATION = "nccl"
+_COMMUNICATION = ("nccl", "gloo:")
 
 
 class Event(Protocol):
@@ -64,8 +64,8 @@ class ProfileSummary:
         num_steps: Profiled steps.
         on_gpu: The device is a GPU; otherwise host and device are one.
         window_us: Wall time of the steps, and of logging between them.
-        busy_us: Of it, the time in which at least one kernel or copy ran; on a CPU 0.
-        communication_us: The same of kernels that exchange with other ranks.
+        busy_us: Of it, the time in which at least one kernel or copy ran; on a CPU an operator.
+        communication_us: The same of those that exchange with other ranks.
         modules: By name; of one module without those inside it.
         operators: Kernels by name; on a CPU operators, without those they call.
     """
@@ -82,17 +82,20 @@ class ProfileSummary:
     def verdict(self) -> str:
         """One line: what limits a step."""
         step_ms = self.window_us / self.num_steps / _US_PER_MS
-        if not self.on_gpu:
-            return f"the device is the CPU, so host and device are one; a step took {step_ms:.1f} ms"
-        if not self.busy_us:
+        if self.on_gpu and not self.busy_us:
             return (
                 f"no kernel was recorded (may CUPTI be used here?): host or device, not known; {step_ms:.1f} ms a step"
             )
-        busy = self.busy_us / self.window_us
+        busy = self.busy_us / self.window_us if self.window_us else 0.0
         bound = "device-bound" if busy >= _DEVICE_BOUND_SHARE else "host-bound"
         exchanged = (
             f", {self.communication_us / self.window_us:.0%} with communication" if self.communication_us else ""
         )
+        if not self.on_gpu:
+            return (
+                f"the device is the CPU, so host and device are one: operators ran {busy:.0%} of the time{exchanged}, "
+                f"the rest is Python and waiting; a step took {step_ms:.1f} ms"
+            )
         return f"{bound}: the device was busy {busy:.0%} of the time{exchanged}; a step took {step_ms:.1f} ms"
 
     def text(self) -> str:
@@ -119,7 +122,8 @@ def summarise(events: Sequence[Event], num_steps: int, units: Mapping[str, str],
     steps = [e.time_range for e in on_host if e.name.startswith(_STEP_RANGE)]
     window = (min(s.start for s in steps), max(s.end for s in steps)) if steps else (0.0, 0.0)
     operators: dict[str, Cost] = defaultdict(Cost)
-    for event in kernels if on_gpu else filter(_is_operator, on_host):
+    ran = kernels if on_gpu else list(filter(_is_operator, on_host))
+    for event in ran:
         spent_us = event.time_range.end - event.time_range.start if on_gpu else event.self_cpu_time_total
         operators[event.name].forward_us += spent_us
         operators[event.name].calls += 1
@@ -127,8 +131,8 @@ def summarise(events: Sequence[Event], num_steps: int, units: Mapping[str, str],
         num_steps,
         on_gpu,
         window[1] - window[0],
-        _union_us(kernels, window),
-        _union_us([e for e in kernels if _COMMUNICATION in e.name.lower()], window),
+        _union_us(ran, window),
+        _union_us([e for e in (kernels if on_gpu else on_host) if _exchanges(e)], window),
         _module_costs(on_host, units, on_gpu=on_gpu),
         operators,
     )
@@ -165,6 +169,10 @@ def _owner(
     if event.fwd_thread:
         return left_by.get((event.sequence_nr, event.fwd_thread), outer), True
     return outer, is_backward
+
+
+def _exchanges(event: Event) -> bool:
+    return any(name in event.name.lower() for name in _COMMUNICATION)
 
 
 def _is_operator(event: Event) -> bool:

@@ -55,6 +55,10 @@ class Tracker(Protocol):
 
     identity: str
 
+    def __init__(self, run: TrackedRun) -> None:
+        """The run begins, or goes on."""
+        ...
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a point to each curve."""
         ...

@@ -132,5 +132,15 @@ def test_overlapping_kernels_count_once_and_go_to_their_modules(ends, verdict):
     assert set(found.operators) == {"gemm", "nccl_gather"}
 
 
+def test_on_a_cpu_what_is_no_operator_is_python_and_waiting():
+    step = event("ProfilerStep*", 0, 100, note=True)
+    product = event("aten::addmm", 10, 50, step)
+    inner = event("aten::copy_", 20, 30, product)
+    # Of gloo's own thread, beside the computing and after it.
+    exchange = event("gloo:all_reduce", 40, 60, note=True)
+    verdict = summarise([step, product, inner, exchange], 1, {}, on_gpu=False).verdict
+    assert "operators ran 40% of the time, 20% with communication, the rest is Python and waiting" in verdict
+
+
 def test_a_gpu_without_recorded_kernels_is_not_judged():
     assert "not known" in summarise([event("ProfilerStep*", 0, 9)], 1, {}, on_gpu=True).verdict
