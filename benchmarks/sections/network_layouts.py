@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from scipy.optimize import nnls
 
 from piip_scale.config.detection import DetectionRun
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import scale_to_ranks
-from piip_scale.engine.planning.cluster import GLOO, Cluster, Link
+from piip_scale.engine.planning.choices import layouts_of
+from piip_scale.engine.planning.cluster import GLOO, Cluster, cpu_cluster
 from piip_scale.engine.planning.planner import Planner
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.setup import build_engine
@@ -27,10 +31,12 @@ from sections.nodes import bytes_to_others, limit_rate, run_nodes
 from sections.record import table
 from sections.subject import NUM_CLASSES, SIZE_PX, build, detector_config, made_up_batch
 
-_STEPS, _UNLIMITED = 2, 20_000
+_STEPS, _STEPS_OF_MANY, _UNLIMITED = 3, 2, 20_000
 _CLOSE = 0.2
-_ROUNDS, _HALVINGS, _SLOWNESS = 3, 16, (1e-2, 1e2)
-_MEGA, _BITS, _WIDTH, _DEPTH = 1e6, 8, 256, 4
+_SMALL = 1e-12
+# tc limits whole packets: of 1,514 bytes TCP carries 1,448.
+_HEADERS = 1514 / 1448
+_MEGA, _GIGA, _BITS = 1e6, 1e9, 8
 # Nothing stays gathered for reuse, as in a model far larger than a device: what plans count.
 _RELEASED = {
     "zero_optimization": {
@@ -38,12 +44,6 @@ _RELEASED = {
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": 0,
     }
-}
-_WHOLE = {f"stage {stage}": {"stage": stage} for stage in (0, 1, 2)}
-_FLAT = {"stage 3": {"stage": 3, "deepspeed": _RELEASED}}
-_BY_NODE = {
-    "stage 3 in a node": {"stage": 3, "deepspeed": _RELEASED, "shard_over": "node"},
-    "hpZ": {"stage": 3, "deepspeed": _RELEASED, "node_partition": 2},
 }
 
 
@@ -56,29 +56,56 @@ class Setting:
         ranks_per_node: Of each.
         megabits_per_s: Of a node to others.
         accumulation: Micro-batches of a step.
+        large_dim: Width of the large branch.
+        depth: Of both branches.
+        checkpointed: Both compute their blocks again.
     """
 
     num_nodes: int
     ranks_per_node: int
     megabits_per_s: float
-    accumulation: int
+    accumulation: int = 1
+    large_dim: int = 256
+    depth: int = 4
+    checkpointed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.num_nodes} x {self.ranks_per_node}, {self.megabits_per_s:g} Mb/s, {self.accumulation} micro"
+        rate = f", {self.megabits_per_s:g} Mb/s" if self.num_nodes > 1 else ""
+        more = ", checkpointed" if self.checkpointed else ""
+        size = f"{self.large_dim} wide, {self.depth} deep"
+        return f"{self.num_nodes} x {self.ranks_per_node}{rate}, {self.accumulation} micro, {size}{more}"
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all nodes."""
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def ranks_per_core(self) -> float:
+        """Of this machine, which plays all nodes; those that share one take as many times longer."""
+        return max(1.0, self.num_ranks / (os.cpu_count() or 1))
 
     @property
     def layouts(self) -> dict[str, dict[str, Any]]:
-        """Sections ``zero`` by name; in nodes of one rank there is nothing to shard by node."""
-        return _WHOLE | _FLAT | (_BY_NODE if self.ranks_per_node > 1 and self.num_nodes > 1 else {})
+        """Sections ``zero`` by name: all that ``auto`` chooses among, but those that offload from host to host."""
+        changes = layouts_of(self.num_ranks, self.ranks_per_node)
+        return {
+            name.replace("zero.", ""): each | ({"deepspeed": _RELEASED} if each["stage"] == 3 else {})
+            for name, each in changes
+            if "offload_optimizer" not in each
+        }
 
 
 SETTINGS = (
     *(Setting(2, 2, rate, micros) for micros in (1, 4) for rate in (150, 300, 600, 1200)),
-    Setting(4, 1, 150, 1),
-    Setting(4, 1, 600, 1),
+    *(Setting(4, 1, rate) for rate in (150, 600)),
+    Setting(1, 4, _UNLIMITED),
+    Setting(2, 1, 300),
+    *(Setting(2, 2, rate, large_dim=512, depth=2) for rate in (300, 1200)),
+    Setting(2, 2, 600, large_dim=128, depth=8),
+    Setting(2, 2, 300, checkpointed=True),
 )
-CALIBRATED = Setting(2, 2, 300, 1)
-_FEW, _MANY = "stage 0", "stage 3"
+CALIBRATED = Setting(2, 2, 600)
 
 
 @dataclass(frozen=True)
@@ -91,42 +118,29 @@ class Measured:
 
 @cache
 def _config(setting: Setting, layout: str) -> DetectionRun:
-    return config_of(setting.layouts[layout], setting.accumulation)
-
-
-def config_of(zero: dict[str, Any], accumulation: int) -> DetectionRun:
-    """A small detector with a large branch twice as deep and four times as wide as the other."""
     return detector_config(
-        large_dim=_WIDTH,
-        depth=_DEPTH,
-        zero=zero,
-        train={"steps": 1000, "precision": "fp32", "gradient_accumulation": accumulation},
+        large_dim=setting.large_dim,
+        depth=setting.depth,
+        checkpoint_blocks=setting.checkpointed,
+        zero=setting.layouts[layout],
+        train={"steps": 1000, "precision": "fp32", "gradient_accumulation": setting.accumulation},
     )
-
-
-class _Built:
-    """As much of a task as building takes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def build_model(self) -> nn.Module:
-        """The model."""
-        return self._model
 
 
 def measured(world: World, device: torch.device, settings: Sequence[Setting]) -> dict[tuple[Setting, str], Measured]:
     """Every rank calls this; settings differ in their rates alone, for all of which a layout is built once."""
     found = {}
-    for name, zero in settings[0].layouts.items():
+    for name in settings[0].layouts:
         limit_rate(world, _UNLIMITED)
-        config = scale_to_ranks(config_of(zero, settings[0].accumulation), world.num_ranks)
+        config = scale_to_ranks(_config(settings[0], name), world.num_ranks)
         engine, _ = build_engine(build(cast(DetectionRun, config)), config, world)
         batches = [made_up_batch(world.rank + micro) for micro in range(config.train.gradient_accumulation)]
         _step(engine, batches, world)
         for setting in settings:
             limit_rate(world, setting.megabits_per_s)
-            taken = [_step(engine, batches, world) for _ in range(_STEPS if setting.accumulation == 1 else 1)]
+            taken = [
+                _step(engine, batches, world) for _ in range(_STEPS if setting.accumulation == 1 else _STEPS_OF_MANY)
+            ]
             found[setting, name] = min(taken, key=lambda each: each.seconds)
             if world.is_main:
                 print(setting, name, found[setting, name], flush=True)
@@ -142,39 +156,53 @@ def _step(engine: Any, batches: Sequence[Any], world: World) -> Measured:
     return Measured(time.perf_counter() - begun_s, (bytes_to_others() - before) / _MEGA)
 
 
-class Predictions:
-    """What planning predicts, with two rates set so that two layouts of one setting come out as measured.
-
-    Args:
-        layouts: Seconds of a step measured in the calibrated setting; of stage 0, which sends few messages, and of
-            stage 3, which sends many.
+class Rates(NamedTuple):
+    """Of ranks that have a core of their own, beside what planning takes a free core for.
 
     Attributes:
-        slowness: How many times longer a rank computes than planning takes for a free core.
-        message_s: What a message costs the host; see ``Cluster``.
+        slowness: How many times longer a rank computes.
+        message_s: What a message costs its host; see ``Cluster``.
+        byte_s: What a byte of a message does.
+    """
+
+    slowness: float
+    message_s: float
+    byte_s: float
+
+
+_NOTHING = Rates(0.0, 0.0, 0.0)
+_UNITS = (Rates(1.0, 0.0, 0.0), Rates(0.0, 1.0, 0.0), Rates(0.0, 0.0, 1.0))
+
+
+class Predictions:
+    """What planning predicts, with three rates that bring the layouts of one setting nearest to what was measured.
+
+    Args:
+        layouts: Seconds of a step by layout, measured in the calibrated setting.
+
+    Attributes:
+        rates: Those.
     """
 
     def __init__(self, layouts: Mapping[str, float]) -> None:
         self._planners: dict[int, Planner] = {}
-        self.slowness, self.message_s = 1.0, 0.0
-        few, many = (CALIBRATED, _FEW), (CALIBRATED, _MANY)
-        for _ in range(_ROUNDS):
-            self._fit(few, layouts[_FEW])
-            self.message_s += (layouts[_MANY] - self.seconds(*many)) / self.messages(*many)
+        self.rates = Rates(*self._fitted(layouts))
 
-    def _fit(self, configuration: tuple[Setting, str], seconds: float) -> None:
-        low, high = _SLOWNESS
-        for _ in range(_HALVINGS):
-            self.slowness = (low * high) ** 0.5
-            low, high = (low, self.slowness) if self.seconds(*configuration) > seconds else (self.slowness, high)
+    def _fitted(self, layouts: Mapping[str, float]) -> Iterable[float]:
+        """Shares of the measured time are fitted; a step that is twice as long counts as much."""
+        shares, rest = [], []
+        for layout, measured_s in layouts.items():
+            network_s = self._seconds_at(_NOTHING, layout)
+            shares.append([(self._seconds_at(unit, layout) - network_s) / measured_s for unit in _UNITS])
+            rest.append(1 - network_s / measured_s)
+        return (float(rate) for rate in nnls(np.array(shares), np.array(rest))[0])
+
+    def _seconds_at(self, rates: Rates, layout: str) -> float:
+        return self._seconds(CALIBRATED, layout, self._cluster(CALIBRATED, rates))
 
     def seconds(self, setting: Setting, layout: str) -> float:
         """Of a step."""
-        return self._planner(setting).step_time(_config(setting, layout), self._cluster(setting)).seconds
-
-    def messages(self, setting: Setting, layout: str) -> int:
-        """That a rank takes part in in a step."""
-        return sum(each.per_step * each.messages for each in self._traffic(setting, layout))
+        return self._seconds(setting, layout, self._cluster(setting, self.rates))
 
     def megabytes(self, setting: Setting, layout: str) -> float:
         """That a node sends to others in a step, as rings send it."""
@@ -183,21 +211,29 @@ class Predictions:
         each = ((one, GLOO.passes[one.kind] / PASSES[one.kind]) for one in traffic)
         return sum(passes * one.between(setting.ranks_per_node) for one, passes in each) / _MEGA
 
-    def _traffic(self, setting: Setting, layout: str) -> Sequence[Collective]:
-        return self._planner(setting).traffic(_config(setting, layout), setting.num_nodes * setting.ranks_per_node)
+    def auto(self, setting: Setting) -> str:
+        """The layout that ``auto`` takes there, with its own assumptions about CPUs and nothing of what is fitted."""
+        seconds = {name: self._seconds(setting, name, _plain_cluster(setting)) for name in setting.layouts}
+        return min(seconds, key=seconds.__getitem__)
 
-    def _cluster(self, setting: Setting) -> Cluster:
-        return Cluster(
-            num_ranks=setting.num_nodes * setting.ranks_per_node,
-            ranks_per_node=setting.ranks_per_node,
-            flops=50e9 / self.slowness,
-            fp32_flops=50e9 / self.slowness,
-            inner=Link(1e9, 1e-4),
-            outer=Link(setting.megabits_per_s * _MEGA / _BITS, 1e-4),
-            memory_bytes_per_s=10e9 / self.slowness,
-            operator_s=2.65e-5 * self.slowness,
-            message_s=self.message_s,
-            asynchronous=False,
+    def _seconds(self, setting: Setting, layout: str, cluster: Cluster) -> float:
+        return self._planner(setting).step_time(_config(setting, layout), cluster).seconds
+
+    def _traffic(self, setting: Setting, layout: str) -> Sequence[Collective]:
+        return self._planner(setting).traffic(_config(setting, layout), setting.num_ranks)
+
+    def _cluster(self, setting: Setting, rates: Rates) -> Cluster:
+        plain, slowness = _plain_cluster(setting), max(_SMALL, rates.slowness)
+        return replace(
+            plain,
+            flops=plain.flops / slowness,
+            fp32_flops=plain.fp32_flops / slowness,
+            memory_bytes_per_s=plain.memory_bytes_per_s / slowness,
+            operator_s=plain.operator_s * slowness,
+            message_s=rates.message_s * setting.ranks_per_core,
+            socket_bytes_per_s=1 / max(_SMALL, rates.byte_s * setting.ranks_per_core),
+            inner=replace(plain.inner, bytes_per_s=math.inf),
+            outer=replace(plain.outer, bytes_per_s=setting.megabits_per_s * _MEGA / _BITS / _HEADERS),
             # Without prefetching nothing of a gather hides.
             transport=replace(GLOO, hides=dict.fromkeys(GLOO.hides, False)),
         )
@@ -208,29 +244,35 @@ class Predictions:
         return self._planners[setting.ranks_per_node]
 
 
+def _plain_cluster(setting: Setting) -> Cluster:
+    gigabits_per_s = setting.megabits_per_s * _MEGA / _GIGA
+    return cpu_cluster(setting.num_ranks, setting.ranks_per_node, gigabits_per_s, setting.ranks_per_core)
+
+
 def _outline(config: RunConfig) -> Outline:
     return outline_run(config, NUM_CLASSES, (SIZE_PX, SIZE_PX))
 
 
 def measure_all(settings: Iterable[Setting] = SETTINGS) -> dict[tuple[Setting, str], Measured]:
-    """All settings, those of a shape on the same ranks."""
-    together: dict[tuple[int, int, int], list[Setting]] = {}
+    """All settings, those that differ by their rates on the same ranks."""
+    together: dict[Setting, list[Setting]] = {}
     for setting in settings:
-        key = (setting.num_nodes, setting.ranks_per_node, setting.accumulation)
-        together.setdefault(key, []).append(setting)
+        together.setdefault(replace(setting, megabits_per_s=0), []).append(setting)
     found: dict[tuple[Setting, str], Measured] = {}
-    for (num_nodes, ranks_per_node, _), own in together.items():
-        found |= run_nodes(num_nodes, ranks_per_node, measured, own)[0]
+    for common, own in together.items():
+        found |= run_nodes(common.num_nodes, common.ranks_per_node, measured, own)[0]
     return found
 
 
 _TEXT = (
-    "Four ranks on this machine's cores as 2 nodes of 2 or 4 nodes of 1: network namespaces, whose links tc limits to "
-    "a rate. A detector with a large branch of 256 and a small one of 64 dimensions in float32 over gloo, nothing "
-    "prefetched or kept for reuse; the faster of two steps, or one of four micro-batches. MB are what a node sends to "
-    "others in a step, by its link's counter, headers included. Predicted is what `plan` reckons with; its "
-    "rates are set once, by stage 0 and stage 3 at {calibrated}: a rank computes {slowness:.1f} times longer than a "
-    "free core, and a message costs {message_ms:.0f} ms."
+    "Ranks on this machine's cores as nodes: network namespaces, whose links tc limits to a rate. A detector with a "
+    "large branch and a small one of a quarter of its width in float32 over gloo, nothing prefetched or kept for "
+    "reuse; the fastest of {steps} steps, or of {steps_of_many} with many micro-batches. MB are what a node sends to "
+    "others in a step, by its link's counter, headers included. Predicted is what `plan` reckons with. Three rates are "
+    "set once, by the layouts of {calibrated}: a rank with a core of its own computes {rates.slowness:.2f} times as "
+    "long as `plan` takes it to, a message costs it {message_ms:.1f} ms, a byte of one {byte_ns:.1f} ns; ranks that "
+    'share a core take as many times longer for all three. Auto is what `zero.strategy="auto"` takes, with nothing '
+    "set; stage 0 is open to it in float32 only."
 )
 
 
@@ -241,26 +283,62 @@ def section() -> str:
 
 def report(found: Mapping[tuple[Setting, str], Measured]) -> str:
     """Measured beside predicted, and whether the layout that is predicted to be the fastest was."""
-    predictions = Predictions({layout: found[CALIBRATED, layout].seconds for layout in (_FEW, _MANY)})
-    rows, errors, picks = [], [], []
-    for setting in dict.fromkeys(setting for setting, _ in found):
-        own = {layout: one for (of, layout), one in found.items() if of == setting}
-        seconds = {layout: predictions.seconds(setting, layout) for layout in own}
-        pick, fastest = min(seconds, key=seconds.__getitem__), min(own, key=lambda layout: own[layout].seconds)
-        picks.append(own[pick].seconds / own[fastest].seconds)
-        for layout, one in own.items():
-            errors.append(seconds[layout] / one.seconds - 1)
-            mark = "fastest" * (layout == fastest) + ", picked" * (layout == pick)
-            sent = (one.megabytes, predictions.megabytes(setting, layout))
-            cells = [str(setting), layout, *(f"{x:.1f}" for x in sent), f"{one.seconds:.2f}"]
-            rows.append([*cells, f"{seconds[layout]:.2f}", f"{errors[-1]:+.0%}", mark.removeprefix(", ")])
+    by_setting: dict[Setting, dict[str, Measured]] = {}
+    for (setting, layout), one in found.items():
+        by_setting.setdefault(setting, {})[layout] = one
+    predictions = Predictions({layout: one.seconds for layout, one in by_setting[CALIBRATED].items()})
+    choices = [_Choice(setting, own, predictions) for setting, own in by_setting.items()]
+    errors = [error for choice in choices for error in choice.errors.values()]
     close = sum(abs(error) <= _CLOSE for error in errors)
-    best = sum(loss == 1 for loss in picks)
     head = ["setting", "layout", "MB", "predicted", "s", "predicted", "", ""]
-    text = _TEXT.format(calibrated=CALIBRATED, slowness=predictions.slowness, message_ms=1e3 * predictions.message_s)
+    text = _TEXT.format(
+        steps=_STEPS,
+        steps_of_many=_STEPS_OF_MANY,
+        calibrated=CALIBRATED,
+        rates=predictions.rates,
+        message_ms=1e3 * predictions.rates.message_s,
+        byte_ns=1e9 * predictions.rates.byte_s,
+    )
     return (
         f"{text}\n\nOf {len(errors)} step times {close} are predicted within {_CLOSE:.0%}, the worst is "
-        f"{max(errors, key=abs):+.0%}. "
-        f"The layout that is predicted to be the fastest is it in {best} of {len(picks)} settings; where it is not, it "
-        f"takes up to {max(picks) - 1:.0%} longer than the fastest.\n\n{table(head, rows)}"
+        f"{max(errors, key=abs):+.0%}. The layout that is predicted to be the fastest "
+        f"{_score([choice.loss(choice.pick) for choice in choices])}. The layout that auto takes "
+        f"{_score([choice.loss(choice.auto) for choice in choices])}.\n\n"
+        + table(head, [row for choice in choices for row in choice.rows()])
     )
+
+
+class _Choice:
+    """The layouts of one setting: seconds measured and predicted, and which is taken by what."""
+
+    def __init__(self, setting: Setting, own: Mapping[str, Measured], predictions: Predictions) -> None:
+        self._setting, self._own = setting, own
+        self._seconds = {layout: predictions.seconds(setting, layout) for layout in own}
+        self._megabytes = {layout: predictions.megabytes(setting, layout) for layout in own}
+        self.pick, self.auto = min(own, key=self._seconds.__getitem__), predictions.auto(setting)
+        self._fastest = min(own, key=lambda layout: own[layout].seconds)
+        self.errors = {layout: self._seconds[layout] / one.seconds - 1 for layout, one in own.items()}
+
+    def loss(self, layout: str) -> float:
+        """By how much a layout takes longer than the fastest."""
+        return self._own[layout].seconds / self._own[self._fastest].seconds - 1
+
+    def rows(self) -> list[list[str]]:
+        """One a layout."""
+        marks = {"fastest": self._fastest, "picked": self.pick, "auto": self.auto}
+        return [
+            [
+                str(self._setting),
+                layout,
+                *(f"{megabytes:.1f}" for megabytes in (one.megabytes, self._megabytes[layout])),
+                *(f"{seconds:.2f}" for seconds in (one.seconds, self._seconds[layout])),
+                f"{self.errors[layout]:+.0%}",
+                ", ".join(mark for mark, of in marks.items() if of == layout),
+            ]
+            for layout, one in self._own.items()
+        ]
+
+
+def _score(losses: Sequence[float]) -> str:
+    best = sum(loss == 0 for loss in losses)
+    return f"is it in {best} of {len(losses)} settings, and takes up to {max(losses):.0%} longer where it is not"

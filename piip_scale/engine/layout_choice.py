@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,8 @@ def cluster_of(config: RunConfig, world: World, device: torch.device) -> tuple[C
     """The cluster that a run is on, as a plan knows it, and what its devices are taken for."""
     ranks, per_node, network_gbps = world.num_ranks, world.ranks_per_node, config.zero.network_gbps
     if device.type != "cuda":
-        return cpu_cluster(ranks, per_node, network_gbps), "cpu"
+        sharing = max(1.0, per_node / (os.cpu_count() or 1))
+        return cpu_cluster(ranks, per_node, network_gbps, sharing), "cpu"
     name = torch.cuda.get_device_name(device)
     gpu = gpu_of_device(name) or GPUS[DEFAULT_GPU]
     kind = gpu.name if gpu.cuda_name in name else f"{name}, taken for {gpu.name}"

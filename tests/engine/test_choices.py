@@ -72,9 +72,20 @@ def test_every_way_makes_steps_of_as_many_images_and_only_what_can_be_is_named()
     assert "zero.stage=3" not in names
     assert {way.time.images for way in ways} == {64}
     averaged = run(train={"steps": 6, "images_per_step": 64, "ema_decay": 0.9})
-    assert len(Chooser(planner(), SLOW).one_by_one(averaged)) == len(ways)
+    # In float32 whole optimisers are one way more; in bf16 DeepSpeed keeps none by name.
+    more = {way.name for way in Chooser(planner(), SLOW).one_by_one(averaged)}
+    assert more == {*names, "zero.stage=0"}
     alone = Chooser(Planner(outline_of, 80 * GIB, 1), replace(SLOW, num_ranks=1, ranks_per_node=1)).one_by_one(run())
     assert not any("shard_over" in way.name or "node_partition" in way.name for way in alone)
+
+
+def test_of_stages_that_are_planned_alike_the_one_that_is_measured_faster_is_taken():
+    one = run(train={"steps": 6, "precision": "fp32"})
+    near = replace(SLOW, outer=SLOW.inner, memory_bytes_per_s=1e9)
+    ways = {way.name: way.time.seconds for way in Chooser(planner(), near).one_by_one(one)}
+    assert ways["zero.stage=1"] == pytest.approx(ways["zero.stage=2"], rel=1e-9)
+    stages = [name for name in ways if name in ("zero.stage=1", "zero.stage=2")]
+    assert stages == ["zero.stage=1", "zero.stage=2"]
 
 
 def test_what_does_not_fit_is_not_chosen():

@@ -107,6 +107,24 @@ def test_each_message_costs_the_host():
     assert slow.seconds - plain.seconds == pytest.approx(10)
 
 
+def test_sockets_cost_the_host_each_byte_that_it_passes_on():
+    plain, slow = (time_of(on=cluster(socket_bytes_per_s=rate, asynchronous=False)) for rate in (math.inf, 1e6))
+    added = [after.host - before.host for before, after in zip(plain.phases, slow.phases, strict=True)]
+    # Three quarters of 8 M elements are gathered twice, of the sums of 9 M sent once, and of a resident 1 M gathered.
+    assert added == pytest.approx([24.0, 24.0 + 27.0, 3.0])
+    assert slow.seconds - plain.seconds == pytest.approx(sum(added))
+
+
+@pytest.mark.parametrize(("precision", "added"), [("fp32", 2), ("bf16", 3)])
+def test_without_slices_of_gradients_they_are_added_up_and_sent_once(precision, added):
+    on = cluster(memory_bytes_per_s=1e9)
+    *_, backward, update = time_of({"stage": 1}, on, micros=3, precision=precision).phases
+    element = {"fp32": 4, "bf16": 2}[precision]
+    assert 3 * (backward.compute - 11) == pytest.approx(added * 9e6 * 12 / 1e9)
+    # Into messages in float32, and a quarter of the sums into the optimiser, which then updates as much.
+    assert update.compute == pytest.approx((9e6 * (element + 4) + 9e6 / 4 * (12 + 32)) / 1e9)
+
+
 def test_offloading_pays_on_the_way_and_in_host_memory():
     on = cluster(pcie=Link(1e9), host_bytes_per_s=1e9)
     *_, update = time_of({"offload_optimizer": "cpu"}, on, precision="bf16").phases

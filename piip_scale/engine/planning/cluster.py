@@ -67,7 +67,9 @@ class Cluster:
         pcie: Between a rank's device and its host.
         host_bytes_per_s: Of a node's host memory; an update of what is offloaded is bound by it.
         operator_s: That the host needs for an operator of the network, all that surrounds it included.
-        message_s: That the host needs for a message beside its way: hooks, copies, waking the other ranks of its cores.
+        message_s: That the host needs for a message, however long: hooks, waking the other ranks.
+        socket_bytes_per_s: Of messages that a rank's own core passes on, as sockets have it do, while it can do nothing
+            else; infinite where links do that.
         asynchronous: Whether the device computes while the host goes on, as GPUs do; else the host's time comes on top.
         transport: Of messages.
         peak_flops: What MFU is a share of; 0 where that is not known.
@@ -84,6 +86,7 @@ class Cluster:
     host_bytes_per_s: float = math.inf
     operator_s: float = 0.0
     message_s: float = 0.0
+    socket_bytes_per_s: float = math.inf
     asynchronous: bool = True
     transport: Transport = NCCL
     peak_flops: float = 0.0
@@ -150,23 +153,31 @@ def gpu_cluster(
     )
 
 
-def cpu_cluster(num_ranks: int, ranks_per_node: int, network_gbps: float) -> Cluster:
+def cpu_cluster(num_ranks: int, ranks_per_node: int, network_gbps: float, ranks_per_core: float = 1.0) -> Cluster:
     """The same of ranks that compute on CPU cores and talk over gloo: orders of magnitude, to choose a layout by.
 
-    A core is taken for 50 GFLOP/s, 10 GB/s of memory and 2 GB/s to the other ranks of its host. A message costs it
-    15 ms, as benchmarks/layouts.md found; a GPU's host has that in what an operator costs it.
+    A core is taken for 100 GFLOP/s and 20 GB/s of memory, also to the other ranks of its host, and for 13 us an
+    operator; a message costs it 1.7 ms and a byte of it 2.3 ns: what benchmarks/layouts.md found.
+
+    Args:
+        num_ranks: All.
+        ranks_per_node: Of each node.
+        network_gbps: Gb/s of a whole node to others, in one direction.
+        ranks_per_core: That share one, each of which takes as many times longer; at least 1.
     """
+    speed = 1 / ranks_per_core
     return Cluster(
         num_ranks=num_ranks,
         ranks_per_node=ranks_per_node,
-        flops=50 * _GIGA,
-        fp32_flops=50 * _GIGA,
-        inner=Link(2 * _GIGA, 5e-5),
+        flops=100 * _GIGA * speed,
+        fp32_flops=100 * _GIGA * speed,
+        inner=Link(20 * _GIGA * speed, 5e-5),
         outer=Link(Assumptions.link_share * network_gbps * _GIGA / _BITS, 1e-4),
-        memory_bytes_per_s=10 * _GIGA,
-        host_bytes_per_s=10 * _GIGA * ranks_per_node,
-        operator_s=Assumptions.operator_s,
-        message_s=0.015,
+        memory_bytes_per_s=20 * _GIGA * speed,
+        host_bytes_per_s=20 * _GIGA * ranks_per_node * speed,
+        operator_s=1.3e-5 / speed,
+        message_s=1.7e-3 / speed,
+        socket_bytes_per_s=0.43 * _GIGA * speed,
         asynchronous=False,
         transport=GLOO,
     )

@@ -16,9 +16,8 @@ from piip_scale.engine.planning.work import RunWork
 from piip_scale.engine.zero.plan import BYTES, Sharding, Sizes
 from piip_scale.engine.zero.traffic import Collective
 
-# Bytes of memory that pass for each element of a gradient in a micro-batch, beside its message: read in the precision
-# of the run; this rank's slice of the sum is read, and added to what is there.
-_SLICE_BYTES = 12
+# Bytes of memory that pass for each element of a gradient, or of a slice of a sum, that is read and added to another.
+_ADDED_BYTES = 12
 # And for each element of a rank's slice in an update: gradient, master weight and both moments read, the latter three
 # written, and the gradient read once more for its norm.
 _UPDATE_BYTES = 32
@@ -233,6 +232,8 @@ class _Step:
             # All ranks of a node share its memory; what is new goes back to the device.
             compute = num_bytes * self._cluster.ranks_per_node / self._cluster.host_bytes_per_s
             pcie = slices * BYTES[self._sharding.precision] / self._cluster.pcie.bytes_per_s
+        if self._sharding.stage < 2:
+            compute += self._summed_bytes / self._cluster.memory_bytes_per_s
         exposed = sum(max(self._inner(each), self._outer(each)) for each in sent)
         return Phase(
             name="update",
@@ -246,7 +247,8 @@ class _Step:
 
     def _sending(self, sent: Iterable[Collective]) -> float:
         """Of the host, for one time."""
-        return self._cluster.message_s * sum(each.messages for each in sent)
+        cluster = self._cluster
+        return sum(cluster.message_s * each.messages + self._bytes(each) / cluster.socket_bytes_per_s for each in sent)
 
     @property
     def _slices(self) -> float:
@@ -255,10 +257,19 @@ class _Step:
 
     @property
     def _gradient_bytes(self) -> float:
-        """On a gradient's way in a micro-batch: read, written into its message, and this rank's slice added up."""
+        """On a gradient's way in a micro-batch."""
+        if self._sharding.stage >= 2:
+            return self._summed_bytes
+        # In float32 the first of a step is not added to anything: it stays where autograd makes it.
+        additions = self.micros - (self._sharding.precision == "fp32")
+        return _ADDED_BYTES * self._trained * additions / self.micros
+
+    @property
+    def _summed_bytes(self) -> float:
+        """On the way of all gradients into messages, and of this rank's slice of the sums out of them."""
         message = BYTES[self._sharding.zero.reduce_dtype if self._sharding.precision == "bf16" else "fp32"]
-        slices = self._slices if self._sharding.stage >= 2 else self._trained
-        return self._trained * (BYTES[self._sharding.precision] + message) + slices * _SLICE_BYTES
+        slices = self._slices if self._sharding.stage else self._trained
+        return self._trained * (BYTES[self._sharding.precision] + message) + slices * _ADDED_BYTES
 
     def _copied(self, *, backward: bool) -> float:
         """Bytes between device and host in a pass: slices of weights for gathers, gradients to be kept there."""
