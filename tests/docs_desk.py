@@ -83,10 +83,11 @@ def _lay_out_maps(desk: Path, photos: list[Path]) -> None:
 
 def leave_a_run(config: Path, overrides: Sequence[str], run_dir: Path) -> None:
     """What training would have left after a step: its config, and a sharded checkpoint of untrained weights."""
-    from piip_scale.cli.train import with_classes
+    from piip_scale.data.reading.opened import OpenedSets
+    from piip_scale.tasks.classes import with_classes
     from piip_scale.tasks.kinds import build_model
 
-    resolved = with_classes(load_config(config, overrides))
+    resolved = with_classes(load_config(config, overrides), OpenedSets())
     model = build_model(resolved, len(resolved.data.classes))
     weights = {name: value.detach() for name, value in model.named_parameters()}
     store = CheckpointStore(run_dir / "checkpoints", keep=1)

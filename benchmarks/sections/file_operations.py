@@ -1,4 +1,4 @@
-"""Counts what a process asks of a file system: opening, looking, making, renaming, removing, waiting for the disk."""
+"""Counts what processes ask of a file system: opening, looking, making, renaming, removing, waiting for the disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+Note = Callable[[str, str], None]
+"""Is told what is done, and to which path."""
 
 _AUDITED = {
     "open",
@@ -24,44 +27,81 @@ _AUDITED = {
 }
 # Which Python's audit does not report.
 _LOOKS = ("stat", "lstat", "access")
-_counting: list[tuple[str, Counter[str]]] = []
+_noting: list[tuple[str, Note]] = []
 _hooked = threading.Lock()
 
 
-def _count(event: str, arguments: tuple[object, ...]) -> None:
-    if _counting and event in _AUDITED and arguments and isinstance(arguments[0], str | bytes | os.PathLike):
-        _add(event.removeprefix("os."), arguments[0])
+def _audit(event: str, arguments: tuple[object, ...]) -> None:
+    if _noting and event in _AUDITED and arguments and isinstance(arguments[0], str | bytes | os.PathLike):
+        _note(event.removeprefix("os."), arguments[0])
 
 
-def _add(what: str, path: object) -> None:
+def _note(what: str, path: object) -> None:
     name = os.path.abspath(os.fsdecode(path))  # type: ignore[arg-type]
-    for folder, counts in list(_counting):
+    for folder, note in list(_noting):
         if name == folder or name.startswith(folder + os.sep):
-            counts[what] += 1
+            note(what, name)
 
 
 @contextlib.contextmanager
-def count_operations(folder: Path) -> Iterator[Counter[str]]:
-    """Operations by kind, of this process, on what lies in a folder; C++ code's own files are not seen."""
+def noted_operations(folder: Path, note: Note) -> Iterator[None]:
+    """Tells of each operation of this process, its kind and path, in a folder; C++ code's own files are not seen."""
+    looks = {name: getattr(os, name) for name in _LOOKS}
+    entry = _begin(folder, note)
+    try:
+        yield
+    finally:
+        for name, look in looks.items():
+            setattr(os, name, look)
+        _noting.remove(entry)
+
+
+def _begin(folder: Path, note: Note) -> tuple[str, Note]:
     if _hooked.acquire(blocking=False):
-        sys.addaudithook(_count)
+        sys.addaudithook(_audit)
     looks = {name: getattr(os, name) for name in _LOOKS}
 
-    def counted(name: str) -> Callable[..., Any]:
+    def noted(name: str) -> Callable[..., Any]:
         def look(path: Any, *rest: Any, **more: Any) -> Any:
             if not isinstance(path, int):
-                _add(name, path)
+                _note(name, path)
             return looks[name](path, *rest, **more)
 
         return look
 
-    entry: tuple[str, Counter[str]] = (os.path.abspath(folder), Counter())
-    _counting.append(entry)
+    entry = (os.path.abspath(folder), note)
+    _noting.append(entry)
     for name in _LOOKS:
-        setattr(os, name, counted(name))
-    try:
-        yield entry[1]
-    finally:
-        for name, look in looks.items():
-            setattr(os, name, look)
-        _counting.remove(entry)
+        setattr(os, name, noted(name))
+    return entry
+
+
+@contextlib.contextmanager
+def count_operations(folder: Path) -> Iterator[Counter[str]]:
+    """Operations by kind, of this process, on what lies in a folder."""
+    counts: Counter[str] = Counter()
+
+    def count(what: str, _: str) -> None:
+        counts[what] += 1
+
+    with noted_operations(folder, count):
+        yield counts
+
+
+def log_operations(folder: Path, log: Path) -> None:
+    """Has this process, and those forked from it, put down their operations in a folder from now on."""
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def put_down(what: str, name: str) -> None:
+        os.write(file, f"{os.getpid()} {what} {name}\n".encode())
+
+    _begin(folder, put_down)
+
+
+def logged_operations(log: Path) -> dict[int, Counter[tuple[str, str]]]:
+    """What was put down: by process, how often it did what to which file."""
+    found: dict[int, Counter[tuple[str, str]]] = {}
+    for line in log.read_text().splitlines():
+        pid, what, name = line.split(" ", 2)
+        found.setdefault(int(pid), Counter())[what, name] += 1
+    return found

@@ -9,6 +9,7 @@ from sections.record import table
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 _RANKS_PER_NODE, _MINUTE_S = 8, 60.0
+_COCO_SETS, _COCO_SHARDS = 2, 80
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,19 @@ def beats_a_minute_before(num_ranks: int) -> float:
     return num_ranks * 14 * _MINUTE_S / 2
 
 
+def opening_sets(num_ranks: int, num_sets: int, num_shards: int) -> float:
+    """Operations for opening sets that are on the shared disk, of so many shards together.
+
+    Each rank looks at a manifest and reads it, looks at each shard and reads its index, once.
+    """
+    return num_ranks * 2 * (num_sets + num_shards)
+
+
+def opening_sets_before(num_ranks: int, num_sets: int, num_shards: int) -> float:
+    """The same where each rank opened its sets twice, and looked at a shard twice each time."""
+    return num_ranks * 2 * (2 * num_sets + 3 * num_shards)
+
+
 COSTS: dict[int, dict[str, Cost]] = {
     3: {"start": Cost(15, 0, 0, 111), "save": Cost(90, 20, 27, 7), "resume": Cost(114, 12, 106, 114)},
     1: {"start": Cost(15, 0, 0, 39), "save": Cost(96, 14, 20, 6), "resume": Cost(106, 18, 109, 47)},
@@ -71,13 +85,20 @@ def section() -> str:
         for stage, phases in COSTS.items()
         for phase, cost in phases.items()
     ]
-    for name, beats in (("a minute's heartbeats", beats_a_minute), ("the same, a file a rank", beats_a_minute_before)):
-        rows.append([name, "", "", "", *(f"{beats(ranks):,.0f}" for ranks in RANKS)])
+    sets = f"opening {_COCO_SETS} sets of {_COCO_SHARDS} shards"
+    for name, asked in (
+        (sets, lambda ranks: opening_sets(ranks, _COCO_SETS, _COCO_SHARDS)),
+        ("the same, twice a rank", lambda ranks: opening_sets_before(ranks, _COCO_SETS, _COCO_SHARDS)),
+        ("a minute's heartbeats", beats_a_minute),
+        ("the same, a file a rank", beats_a_minute_before),
+    ):
+        rows.append([name, "", "", "", *(f"{asked(ranks):,.0f}" for ranks in RANKS)])
     head = ["", "rank 0", "another rank", "messages", *map(str, RANKS)]
     return (
         "Operations on the disk that N ranks share (opening, looking, listing, making, renaming, removing), in the "
         "run's folder, the listings aside by which rank 0 waits for the others' parts of a save, twenty a second; and "
-        "messages that each rank takes part in. Then what all N ranks ask for together.\n\n" + table(head, rows)
+        "messages that each rank takes part in. Then what all N ranks ask for together, of sets in their own "
+        "folders (COCO's two come to about so many shards).\n\n" + table(head, rows)
     )
 
 

@@ -16,7 +16,7 @@ import typer
 from piip_scale.cli.pack_options import describe
 from piip_scale.cli.plain import plain
 from piip_scale.cli.progress import progress_bar
-from piip_scale.cli.train import run_training, with_classes
+from piip_scale.cli.train import run_training
 from piip_scale.config import load_config
 from piip_scale.config.loading import config_text
 from piip_scale.errors import ConfigError, DataError, RunError
@@ -159,20 +159,23 @@ def _config_of(data: Path | None, train_set: Manifest) -> Path:
 
 
 def _train(config: Path, paths: Demo, overrides: list[str]) -> None:
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.run.run_dir import RunDirectory
+    from piip_scale.tasks.classes import with_classes
 
     overrides = [f"data.{split}_shards={str(paths.shards(split))!r}" for split in ("train", "val")] + overrides
-    run = RunDirectory(paths.run_dir)
+    run, sets = RunDirectory(paths.run_dir), OpenedSets()
     status = run.status()
     if status is not None:
-        wanted = config_text(with_classes(load_config(config, overrides)))
+        wanted = config_text(with_classes(load_config(config, overrides), sets))
         if run.config.read_text(encoding="utf-8") != wanted:
             raise RunError(f"{paths.run_dir} holds a run of another config", fix="delete it, or choose another --out")
         if status.state == "done":
             typer.echo(f"      done before, {status.step} steps")
             return
         typer.echo(f"      continuing a run that {status.state} at step {status.step}")
-    code = run_training(config, overrides, paths.run_dir, procs=NUM_PROCS, resume=status is not None, progress=True)
+    resume = status is not None
+    code = run_training(config, overrides, paths.run_dir, procs=NUM_PROCS, resume=resume, sets=sets)
     if code:
         # The ranks have reported why.
         raise typer.Exit(code)

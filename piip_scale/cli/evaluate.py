@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -116,7 +116,7 @@ def evaluate(
     scoring = Scoring(metric, max_dets)
     metrics_file = out if out is None or out.suffix == ".json" else out / "metrics.json"
     outputs = Outputs(predictions, out if metrics_file != out else None)
-    changes = [*(overrides or []), *([f"data.val_shards={shards!r}"] if shards is not None else [])]
+    changes = _changes(overrides, shards)
     if results is not None:
         place = shards or (str(load_config(config, changes).data.val_shards) if config and not chosen.given else "")
         _report(score_file(results, chosen, place, outputs, scoring), metrics_file)
@@ -129,7 +129,7 @@ def evaluate(
         _start(procs or 1)
     views = Views(_factors(scales), flip, scoring.most)
     scored = None if scoring == Scoring() else scoring
-    asked = Asked(config, weights, step, ema, tuple(changes), chosen, precision, scored, views, spread_over)
+    asked = Asked(config, weights, step, ema, changes, chosen, precision, scored, views, spread_over)
     try:
         metrics = evaluate_model(asked, outputs, world)
     except KeyboardInterrupt:
@@ -150,22 +150,22 @@ def check_evaluation(values: Mapping[str, Any]) -> None:
     Raises:
         PiipError: One is absent, damaged, or not the other's.
     """
+    from piip_scale.cli.evaluation import Asked
     from piip_scale.cli.evaluation_set import SetOptions
     from piip_scale.tasks.kinds import build_task
-    from piip_scale.tasks.trained import find_trained
 
     chosen = SetOptions(**{field.name: values[field.name] for field in fields(SetOptions)})
     chosen.check(values["shards"])
     _factors(values["scales"])
-    shards = values["shards"]
-    changes = [*(values["overrides"] or []), *([f"data.val_shards={shards!r}"] if shards is not None else [])]
-    found = find_trained(
-        values["config"], values["weights"], overrides=changes, step=values["step"], averaged=values["ema"]
-    )
-    val_set = chosen.open(found.config)
-    if val_set is not None:
-        found = found.with_classes(val_set.classes)
-    build_task(found.config, World(), val_set=val_set).num_val_samples()
+    changes = _changes(values["overrides"], values["shards"])
+    asked = Asked(values["config"], values["weights"], values["step"], values["ema"], changes, chosen)
+    found, samples = asked.find()
+    build_task(found.config, World(), val_set=samples)
+
+
+def _changes(overrides: Sequence[str] | None, shards: str | None) -> tuple[str, ...]:
+    """The overrides, and the shards where they are named."""
+    return (*(overrides or ()), *([f"data.val_shards={shards!r}"] if shards is not None else ()))
 
 
 def _factors(text: str | None) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from piip_scale.tasks.base import Metric, Task
     from piip_scale.tasks.detection.scoring import Scoring
     from piip_scale.tasks.report import Report
+    from piip_scale.tasks.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,20 @@ class Asked:
     scoring: Scoring | None = None
     views: Views = field(default_factory=Views)
     devices: str | None = None
+
+    def find(self) -> tuple[Trained, SampleSet]:
+        """Config and weights, and the set, whose classes the config takes where it names none. Not collective.
+
+        Raises:
+            PiipError: One is absent, damaged, or not the other's.
+        """
+        from piip_scale.tasks.trained import find_trained
+
+        found = find_trained(
+            self.source, self.weights, overrides=self.overrides, step=self.step, averaged=self.averaged
+        )
+        samples = self.set_options.open(found.config)
+        return found.with_classes(samples.classes), samples
 
 
 @dataclass(frozen=True)
@@ -87,11 +102,10 @@ def evaluate_model(asked: Asked, outputs: Outputs = NO_OUTPUTS, world: World | N
             marked as an echo.
     """
     from piip_scale.engine.replicas import count_broken, joined, together
-    from piip_scale.tasks.shard_task import ShardTask
 
     world = world or World()
     with joined(world), _track(world) as track:
-        task, metric, limit = together(lambda: _predicted(asked, world, track))
+        samples, task, metric, limit = together(lambda: _predicted(asked, world, track))
         num_broken = count_broken(task, limit)
         if num_broken and world.is_main:
             typer.echo(f"{num_broken} image(s) could not be used; what is in them counts as not found", err=True)
@@ -102,8 +116,7 @@ def evaluate_model(asked: Asked, outputs: Outputs = NO_OUTPUTS, world: World | N
         if outputs.folder is not None:
             report = metric.report()
             if report is not None:
-                samples = task.val_set if isinstance(task, ShardTask) else None
-                source = f"{asked.source}, on {samples.location}" if samples else str(asked.source)
+                source = f"{asked.source}, on {samples.location}"
                 _write_report(_Scored(metrics, report, source, samples), outputs.folder)
         return metrics
 
@@ -174,24 +187,18 @@ def _write_report(scored: _Scored, folder: Path) -> None:
         typer.echo(printable(f"written: {path}"), err=True)
 
 
-def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, float]:
-    """Task and metric with this rank's predictions, and how many images may be broken."""
+def _predicted(asked: Asked, world: World, track: Track) -> tuple[SampleSet, Task, Metric, float]:
+    """The set, its task and metric with this rank's predictions, and how many images may be broken."""
     from piip_scale.engine.fp32_precision import apply_fp32_precision
     from piip_scale.engine.replicas import predicted
     from piip_scale.engine.zero.setup import choose_device
     from piip_scale.tasks.kinds import build_task, view_predictor
     from piip_scale.tasks.spreading import named_devices
-    from piip_scale.tasks.trained import find_trained
 
     own, spread_over = choose_device(world), () if asked.devices is None else named_devices(asked.devices)
-    found = find_trained(
-        asked.source, asked.weights, overrides=asked.overrides, step=asked.step, averaged=asked.averaged
-    )
-    val_set = asked.set_options.open(found.config)
-    if val_set is not None:
-        found = found.with_classes(val_set.classes)
+    found, samples = asked.find()
     apply_fp32_precision(found.config.train)
-    tasks = [build_task(config, world, val_set=val_set) for config in asked.views.configs(found.config)]
+    tasks = [build_task(config, world, val_set=samples) for config in asked.views.configs(found.config)]
     task = tasks[0]
     model = found.load(asked.precision, own, spread_over=spread_over)
     predict = view_predictor(found.config, model, asked.views)
@@ -199,7 +206,7 @@ def _predicted(asked: Asked, world: World, track: Track) -> tuple[Task, Metric, 
     metric = predicted(tasks, predict, next(model.parameters()).device, track)
     if asked.scoring is not None:
         _score_by(metric, asked.scoring, asked.set_options.coco)
-    return task, metric, limit
+    return samples, task, metric, limit
 
 
 def _score_by(metric: Metric, scoring: Scoring, coco: Path | None) -> None:

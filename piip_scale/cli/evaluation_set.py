@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SetOptions:
-    """A set as its source has it; no path at all stands for the config's own shards.
+    """A set as its source has it; without any path, the config's own shards.
 
     Attributes:
         coco: A COCO file, of images in ``images``.
@@ -70,24 +70,26 @@ class SetOptions:
         if any(option not in ("--coco", "--shards") for option in options):
             raise DataError("--results", value=options[0], rule="results are scored against --coco FILE or --shards")
 
-    def open(self, config: RunConfig) -> SampleSet | None:
-        """The set, ready to be read; ``None`` for the config's own shards. Not collective.
+    def open(self, config: RunConfig) -> SampleSet:
+        """The set, ready to be read. Not collective.
 
         Args:
             config: The run; where it names classes, they are the set's.
 
         Raises:
-            DataError: Something in the source is wrong, or it is for another task or of other classes.
+            DataError: Something in the source is wrong, or it is for another task or of other classes; likewise of
+                shards.
         """
-        if not self.given:
-            return None
         from piip_scale.data.packing.packing import PackOptions
         from piip_scale.data.packing.unpacked import UnpackedSet
+        from piip_scale.data.reading.shards import ShardSet
 
-        how = PackOptions(max_pixels=config.data.max_pixels, skip_broken=self.skip_broken)
+        data, kind = config.data, row_of(config.task).set_kind
+        if not self.given:
+            return ShardSet.open(data.val_shards, data.classes, kind, data.cache, data.max_pixels)
+        how = PackOptions(max_pixels=data.max_pixels, skip_broken=self.skip_broken)
         location = str(next(iter(self.given.values())))
-        kind = row_of(config.task).set_kind
-        return UnpackedSet(self._source(config.data.classes, how), how, kind, location)
+        return UnpackedSet(self._source(data.classes, how), how, kind, location)
 
     def _source(self, classes: tuple[str, ...], how: PackOptions) -> PackSource:
         from piip_scale.data.packing.pack import coco_source, voc_source

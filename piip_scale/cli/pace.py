@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.engine.planning.memory import MemoryPlan
 
 _TERA = 1e12
@@ -37,15 +38,22 @@ class Pace:
     steps: int | None = None
 
     @classmethod
-    def of(cls, run: RunConfig, plan: MemoryPlan, size_px: tuple[int, int] | None, flops: float | None) -> Pace:
+    def of(
+        cls,
+        run: RunConfig,
+        plan: MemoryPlan,
+        size_px: tuple[int, int] | None,
+        flops: float | None,
+        sets: OpenedSets,
+    ) -> Pace:
         """The pace of a run whose every GPU does so many FLOP/s; images of ``size_px``, or as large as training's."""
         from piip_scale.tasks.counting import head_flops, likely_classes, network_flops, recomputed_flops
         from piip_scale.tasks.outline import training_size_px
 
-        classes, size = likely_classes(run)[1], size_px or training_size_px(run)
+        classes, size = likely_classes(run, sets)[1], size_px or training_size_px(run)
         network, heads = network_flops(run, classes, *size), head_flops(run, classes, *size)
         seconds = None if flops is None else network * plan.images_per_step / (plan.num_ranks * flops)
-        again, of_epoch = recomputed_flops(run, classes, *size), _steps_per_epoch(run, plan)
+        again, of_epoch = recomputed_flops(run, classes, *size), _steps_per_epoch(run, plan, sets)
         steps = run.train.steps or (of_epoch and of_epoch * (run.train.epochs or 1))
         return cls(plan.images_per_step, of_epoch, network, heads, again, seconds, steps)
 
@@ -68,13 +76,8 @@ class Pace:
         return lines
 
 
-def _steps_per_epoch(run: RunConfig, plan: MemoryPlan) -> int | None:
-    from piip_scale.data.reading.set_files import has_manifest
-    from piip_scale.data.reading.shards import ShardSet
+def _steps_per_epoch(run: RunConfig, plan: MemoryPlan, sets: OpenedSets) -> int | None:
     from piip_scale.data.stream import epoch_size
 
-    data = run.data
-    if not has_manifest(data.train_shards, data.cache):
-        return None
-    shards = ShardSet.open(data.train_shards, data.classes, cache=data.cache, max_pixels=data.max_pixels)
-    return epoch_size(shards, data) // plan.images_per_step
+    shards = sets.find(run.data.train_shards, run.data, run.data.classes)
+    return None if shards is None else epoch_size(shards, run.data) // plan.images_per_step

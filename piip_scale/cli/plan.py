@@ -17,6 +17,7 @@ from piip_scale.cli.pace import Pace
 
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.engine.gpus import Gpu
     from piip_scale.engine.planning.choices import Choice, Chooser
     from piip_scale.engine.planning.cluster import Assumptions, Cluster
@@ -76,6 +77,7 @@ def plan(
     """
     from piip_scale.cli.options import read_numbers
     from piip_scale.config.loading import load_config
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.engine.batching import planned_batch
     from piip_scale.engine.planning.planner import Planner
     from piip_scale.tasks.counting import likely_classes
@@ -85,12 +87,12 @@ def plan(
     numbers = read_numbers(sweep) if sweep else [nodes]
     ranks = numbers[0] * gpus_per_node
     run, note = planned_batch(load_config(Path(config), overrides or []), ranks)
-    size_px = read_size(size) if size else None
-    outline_of = partial(outline_run, num_classes=likely_classes(run)[1], size_px=size_px)
-    capacity = (gpu_memory_gib or kind.memory_gib) * _GIB
+    size_px, sets = read_size(size) if size else None, OpenedSets()
+    outline_of = partial(outline_run, num_classes=likely_classes(run, sets)[1], size_px=size_px)
+    planner = Planner(outline_of, (gpu_memory_gib or kind.memory_gib) * _GIB, gpus_per_node)
     network = network_gbps or run.zero.network_gbps
     host = None if host_memory_gib is None else host_memory_gib * _GIB
-    setting = _Setting(Planner(outline_of, capacity, gpus_per_node), kind, assumed, ranks, gpus_per_node, network, host)
+    setting = _Setting(planner, kind, assumed, ranks, gpus_per_node, network, host, sets)
     if sweep:
         typer.echo("\n".join([*filter(None, [note]), *_swept(run, setting, numbers, config.stem, png)]))
         return
@@ -121,6 +123,7 @@ class _Setting:
         ranks_per_node: Of each node.
         network_gbps: Of a node.
         host_capacity: Bytes of a node's host memory, where it is known.
+        sets: Its sets, as far as they are open.
     """
 
     planner: Planner
@@ -130,6 +133,7 @@ class _Setting:
     ranks_per_node: int
     network_gbps: float
     host_capacity: float | None
+    sets: OpenedSets
 
     def cluster(self, precision: str, num_ranks: int | None = None) -> Cluster:
         """For a run in that precision, on other ranks where they are given."""
@@ -213,7 +217,7 @@ class _Found:
             best=chooser.fastest(settled),
             changes=tuple(planner.changes(settled, ranks)),
             traffic=planner.traffic(settled, ranks),
-            pace=Pace.of(settled, asked.memory, size_px, flops),
+            pace=Pace.of(settled, asked.memory, size_px, flops, setting.sets),
         )
 
     def lines(self) -> list[str]:

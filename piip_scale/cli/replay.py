@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -138,20 +139,20 @@ def _checkpoint_before(run: RunDirectory, step: int) -> int:
 
 def _replay(asked: _Asked) -> str | None:
     """Prints each micro-batch; returns what was first not finite."""
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.engine.fp32_precision import apply_fp32_precision
     from piip_scale.engine.replay import FirstNotFinite, replayed, with_buffers_of_its_own
     from piip_scale.engine.zero.setup import choose_device
     from piip_scale.tasks.kinds import build_task
     from piip_scale.world import World
 
-    config, first = asked.config, FirstNotFinite()
+    config, first, sets = asked.config, FirstNotFinite(), OpenedSets()
     apply_fp32_precision(config.train)
     model = with_buffers_of_its_own(asked.trained.load(config.train.precision, choose_device(World())))
     first.look_at_weights(model)
     norm = 0.0
-    for batch in replayed(
-        model, lambda world: build_task(config, world), config, asked.step - 1, asked.num_ranks, first
-    ):
+    task_of = partial(build_task, config, sets=sets)
+    for batch in replayed(model, task_of, config, asked.step - 1, asked.num_ranks, first):
         _print(batch, asked.bad)
         norm = batch.grad_norm
     typer.echo(f"gradient norm of the step: {norm:.6g}")

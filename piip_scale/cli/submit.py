@@ -40,6 +40,7 @@ from piip_scale.run.profiled_steps import parse_profiled_steps
 
 if TYPE_CHECKING:
     from piip_scale.config import RunConfig
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.world import World
 
 _GIB = 2**30
@@ -208,30 +209,31 @@ def _check_runs(
     from piip_scale.cli.train import check_start
     from piip_scale.config import load_config
     from piip_scale.config.loading import config_text
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.engine.batching import shrunk_line
     from piip_scale.world import World
 
     world = World(num_ranks=order.job.num_ranks, ranks_per_node=order.job.ranks_per_node)
-    checked = []
+    checked, sets = [], OpenedSets()
     for spec in submission.specs:
         config = load_config(order.job.source_config, spec.given_overrides)
-        resolved, note = (config, unseen) if unseen else _seen_here(config, may_miss=may_miss)
+        resolved, note = (config, unseen) if unseen else _seen_here(config, sets, may_miss=may_miss)
         if note:
             _check_without_data(resolved, spec.run_dir, world, resume=resume and not restart, restart=restart)
         else:
-            check_start(resolved, spec.run_dir, world, resume=resume and not restart, restart=restart)
+            check_start(resolved, spec.run_dir, world, sets, resume=resume and not restart, restart=restart)
         line = _memory_line(resolved, order) if order.profile.gpu_memory_gib and not note else note
         checked.append(_Checked(config_text(resolved), (shrunk_line(resolved, order.job.num_ranks), line)))
     return checked
 
 
-def _seen_here(config: RunConfig, *, may_miss: bool) -> tuple[RunConfig, str]:
+def _seen_here(config: RunConfig, sets: OpenedSets, *, may_miss: bool) -> tuple[RunConfig, str]:
     """The config with its classes, and a note where shards or weights are not to be seen from here."""
-    from piip_scale.cli.train import with_classes
     from piip_scale.models.pretrained import check_pretrained
+    from piip_scale.tasks.classes import with_classes
 
     try:
-        resolved = with_classes(config)
+        resolved = with_classes(config, sets)
         check_pretrained(resolved.model)
     except (DataError, ModelError) as error:
         if not may_miss:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,9 +17,11 @@ from piip_scale.config.loading import changed_keys, config_text
 from piip_scale.errors import PiipError
 from piip_scale.launch.compile_caches import use_local_cache
 from piip_scale.logging import configure_logging
-from piip_scale.registry import row_of
 from piip_scale.run.profiled_steps import ProfiledSteps, parse_profiled_steps
 from piip_scale.world import World, claimed_rank, read_world
+
+if TYPE_CHECKING:
+    from piip_scale.data.reading.opened import OpenedSets
 
 
 def register(app: typer.Typer) -> None:
@@ -88,6 +90,7 @@ def run_training(
     restart: bool = False,
     progress: bool = True,
     profile: str = "",
+    sets: OpenedSets | None = None,
 ) -> int:
     """Trains in processes of its own, or as the rank this process already is; returns the exit code.
 
@@ -100,16 +103,20 @@ def run_training(
         restart: Set aside the run in it and start over; goes before ``resume``.
         progress: Draw a progress line.
         profile: Steps of this attempt that rank 0 profiles, as ``10`` or ``10-12``; empty for none.
+        sets: Those that this process has open; ``None`` for none.
 
     Raises:
         PiipError: Config, shards, directory or world do not allow a start, or a rank ended without a report.
     """
+    from piip_scale.data.reading.opened import OpenedSets
+    from piip_scale.tasks.classes import with_classes
     from piip_scale.telemetry.trackers import require_trackers
 
     profiled = parse_profiled_steps(profile)
     resolved = load_config(config, overrides)
     require_trackers(resolved.telemetry.trackers)
-    resolved = with_classes(resolved)
+    sets = sets or OpenedSets()
+    resolved = with_classes(resolved, sets)
     resume = resume and not restart
     if resume and resolved.zero.open_keys:
         resolved = with_layout_of(resolved, run_dir / "config.py")
@@ -119,9 +126,10 @@ def run_training(
     if num_procs == 1 or read_world().launcher != "single":
         settings = _settings(run_dir, overrides)
         return _train_here(
-            resolved, run_dir, settings, resume=resume, restart=restart, progress=progress, profiled=profiled
+            resolved, run_dir, settings, sets, resume=resume, restart=restart, progress=progress, profiled=profiled
         )
-    check_start(resolved, run_dir, World(num_ranks=num_procs, ranks_per_node=num_procs), resume=resume, restart=restart)
+    world = World(num_ranks=num_procs, ranks_per_node=num_procs)
+    check_start(resolved, run_dir, world, sets, resume=resume, restart=restart)
     from piip_scale.engine.local_launch import launch_local
     from piip_scale.run.run_dir import RunDirectory
 
@@ -147,28 +155,16 @@ def with_layout_of(config: RunConfig, earlier: Path) -> RunConfig:
     return config if zero.open_keys else config.model_copy(update={"zero": config.zero.decided(zero)})
 
 
-def with_classes(config: RunConfig) -> RunConfig:
-    """The config with the shards' class names, after checking that both sets are there and agree.
-
-    Raises:
-        DataError: A set is absent, damaged, packed for another task, or of other classes.
-    """
-    from piip_scale.data.reading.shards import ShardSet
-
-    kind = row_of(config.task).set_kind
-    data = config.data
-    classes = ShardSet.open(data.train_shards, data.classes, kind, data.cache, data.max_pixels).classes
-    ShardSet.open(data.val_shards, classes, kind, data.cache, data.max_pixels)
-    return config.model_copy(update={"data": data.model_copy(update={"classes": classes})})
-
-
-def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool, restart: bool = False) -> None:
+def check_start(
+    config: RunConfig, run_dir: Path, world: World, sets: OpenedSets, *, resume: bool, restart: bool = False
+) -> None:
     """Reports once, before any process starts, what every rank would.
 
     Args:
         config: The run, with its classes.
         run_dir: Its directory.
         world: The ranks that will train.
+        sets: Its sets, open.
         resume: They will continue the run there.
         restart: They will set aside a run there.
 
@@ -193,7 +189,7 @@ def check_start(config: RunConfig, run_dir: Path, world: World, *, resume: bool,
     if newest:
         config = newest.kept(config, world.num_ranks)
     scaled = scale_to_ranks(config, world.num_ranks)
-    build_task(scaled, world).check()
+    build_task(scaled, world, sets=sets).check()
     with torch.device("meta"):
         model = build_model(scaled, len(scaled.data.classes))
     if newest is None:
@@ -215,6 +211,7 @@ def _train_here(
     config: RunConfig,
     run_dir: Path,
     settings: Mapping[str, Any],
+    sets: OpenedSets,
     *,
     resume: bool,
     restart: bool,
@@ -226,7 +223,7 @@ def _train_here(
     from piip_scale.tasks.kinds import build_task
 
     run = RunDirectory(run_dir)
-    build = partial(build_task, broken_samples=run.broken_samples)
+    build = partial(build_task, broken_samples=run.broken_samples, sets=sets)
     return train_worker(
         config,
         config_text(config),

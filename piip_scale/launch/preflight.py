@@ -81,15 +81,13 @@ def _look(config: Path | None, overrides: Sequence[str], gpus: int) -> NodeFacts
 
 def _try_data(config: Path, overrides: Sequence[str]) -> PiipError | None:
     from piip_scale.config import load_config
-    from piip_scale.data.reading.shards import ShardSet
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.models.pretrained import check_pretrained
-    from piip_scale.registry import row_of
+    from piip_scale.tasks.classes import with_classes
 
     try:
         run = load_config(config, overrides)
-        data, kind = run.data, row_of(run.task).set_kind
-        for shards in (data.train_shards, data.val_shards):
-            ShardSet.open(shards, data.classes, kind, data.cache, data.max_pixels)
+        with_classes(run, OpenedSets())
         check_pretrained(run.model)
     except PiipError as error:
         return error

@@ -77,7 +77,7 @@ def export_model(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ModelError(f"{out} is there already", rule="exports go into a new folder", fix="choose another one")
-    classes = class_names(found.config)
+    found = found.with_classes(classes := class_names(found.config))
     model = build_model(found.config, len(classes), network_device="meta")
     check_weights(model.state_dict(keep_vars=True), found.weights)
     state = model.state_dict()

@@ -61,8 +61,8 @@ class Looker:
 
     def __init__(self, found: Trained, looking: Looking, devices: str | Sequence[str] | None = None) -> None:
         self.is_detector = row_of(found.config.task).finds_objects
-        self._looking = looking
-        self._labels = _labels(looking, class_names(found.config), self.is_detector)
+        self._looking, found = looking, found.with_classes(class_names(found.config))
+        self._labels = _labels(looking, found.config.data.classes, self.is_detector)
         apply_fp32_precision(found.config.train)
         spread_over = () if devices is None else named_devices(devices)
         self.model = found.load(device="cuda" if torch.cuda.is_available() else "cpu", spread_over=spread_over)

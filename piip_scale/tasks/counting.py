@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from piip_scale.config.run import RunConfig
+from piip_scale.data.reading.opened import OpenedSets
 from piip_scale.models.counting import PartCount, count_network, recomputed_macs
 from piip_scale.models.work import FLOPS_PER_MAC
 from piip_scale.registry import row_of
@@ -83,7 +84,7 @@ def count_run(config: RunConfig, height_px: int, width_px: int, *, training: boo
         ConfigError: Heads that cannot be built, or that no rule counts.
         DataError: The run's shards are damaged.
     """
-    name, num_classes = likely_classes(config)
+    name, num_classes = likely_classes(config, OpenedSets())
     counting = counting_of(config, num_classes)
     network = counting.network(height_px, width_px, training=training)
     heads = counting.heads(height_px, width_px, training=training)
@@ -117,13 +118,17 @@ def head_flops(config: RunConfig, num_classes: int, height_px: int, width_px: in
     return sum(part.training_flops for part in heads)
 
 
-def likely_classes(config: RunConfig) -> tuple[str, int]:
+def likely_classes(config: RunConfig, sets: OpenedSets) -> tuple[str, int]:
     """How many classes a run has, and the public set whose number it is where neither config nor shards name any.
+
+    Args:
+        config: The run.
+        sets: Those that are open.
 
     Raises:
         DataError: The run's shards are damaged.
     """
-    if classes := declared_classes(config):
+    if classes := declared_classes(config, sets):
         return "", len(classes)
     if config.data.num_classes is not None:
         return "", config.data.num_classes

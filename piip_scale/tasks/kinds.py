@@ -15,13 +15,18 @@ from piip_scale.world import World
 
 if TYPE_CHECKING:
     from piip_scale.data.batch import Batch
+    from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.data.reading.sample_set import SampleSet
     from piip_scale.tasks.base import Predictor, Task
     from piip_scale.tasks.views import Views
 
 
 def build_task(
-    config: RunConfig, world: World, broken_samples: Path | None = None, val_set: SampleSet | None = None
+    config: RunConfig,
+    world: World,
+    broken_samples: Path | None = None,
+    val_set: SampleSet | None = None,
+    sets: OpenedSets | None = None,
 ) -> Task:
     """The task of a run.
 
@@ -30,11 +35,12 @@ def build_task(
         world: This rank among all.
         broken_samples: A folder of the run where its ranks put down which samples are broken, if it has one.
         val_set: A set to evaluate on in place of the validation shards, of the config's classes.
+        sets: Those that this process has open; ``None`` for none.
 
     Raises:
         DataError: Validation shards that are absent, damaged, or of other classes than the config's.
     """
-    task: Task = row_of(config.task).load("task")(config, world, broken_samples, val_set)
+    task: Task = row_of(config.task).load("task")(config, world, broken_samples, val_set, sets)
     return task
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,6 +16,7 @@ from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import Batch
 from piip_scale.data.images import Image
 from piip_scale.data.loader import SampleMaker, SetLoader
+from piip_scale.data.reading.opened import OpenedSets
 from piip_scale.data.reading.sample_set import SampleSet
 from piip_scale.data.reading.shards import ShardSet
 from piip_scale.data.reading.targets import check_trainable, targets_lines
@@ -37,29 +38,31 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 class ShardTask(ABC, Generic[ConfigT, BatchT]):
     """A ``Task`` over packed shards.
 
-    Validation shards are opened at once, training shards when first asked for, so that evaluating needs none.
+    Validation shards are taken at once, training shards when first asked for, so that evaluating needs none.
 
     Args:
         config: The run.
         world: This rank among all.
         broken_samples: A folder of the run where its ranks put down which samples are broken, if it has one.
         val_set: A set to evaluate on in place of the validation shards, of the config's classes.
+        sets: Those that this process has open; ``None`` for none.
 
     Raises:
         DataError: Validation shards that are absent, damaged, of another kind, or of other classes than the config's.
     """
 
     def __init__(
-        self, config: ConfigT, world: World, broken_samples: Path | None = None, val_set: SampleSet | None = None
+        self,
+        config: ConfigT,
+        world: World,
+        broken_samples: Path | None = None,
+        val_set: SampleSet | None = None,
+        sets: OpenedSets | None = None,
     ) -> None:
         self.config, self.world, self._broken_samples = config, world, broken_samples
-        self._set_kind, data = row_of(config.task).set_kind, config.data
-        self._val_loader: SetLoader[BatchT]
-        if val_set is not None:
-            self.val_set, self._val_loader = val_set, self._set_loader(val_set)
-        else:
-            shards = ShardSet.open(data.val_shards, data.classes, self._set_kind, data.cache, data.max_pixels)
-            self.val_set, self._val_loader = shards, self._loader(shards)
+        self._sets, data = sets or OpenedSets(), config.data
+        self.val_set = self._opened(data.val_shards, data.classes) if val_set is None else val_set
+        self._val_loader = self._set_loader(self.val_set)
         if data.num_classes not in (None, len(self.classes)):
             raise DataError(
                 f"{self.val_set.location} has {len(self.classes)} classes",
@@ -180,10 +183,12 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
     def _check_train_shards(self, shards: ShardSet) -> None:
         """Raises a ``DataError`` where the set lacks what training needs."""
 
+    def _opened(self, location: str, classes: Sequence[str]) -> ShardSet:
+        return self._sets.open(location, self.config.data, classes, row_of(self.config.task).set_kind)
+
     @cached_property
     def _train_loader(self) -> ShardLoader[BatchT]:
-        data = self.config.data
-        shards = ShardSet.open(data.train_shards, self.classes, self._set_kind, data.cache, data.max_pixels)
+        shards = self._opened(self.config.data.train_shards, self.classes)
         self._check_train_shards(shards)
         self._check_targets(shards)
         return self._loader(shards)
@@ -198,6 +203,8 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         get_logger(__name__).info("%s: %s", shards.location, "; ".join(lines))
 
     def _set_loader(self, samples: SampleSet) -> SetLoader[BatchT]:
+        if isinstance(samples, ShardSet):
+            return self._loader(samples)
         config = self.config
         return SetLoader(samples, config.data, self._maker(samples), seed=config.train.seed, world=self.world)
 

@@ -18,7 +18,7 @@ from piip_scale.models.frozen_files import reader_of
 from piip_scale.models.lora import LORA
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.tasks.base import DTYPES
-from piip_scale.tasks.classes import class_names
+from piip_scale.tasks.classes import class_names, naming
 from piip_scale.tasks.exported import is_exported, read_exported
 from piip_scale.tasks.kinds import build_model
 from piip_scale.tasks.spreading import Spread
@@ -41,12 +41,7 @@ class Trained:
 
     def with_classes(self, classes: Sequence[str]) -> Trained:
         """The same with the classes of a set, where the config names none."""
-        data = self.config.data
-        if data.classes:
-            return self
-        return replace(
-            self, config=self.config.model_copy(update={"data": data.model_copy(update={"classes": tuple(classes)})})
-        )
+        return self if self.config.data.classes else replace(self, config=naming(self.config, classes))
 
     def load(
         self,

@@ -40,6 +40,10 @@ train = dict(steps=6, precision="fp32", log_every_steps=2, evaluate_every_steps=
 """
 
 
+OPERATIONS = "operations.txt"
+"""Beside the run of ``trained``: what its processes asked of the disk that the sets are on."""
+
+
 def command(*arguments):
     return [sys.executable, "-m", "piip_scale.cli.main", *map(str, arguments)]
 
@@ -48,9 +52,10 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def piip_scale(*arguments, timeout=240, cwd=None, **variables):
+def piip_scale(*arguments, timeout=240, cwd=None, preexec_fn=None, **variables):
     """Runs the command to its end."""
-    return preloaded.run(command(*arguments)[1:], env=environment() | variables, timeout=timeout, cwd=cwd)
+    settings = {"timeout": timeout, "cwd": cwd, "preexec_fn": preexec_fn}
+    return preloaded.run(command(*arguments)[1:], env=environment() | variables, **settings)
 
 
 def started(*arguments):

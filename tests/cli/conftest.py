@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import subprocess
+from functools import partial
 
 import commands
 import pytest
+from sections.file_operations import log_operations
 
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.demo.scenes import write_scenes
@@ -31,10 +33,12 @@ def config(shards, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(config, tmp_path_factory):
+def trained(config, shards, tmp_path_factory):
     """A run directory that two processes trained to its end."""
     run_dir = tmp_path_factory.mktemp("runs") / "tiny"
-    commands.succeeded(commands.piip_scale("train", config, "--procs", 2, "--run-dir", run_dir, "--profile", "3-5"))
+    words = ("train", config, "--procs", 2, "--run-dir", run_dir, "--profile", "3-5")
+    noted = partial(log_operations, shards, run_dir.parent / commands.OPERATIONS)
+    commands.succeeded(commands.piip_scale(*words, preexec_fn=noted))
     return run_dir
 
 

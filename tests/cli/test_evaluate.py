@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 from commands import failed_in_one_line, piip_scale, succeeded
+from opened_sets import assert_opened_once
 from PIL import Image
+from sections.file_operations import log_operations, logged_operations
 from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
@@ -23,20 +26,22 @@ def alone(trained, tmp_path_factory):
     return evaluated(trained, tmp_path_factory.mktemp("alone"))
 
 
-def evaluated(run, folder, *options):
+def evaluated(run, folder, *options, **settings):
     """The bytes of predictions and metrics."""
     found, metrics = folder / "found.json", folder / "metrics.json"
-    succeeded(piip_scale("evaluate", run, "--predictions", found, "--out", metrics, *options))
+    succeeded(piip_scale("evaluate", run, "--predictions", found, "--out", metrics, *options, **settings))
     return found.read_bytes(), metrics.read_bytes()
 
 
 @pytest.mark.parametrize("procs", [2, 3])
-def test_ranks_share_the_images_and_find_the_same(trained, alone, tmp_path, procs):
+def test_ranks_share_the_images_and_find_the_same(trained, alone, shards, tmp_path, procs):
     # Six images in batches of one: three ranks have two each; of four a batch, one rank has nothing to do.
     size = {2: 1, 3: 4}[procs]
     options = ("--set", f"data.micro_batch_size={size}")
     expected = evaluated(trained, tmp_path, *options)
-    assert evaluated(trained, tmp_path, *options, "--procs", procs) == expected
+    noted = partial(log_operations, shards, log := tmp_path / "operations.txt")
+    assert evaluated(trained, tmp_path, *options, "--procs", procs, preexec_fn=noted) == expected
+    assert_opened_once(logged_operations(log).values(), [shards / "val"], num_processes=procs)
     assert len({entry["image_id"] for entry in json.loads(expected[0])}) > 1
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import piip_scale, succeeded
+from opened_sets import assert_found_once
+from sections.file_operations import log_operations, logged_operations
 
 from piip_scale.cli.main import main
 from piip_scale.config import loading
@@ -15,11 +18,14 @@ from piip_scale.config import loading
 DIGITS = Path(__file__).parents[2] / "configs" / "demo" / "digits.py"
 
 
-def test_a_plan_tells_memory_knobs_steps_and_time(shards):
+def test_a_plan_tells_memory_knobs_steps_and_time(shards, tmp_path):
     options = ("--nodes", 2, "--gpus-per-node", 2, "--gpu-memory-gib", 1, "--mfu", 0.5, "--peak-tflops", 100)
     options += ("--gpu", "h200", "--network-gbps", 200)
     sets = ("--set", f"data.train_shards={shards / 'train'}", "--set", f"data.val_shards={shards / 'val'}")
-    found = json.loads(succeeded(piip_scale("plan", DIGITS, *options, *sets, "--json")).stdout)
+    noted = partial(log_operations, shards, log := tmp_path / "operations.txt")
+    found = json.loads(succeeded(piip_scale("plan", DIGITS, *options, *sets, "--json", preexec_fn=noted)).stdout)
+    (operations,) = logged_operations(log).values()
+    assert_found_once(operations, [shards / "train", shards / "val"])
     assert (found["num_ranks"], found["fits"], found["capacity"]) == (4, False, 2**30)
     kinds = ("weights", "gradients", "masters", "moments", "activations")
     parts = sum(part[kind] for part in found["parts"] for kind in kinds)

@@ -6,17 +6,22 @@ import json
 import shutil
 import signal
 import time
+from functools import partial
 
 import psutil
 import pytest
 import torch
 from commands import piip_scale, started, succeeded
+from opened_sets import assert_opened_once
+from sections.file_operations import log_operations, logged_operations
 
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
-from piip_scale.cli.train import check_start, run_training, with_classes
+from piip_scale.cli.train import check_start, run_training
 from piip_scale.config import load_config
+from piip_scale.data.reading.opened import OpenedSets
 from piip_scale.errors import CheckpointError
+from piip_scale.tasks.classes import with_classes
 from piip_scale.world import World
 
 STEPS = 9
@@ -77,11 +82,12 @@ def moments(checkpoint):
     return found
 
 
-def test_a_detector_killed_in_the_middle_is_bit_for_bit_the_whole_run(config, tmp_path):
+def test_a_detector_killed_in_the_middle_is_bit_for_bit_the_whole_run(config, shards, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     succeeded(piip_scale(*words(config, whole)))
     train_and_kill(config, broken)
-    succeeded(piip_scale(*words(config, broken), "--resume"))
+    noted = partial(log_operations, shards, log := tmp_path / "operations.txt")
+    succeeded(piip_scale(*words(config, broken), "--resume", preexec_fn=noted))
     assert len(told(whole)) == STEPS
     assert told(broken) == told(whole)
     wanted, found = (CheckpointStore(run / "checkpoints", keep=2).latest() for run in (whole, broken))
@@ -91,6 +97,7 @@ def test_a_detector_killed_in_the_middle_is_bit_for_bit_the_whole_run(config, tm
         assert ours.keys() == theirs.keys()
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert any("exp_avg_sq" in name for name in moments(found))
+    assert_opened_once(logged_operations(log).values(), [shards / "train", shards / "val"], num_processes=3)
 
 
 def test_a_run_that_lost_its_checkpoints_starts_nothing(config, trained, tmp_path):
@@ -105,4 +112,5 @@ def test_a_run_that_lost_its_checkpoints_starts_nothing(config, trained, tmp_pat
     with pytest.raises(CheckpointError, match=r"none of them is whole here: status.json.*step 6"):
         run_training(config, [], run_dir, procs=2, resume=True)
     assert {path: path.read_bytes() for path in before if path.exists()}.items() <= before.items()
-    check_start(with_classes(load_config(config)), run_dir, World(), resume=False, restart=True)
+    sets = OpenedSets()
+    check_start(with_classes(load_config(config), sets), run_dir, World(), sets, resume=False, restart=True)

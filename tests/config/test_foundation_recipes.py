@@ -7,6 +7,7 @@ import torch
 from released import ROOT
 
 from piip_scale.config import load_config
+from piip_scale.data.reading.opened import OpenedSets
 from piip_scale.engine.planning.planner import Planner
 from piip_scale.tasks.counting import count_run, likely_classes
 from piip_scale.tasks.kinds import build_model
@@ -30,7 +31,7 @@ def test_there_is_a_recipe_for_each_way_and_each_head():
 def test_a_recipe_builds_with_the_giant_that_it_names(name):
     config = load_config(CONFIGS[name])
     with torch.device("meta"):
-        model = build_model(config, likely_classes(config)[1])
+        model = build_model(config, likely_classes(config, OpenedSets())[1])
     giant = model.backbone.branches[0]
     size_b = sum(p.numel() for p in giant.parameters()) / 1e9
     low, high = next(sizes for key, sizes in GIANTS_B.items() if key in name)
@@ -56,7 +57,7 @@ def test_a_recipe_builds_with_the_giant_that_it_names(name):
 )
 def test_what_is_made_for_one_gpu_plans_to_fit_it(name, gpu_gib, most_gib):
     config = load_config(CONFIGS[name])
-    outline = partial(outline_run, num_classes=likely_classes(config)[1], size_px=None)
+    outline = partial(outline_run, num_classes=likely_classes(config, OpenedSets())[1], size_px=None)
     plan = Planner(outline, gpu_gib * GIB).plan(config, 1)
     assert plan.fits
     assert plan.total < most_gib * GIB
@@ -67,7 +68,7 @@ def test_coco_starts_from_objects365_but_for_the_layers_of_the_classes():
     for name in ("objects365", "objects365_coco"):
         config = load_config(CONFIGS[f"dino_dinov3_bs_ct_{name}_1024_672_448"])
         with torch.device("meta"):
-            state = build_model(config, likely_classes(config)[1]).state_dict()
+            state = build_model(config, likely_classes(config, OpenedSets())[1]).state_dict()
         shapes.append({name: tensor.shape for name, tensor in state.items()})
     assert config.model.reset == ("classes",)
     assert shapes[0].keys() == shapes[1].keys()

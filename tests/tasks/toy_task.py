@@ -43,7 +43,7 @@ class ToyRun(RunConfig):
 
 
 class ToyTask:
-    def __init__(self, config, world, broken_samples, val_set=None) -> None:
+    def __init__(self, config, world, broken_samples, val_set, sets) -> None:
         self.config, self.world = config, world
 
 

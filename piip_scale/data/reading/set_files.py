@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from piip_scale.errors import DataError, FetchError
 
 _MAX_OPEN_SHARDS = 128
 _INDEXES_AT_ONCE = 16
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 Range = tuple[int, int]
 """Offset in a file, and length."""
 
@@ -141,7 +144,7 @@ class LocalFiles:
 
     def _index(self, shard: ShardInfo) -> bytes:
         path = self._folder / shard.name
-        size_bytes = path.stat().st_size if path.is_file() else None
+        size_bytes = _length_of(path)
         if size_bytes != shard.size_bytes:
             raise DataError(
                 f"shard {path} is {'not there' if size_bytes is None else f'{size_bytes} bytes long'}",
@@ -271,6 +274,17 @@ class RemoteFiles:
     def _opened(self, shard: ShardInfo, stop: Stop = NEVER) -> BinaryIO:
         fetch = partial(self._fetcher.fetch, shard.name, num_bytes=shard.size_bytes, sha256=shard.sha256, stop=stop)
         return self.cache.open(_entry(shard), fetch, stop)
+
+
+def _length_of(path: Path) -> int | None:
+    """Bytes of a file, by one look; ``None`` where there is none."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return None
+        raise
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _entry(shard: ShardInfo) -> Entry:

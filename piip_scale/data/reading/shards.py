@@ -98,23 +98,19 @@ class ShardSet(SampleSet):
                 rule=f"this version reads {FORMAT_VERSION}",
                 fix="pack the set again with --overwrite",
             )
-        if kind not in (None, manifest.kind):
-            raise DataError(
-                f"the shards in {location} are packed for {manifest.kind}",
-                rule=f"this needs a set for {kind}",
-                fix=f"choose another set, or pack one for {kind}: see `piip-scale shards pack --help`",
-            )
-        names = [category.name for category in manifest.categories]
-        if classes and list(classes) != names:
-            raise DataError(
-                f"classes of the shards in {location}",
-                value=names,
-                rule=f"the config's classes are {list(classes)}",
-                fix="make them equal, in the same order",
-            )
+        _check_wanted(manifest, files.location, classes, kind)
         shards = cls(files, manifest, _read_indexes(files, manifest.shards))
         shards.check_sizes(max_pixels or MAX_PIXELS)
         return shards
+
+    def check(self, classes: Sequence[str], kind: SetKind | None, max_pixels: int) -> None:
+        """Holds an open set to what ``open`` holds one to, of the same parameters; reads nothing.
+
+        Raises:
+            DataError: It is of another kind or of other classes, or holds an image that is too large.
+        """
+        _check_wanted(self.manifest, self.location, classes, kind)
+        self.check_sizes(max_pixels)
 
     @property
     def kind(self) -> SetKind:
@@ -264,6 +260,23 @@ class ShardSet(SampleSet):
 
     def _shard(self, number: int) -> ShardInfo:
         return self.manifest.shards[int(self._places[number, 0])]
+
+
+def _check_wanted(manifest: Manifest, location: str, classes: Sequence[str], kind: SetKind | None) -> None:
+    if kind not in (None, manifest.kind):
+        raise DataError(
+            f"the shards in {location} are packed for {manifest.kind}",
+            rule=f"this needs a set for {kind}",
+            fix=f"choose another set, or pack one for {kind}: see `piip-scale shards pack --help`",
+        )
+    names = [category.name for category in manifest.categories]
+    if classes and list(classes) != names:
+        raise DataError(
+            f"classes of the shards in {location}",
+            value=names,
+            rule=f"the config's classes are {list(classes)}",
+            fix="make them equal, in the same order",
+        )
 
 
 def _column(of_shards: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
