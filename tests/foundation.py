@@ -47,6 +47,9 @@ CASES = {
     "dinov3_b of transformers": lambda grid: dinov3(),
     "dinov3_h_plus of transformers": lambda grid: dinov3(use_gated_mlp=True, hidden_act="silu"),
     "pe_spatial_b": lambda grid: timm_model("vit_pe_spatial_base_patch16_512", grid, ref_feat_shape=(32, 32)),
+    "pe_spatial_b as its own encoder": lambda grid: timm_model(
+        "vit_pe_spatial_base_patch16_512", grid, ref_feat_shape=grid
+    ),
     "pe_spatial_g": lambda grid: timm_model("vit_pe_spatial_gigantic_patch14_448", grid),
     "eva02_s": lambda grid: timm_model("eva02_small_patch14_224", grid, global_pool="token"),
     "eva02_l": lambda grid: timm_model("eva02_large_patch14_224", grid, global_pool="token"),
@@ -88,6 +91,10 @@ CASES = {
     ),
 }
 OURS = {
+    "pe_spatial_b as its own encoder": {
+        "rotary": PRESETS["pe_spatial_b"]["rotary"] | {"pretrain_grid_cells": 0},
+        "position_resize": "bilinear",
+    },
     "sam3": {
         "window_size_tokens": (3, 0, 3),
         "rotary": PRESETS["sam3"]["rotary"] | {"pretrain_grid_cells": 3},

@@ -56,6 +56,22 @@ def test_turning_in_place_is_the_formula(dtype, halves):
     torch.testing.assert_close(*gradients, atol=tolerance, rtol=tolerance)
 
 
+def test_an_exported_program_has_the_formula():
+    """Complex numbers and results written in place are for torch alone; what others run has neither."""
+
+    class Turning(torch.nn.Module):
+        def forward(self, heads, table):
+            return rotate(heads, table, halves=False) + rotate(heads, table, halves=True)
+
+    tensors = torch.randn(2, 1, 3, 8), torch.randn(2, 2, 3, 4)
+    program = torch.export.export(Turning(), tensors)
+    operators = " ".join(str(node.target) for node in program.graph.nodes)
+    assert "aten.mul" in operators
+    assert "complex" not in operators
+    assert "addcmul" not in operators
+    torch.testing.assert_close(program.module()(*tensors), Turning()(*tensors))
+
+
 def test_turning_keeps_the_table_alone():
     heads, kept = torch.randn(1, 2, 6, 8, requires_grad=True), []
     table = torch.randn(2, 1, 6, 4)
