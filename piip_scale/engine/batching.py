@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from pydantic import ValidationError
 
@@ -12,29 +13,6 @@ from piip_scale.engine.versions import FROM_WEIGHTS
 from piip_scale.errors import ConfigError
 
 _EXPONENTS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
-
-
-def accumulation_for(images_per_step: int, micro_batch_size: int, num_ranks: int) -> int:
-    """Micro-batches that each rank adds up for a step of so many images.
-
-    Args:
-        images_per_step: Images of one optimiser step, over all ranks.
-        micro_batch_size: Images of one micro-batch on one rank.
-        num_ranks: Data-parallel ranks.
-
-    Raises:
-        ConfigError: They do not divide; lists what would.
-    """
-    at_once = micro_batch_size * num_ranks
-    if images_per_step % at_once:
-        raise ConfigError(
-            "train.images_per_step",
-            value=images_per_step,
-            rule=f"a multiple of {at_once}, the images that {num_ranks} ranks x data.micro_batch_size="
-            f"{micro_batch_size} take at once",
-            fix=_what_fits(images_per_step, micro_batch_size, num_ranks),
-        )
-    return images_per_step // at_once
 
 
 def images_per_step(config: RunConfig, num_ranks: int) -> int:
@@ -57,11 +35,11 @@ def scale_to_ranks(config: RunConfig, num_ranks: int) -> RunConfig:
         num_ranks: Data-parallel ranks.
 
     Raises:
-        ConfigError: The ranks cannot make a step of so many images.
+        ConfigError: The ranks cannot make a step of so many images; names what to set.
     """
     images = images_per_step(config, num_ranks)
     data = _shared_data(config, images, num_ranks)
-    accumulation = accumulation_for(images, data.micro_batch_size, num_ranks)
+    accumulation = images // (data.micro_batch_size * num_ranks)
     train = config.train.model_copy(update={"images_per_step": None, "gradient_accumulation": accumulation})
     config = config.model_copy(update={"train": train, "data": data})
     reference = config.optimizer.reference_images_per_step
@@ -75,11 +53,88 @@ def scale_to_ranks(config: RunConfig, num_ranks: int) -> RunConfig:
 
 def _shared_data(config: RunConfig, images: int, num_ranks: int) -> DataConfig:
     """The data config with streams decided, and micro-batches of which ranks can make a step of so many images."""
-    data = config.data
-    if images % (data.micro_batch_size * num_ranks) and images % num_ranks == 0:
-        refusal = f"{num_ranks} ranks cannot share a step of train.images_per_step={images} images"
-        data = _smaller_micro_batches(config, images, num_ranks, refusal, "train")
+    try:
+        data = _sharing(config.data, images, num_ranks)
+    except ValueError as error:
+        larger = _next_images(config, num_ranks)
+        raise ConfigError(
+            f"{num_ranks} ranks cannot share the {images} images of train.images_per_step",
+            rule=_rule(error),
+            fix=" or ".join([*_ranks_for(config, images, "take"), f"pass {_other_recipe(config, images, larger)}"]),
+        ) from error
     return data.model_copy(update={"num_streams": streams_for(data.num_streams, num_ranks)})
+
+
+def can_share(config: RunConfig, images: int, num_ranks: int) -> bool:
+    """Whether ranks can make steps of so many images."""
+    try:
+        _sharing(config.data, images, num_ranks)
+    except ValueError:
+        return False
+    return True
+
+
+def with_micro_batch(data: DataConfig, size: int) -> DataConfig:
+    """The data config with micro-batches of so many images.
+
+    Raises:
+        ValidationError: Its own rules do not allow them, as mixup those that are odd.
+    """
+    if size == data.micro_batch_size:
+        return data
+    return type(data).model_validate(data.model_dump() | {"micro_batch_size": size})
+
+
+def _sharing(data: DataConfig, images: int, num_ranks: int) -> DataConfig:
+    """The data config with the largest micro-batches of which ranks can make a step of so many images.
+
+    Raises:
+        ValueError: There are none that its own rules allow; with the rule.
+    """
+    if images % num_ranks:
+        raise ValueError(f"each takes as many, so these are a multiple of {num_ranks}")
+    sizes = [size for size in divisors(images // num_ranks) if size <= data.micro_batch_size]
+    for size in reversed(sizes):
+        with suppress(ValidationError):
+            return with_micro_batch(data, size)
+    return with_micro_batch(data, sizes[-1])
+
+
+def _rule(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return str(error)
+
+
+def _next_images(config: RunConfig, num_ranks: int) -> int:
+    """The fewest images of a step, and no fewer than the run's, that ranks can share."""
+    share, size = -(-images_per_step(config, num_ranks) // num_ranks), config.data.micro_batch_size
+    # One of so many is a multiple of the micro-batch as it is.
+    return next(n * num_ranks for n in range(share, share + size) if can_share(config, n * num_ranks, num_ranks))
+
+
+def _ranks_for(config: RunConfig, images: int, verb: str) -> list[str]:
+    """What to do on other numbers of ranks: those that can share a step's images, if any can."""
+    ranks = [number for number in divisors(images) if can_share(config, images, number)]
+    return [f"{verb} {_listed(ranks)} ranks"] if ranks else []
+
+
+def _with_images(config: RunConfig, images: int, larger: int) -> RunConfig:
+    """The run with larger steps, its rate grown as they are, as that of the published recipes is."""
+    train = config.train.model_copy(update={"images_per_step": larger, "gradient_accumulation": 1})
+    optimizer = config.optimizer
+    if optimizer.reference_images_per_step is None:
+        # As short as it is told, so that what is planned is what is passed.
+        optimizer = optimizer.model_copy(update={"lr": float(f"{optimizer.lr * larger / images:.6g}")})
+    return config.model_copy(update={"train": train, "optimizer": optimizer})
+
+
+def _other_recipe(config: RunConfig, images: int, larger: int) -> str:
+    """What to set for larger steps, as a user would write it."""
+    keys = f"--set train.images_per_step={larger}"
+    changed = _with_images(config, images, larger).optimizer
+    rate = "" if changed == config.optimizer else f" --set optimizer.lr={changed.lr:g}"
+    return f"{keys}{rate}, which is another recipe"
 
 
 def keep_images_per_step(config: RunConfig, images: int, num_ranks: int) -> RunConfig:
@@ -109,9 +164,10 @@ def keep_images_per_step(config: RunConfig, images: int, num_ranks: int) -> RunC
     if images_per_step(config, num_ranks) == images:
         return config
     refusal = f"{num_ranks} ranks cannot go on with a run whose steps have {images} images"
-    if images % num_ranks:
-        raise ConfigError(refusal, rule="the ranks divide these", fix=f"resume on {_listed(divisors(images))} ranks")
-    data = _smaller_micro_batches(config, images, num_ranks, refusal, "resume")
+    try:
+        data = _sharing(config.data, images, num_ranks)
+    except ValueError as error:
+        raise ConfigError(refusal, rule=_rule(error), fix="".join(_ranks_for(config, images, "resume on"))) from error
     train = config.train.model_copy(update={"images_per_step": images, "gradient_accumulation": 1})
     return config.model_copy(update={"train": train, "data": data})
 
@@ -121,27 +177,6 @@ def keep_streams(config: RunConfig, num_streams: int) -> RunConfig:
     if config.data.num_streams != "auto":
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"num_streams": num_streams})})
-
-
-def _smaller_micro_batches(config: RunConfig, images: int, num_ranks: int, refusal: str, verb: str) -> DataConfig:
-    """The data config with the largest micro-batches that fit and that its own rules allow, as mixup those in pairs.
-
-    Raises:
-        ConfigError: Its rules allow none of them; ``refusal`` is what cannot be, and ``verb`` what to do on others.
-    """
-    sizes = [size for size in divisors(images // num_ranks) if size <= config.data.micro_batch_size]
-    rules = []
-    for size in sorted(sizes, reverse=True):
-        try:
-            return type(config.data).model_validate(config.data.model_dump() | {"micro_batch_size": size})
-        except ValidationError as error:
-            rules.append(error.errors()[0]["msg"].removeprefix("Value error, "))
-    raise ConfigError(
-        refusal,
-        value=sizes,
-        rule=f"these micro-batches are not allowed: {rules[0]}",
-        fix=f"{verb} on a number of ranks of which each has a share of {images} images that is",
-    )
 
 
 def batch_line(config: RunConfig, num_ranks: int) -> str:
@@ -165,47 +200,34 @@ def shrunk_line(config: RunConfig, num_ranks: int) -> str:
     asked, taken = config.data.micro_batch_size, scale_to_ranks(config, num_ranks).data.micro_batch_size
     if taken == asked:
         return ""
-    images = images_per_step(config, num_ranks)
+    images, at_once = images_per_step(config, num_ranks), asked * num_ranks
+    alike = f"take {_listed(divisors(images // asked))} ranks or " if images % asked == 0 else ""
+    larger = -(-images // at_once) * at_once
     return (
         f"data.micro_batch_size={taken} in place of {asked}: {num_ranks} ranks share the {images} images of "
-        f"train.images_per_step; {_what_fits(images, asked, num_ranks)}"
+        f"train.images_per_step; to keep {asked} {alike}pass {_other_recipe(config, images, larger)}"
     )
 
 
 def planned_batch(config: RunConfig, num_ranks: int) -> tuple[RunConfig, str]:
     """The run with steps that these ranks can make, and a line on it where that makes it another recipe.
 
-    Where ranks cannot share ``train.images_per_step`` at all, the next larger number that they can is planned with:
-    to train so is for the user to decide.
+    Where ranks cannot share ``train.images_per_step``, the next larger number that they can is planned with: to train
+    so is for the user to decide.
     """
-    images = images_per_step(config, num_ranks)
-    if images % num_ranks == 0:
+    images, larger = images_per_step(config, num_ranks), _next_images(config, num_ranks)
+    if larger == images:
         return config, ""
-    larger = (images // num_ranks + 1) * num_ranks
-    train = config.train.model_copy(update={"images_per_step": larger, "gradient_accumulation": 1})
     line = (
-        f"{num_ranks} ranks cannot share the {images} images of train.images_per_step: planned with {larger}, which is "
-        f"another recipe; to keep it take {_listed(divisors(images))} ranks"
+        f"{num_ranks} ranks cannot share the {images} images of train.images_per_step: planned with "
+        f"{_other_recipe(config, images, larger)}"
     )
-    return config.model_copy(update={"train": train}), line
+    return _with_images(config, images, larger), "; ".join([line, *_ranks_for(config, images, "to keep it take")])
 
 
 def _scaled(optimizer: OptimizerConfig, ratio: float) -> OptimizerConfig:
     lr = optimizer.lr * ratio ** _EXPONENTS[optimizer.lr_scaling]
     return optimizer.model_copy(update={"lr": lr, "lr_scaling": "none", "reference_images_per_step": None})
-
-
-def _what_fits(images: int, micro: int, num_ranks: int) -> str:
-    alike = divisors(images // micro) if images % micro == 0 else []
-    ways = [f"{_listed(alike)} ranks"] if alike else []
-    if smaller := [ranks for ranks in divisors(images) if ranks not in alike and images // ranks < micro]:
-        ways.append(f"{_listed(smaller)} ranks with micro-batches of {_listed(sorted({images // r for r in smaller}))}")
-    if images % num_ranks == 0:
-        ways.append(f"data.micro_batch_size {_listed(divisors(images // num_ranks))}")
-    at_once = micro * num_ranks
-    near = sorted({max(images // at_once, 1) * at_once, (images // at_once + 1) * at_once})
-    ways.append(f"train.images_per_step {_listed(near)} (which is another recipe)")
-    return f"what fits: {'; or '.join(ways)}"
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 from commands import command, environment, failed_in_one_line, piip_scale, succeeded, without_slurm
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 from piip_scale.cli.main import app
 from piip_scale.errors import PiipError
 
+H6B = Path(__file__).parents[2] / "configs" / "coco" / "mask_rcnn_h6b_1024_512.py"
 BATCH = ("--nodes", 2, "--gpus-per-node", 1)
 
 
@@ -45,8 +48,30 @@ def test_without_slurm_nothing_is_sent_and_nothing_written(config, tmp_path):
 def test_the_config_is_checked_for_all_ranks_before_anything_is_sent(config, tmp_path):
     words = ["--nodes", 3, "--gpus-per-node", 1, "--set", "train.images_per_step=4", "--run-dir", tmp_path / "r"]
     done = without_slurm("submit", config, *words, "--dry-run")
-    failed_in_one_line(done, "train.images_per_step: got 4", "3 ranks", "what fits")
+    failed_in_one_line(done, "3 ranks cannot share the 4 images of train.images_per_step", "take 1, 2 or 4 ranks")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8, 64])
+def test_the_published_recipe_is_rendered_or_refused_with_what_renders_it(tmp_path, nodes):
+    words = [
+        "submit",
+        str(H6B),
+        "--nodes",
+        str(nodes),
+        "--run-dir",
+        str(tmp_path / "r"),
+        "--dry-run",
+        "--data-on-nodes",
+    ]
+    done = CliRunner().invoke(app, words)
+    if nodes > 2:
+        assert isinstance(done.exception, PiipError)
+        told = re.search(r"or pass (--set \S+ --set [^ ,]+), which is another recipe$", done.exception.line)[1]
+        done = CliRunner().invoke(app, [*words, *told.split()])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("#!/bin/bash\n")
+    assert ("data.micro_batch_size=1 in place of 2" in done.stderr) == (nodes > 1)
 
 
 def test_a_dry_run_prints_the_script_alone(config, tmp_path):

@@ -9,8 +9,8 @@ from ranks import tiny_config
 
 from piip_scale.config.loading import load_config
 from piip_scale.engine.batching import (
-    accumulation_for,
     batch_line,
+    can_share,
     images_per_step,
     keep_images_per_step,
     keep_streams,
@@ -22,7 +22,9 @@ from piip_scale.engine.schedule import lr_factor
 from piip_scale.errors import ConfigError
 
 small = st.integers(1, 12)
-MIXED = load_config(Path(__file__).parents[2] / "configs" / "demo" / "digit_classes.py")
+CONFIGS = Path(__file__).parents[2] / "configs"
+MIXED = load_config(CONFIGS / "demo" / "digit_classes.py")
+H6B = load_config(CONFIGS / "coco" / "mask_rcnn_h6b_1024_512.py")
 
 
 @given(small, small, small)
@@ -35,32 +37,57 @@ def test_a_step_has_as_many_images_on_any_ranks_that_fit(accumulation, micro, ra
     assert scale_to_ranks(scaled, ranks) == scaled
 
 
-@given(st.integers(1, 60), small, small)
-def test_what_does_not_fit_names_only_what_does(images, micro, ranks):
-    assume(images % (micro * ranks))
-    with pytest.raises(ConfigError, match=r"train\.images_per_step: got") as caught:
-        accumulation_for(images, micro, ranks)
-    for way in caught.value.fix.removeprefix("what fits: ").split("; or "):
-        numbers = [int(number) for number in re.findall(r"\d+", way.split(" with ")[0])]
-        assert numbers
-        for number in numbers:
-            if "micro_batch_size" in way:
-                accumulation_for(images, number, ranks)
-            elif "images_per_step" in way:
-                accumulation_for(number, micro, ranks)
-            else:
-                size = images // number if " with " in way else micro
-                assert " with " not in way or str(size) in way.split(" with ")[1]
-                accumulation_for(images, size, number)
+def taking(config, images, micro):
+    """The run with steps and micro-batches of so many images."""
+    data = type(config.data).model_validate(
+        config.data.model_dump() | {"num_streams": "auto", "micro_batch_size": micro}
+    )
+    return config.model_copy(
+        update={"data": data, "train": config.train.model_copy(update={"images_per_step": images})}
+    )
 
 
-@given(st.integers(1, 60), small, small)
-def test_a_plan_of_ranks_that_cannot_share_a_step_takes_the_next_larger_one_and_says_so(images, micro, ranks):
-    config = tiny_config(data={"micro_batch_size": micro}, train={"images_per_step": images})
+def passed(line):
+    """What a line says to pass: images of a step, and the rate."""
+    told = dict(re.findall(r"--set (\S+)=([^\s,]+)", line))
+    assert set(told) == {"train.images_per_step", "optimizer.lr"}
+    return int(told["train.images_per_step"]), float(told["optimizer.lr"])
+
+
+@pytest.mark.parametrize("config", [tiny_config(), MIXED], ids=["any", "even"])
+@given(images=st.integers(1, 60), pairs=small, ranks=small)
+def test_ranks_that_cannot_share_a_step_are_told_what_to_pass_and_planned_with_it(config, images, pairs, ranks):
+    config = taking(config, images, 2 * pairs)
+    assume(not can_share(config, images, ranks))
+    with pytest.raises(ConfigError, match=f"^{ranks} ranks cannot share the {images} images") as caught:
+        scale_to_ranks(config, ranks)
     planned, line = planned_batch(config, ranks)
-    found = images_per_step(scale_to_ranks(planned, ranks), ranks)
-    assert 0 <= found - images < ranks
-    assert bool(line) == (found != images)
+    larger, rate = passed(caught.value.fix)
+    assert (larger, rate) == passed(line) == (planned.train.images_per_step, planned.optimizer.lr)
+    assert images_per_step(scale_to_ranks(planned, ranks), ranks) == larger > images
+    assert not any(can_share(config, number, ranks) for number in range(images, larger))
+    assert rate / larger == pytest.approx(config.optimizer.lr / images, rel=1e-5)
+    named = re.search(r"take ([\d, or]+) ranks", caught.value.fix)
+    fitting = [number for number in range(1, images + 1) if can_share(config, images, number)]
+    assert [int(number) for number in re.findall(r"\d+", named[1] if named else "")] == fitting
+    assert bool(named) == ("to keep it take" in line)
+
+
+@pytest.mark.parametrize("config", [tiny_config(), MIXED], ids=["any", "even"])
+@given(share=small, pairs=small, ranks=small)
+def test_ranks_that_can_share_a_step_are_planned_as_they_are(config, share, pairs, ranks):
+    images = 2 * share * ranks
+    config = taking(config, images, 2 * pairs)
+    assert can_share(config, images, ranks)
+    assert planned_batch(config, ranks) == (config, "")
+    assert images_per_step(scale_to_ranks(config, ranks), ranks) == images
+
+
+def test_a_rate_that_a_rule_makes_is_not_told():
+    rule = {"lr_scaling": "linear", "reference_images_per_step": 16}
+    planned, line = planned_batch(tiny_config(optimizer=rule, train={"images_per_step": 16}), 32)
+    assert "planned with --set train.images_per_step=32, which is another recipe" in line
+    assert planned.optimizer == tiny_config(optimizer=rule).optimizer
 
 
 @given(small, small, small, small)
@@ -126,6 +153,35 @@ def test_at_the_reference_nothing_changes_and_without_a_rule_neither():
     assert batch_line(plain, 8) == "48 images a step: 8 ranks x 2 x 3 accumulated"
 
 
+LARGER = "pass --set train.images_per_step={} --set optimizer.lr={}, which is another recipe"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "shrunk"),
+    [
+        (1, "1 ranks x 2 x 8 accumulated", ""),
+        (8, "8 ranks x 2 x 1 accumulated", ""),
+        (16, "16 ranks x 1 x 1 accumulated", f"to keep 2 take 1, 2, 4 or 8 ranks or {LARGER.format(32, 0.0002)}"),
+    ],
+)
+def test_the_published_recipe_meets_clusters_that_share_its_16_images(ranks, batch, shrunk):
+    assert batch_line(H6B, ranks) == f"16 images a step: {batch}"
+    assert shrunk_line(H6B, ranks).endswith(shrunk)
+    assert bool(shrunk_line(H6B, ranks)) == bool(shrunk)
+
+
+@pytest.mark.parametrize(("ranks", "rate"), [(32, "0.0002"), (64, "0.0004"), (512, "0.0032")])
+def test_the_published_recipe_meets_larger_clusters(ranks, rate):
+    refusal = (
+        f"{ranks} ranks cannot share the 16 images of train.images_per_step; each takes as many, so these are a "
+        f"multiple of {ranks}; take 1, 2, 4, 8 or 16 ranks or {LARGER.format(ranks, rate)}"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(refusal)}$"):
+        scale_to_ranks(H6B, ranks)
+    planned, _ = planned_batch(H6B, ranks)
+    assert batch_line(planned, ranks) == f"{ranks} images a step: {ranks} ranks x 1 x 1 accumulated"
+
+
 @pytest.mark.parametrize(
     ("section", "keys", "told"),
     [
@@ -150,6 +206,11 @@ def test_a_recipes_images_are_shared_by_micro_batches_as_large_as_they_can_be(sh
     assert size == max(number for number in range(1, micro + 1) if share % number == 0)
     assert size * scaled.train.gradient_accumulation == share
     assert scaled.data.num_streams % ranks == 0
-    assert bool(shrunk_line(config, ranks)) == (size < micro)
+    line = shrunk_line(config, ranks)
+    assert bool(line) == (size < micro)
+    if line:
+        assert passed(line)[0] % (micro * ranks) == 0
+        for number in re.findall(r"\d+", re.search(r"to keep \d+ (take [^p]+)?", line)[1] or ""):
+            assert scale_to_ranks(config, int(number)).data.micro_batch_size == micro
     # A run that goes on with other ranks keeps the order that it began with.
     assert scale_to_ranks(keep_streams(config, 48), ranks).data.num_streams == 48

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from piip_scale.config.run import DataConfig, RunConfig
+from piip_scale.config.run import RunConfig
 from piip_scale.config.zero import LAYOUT, ZeroConfig
 from piip_scale.data.order import divisors
-from piip_scale.engine.batching import images_per_step, scale_to_ranks
+from piip_scale.engine.batching import images_per_step, scale_to_ranks, with_micro_batch
 from piip_scale.engine.planning.cluster import Cluster
 from piip_scale.engine.planning.knobs import all_checkpointed, none_checkpointed
 from piip_scale.engine.planning.memory import MemoryPlan
@@ -126,8 +127,10 @@ class Chooser:
         now = scale_to_ranks(config, ranks).data.micro_batch_size
         train = config.train.model_copy(update={"images_per_step": images, "gradient_accumulation": 1})
         for size in divisors(images // ranks):
-            data = _with_micro_batch(config.data, size)
-            if size != now and size <= _LARGEST_MICRO_BATCH and data is not None:
+            if size == now or size > _LARGEST_MICRO_BATCH:
+                continue
+            with suppress(ValidationError):
+                data = with_micro_batch(config.data, size)
                 yield f"data.micro_batch_size={size}", config.model_copy(update={"data": data, "train": train})
 
 
@@ -183,10 +186,3 @@ def _checkpointings(config: RunConfig) -> list[tuple[str, RunConfig]]:
         ("checkpoint_blocks=True, checkpoint_units=True", all_checkpointed(config)),
     ]
     return [(name, changed) for name, changed in ways if changed.model != config.model]
-
-
-def _with_micro_batch(data: DataConfig, size: int) -> DataConfig | None:
-    try:
-        return type(data).model_validate(data.model_dump() | {"micro_batch_size": size})
-    except ValidationError:
-        return None

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pydantic import ValidationError
 
 from piip_scale.config.run import DataConfig, RunConfig
+from piip_scale.engine.batching import with_micro_batch
 
 OFFLOADING_BEGINS = ""
 """In the place of a knob, where those begin that cost most time."""
@@ -31,7 +32,7 @@ def _smaller(data: DataConfig) -> Iterator[DataConfig]:
     while size > 1:
         size //= 2
         try:
-            yield type(data).model_validate(data.model_dump() | {"micro_batch_size": size})
+            yield with_micro_batch(data, size)
         except ValidationError:
             return
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.batching import images_per_step
+from piip_scale.engine.batching import can_share, images_per_step
 from piip_scale.engine.planning.choices import Choice, Chooser
 from piip_scale.engine.planning.knobs import none_checkpointed
 from piip_scale.engine.planning.memory import GIB
@@ -65,7 +65,7 @@ def scaling(
     for nodes in numbers:
         ranks = nodes * ranks_per_node
         chooser = chooser_of(ranks)
-        strong = None if images % ranks else _scaled(_with_images(config, images), chooser)
+        strong = _scaled(_with_images(config, images), chooser) if can_share(config, images, ranks) else None
         yield ScalingPoint(nodes, ranks, strong, _scaled(_with_images(config, images * ranks // fewest), chooser))
 
 
