@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from piip_scale.engine.meta_operators import MetaOperators
+
 _REST = "rest"
 
 
@@ -73,6 +75,7 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        self._operators = MetaOperators()
         self.part = _REST
         self.by_part: Counter[str] = Counter()
         self.peak = self._total = self.operators = 0
@@ -82,7 +85,7 @@ class _Alive(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._operators.call(func, args, kwargs or {})
         self.operators += 1
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
