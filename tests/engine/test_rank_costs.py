@@ -12,22 +12,24 @@ SLACK = 6
 
 
 def measured(tmp_path, stage, num_ranks):
-    """By phase, what rank 0 and what the busiest other asked of the disk, and messages, the same for all."""
+    """By phase, what rank 0 and what the others asked of the disk, and messages, the same for all."""
     ranks = run_ranks(num_ranks, costs, tmp_path, stage)
     found = {}
     for phase in PHASES:
         messages = {rank[phase].collectives for rank in ranks}
         assert len(messages) == 1
         first, *others = (rank[phase].total for rank in ranks)
-        found[phase] = first, max(others), messages.pop()
+        found[phase] = first, others, messages.pop()
     return found
 
 
 def assert_as_by_the_formulae(found, num_ranks, stage):
-    for phase, (first, other, messages) in found.items():
+    for phase, (first, others, messages) in found.items():
         cost = COSTS[stage][phase]
         assert first == pytest.approx(cost.of_first(num_ranks), abs=SLACK), phase
-        assert other == pytest.approx(cost.other, abs=SLACK), phase
+        assert sum(others) / len(others) == pytest.approx(cost.other, abs=SLACK), phase
+        # A rank reads a file more where its slice lies in one rank's more: of 8, rank 5 reads three's and rank 1 two's.
+        assert max(others) <= cost.other + 2 * SLACK, phase
         assert messages == cost.collectives, phase
 
 

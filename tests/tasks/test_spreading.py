@@ -66,6 +66,7 @@ def features_of_fake_gpus(config, precision, size_px, monkeypatch):
     current = noting_current(monkeypatch)
     with torch.device("meta"):
         network = PIIP(config)
+    network.take_images_of((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     network.set_precision(precision)
     spread = Spread(network.eval(), GPUS)
     assert set(spread.by_name.values()) == set(GPUS)
