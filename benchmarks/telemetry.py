@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sections import watching, watching_ranks
+from sections import watching, watching_operations, watching_ranks
 from sections.record import measure
 
 RECORD = Path(__file__).with_suffix(".md")
-SECTIONS: dict[str, Callable[[], str]] = {"Steps": watching.section, "Ranks": watching_ranks.section}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "Steps": watching.section,
+    "Operations": watching_operations.section,
+    "Ranks": watching_ranks.section,
+}
 
 
 def main(

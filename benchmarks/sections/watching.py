@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from statistics import fmean, median, quantiles
-from typing import Any, cast
+from typing import cast
 from unittest.mock import patch
 
 import torch
@@ -23,7 +23,6 @@ from piip_scale.data.batch import Batch
 from piip_scale.engine import step as step_module
 from piip_scale.engine.batch_stream import BatchStream
 from piip_scale.engine.branch_watch import BranchWatch
-from piip_scale.engine.collective import count_collectives
 from piip_scale.engine.hooks import LogSteps, Silence, Sink
 from piip_scale.engine.interval import Interval
 from piip_scale.engine.stop import StopFlag
@@ -38,7 +37,6 @@ from piip_scale.run.progress_notes import ProgressNotes
 from piip_scale.run.run_dir import RunDirectory
 from piip_scale.telemetry.telemetry import Telemetry
 from piip_scale.world import World
-from sections.file_operations import count_operations
 from sections.processes import run_ranks
 from sections.record import table
 from sections.subject import SIZE_PX, build, detector_config, made_up_batch
@@ -48,7 +46,7 @@ _RANKS = (1, 2)
 _PAIRS = {"small": 16, "demo": 6}
 """Pairs of intervals that count, by what is trained."""
 _WARM_UP = 2
-"""Pairs before those; operations are counted in the last of them."""
+"""Pairs before those."""
 _NAMES = {
     "small": f"a small Mask R-CNN, one image of {SIZE_PX} px a rank",
     "demo": "the demo's, eight a rank",
@@ -77,14 +75,10 @@ class Found:
     Attributes:
         watched: Intervals of steps, the last one of each written.
         alone: As many, in turns with those.
-        operations: Of a step that is written by kind: messages of ranks, operations on files, waits for a disk.
-        num_bytes: Added to the run's files by it.
     """
 
     watched: list[list[Spent]]
     alone: list[list[Spent]]
-    operations: dict[str, int]
-    num_bytes: int
 
 
 def section() -> str:
@@ -115,7 +109,7 @@ def _column(found: Found) -> dict[str, str]:
     every = len(found.watched[0])
     interval_ms = median(ordinary) * (every - 1) + median(written)
     step_ms = median(step.whole for interval in found.alone for step in interval)
-    column = {
+    return {
         "a step that is not watched, ms": f"{step_ms:.0f}",
         "watching an ordinary step, ms": _quartiles(ordinary, 3),
         "watching a step that is written, ms": _quartiles(written, 2),
@@ -123,8 +117,6 @@ def _column(found: Found) -> dict[str, str]:
         "a step of a watched interval less one of its neighbour, ms": _quartiles(_differences(found, "whole"), 2),
         "the same in processor time, ms": _quartiles(_differences(found, "processor"), 2),
     }
-    counts = {f"{kind}, an interval": str(number) for kind, number in found.operations.items()}
-    return column | counts | {"bytes written, an interval": f"{found.num_bytes:,.0f}"}
 
 
 def _quartiles(values: Sequence[float], digits: int) -> str:
@@ -155,12 +147,11 @@ def watched_and_alone(world: World, device: torch.device, name: str, pairs: int)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(folder)
         sink = Telemetry(run.path, stream.total_steps, log_every_steps=every, stream=StringIO())
-        hook = _log_steps(engine, config, world, device, run, sink, stream.total_steps)
-        turns = _Turns(hook, run.path, every)
+        hook = log_steps(engine, config, world, device, run, sink, stream.total_steps)
+        turns = _Turns(hook, every)
         Trainer(engine, stream, config, world, device, StopFlag(), [turns], Heartbeat()).run()
         sink.close("done")
-        num_bytes = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
-    return turns.found(num_bytes // (pairs + _WARM_UP))
+    return turns.found
 
 
 def _config_of(name: str) -> tuple[DetectionRun, int]:
@@ -170,7 +161,7 @@ def _config_of(name: str) -> tuple[DetectionRun, int]:
     return detector_config(zero={"stage": 3}, train={"steps": 1000, "precision": "fp32"}), 1
 
 
-def _log_steps(
+def log_steps(
     engine: Engine,
     config: DetectionRun,
     world: World,
@@ -179,6 +170,7 @@ def _log_steps(
     sink: Sink,
     total_steps: int,
 ) -> LogSteps:
+    """What watches a training by default, but that it knows of no work by size of image."""
     watch = BranchWatch(engine, engine.module.parts())
     gpu_time = GpuTimeFile(run.gpu_time, world.num_ranks) if world.is_main else None
     nodes = ["node"] * world.num_ranks
@@ -233,17 +225,17 @@ class _Turns:
 
     doing = "logging"
 
-    def __init__(self, hook: LogSteps, folder: Path, every: int) -> None:
-        self._hook, self._folder, self._every = hook, folder, every
+    def __init__(self, hook: LogSteps, every: int) -> None:
+        self._hook, self._every = hook, every
         self._intervals: list[list[Spent]] = []
-        self._operations: dict[str, int] = {}
         self._off = ExitStack()
         self._last = time.perf_counter(), time.process_time()
 
-    def found(self, num_bytes: int) -> Found:
+    @property
+    def found(self) -> Found:
         """What counts of all intervals."""
         intervals = self._intervals[2 * _WARM_UP :]
-        return Found(intervals[0::2], intervals[1::2], self._operations, num_bytes)
+        return Found(intervals[0::2], intervals[1::2])
 
     def after_step(self, report: StepReport) -> None:
         """Calls the hook where the interval is watched."""
@@ -254,28 +246,13 @@ class _Turns:
         dist.barrier()
         begun = time.perf_counter()
         if is_watched:
-            self._watch(report)
+            self._hook.after_step(report)
         now = time.perf_counter(), time.process_time()
         whole, processor = ((end - start) * 1e3 for start, end in zip(self._last, now, strict=True))
         self._intervals[-1].append(Spent(whole, processor, (now[0] - begun) * 1e3))
         if place == self._every - 1:
             self._turn(is_watched)
         self._last = time.perf_counter(), time.process_time()
-
-    def _watch(self, report: StepReport) -> None:
-        if report.step % self._every or len(self._intervals) != 2 * _WARM_UP - 1:
-            self._hook.after_step(report)
-            return
-        messages = count_collectives()
-        with count_operations(self._folder) as files, _counting_waits() as waits:
-            self._hook.after_step(report)
-        self._operations = {
-            "messages": count_collectives() - messages,
-            "files opened": files["open"],
-            "files renamed": files["rename"],
-            "other operations on files": files.total() - files["open"] - files["rename"],
-            "waits for a disk": len(waits),
-        }
 
     def _turn(self, was_watched: bool) -> None:
         self._off.close()
@@ -288,16 +265,3 @@ class _Turns:
     def at_end(self, step: int) -> None:
         """Nothing."""
         self._off.close()
-
-
-@contextmanager
-def _counting_waits() -> Iterator[list[Any]]:
-    waits: list[Any] = []
-    fsync = os.fsync
-
-    def counted(file: Any) -> None:
-        waits.append(file)
-        fsync(file)
-
-    with patch.object(os, "fsync", counted):
-        yield waits

@@ -36,9 +36,10 @@ def section() -> str:
     head = ["ranks", "numbers", "KiB of their message", "ms an interval", f"share of {every} steps of a second"]
     return (
         "Of a step that is written, each rank's own part: reading what it holds of the branches, naming its numbers, "
-        "exchanging and reading the means. One rank that is told of so many others, so that messages reach nobody; "
-        f"the network of the small Mask R-CNN, medians of {_INTERVALS}. Two messages an interval whatever the number "
-        f"of ranks, one of 16 bytes and one of two float64 a number.\n\n{table(head, rows)}"
+        "and reading the means. One rank that is told of so many others, so that the messages, and the digest of names "
+        f"before them, are left out; the network of the small Mask R-CNN, medians of {_INTERVALS}. There are two "
+        "messages an interval whatever the number of ranks, one of 16 bytes and one of two float64 a number.\n\n"
+        f"{table(head, rows)}"
     )
 
 
