@@ -23,6 +23,21 @@ _REST = "rest"
 
 
 @dataclass(frozen=True)
+class Moment:
+    """When the gradient of a parameter is whole.
+
+    Attributes:
+        numel: Of the parameter; 0 at the end of the backward pass.
+        until: The most bytes alive since the moment before, the gradient itself among them.
+        after: Bytes alive once the gradient is somebody else's.
+    """
+
+    numel: int
+    until: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """Bytes of activations of one micro-batch, without parameters and their gradients.
 
@@ -30,12 +45,14 @@ class Rehearsal:
         kept: What the end of the forward pass holds, by the part that made it; the features are the last part's.
         peak: The most that the backward pass holds: what is kept, what is recomputed, and gradients between layers.
         features: The network's output.
+        moments: Of the backward pass, one by one.
         operators: That reached torch's dispatcher, views among them: in the forward pass, and in the backward pass.
     """
 
     kept: Mapping[str, int]
     peak: int
     features: tuple[Tensor, ...]
+    moments: tuple[Moment, ...]
     operators: tuple[int, int] = (0, 0)
 
     @property
@@ -60,14 +77,33 @@ def rehearse(
         as_on_gpu: Norms and attention keep what their fused kernels keep on a GPU, not what the meta device's do.
     """
     alive = _Alive(network)
-    with _parts_marked(parts, alive), _dropped_gradients(network), FusedOnGpu(as_on_gpu), alive:
+    with _parts_marked(parts, alive), _dropped_gradients(network, alive), FusedOnGpu(as_on_gpu), alive:
         features = tuple(run())
         kept, forward = dict(alive.by_part), alive.operators
-        # A gradient of each feature comes from the heads. ``backward`` itself would put the modes aside meanwhile.
-        gradients = tuple(torch.empty_like(feature) for feature in features)
-        _engine_run_backward(features, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)
-    operators = (forward, alive.operators - forward)
-    return Rehearsal(kept, alive.peak, tuple(feature.detach() for feature in features), operators)
+        alive.begin_moments()
+        shapes = [(feature.shape, feature.dtype) for feature in features]
+        losses = tuple(_Heads.apply(feature) for feature in features)
+        ones = tuple(torch.ones_like(loss) for loss in losses)
+        del features
+        before = alive.operators
+        # ``backward`` itself would put the modes aside meanwhile.
+        _engine_run_backward(losses, ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
+        alive.note(0)
+    features = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
+    return Rehearsal(kept, alive.peak, features, tuple(alive.moments), (forward, alive.operators - before))
+
+
+class _Heads(torch.autograd.Function):
+    """Keeps a feature until its gradient is there, as a neck's convolution does, and nobody keeps it longer."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor) -> Tensor:
+        ctx.save_for_backward(feature)
+        return feature.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
 
 
 class _Alive(TorchDispatchMode):
@@ -78,19 +114,29 @@ class _Alive(TorchDispatchMode):
         self._operators = MetaOperators()
         self.part = _REST
         self.by_part: Counter[str] = Counter()
-        self.peak = self._total = self.operators = 0
+        self.moments: list[Moment] = []
+        self.peak = self._until = self._total = self.operators = 0
         owned = (*network.parameters(), *network.buffers())
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in owned)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = self._operators.call(func, args, kwargs or {})
+        result = _laid_out(func, args, self._operators.call(func, args, kwargs or {}))
         self.operators += 1
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._follow(leaf.untyped_storage())
         return result
+
+    def begin_moments(self) -> None:
+        """What was alive before now is no moment's."""
+        self._until = self._total
+
+    def note(self, numel: int) -> None:
+        """Ends a moment with the gradient of so many elements, which is let go already."""
+        self.moments.append(Moment(numel, self._until, self._total))
+        self._until = self._total
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage in self._known:
@@ -102,7 +148,21 @@ class _Alive(TorchDispatchMode):
     def _change(self, part: str, num_bytes: int) -> None:
         self.by_part[part] += num_bytes
         self._total += num_bytes
-        self.peak = max(self.peak, self._total)
+        self.peak, self._until = max(self.peak, self._total), max(self._until, self._total)
+
+
+def _laid_out(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """The meta device's convolutions forget that channels lie together, and whoever reads rows of them would copy."""
+    if func is torch.ops.aten.convolution.default:
+        return _like(args[0], result)
+    if func is torch.ops.aten.convolution_backward.default and result[0] is not None:
+        return (_like(args[1], result[0]), *result[1:])
+    return result
+
+
+def _like(given: Tensor, found: Tensor) -> Tensor:
+    together = given.ndim == 4 and given.is_contiguous(memory_format=torch.channels_last)
+    return found.contiguous(memory_format=torch.channels_last) if together else found
 
 
 class FusedOnGpu(TorchFunctionMode):
@@ -164,11 +224,12 @@ def _parts_marked(parts: Mapping[str, nn.Module], alive: _Alive) -> Iterator[Non
 
 
 @contextmanager
-def _dropped_gradients(network: nn.Module) -> Iterator[None]:
-    """Lets a parameter's gradient go once it is whole, as ZeRO does; its own buffers are counted elsewhere."""
+def _dropped_gradients(network: nn.Module, alive: _Alive) -> Iterator[None]:
+    """Lets a parameter's gradient go once it is whole, as ZeRO does; what becomes of it is counted elsewhere."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
+        alive.note(parameter.numel())
 
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     handles = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]

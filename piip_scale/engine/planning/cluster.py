@@ -36,11 +36,13 @@ class Transport:
         name: Its name.
         passes: Times that all but one rank's part of a message goes round the ring, by kind.
         hides: Whether messages of a kind go on while the rank computes.
+        copies: Whether it sums a copy of what ranks hand over, where a result has another place.
     """
 
     name: str
     passes: Mapping[Kind, int]
     hides: Mapping[Kind, bool]
+    copies: bool = False
 
 
 NCCL = Transport("nccl", PASSES, {"all-gather": True, "reduce-scatter": True, "all-reduce": True})
@@ -49,6 +51,7 @@ GLOO = Transport(
     "gloo",
     {"all-gather": 1, "reduce-scatter": 2, "all-reduce": 2},
     {"all-gather": True, "reduce-scatter": False, "all-reduce": True},
+    copies=True,
 )
 
 

@@ -18,10 +18,16 @@ def memory_lines(plan: MemoryPlan) -> list[str]:
     for name, row in zip(names_of_parts, [*kinds, [sum(column) for column in zip(*kinds, strict=True)]], strict=True):
         lines.append(_cells(name, *(f"{size / GIB:.2f}" for size in row)))
     rest = {"gathered": plan.gathered, "buckets": plan.buckets, "backward": plan.backward, "libraries": plan.reserve}
-    lines.append("and " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in rest.items()))
+    lines.append("and " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in rest.items()) + _at_other_times(plan))
     verdict = "fits into" if plan.fits else "does not fit into"
     lines.append(f"{plan.total / GIB:.1f} GiB, which {verdict} {plan.capacity / GIB:.1f}")
     return lines
+
+
+def _at_other_times(plan: MemoryPlan) -> str:
+    if plan.update_holds_most:
+        return f"; the update holds most, {plan.update / GIB:.2f} in the place of all these but libraries"
+    return f", less {plan.later / GIB:.2f} of gradients that come when activations have gone" if plan.later else ""
 
 
 def host_line(plan: MemoryPlan, ranks_per_node: int, capacity: float | None) -> str:

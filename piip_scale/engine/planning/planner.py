@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 from piip_scale.config.run import RunConfig
 from piip_scale.engine.batching import images_per_step, scale_to_ranks
-from piip_scale.engine.planning.cluster import Cluster
+from piip_scale.engine.planning.cluster import NCCL, Cluster, Transport
 from piip_scale.engine.planning.knobs import OFFLOADING_BEGINS, none_checkpointed, turned, with_checkpointed
 from piip_scale.engine.planning.memory import (
     RESERVE_BYTES,
     MemoryPlan,
-    buckets,
     gathered,
     host_memory,
     part_memory,
+    update_bytes,
 )
+from piip_scale.engine.planning.passes import passes_of, way_of
 from piip_scale.engine.planning.rehearsed import Rehearsed
 from piip_scale.engine.planning.step_time import StepTime, step_time
 from piip_scale.engine.planning.work import run_work
@@ -65,18 +66,22 @@ class Planner:
         outline_of: The outline of a run: what planning needs of its task.
         capacity: Bytes of a GPU.
         ranks_per_node: GPUs of a node; ``None`` has all on one.
+        transport: How messages travel.
 
     Attributes:
         capacity: As given.
     """
 
-    def __init__(self, outline_of: OutlineOf, capacity: float, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self, outline_of: OutlineOf, capacity: float, ranks_per_node: int | None = None, transport: Transport = NCCL
+    ) -> None:
         self._outline_of, self.capacity, self._ranks_per_node = outline_of, capacity, ranks_per_node
+        self._transport = transport
         self._known: dict[object, Rehearsed] = {}
 
     def within(self, capacity: float) -> Planner:
         """The same for GPUs of another size; what was rehearsed stays known."""
-        other = Planner(self._outline_of, capacity, self._ranks_per_node)
+        other = Planner(self._outline_of, capacity, self._ranks_per_node, self._transport)
         other._known = self._known
         return other
 
@@ -94,12 +99,17 @@ class Planner:
         sharding = plan_sharding(scaled, rehearsed.sizes, num_ranks, self._ranks_per_node)
         share = scaled.data.micro_batch_size / rehearsed.micro_batch_size
         kept = {name: share * activations for name, activations in rehearsed.kept.items()}
+        way = way_of(sharding, scaled.train.gradient_accumulation, self._transport)
+        whole = gathered(rehearsed.sizes, sharding)
+        passes = passes_of(rehearsed.moments, share, sum(kept.values()), way, whole)
         parts = tuple(part_memory(part, sharding, kept.pop(part.name, 0.0)) for part in rehearsed.sizes.parts)
         return MemoryPlan(
             parts=parts,
-            gathered=gathered(rehearsed.sizes, sharding),
-            buckets=buckets(sharding),
-            backward=share * rehearsed.backward + sum(kept.values()),
+            gathered=whole.most,
+            buckets=passes.buckets,
+            backward=passes.backward + sum(kept.values()),
+            later=passes.later,
+            update=update_bytes(rehearsed.sizes, sharding),
             reserve=RESERVE_BYTES,
             capacity=self.capacity,
             num_ranks=num_ranks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from piip_scale.engine.rehearsal import Rehearsal, rehearse
+from piip_scale.engine.rehearsal import Moment, Rehearsal, rehearse
 from piip_scale.engine.zero.plan import measure
 from piip_scale.models.counting import PartCount
 from piip_scale.tasks.base import Outline
@@ -32,14 +32,13 @@ class Rehearsed:
         return dict(rehearsal.kept) | {heads: rehearsal.kept.get(heads, 0) + head_bytes}
 
     @property
-    def backward(self) -> int:
-        """Beside what is kept: gradients of the features, or what the network's own backward pass adds.
-
-        The heads have been let go when the network's backward pass begins.
-        """
+    def moments(self) -> tuple[Moment, ...]:
+        """Of the backward pass: first the heads', whose gradients are handed over together, then the network's."""
         rehearsal, heads = self._found
-        gradients = sum(feature.nbytes for feature in rehearsal.features)
-        return max(gradients, rehearsal.peak - rehearsal.total_bytes - heads)
+        trained = sum(parameter.numel for parameter in self.sizes.parameters if parameter.trainable)
+        of_heads = trained - sum(moment.numel for moment in rehearsal.moments)
+        kept = rehearsal.total_bytes
+        return (Moment(of_heads, kept + heads, kept), *rehearsal.moments)
 
     @property
     def operators(self) -> tuple[int, int]:

@@ -19,8 +19,8 @@ from piip_scale.engine.zero.deepspeed_api import load
 from piip_scale.engine.zero.message_clock import MESSAGES
 from piip_scale.engine.zero.replicas import Replicas, SumsAcross
 
-# Messages under way whose gradients are still held: what is computed meanwhile hides one, not more.
-_IN_FLIGHT = 2
+HELD_IN_FLIGHT = 2
+"""Messages under way whose gradients are still held: what is computed meanwhile hides one, not more."""
 
 
 class GradientSums:
@@ -180,7 +180,7 @@ class Lane:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream())
-        while len(self._flying) >= _IN_FLIGHT:
+        while len(self._flying) >= HELD_IN_FLIGHT:
             self._land()
         with torch.cuda.stream(self._stream):
             yield

@@ -20,6 +20,9 @@ from piip_scale.engine.zero.message_clock import MESSAGES, time_gathers
 from piip_scale.engine.zero.replicas import Replicas, replicas_of
 from piip_scale.engine.zero.residents import Residents
 
+# Torch's norm in float64 of float32 may copy what it is asked for, which would be twice the gradients at once.
+_NORM_ELEMENTS = 2**20
+
 
 def shorten_update(engine: Engine) -> None:
     """Has an engine of stage 3 do in an update what changes numbers, and no more. Not collective.
@@ -104,7 +107,8 @@ class Update:
 
     def _norm(self) -> float:
         """Of the mean of all ranks' gradients; in float64 like DeepSpeed's."""
-        square = torch.linalg.vector_norm(self._sums.total, dtype=torch.float64).square()
+        parts = list(self._sums.total.split(_NORM_ELEMENTS))
+        square = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).square().sum()
         with MESSAGES.still(square.device):
             if self._replicas is None:
                 dist.all_reduce(square, group=self._optimizer.dp_process_group)

@@ -49,7 +49,7 @@ def _rcnn_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[int]:
     yield saved_for_backward(detector.rpn_head, tuple(levels))[1]
     stages = roi.train_cfg if isinstance(roi.train_cfg, list | tuple) else [roi.train_cfg]
     for index, settings in enumerate(stages):
-        rois = batch * settings.sampler.num
+        rois = batch * min(settings.sampler.num, detector.train_cfg.rpn_proposal.max_per_img)
         yield _roi_bytes(_stage(roi.bbox_head, index), _stage(roi.bbox_roi_extractor, index), rois)
         if roi.with_mask:
             positive = int(rois * settings.sampler.pos_fraction)
