@@ -79,21 +79,23 @@ def build(config: DetectionRun) -> DetectionModel:
     return build_detection_model(config, NUM_CLASSES)
 
 
-def made_up_batch(key: int, num_images: int = 1, size_px: int = SIZE_PX) -> DetectionBatch:
+def made_up_batch(
+    key: int, num_images: int = 1, size_px: int = SIZE_PX, num_objects: int = OBJECTS_PER_IMAGE
+) -> DetectionBatch:
     """Noise with boxes, the same for the same key; as many objects in each image."""
     generator = torch.Generator().manual_seed(key)
     images = torch.randint(0, 256, (num_images, size_px, size_px, 3), dtype=torch.uint8, generator=generator)
     side = (size_px, size_px)
     infos = tuple(ImageInfo(f"{key}_{i}", key * num_images + i, side, side, (1.0, 1.0)) for i in range(num_images))
-    return DetectionBatch(images, infos, tuple(_objects(size_px, generator) for _ in range(num_images)))
+    return DetectionBatch(images, infos, tuple(_objects(size_px, num_objects, generator) for _ in range(num_images)))
 
 
-def _objects(size_px: int, generator: torch.Generator) -> Instances:
-    corner = torch.rand(OBJECTS_PER_IMAGE, 2, generator=generator) * size_px / 2
-    extent = (0.2 + 0.3 * torch.rand(OBJECTS_PER_IMAGE, 2, generator=generator)) * size_px
+def _objects(size_px: int, count: int, generator: torch.Generator) -> Instances:
+    corner = torch.rand(count, 2, generator=generator) * size_px / 2
+    extent = (0.2 + 0.3 * torch.rand(count, 2, generator=generator)) * size_px
     return Instances(
         boxes_xyxy_px=torch.cat([corner, corner + extent], dim=1),
-        labels=torch.randint(0, NUM_CLASSES, (OBJECTS_PER_IMAGE,), generator=generator),
-        is_crowd=torch.zeros(OBJECTS_PER_IMAGE, dtype=torch.bool),
-        mini_masks=torch.full((OBJECTS_PER_IMAGE, MASK_SIZE_PX, MASK_SIZE_PX), 255, dtype=torch.uint8),
+        labels=torch.randint(0, NUM_CLASSES, (count,), generator=generator),
+        is_crowd=torch.zeros(count, dtype=torch.bool),
+        mini_masks=torch.full((count, MASK_SIZE_PX, MASK_SIZE_PX), 255, dtype=torch.uint8),
     )
