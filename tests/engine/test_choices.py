@@ -93,7 +93,8 @@ def test_what_does_not_fit_is_not_chosen():
     assert Chooser(small, SLOW).fastest(run()) is None
     assert "none of these fits" in fastest_line(Chooser(small, SLOW).asked(run()), None)
     least = Chooser(small, SLOW).fastest_layout(run())
-    assert least.memory.total == min(way.memory.total for way in [*Chooser(small, SLOW).one_by_one(run()), least])
+    layouts = [way for way in Chooser(small, SLOW).one_by_one(run()) if way.name.startswith("zero.")]
+    assert least.memory.total == min(way.memory.total for way in [*layouts, least])
     # Saves write from copies in host memory; a host without any holds none of them.
     assert Chooser(planner(), SLOW, host_capacity=1.0).fastest(run()) is None
 

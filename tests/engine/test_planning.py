@@ -133,8 +133,6 @@ def test_offloading_moves_bytes_off_the_gpu_and_loses_none():
     assert moved.host > 0
     here_bytes, moved_bytes = (sum(part.device for part in plan.parts) for plan in (here, moved))
     assert moved_bytes + moved.host == pytest.approx(here_bytes)
-    # Gradients are summed in one place and the update's copy of them in another.
-    assert moved.host_memory > moved.host
 
 
 def test_the_table_adds_up():
@@ -227,11 +225,6 @@ def test_a_run_that_computes_blocks_again_without_need_is_told_so():
     assert planner().without_checkpoints(detector(), 2) is None
 
 
-def test_one_rank_has_the_bucket_too():
-    alone, two = (planner().plan(detector(), ranks) for ranks in (1, 2))
-    assert alone.buckets == two.buckets > 0
-
-
 def test_host_memory_holds_what_is_offloaded_there_and_copies_of_saves():
     kept = planner().plan(detector(), 2)
     state = sum(part.masters + part.moments for part in kept.parts)
@@ -239,7 +232,8 @@ def test_host_memory_holds_what_is_offloaded_there_and_copies_of_saves():
     train = {"steps": 6, "precision": "bf16", "background_saves": False}
     moved = planner().plan(detector(zero={"offload_optimizer": "cpu"}, train=train), 2)
     assert moved.host > 0
-    assert moved.host_memory == pytest.approx(moved.host)
-    assert "does not fit into" in host_line(moved, 8, moved.host * 8 - 1)
-    assert "which fits into" in host_line(moved, 8, moved.host * 8)
+    # Gradients are summed in one place, and the update has a copy of them.
+    assert moved.host_memory == pytest.approx(moved.host + sum(part.gradients for part in moved.parts))
+    assert "does not fit into" in host_line(moved, 8, moved.host_memory * 8 - 1)
+    assert "which fits into" in host_line(moved, 8, moved.host_memory * 8)
     assert "which" not in host_line(moved, 8, None)
