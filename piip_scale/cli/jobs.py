@@ -31,6 +31,10 @@ app = typer.Typer(
     )
 )
 _HEADS = ("RUN", "STATE", "SEEN", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST EVENT")
+# What a narrow terminal does without, the first first, for so much of the last event.
+_SPARED = ("JOB", "RESTARTS", "IMAGES/S", "SEEN")
+_EVENT_LETTERS = 12
+_GAP = "  "
 _EVERY_S = 5.0
 
 Listing = tuple[list[Row], str]
@@ -166,11 +170,21 @@ def watch_runs(paths: Sequence[Path], shown: Mapping[Path, int] | None = None) -
 
 
 def table(rows: Sequence[Row], width: int | None) -> list[str]:
-    """The rows as lines of a table, cut to a terminal's width where there is one."""
-    cells = [_HEADS, *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADS) - 1)]
-    lines = ["  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in cells]
-    return [line if width is None else line[:width] for line in lines]
+    """The rows as lines of a table, at least one, cut to a terminal's width where there is one.
+
+    A narrow one has fewer columns, so that the time to go and the last event have room.
+    """
+    columns = dict(zip(_HEADS, zip(*map(_cells, rows), strict=True), strict=True))
+    widths = {head: max(map(len, (head, *cells))) for head, cells in columns.items()} | {_HEADS[-1]: _EVENT_LETTERS}
+    kept = list(_HEADS)
+    for head in _SPARED:
+        if width is not None and sum(widths[name] + len(_GAP) for name in kept) > width:
+            kept.remove(head)
+    lines = [kept, *zip(*(columns[head] for head in kept), strict=True)]
+    cut = [
+        _GAP.join(cell.ljust(widths[head]) for cell, head in zip(line, kept, strict=True)).rstrip() for line in lines
+    ]
+    return [line if width is None else line[:width] for line in cut]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

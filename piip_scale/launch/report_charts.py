@@ -98,7 +98,7 @@ def _chart(title: str, name: str, runs: Sequence[Named], marks: Sequence[Mark]) 
     # A title is enough where the page is of one run.
     alone = len(runs) == 1
     curves = [Curve("" if alone else run.name, run.curves.traces[name], run.colour) for run in having]
-    return line_chart(title, curves, marks, steps=_steps(runs))
+    return line_chart(title, curves, marks, steps=_steps(runs), is_linear=name.startswith(EVALUATION))
 
 
 def _steps(runs: Sequence[Named]) -> tuple[float, float]:

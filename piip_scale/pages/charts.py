@@ -103,6 +103,7 @@ def line_chart(
     note: str = "",
     *,
     steps: tuple[float, float] | None = None,
+    is_linear: bool = False,
     shows_last: bool = True,
 ) -> Html:
     """A figure of curves over one x axis; curves without a number are left out, and named.
@@ -113,13 +114,14 @@ def line_chart(
         marks: Upright lines.
         note: Below the keys.
         steps: The x axis' ends, whole numbers, for charts that are compared; where ``None``, the curves' own.
+        is_linear: Never logarithmic: small values are to look small.
         shows_last: Keys have the curves' last values.
     """
     shown = [curve for curve in curves if curve.trace.spans]
     heading = tag("h3", title)
     if not shown:
         return tag("figure", heading, tag("figcaption", "no finite value so far"))
-    across, up = _across(shown, steps), _up(shown)
+    across, up = _across(shown, steps), _up(shown, is_linear)
     parts = [
         *_grid(across, up),
         *(_mark(mark, across) for mark in marks if across.low <= mark.x <= across.high),
@@ -155,9 +157,9 @@ def _across(curves: Sequence[Curve], steps: tuple[float, float] | None) -> _Axis
     return _Axis(first, last if last > first else first + 1, _LEFT, _RIGHT, is_whole=steps is not None)
 
 
-def _up(curves: Sequence[Curve]) -> _Axis:
+def _up(curves: Sequence[Curve], is_linear: bool) -> _Axis:
     low, high = min(curve.trace.low for curve in curves), max(curve.trace.high for curve in curves)
-    is_log = low > 0 and high / low > _LOG_FROM
+    is_log = not is_linear and low > 0 and high / low > _LOG_FROM
     if not is_log:
         room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
         # Room below zero would show values that there cannot be.

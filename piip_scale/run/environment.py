@@ -38,8 +38,9 @@ def describe_environment() -> dict[str, Any]:
 
 def command_line() -> list[str]:
     """This process' command as its user would give it: ranks are started by a file's path, and not by our name."""
-    name = "piip-scale" if Path(sys.argv[0]).parts[-3:] == ("piip_scale", "cli", "main.py") else sys.argv[0]
-    return [name, *sys.argv[1:]]
+    called = Path(sys.argv[0])
+    is_ours = called.name == "piip-scale" or called.parts[-3:] == ("piip_scale", "cli", "main.py")
+    return ["piip-scale" if is_ours else sys.argv[0], *sys.argv[1:]]
 
 
 def few_cores_line(usable: int, of_node: int) -> str:

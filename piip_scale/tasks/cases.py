@@ -25,7 +25,7 @@ Draw = Callable[[Image, DrawingStyle], PIL.Image.Image]
 """Draws what was found on an image's pixels."""
 MOST_CASES = 6
 """Of the best, and of the worst."""
-_STYLE = DrawingStyle(long_edge_px=512, text_px=13, min_score=0.0)
+_STYLE = DrawingStyle(long_edge_px=512, text_px=17, min_score=0.0)
 _QUALITY = 82
 
 

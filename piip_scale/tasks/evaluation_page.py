@@ -51,9 +51,9 @@ def evaluation_page(evaluated: Evaluated) -> bytes:
         _section("Scores", score_tiles([Scored("", evaluated.metrics)])),
         tag("div", *errors, class_="grid pair") if errors else "",
         _section("Precision by recall", _curves(report)) if report.curves else "",
+        _section("What is taken for what", _confusion(report)),
         _cases("Where it went worst", evaluated.worst),
         _cases("Where it went best", evaluated.best),
-        _section("What is taken for what", _confusion(report)),
         _section("By class", _classes(report)),
     ]
     return document("Evaluation", *filter(None, sections), note=evaluated.source, sorts=True)
@@ -196,8 +196,8 @@ def _classes(report: Report) -> Html:
     return joined([note, table(heads, rows, class_=f"cells upright {SORTABLE}")])
 
 
-def _class_cells(values: Sequence[float]) -> list[Html | str]:
+def _class_cells(values: Sequence[float]) -> list[Html]:
     """Counts as they are; shares on a darker ground where they are better: the weak classes are seen among many."""
     if max(values, default=0.0) > 1:
-        return [f"{value:.0f}" for value in values]
+        return [tag("span", f"{value:.0f}", style="--share:0", class_="cell") for value in values]
     return [tag("span", score_text(v), style=f"--share:{max(v, 0.0):.2f}", class_="cell") for v in values]

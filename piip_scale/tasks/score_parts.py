@@ -11,10 +11,8 @@ from piip_scale.pages.html import Html, joined, tag
 from piip_scale.tasks.metric_words import kind_of, measure_of, title_of, words_of
 
 PER_CLASS = "per_class/"
-ABSENT = (
-    "-1 is no score: the set holds no object, image or pixel of that class or size, and the mean leaves it out. "
-    "All others are shares, 0 to 1."
-)
+_SHARES = "Shares, 0 to 1."
+_ABSENT = " -1 is no score: the set holds no object, image or pixel of that class or size, and the mean leaves it out."
 # More are no longer compared by eye, and make a page of megabytes.
 _MOST_CLASSES = 80
 _MOST_LETTERS = 18
@@ -47,7 +45,8 @@ def score_tiles(scored: Sequence[Scored]) -> Html:
     for name in names:
         measures.setdefault(measure_of(name), []).append(name)
     tiles = [_tile(measure, metrics, scored) for measure, metrics in measures.items()]
-    return joined([tag("div", *tiles, class_="tiles"), tag("p", ABSENT, class_="soft")])
+    is_absent = any(one.of(name) == -1 for one in scored for name in one.metrics)
+    return joined([tag("div", *tiles, class_="tiles"), tag("p", _SHARES + _ABSENT * is_absent, class_="soft")])
 
 
 def class_bars(scored: Sequence[Scored]) -> Html:

@@ -74,6 +74,14 @@ def test_a_narrow_terminal_still_says_why_a_run_needs_a_look():
     assert "2 more have no room here" in frame(rows, "", 60, 5, 5.0).plain
 
 
+def test_a_narrow_terminal_keeps_the_time_to_go():
+    wide, middle, narrow = (frame([ROW], "", width, 24, 5.0).plain.splitlines() for width in (120, 70, 50))
+    assert wide[1].split() == ["RUN", "STATE", "SEEN", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST", "EVENT"]
+    assert middle[1].split() == ["RUN", "STATE", "SEEN", "STEP", "IMAGES/S", "ETA", "LAST", "EVENT"]
+    assert narrow[1].split() == ["RUN", "STATE", "STEP", "ETA", "LAST", "EVENT"]
+    assert narrow[2].split() == ["runs/a", "running", "40/100", "30s", "saved"]
+
+
 def test_slurms_records_are_asked_seldom(monkeypatch):
     asked = []
 
