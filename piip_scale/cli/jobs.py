@@ -170,12 +170,13 @@ def watch_runs(paths: Sequence[Path], shown: Mapping[Path, int] | None = None) -
 
 
 def table(rows: Sequence[Row], width: int | None) -> list[str]:
-    """The rows as lines of a table, at least one, cut to a terminal's width where there is one.
+    """The rows as lines of a table, cut to a terminal's width where there is one.
 
     A narrow one has fewer columns, so that the time to go and the last event have room.
     """
-    columns = dict(zip(_HEADS, zip(*map(_cells, rows), strict=True), strict=True))
-    widths = {head: max(map(len, (head, *cells))) for head, cells in columns.items()} | {_HEADS[-1]: _EVENT_LETTERS}
+    cells = list(map(_cells, rows))
+    columns = {head: [line[place] for line in cells] for place, head in enumerate(_HEADS)}
+    widths = {head: max(map(len, (head, *texts))) for head, texts in columns.items()} | {_HEADS[-1]: _EVENT_LETTERS}
     kept = list(_HEADS)
     for head in _SPARED:
         if width is not None and sum(widths[name] + len(_GAP) for name in kept) > width:

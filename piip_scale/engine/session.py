@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -50,7 +49,7 @@ from piip_scale.errors import Interrupted, RunError
 from piip_scale.logging import get_logger
 from piip_scale.run.bad_steps import config_sha256
 from piip_scale.run.ending import Ending, ending_of, error_line
-from piip_scale.run.environment import command_line, few_cores_line
+from piip_scale.run.environment import command_text, few_cores_line
 from piip_scale.run.gpu_time import GpuTimeFile
 from piip_scale.run.heartbeat import Heartbeat
 from piip_scale.run.profiled_steps import ProfiledSteps
@@ -319,7 +318,7 @@ class _Training:
             show_progress=session.show_progress,
             log_every_steps=self._config.train.log_every_steps,
         )
-        texts = {"config": config_text(session.config), "command": shlex.join(command_line())}
+        texts = {"config": config_text(session.config), "command": command_text()}
         sink.describe(first_step, texts, session.settings)
         tracked = self._config.telemetry
         sink.track(tracked.trackers, TrackedRun(session.run.path, tracked.project, session.settings, texts))

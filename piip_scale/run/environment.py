@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -41,6 +42,11 @@ def command_line() -> list[str]:
     called = Path(sys.argv[0])
     is_ours = called.name == "piip-scale" or called.parts[-3:] == ("piip_scale", "cli", "main.py")
     return ["piip-scale" if is_ours else sys.argv[0], *sys.argv[1:]]
+
+
+def command_text() -> str:
+    """The same for a shell, an option a line: viewers of text do not break lines."""
+    return " ".join(f"\\\n  {shlex.quote(w)}" if w.startswith("--") else shlex.quote(w) for w in command_line())
 
 
 def few_cores_line(usable: int, of_node: int) -> str:

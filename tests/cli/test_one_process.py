@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from piip_scale.cli.main import app
-from piip_scale.run.environment import describe_environment, few_cores_line
+from piip_scale.run.environment import command_text, describe_environment, few_cores_line
 from piip_scale.world import usable_cores
 
 WORLD = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -63,3 +63,11 @@ def test_one_core_of_many_is_told_with_what_helps(usable, of_node, is_told):
     line = few_cores_line(usable, of_node)
     assert ("1 of its node's 64 cores" in line and "--cpus-per-task" in line) == is_told
     assert bool(line) == is_told
+
+
+def test_the_command_is_told_as_its_user_gave_it(monkeypatch):
+    for called in ("/opt/env/bin/piip-scale", "/src/piip_scale/cli/main.py"):
+        monkeypatch.setattr("sys.argv", [called, "train", "my config.py", "--set=optimizer.lr=3e-4"])
+        assert command_text() == "piip-scale train 'my config.py' \\\n  --set=optimizer.lr=3e-4"
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert command_text() == "train.py"

@@ -75,7 +75,7 @@ def test_a_narrow_terminal_still_says_why_a_run_needs_a_look():
 
 
 def test_a_narrow_terminal_keeps_the_time_to_go():
-    wide, middle, narrow = (frame([ROW], "", width, 24, 5.0).plain.splitlines() for width in (120, 70, 50))
+    wide, middle, narrow = (frame([ROW], "", width, 24, 5.0).plain.splitlines() for width in (120, 60, 45))
     assert wide[1].split() == ["RUN", "STATE", "SEEN", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST", "EVENT"]
     assert middle[1].split() == ["RUN", "STATE", "SEEN", "STEP", "IMAGES/S", "ETA", "LAST", "EVENT"]
     assert narrow[1].split() == ["RUN", "STATE", "STEP", "ETA", "LAST", "EVENT"]

@@ -18,7 +18,7 @@ def main(run_dir, num_steps, *names):
         for step in range(1, num_steps + 1):
             losses = {"loss_cls": 1.0 / step, "loss_bbox": 0.25}
             telemetry.step(StepRecord(step, losses, 1e-4, 4, 0.5, 0.1, 1 << 30))
-        telemetry.evaluation(num_steps, EvaluationRecord({"bbox_mAP": 0.5}))
+        telemetry.evaluation(num_steps, EvaluationRecord({"box_ap": 0.5}))
     finally:
         telemetry.close()
 

@@ -27,7 +27,7 @@ def jpeg(grey):
 
 def evaluation(value):
     curve = np.stack([np.arange(101)[::-1], np.ones(101), np.arange(101), np.full(101, value), np.linspace(1, 0, 101)])
-    metrics = {"box_ap": value, "per_class/box_ap50/a/b": value}
+    metrics = {"box_ap": value, "box_ap_l": -1.0, "per_class/box_ap50/a/b": value}
     return EvaluationRecord(metrics, {"box": curve, "box/a/b": curve}, {"image 7": jpeg(round(255 * value))})
 
 

@@ -59,7 +59,7 @@ def write_steps(run_dir, first, last, **options):
     telemetry = Telemetry(run_dir, total_steps=6, first_step=first, stream=told, **options)
     for step in range(first + 1, last + 1):
         telemetry.step(record(step))
-    telemetry.evaluation(last, EvaluationRecord({"bbox_mAP": 0.5}))
+    telemetry.evaluation(last, EvaluationRecord({"box_ap": 0.5}))
     telemetry.event(last, "saved checkpoint")
     telemetry.close()
     return told.getvalue()
@@ -115,12 +115,12 @@ def test_events_read_back(tmp_path):
         "run/gpu_hours": [(s, 2.0) for s in steps],
         "run/useful_gpu_hours": [(s, 0.5) for s in steps],
         "0_overview/communication_share": [(s, 0.25) for s in steps],
-        "eval/bbox_mAP": [(3, 0.5)],
+        "eval/box_ap": [(3, 0.5)],
         "0_overview/loss": [(s, 1 / s + 0.25) for s in steps],
         "0_overview/images_per_second": [(s, 8.0) for s in steps],
         "0_overview/data_wait_share": [(s, 0.25) for s in steps],
         "0_overview/grad_norm": [(s, 2.0) for s in steps],
-        "0_overview/bbox_mAP": [(3, 0.5)],
+        "0_overview/box_ap": [(3, 0.5)],
     }
     assert lines(tmp_path)[0]["ranks/slowest_node"] == "n7"
     # TensorBoard opens the group whose name comes first.
@@ -208,12 +208,12 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     first = "step 1/6  8.00 images/s  loss 1.250 (cls 1.000  bbox 0.250)  lr 1.0e-04  data wait 25%  left 2 s"
     assert told[0] == first
     assert told[1].startswith("step 6/6  8.00 images/s")  # those between came within ten seconds
-    assert told[2:] == ["step 6  bbox_mAP 0.500", "step 6  saved checkpoint"]
+    assert told[2:] == ["step 6  box_ap 0.500", "step 6  saved checkpoint"]
 
 
 def test_without_progress_only_steps_are_hidden(tmp_path):
     told = write_steps(tmp_path, 0, 6, show_progress=False).splitlines()
-    assert told == ["step 6  bbox_mAP 0.500", "step 6  saved checkpoint"]
+    assert told == ["step 6  box_ap 0.500", "step 6  saved checkpoint"]
 
 
 def test_a_log_of_a_week_has_no_more_lines_than_somebody_can_scroll(tmp_path, monkeypatch):
@@ -304,7 +304,7 @@ def test_one_redrawn_line_on_a_terminal(tmp_path):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert "20/20" in text
     assert "8.00 images/s  loss 0.300 (bbox 0.250  cls 0.050)" in text
-    assert "step 20  bbox_mAP 0.5" in text
+    assert "step 20  box_ap 0.5" in text
     # A line of its own, above the bar and not in its middle.
     assert "a message beside the bar" in [line.strip() for line in re.split(r"[\r\n]+", text)]
 
