@@ -146,7 +146,7 @@ def test_a_resumed_run_writes_over_what_its_checkpoint_did_not_see(tmp_path):
         file.write('{"step": 5, "ki')
     write_steps(tmp_path, 2, 6)
     for tag, points in curves(tmp_path).items():
-        wanted = [6] if tag.endswith("mAP") else [1, 2, 3, 4, 5, 6]
+        wanted = [6] if tag.endswith("box_ap") else [1, 2, 3, 4, 5, 6]
         assert [step for step, _ in points] == wanted, tag
     assert [(line["step"], line["kind"]) for line in lines(tmp_path)] == [
         *((step, "step") for step in (1, 2, 3, 4, 5, 6)),
