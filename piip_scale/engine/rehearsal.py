@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from piip_scale.engine.meta_operators import MetaOperators
 
 _REST = "rest"
+# For all rehearsals: those that a plan compares differ in a few operators only.
+_OPERATORS = MetaOperators()
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,6 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self._operators = MetaOperators()
         self.part = _REST
         self.by_part: Counter[str] = Counter()
         self.moments: list[Moment] = []
@@ -122,7 +123,7 @@ class _Alive(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = _laid_out(func, args, self._operators.call(func, args, kwargs or {}))
+        result = _laid_out(func, args, _OPERATORS.call(func, args, kwargs or {}))
         self.operators += 1
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

@@ -143,7 +143,8 @@ class Planner:
         rehearsed, whole = self._rehearsed(config), self._rehearsed(none_checkpointed(config))
         sharding = plan_sharding(scaled, rehearsed.sizes, cluster.num_ranks, cluster.ranks_per_node)
         kept = {name: activations / whole.micro_batch_size for name, activations in whole.kept.items()}
-        work = run_work(config.model, rehearsed.counted, kept, rehearsed.operators)
+        # What is computed again is no part of the count: one serves all.
+        work = run_work(config.model, whole.counted, kept, rehearsed.operators)
         return step_time(work, rehearsed.sizes, sharding, step_traffic(rehearsed.sizes, sharding), cluster)
 
     def settled(self, config: RunConfig, num_ranks: int) -> RunConfig:
