@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from piip_scale.engine.zero.deepspeed_api import Engine
 from piip_scale.engine.zero.setup import build_engine
 from piip_scale.tasks.outline import outline_run
 from piip_scale.world import World
-from sections.peaks import Ledger, Peaks, alive_bytes
+from sections.peaks import Ledger, Peaks, alive_bytes, tensors
 from sections.processes import run_ranks
 from sections.record import table
 from sections.subject import NUM_CLASSES, build, detector_config, made_up_batch
@@ -94,7 +95,8 @@ def measured(world: World, _device: torch.device, cases: Sequence[Case]) -> list
 
 
 def _peaks(case: Case, world: World) -> Peaks:
-    config, others = case.config, alive_bytes()
+    config = case.config
+    others = [weakref.ref(tensor) for tensor in tensors()]
     engine, _ = build_engine(build(config), config, world)
     average = WeightAverage(engine, config.train.ema_decay) if config.train.ema_decay else None
     for step in range(2):
@@ -103,7 +105,7 @@ def _peaks(case: Case, world: World) -> Peaks:
             for micro in range(case.accumulation)
         ]
         gc.collect()
-        ledger = Ledger(alive_bytes() - others)
+        ledger = Ledger(alive_bytes(others))
         with ledger.open(), _told_of_updates(engine, ledger):
             train_step(engine, batches, step, 0, world)
             if average:

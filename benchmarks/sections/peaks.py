@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,8 +89,13 @@ def _changes(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
             yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
 
 
-def alive_bytes() -> int:
-    """Of every tensor that Python can reach, once by storage."""
-    tensors = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+def tensors() -> list[Tensor]:
+    """All that Python can reach."""
+    return [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
+
+
+def alive_bytes(others: Sequence[weakref.ref[Tensor]]) -> int:
+    """Of every tensor but others, once by storage."""
+    known = {id(other()) for other in others}
+    own = [tensor.untyped_storage() for tensor in tensors() if id(tensor) not in known]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in own}.values())
