@@ -141,7 +141,7 @@ def test_resuming_nothing_is_refused(config, tmp_path):
         ("detector.overrides.neck.out_chanels=3", ["out_chanels"]),
         ("zero.node_partition=3", ["zero.node_partition", "divides the 2 ranks"]),
         ("zero.deepspeed.steps_per_prnt=3", ["zero.deepspeed.steps_per_prnt", "did you mean steps_per_print?"]),
-        ("train.images_per_step=3", ["train.images_per_step", "the images that 2 ranks", "what fits"]),
+        ("train.images_per_step=3", ["3 images of train.images_per_step", "multiple of 2", "take 1 or 3 ranks or"]),
         ("data.micro_batch_size=50", ["16 images", "data.micro_batch_size"]),
     ],
 )
