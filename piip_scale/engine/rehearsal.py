@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from piip_scale.engine.meta_operators import MetaOperators
+from piip_scale.models.saved_activations import AliveBytes
 
 _REST = "rest"
 # For all rehearsals: those that a plan compares differ in a few operators only.
@@ -92,7 +90,7 @@ def rehearse(
         _engine_run_backward(losses, ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
         alive.note(0)
     features = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
-    return Rehearsal(kept, alive.peak, features, tuple(alive.moments), (forward, alive.operators - before))
+    return Rehearsal(kept, alive.most, features, tuple(alive.moments), (forward, alive.operators - before))
 
 
 class _Heads(torch.autograd.Function):
@@ -108,48 +106,37 @@ class _Heads(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0])
 
 
-class _Alive(TorchDispatchMode):
-    """Follows the memory behind every tensor that is made, from its first operator to its end."""
+class _Alive(AliveBytes):
+    """Knows whose the bytes are, and when there were most."""
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
+        super().__init__((*network.parameters(), *network.buffers()))
         self.part = _REST
         self.by_part: Counter[str] = Counter()
         self.moments: list[Moment] = []
-        self.peak = self._until = self._total = self.operators = 0
-        owned = (*network.parameters(), *network.buffers())
-        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in owned)
+        self._until = self.operators = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = _laid_out(func, args, _OPERATORS.call(func, args, kwargs or {}))
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.operators += 1
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._follow(leaf.untyped_storage())
-        return result
+        return _laid_out(func, args, _OPERATORS.call(func, args, kwargs))
+
+    @property
+    def making(self) -> str:
+        return self.part
+
+    def change(self, num_bytes: int, part: str) -> None:
+        super().change(num_bytes, part)
+        self.by_part[part] += num_bytes
+        self._until = max(self._until, self.now)
 
     def begin_moments(self) -> None:
         """What was alive before now is no moment's."""
-        self._until = self._total
+        self._until = self.now
 
     def note(self, numel: int) -> None:
         """Ends a moment with the gradient of so many elements, which is let go already."""
-        self.moments.append(Moment(numel, self._until, self._total))
-        self._until = self._total
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        weakref.finalize(storage, self._change, self.part, -storage.nbytes())
-        self._change(self.part, storage.nbytes())
-
-    def _change(self, part: str, num_bytes: int) -> None:
-        self.by_part[part] += num_bytes
-        self._total += num_bytes
-        self.peak, self._until = max(self.peak, self._total), max(self._until, self._total)
+        self.moments.append(Moment(numel, self._until, self.now))
+        self._until = self.now
 
 
 def _laid_out(func: Any, args: tuple[Any, ...], result: Any) -> Any:

@@ -17,6 +17,7 @@ from piip_scale.data.batch import Batch
 from piip_scale.models.class_layers import ClassLayer
 from piip_scale.models.counting import PartCount
 from piip_scale.models.rules import ParameterRule
+from piip_scale.models.saved_activations import HeadBytes
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -193,7 +194,7 @@ class Outline:
         parts: ``TrainableModel.parts()``.
         heads: Name of the part that holds the heads.
         run: Calls the network on one micro-batch of the largest images; returns the features that heads take.
-        head_bytes: Estimates from these features what neck and heads keep for their backward pass.
+        head_bytes: Estimates from these features what neck and heads hold for their backward pass, and in it.
         counted: Counts what the network, and what neck and heads compute for one of its images in a training step.
     """
 
@@ -202,7 +203,7 @@ class Outline:
     parts: Mapping[str, nn.Module]
     heads: str
     run: Callable[[], Sequence[Tensor]]
-    head_bytes: Callable[[Sequence[Tensor]], int]
+    head_bytes: Callable[[Sequence[Tensor]], HeadBytes]
     counted: Callable[[], tuple[tuple[PartCount, ...], tuple[PartCount, ...]]] = _nothing_counted
 
 

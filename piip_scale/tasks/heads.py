@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from piip_scale.models.class_layers import SOME_CLASSES, ClassLayer, class_layers
 from piip_scale.models.piip import PIIP
 from piip_scale.models.rules import ParameterRule
+from piip_scale.models.saved_activations import HeadBytes
 from piip_scale.tasks.base import DTYPES, Outline
 from piip_scale.tasks.mmlab import MMLogger
 
@@ -158,7 +159,7 @@ class NetworkWithHeads(nn.Module):
 
 
 def outline_with_heads(
-    model: NetworkWithHeads, precision: str, images_BCHW: Tensor, head_bytes: Callable[[Sequence[Tensor]], int]
+    model: NetworkWithHeads, precision: str, images_BCHW: Tensor, head_bytes: Callable[[Sequence[Tensor]], HeadBytes]
 ) -> Outline:
     """What planning needs of such a model, on the meta device."""
     model.train().set_precision(DTYPES[precision])

@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from piip_scale.config.run import RunConfig
 from piip_scale.data.batch import DetectionBatch, ImageInfo, Instances
+from piip_scale.models.saved_activations import HeadBytes
 from piip_scale.models.unit import Unit
 from piip_scale.tasks.base import Detections, Outline, ParameterRule
 
@@ -206,4 +207,4 @@ class TinyTask:
         with torch.device("meta"):
             model = TinyModel(self.dim, self.depth, self.drop).train()
             tokens = torch.empty(config.data.micro_batch_size, (SIDE_PX // PATCH_PX) ** 2, 3 * PATCH_PX**2)
-        return Outline(model, model, model.parts(), "head", lambda: (model.large(tokens),), lambda _: 0)
+        return Outline(model, model, model.parts(), "head", lambda: (model.large(tokens),), lambda _: HeadBytes(0, 0))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from piip_scale.config.run import RunConfig
 from piip_scale.models.counting import PartCount, part_count
 from piip_scale.models.piip import PIIP
+from piip_scale.models.saved_activations import HeadBytes
 from piip_scale.models.work import layer
 from piip_scale.tasks.base import Outline
 from piip_scale.tasks.counting import PyramidCounting
@@ -69,8 +70,8 @@ def outline_toy(config: ToyRun, num_classes: int, images_BCHW: Tensor) -> Outlin
     model = build_toy_model(config, num_classes).train()
     model.set_precision(torch.bfloat16)
 
-    def head_bytes(features: Sequence[Tensor]) -> int:
-        return features[-1].numel()
+    def head_bytes(features: Sequence[Tensor]) -> HeadBytes:
+        return HeadBytes(features[-1].numel(), features[-1].numel())
 
     return Outline(model, model.backbone, model.parts(), "heads", lambda: model.backbone(images_BCHW), head_bytes)
 

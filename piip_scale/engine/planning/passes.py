@@ -71,14 +71,14 @@ def way_of(sharding: Sharding, accumulation: int, transport: Transport = NCCL) -
     bucket = sharding.deepspeed["zero_optimization"]["reduce_bucket_size"]
     if sharding.stage == 1:
         return Way(math.inf, buffer=own * bucket, making=making)
-    return _way_of_slices(sharding, bucket, own, transport)
+    return _way_of_slices(sharding, bucket, own, transport, making)
 
 
-def _way_of_slices(sharding: Sharding, bucket: int, own: int, transport: Transport) -> Way:
+def _way_of_slices(sharding: Sharding, bucket: int, own: int, transport: Transport, making: int) -> Way:
     ranks, sent = sharding.num_ranks, BYTES[sharding.zero.reduce_dtype]
     if sharding.stage == 2:
-        # A copy of its own, for one rank too where it is cast.
-        flat = own + sent if own != sent else sent * (ranks > 1)
+        # A copy of its own, for one rank too where it is cast; where it is not, slices come when it goes.
+        flat = own + sent if own != sent else sent * (ranks > 1) - making / ranks
         return Way(bucket, buffer=own * bucket, sending=flat)
     if sharding.zero.offload_optimizer != "none":
         return Way(bucket, buffer=sent * bucket, sending=sent * (1 + transport.copies))

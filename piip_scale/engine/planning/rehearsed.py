@@ -7,6 +7,7 @@ from functools import cached_property
 from piip_scale.engine.rehearsal import Moment, Rehearsal, rehearse
 from piip_scale.engine.zero.plan import measure
 from piip_scale.models.counting import PartCount
+from piip_scale.models.saved_activations import HeadBytes
 from piip_scale.tasks.base import Outline
 
 
@@ -19,7 +20,7 @@ class Rehearsed:
         self._outline = outline
 
     @cached_property
-    def _found(self) -> tuple[Rehearsal, int]:
+    def _found(self) -> tuple[Rehearsal, HeadBytes]:
         outline = self._outline
         found = rehearse(outline.network, outline.parts, outline.run)
         return found, outline.head_bytes(found.features)
@@ -27,9 +28,9 @@ class Rehearsed:
     @property
     def kept(self) -> dict[str, int]:
         """At the end of the forward pass, by part."""
-        rehearsal, head_bytes = self._found
+        rehearsal, of_heads = self._found
         heads = self._outline.heads
-        return dict(rehearsal.kept) | {heads: rehearsal.kept.get(heads, 0) + head_bytes}
+        return dict(rehearsal.kept) | {heads: rehearsal.kept.get(heads, 0) + of_heads.kept}
 
     @property
     def moments(self) -> tuple[Moment, ...]:
@@ -38,7 +39,7 @@ class Rehearsed:
         trained = sum(parameter.numel for parameter in self.sizes.parameters if parameter.trainable)
         of_heads = trained - sum(moment.numel for moment in rehearsal.moments)
         kept = rehearsal.total_bytes
-        return (Moment(of_heads, kept + heads, kept), *rehearsal.moments)
+        return (Moment(of_heads, kept + heads.most, kept), *rehearsal.moments)
 
     @property
     def operators(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from piip_scale.config.classification import ClassificationRun
+from piip_scale.models.saved_activations import HeadBytes
 from piip_scale.tasks.base import DTYPES, Outline
 from piip_scale.tasks.classification.model import build_classification_model
 
@@ -22,8 +23,9 @@ def outline_classifier(config: ClassificationRun, num_classes: int, images_BCHW:
         *_, states = model.walk(images_BCHW)
         return tuple(state.grid_BHWC for state in states)
 
-    def head_bytes(features: Sequence[Tensor]) -> int:
+    def head_bytes(features: Sequence[Tensor]) -> HeadBytes:
         # A head of each branch reads one token; the common one brings all of them to one width in float32.
-        return 0 if config.classifier.separate else sum(_FLOAT_BYTES * feature.numel() for feature in features)
+        kept = 0 if config.classifier.separate else sum(_FLOAT_BYTES * feature.numel() for feature in features)
+        return HeadBytes(kept, kept)
 
     return Outline(model, model, model.parts(), "heads", run, head_bytes)

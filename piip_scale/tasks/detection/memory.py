@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from piip_scale.config.detection import DetectionRun
+from piip_scale.models.saved_activations import HeadBytes, bytes_both_ways, bytes_in_turn, saved_for_backward
 from piip_scale.tasks.base import Outline
 from piip_scale.tasks.detection.model import DetectionHeads, build_detection_model
 from piip_scale.tasks.heads import outline_with_heads
-from piip_scale.tasks.saved_activations import saved_for_backward
 
 _FLOAT_BYTES = 4
 # Denoising queries of a DINO beside the matched ones, at mmdet's own dn_cfg.
@@ -26,12 +26,12 @@ def outline_detector(config: DetectionRun, num_classes: int, images_BCHW: Tensor
     return outline_with_heads(model, config.train.precision, images_BCHW, partial(head_bytes, model.heads))
 
 
-def head_bytes(heads: DetectionHeads, features: Sequence[Tensor]) -> int:
-    """Bytes that one micro-batch's losses keep alive in neck and heads, in float32, weights that are cast included.
+def head_bytes(heads: DetectionHeads, features: Sequence[Tensor]) -> HeadBytes:
+    """What one micro-batch's losses keep alive in neck and heads, in float32, weights that are cast included.
 
     Convolutions and fully connected layers are run on the meta device: an R-CNN's RoI heads on as many proposals as
     its samplers draw, all of them and a full share of positive ones. A DINO's encoder and decoder are counted by
-    layer. Targets, anchors and the losses themselves are left out.
+    layer, and its backward pass is not. Targets, anchors and the losses themselves are left out.
 
     Args:
         heads: On the meta device, in training mode.
@@ -40,13 +40,17 @@ def head_bytes(heads: DetectionHeads, features: Sequence[Tensor]) -> int:
     taken = tuple(features[index].float() for index in heads.feature_indices)
     levels, kept = saved_for_backward(heads.detector.neck, taken)
     rule = _rcnn_bytes if hasattr(heads.detector, "roi_head") else _dino_bytes
-    return kept + sum(rule(heads.detector, levels))
+    return bytes_in_turn([_only_kept(kept), *rule(heads.detector, levels)])
 
 
-def _rcnn_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[int]:
+def _only_kept(num_bytes: int) -> HeadBytes:
+    return HeadBytes(num_bytes, num_bytes)
+
+
+def _rcnn_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[HeadBytes]:
     roi, batch = detector.roi_head, levels[0].shape[0]
-    yield sum(level.nbytes for level in levels)
-    yield saved_for_backward(detector.rpn_head, tuple(levels))[1]
+    yield _only_kept(sum(level.nbytes for level in levels))
+    yield _only_kept(saved_for_backward(detector.rpn_head, tuple(levels))[1])
     stages = roi.train_cfg if isinstance(roi.train_cfg, list | tuple) else [roi.train_cfg]
     for index, settings in enumerate(stages):
         rois = batch * min(settings.sampler.num, detector.train_cfg.rpn_proposal.max_per_img)
@@ -60,13 +64,17 @@ def _stage(module: nn.Module, index: int) -> Any:
     return module[index] if isinstance(module, nn.ModuleList) else module
 
 
-def _roi_bytes(head: nn.Module, extractor: Any, num_rois: int) -> int:
+def _roi_bytes(head: nn.Module, extractor: Any, num_rois: int) -> HeadBytes:
     size = extractor.roi_layers[0].output_size
     pooled = torch.empty(num_rois, extractor.out_channels, *size, device="meta", requires_grad=True)
-    return pooled.nbytes + saved_for_backward(head, pooled)[1]
+    return bytes_in_turn([_only_kept(pooled.nbytes), bytes_both_ways(head, pooled)])
 
 
-def _dino_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[int]:
+def _dino_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[HeadBytes]:
+    yield from map(_only_kept, _dino_kept(detector, levels))
+
+
+def _dino_kept(detector: Any, levels: Sequence[Tensor]) -> Iterator[int]:
     batch, tokens = levels[0].shape[0], sum(level.shape[-2:].numel() for level in levels)
     queries = detector.num_queries + DENOISING_QUERIES
     yield sum(level.nbytes for level in levels)
