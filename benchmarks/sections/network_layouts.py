@@ -234,8 +234,6 @@ class Predictions:
             socket_bytes_per_s=1 / max(_SMALL, rates.byte_s * setting.ranks_per_core),
             inner=replace(plain.inner, bytes_per_s=math.inf),
             outer=replace(plain.outer, bytes_per_s=setting.megabits_per_s * _MEGA / _BITS / _HEADERS),
-            # Without prefetching nothing of a gather hides.
-            transport=replace(GLOO, hides=dict.fromkeys(GLOO.hides, False)),
         )
 
     def _planner(self, setting: Setting) -> Planner:

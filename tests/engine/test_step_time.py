@@ -93,6 +93,16 @@ def test_gloo_sends_sums_twice_and_waits_for_them():
     assert both[1].exposed == pytest.approx(2 * 3 / 4 * 36e6 / 1e8)
 
 
+def test_gathers_that_are_not_begun_early_hide_behind_nothing():
+    early, late = (
+        time_of({"deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": size}}}).phases[0]
+        for size in (10**6, 0)
+    )
+    assert early.exposed == 0
+    assert late.exposed == pytest.approx(early.outer)
+    assert late.seconds > early.seconds
+
+
 def test_latency_counts_hops_and_messages():
     plain, slow = (time_of(on=cluster(outer=Link(1e8, latency))).phases[0] for latency in (0.0, 1.0))
     # Two of three hops are between the nodes, for each of four units.

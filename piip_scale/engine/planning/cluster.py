@@ -11,6 +11,8 @@ from piip_scale.engine.zero.traffic import PASSES, Kind
 
 _GIGA, _TERA = 1e9, 1e12
 _BITS = 8
+# Of a packet of 1,514 bytes TCP carries 1,448; gloo reaches that (benchmarks/layouts.md).
+_TCP_SHARE = 1448 / 1514
 H6B_OPERATORS = 16_540
 """That the network of ``configs/coco/mask_rcnn_h6b_1024_512.py`` calls in a micro-batch, blocks computed again."""
 
@@ -160,7 +162,8 @@ def cpu_cluster(num_ranks: int, ranks_per_node: int, network_gbps: float, ranks_
     """The same of ranks that compute on CPU cores and talk over gloo: orders of magnitude, to choose a layout by.
 
     A core is taken for 100 GFLOP/s and 20 GB/s of memory, also to the other ranks of its host, and for 13 us an
-    operator; a message costs it 1.7 ms and a byte of it 2.3 ns: what benchmarks/layouts.md found.
+    operator; a message costs it 1.7 ms and a byte of it 2.3 ns: what benchmarks/layouts.md found. All of a network's
+    rate is reached, headers included.
 
     Args:
         num_ranks: All.
@@ -175,7 +178,7 @@ def cpu_cluster(num_ranks: int, ranks_per_node: int, network_gbps: float, ranks_
         flops=100 * _GIGA * speed,
         fp32_flops=100 * _GIGA * speed,
         inner=Link(20 * _GIGA * speed, 5e-5),
-        outer=Link(Assumptions.link_share * network_gbps * _GIGA / _BITS, 1e-4),
+        outer=Link(_TCP_SHARE * network_gbps * _GIGA / _BITS, 1e-4),
         memory_bytes_per_s=20 * _GIGA * speed,
         host_bytes_per_s=20 * _GIGA * ranks_per_node * speed,
         operator_s=1.3e-5 / speed,

@@ -22,6 +22,7 @@ _ADDED_BYTES = 12
 # written, and the gradient read once more for its norm.
 _UPDATE_BYTES = 32
 _AVERAGE_BYTES = 8
+_PREFETCHED = "stage3_prefetch_bucket_size"
 _FP32_BYTES = 4
 
 
@@ -209,7 +210,7 @@ class _Step:
         if backward:
             compute += self._gradient_bytes / self._cluster.memory_bytes_per_s
         operators = self._work.operators[backward]
-        hidden = [each for each in sent if each.overlaps and self._cluster.transport.hides[each.kind]]
+        hidden = list(filter(self._hides, sent))
         return Phase(
             name=name,
             times=times,
@@ -222,6 +223,12 @@ class _Step:
             messages=sum(each.messages for each in hidden) or 1,
             asynchronous=self._cluster.asynchronous,
         )
+
+    def _hides(self, each: Collective) -> bool:
+        """Whether computing goes on meanwhile: a gather is begun before its weights are needed, if it may be."""
+        keys = self._sharding.deepspeed["zero_optimization"]
+        waits = each.kind == "all-gather" and keys.get(_PREFETCHED) == 0
+        return bool(each.overlaps) and self._cluster.transport.hides[each.kind] and not waits
 
     def _update(self) -> Phase:
         sent = [each for each in self._traffic if each.when == "update"]
