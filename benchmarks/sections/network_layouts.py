@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,9 +33,7 @@ from sections.subject import NUM_CLASSES, SIZE_PX, build, detector_config, made_
 _STEPS, _STEPS_OF_MANY, _UNLIMITED = 3, 2, 20_000
 _CLOSE = 0.2
 _SMALL = 1e-12
-# tc limits whole packets: of 1,514 bytes TCP carries 1,448.
-_HEADERS = 1514 / 1448
-_MEGA, _GIGA, _BITS = 1e6, 1e9, 8
+_MEGA, _GIGA = 1e6, 1e9
 # Nothing stays gathered for reuse, as in a model far larger than a device: what plans count.
 _RELEASED = {
     "zero_optimization": {
@@ -237,8 +234,6 @@ class Predictions:
             operator_s=plain.operator_s * slowness,
             message_s=rates.message_s * setting.ranks_per_core,
             socket_bytes_per_s=1 / max(_SMALL, rates.byte_s * setting.ranks_per_core),
-            inner=replace(plain.inner, bytes_per_s=math.inf),
-            outer=replace(plain.outer, bytes_per_s=setting.megabits_per_s * _MEGA / _BITS / _HEADERS),
         )
 
     def _planner(self, setting: Setting) -> Planner:

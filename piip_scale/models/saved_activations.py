@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class HeadBytes:
-    """Of one micro-batch in neck and heads.
+    """Of a call, or of one micro-batch in all of neck and heads.
 
     Attributes:
-        kept: When their forward pass ends, for the backward pass.
-        most: That their own backward pass holds, what is kept of them included.
+        kept: When the forward pass ends, for the backward pass.
+        most: That the backward pass of these alone holds, what is kept included.
     """
 
     kept: int

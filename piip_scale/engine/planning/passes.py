@@ -24,7 +24,7 @@ class Way:
         bucket: Elements that are sent at once; infinite where all are, when the backward pass is over.
         buffer: Bytes of a bucket's memory that is there from the first gradient to the last.
         waiting: Of a gradient that waits until its bucket is full, in memory of its own.
-        sending: Of a bucket that is being sent, beside the gradients in it.
+        sending: Of a bucket that is being sent, beside the gradients in it; less slices that come when it goes.
         flying: Bytes of gradients whose message goes on while the rank computes; ``HELD_IN_FLIGHT`` times.
         landing: Bytes of a message that is still to be summed over replicas; ``IN_FLIGHT`` of them.
         making: Of a gradient that stays where the backward pass makes it, and was not there before.
