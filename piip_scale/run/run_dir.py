@@ -246,7 +246,9 @@ class RunDirectory:
         write_text_atomic(self.status_file, json.dumps(asdict(status)) + "\n")
 
     def write_failure(self, ending: Ending) -> None:
-        """Puts how a run failed into the status, at the step the run last logged; nothing where it says so already.
+        """Puts how a run failed into the status, nothing where it says so already.
+
+        The step is the rank's that failed, or the last that was noted where that is not known or later.
 
         Raises:
             RunError: The disk refuses, or the status there is none.
@@ -254,7 +256,7 @@ class RunDirectory:
         with _CHANGING_STATUS:
             before = self.status()
             if before is None or (before.state, before.ending) != ("failed", ending):
-                self.write_status("failed", before.step if before else 0, ending)
+                self.write_status("failed", max(before.step if before else 0, ending.step), ending)
 
     def record_error(self, rank: int, error: BaseException, step: int = 0, node: str = "") -> Ending | None:
         """Writes a rank's traceback, and claims to be the first that failed.

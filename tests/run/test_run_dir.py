@@ -10,6 +10,7 @@ import pytest
 
 from piip_scale.errors import DataError, RunError
 from piip_scale.run import bad_steps, run_dir
+from piip_scale.run.ending import ending_of
 from piip_scale.run.run_dir import RunDirectory, write_text_atomic
 
 
@@ -196,3 +197,12 @@ def test_bad_steps_are_read_as_written_and_only_the_newest_stay(tmp_path, monkey
     run.bad_steps.joinpath("step_00000010.json").write_text('{"ranks": 3}')
     with pytest.raises(RunError, match="move it away"):
         bad_steps.read_bad_step(run, 10)
+
+
+@pytest.mark.parametrize(("noted", "behind", "told"), [(1, 2, 2), (10, 0, 10)])
+def test_a_failure_is_at_the_rank_s_step_where_the_last_note_is_behind_it(tmp_path, noted, behind, told):
+    run = RunDirectory(tmp_path / "run")
+    run.open("config = 1\n", resume=False)
+    run.write_status("running", noted)
+    run.write_failure(ending_of(RunError("bad"), rank=1, step=behind))
+    assert (run.status().state, run.status().step) == ("failed", told)
