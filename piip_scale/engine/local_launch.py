@@ -53,8 +53,8 @@ def launch_local(
         Interrupted: A second SIGINT came.
     """
     run.clear_traces()
-    ranks = _Ranks(num_procs, command, run)
-    _attend(ranks, grace_s)
+    ranks = _Ranks(run)
+    _attend(ranks, num_procs, command, grace_s)
     return _verdict(ranks, run)
 
 
@@ -73,8 +73,8 @@ def launch_without_run(num_procs: int, command: Sequence[str], *, grace_s: float
         LostRankError: The system killed a rank.
         Interrupted: A second SIGINT came.
     """
-    ranks = _Ranks(num_procs, command, None)
-    _attend(ranks, grace_s)
+    ranks = _Ranks(None)
+    _attend(ranks, num_procs, command, grace_s)
     if ranks.killed_by_user:
         raise Interrupted("stopped by a second Ctrl-C")
     # One that was asked before it could listen is killed by that, and lost nothing.
@@ -85,9 +85,11 @@ def launch_without_run(num_procs: int, command: Sequence[str], *, grace_s: float
     return ranks.first_failure[1] if ranks.first_failure else 0
 
 
-def _attend(ranks: _Ranks, grace_s: float) -> None:
+def _attend(ranks: _Ranks, num_procs: int, command: Sequence[str], grace_s: float) -> None:
+    # Before any rank is there: one that is asked to stop in its first moments would leave this process unprepared.
     previous = {number: signal.signal(number, ranks.forward) for number in _FORWARDED}
     try:
+        ranks.start(num_procs, command)
         ranks.wait(grace_s)
     finally:
         ranks.kill()
@@ -143,18 +145,26 @@ class _Ranks:
         unreported: The error of a rank that the system killed, where nobody reported it to the user.
     """
 
-    def __init__(self, num_procs: int, command: Sequence[str], run: RunDirectory | None) -> None:
+    def __init__(self, run: RunDirectory | None) -> None:
         self.first_failure: tuple[int, int] | None = None
         self.killed_by_user = False
         self.unreported: RunError | None = None
         self._run = run
         self._interrupts = 0
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._are_started = False
+        self._early: list[int] = []
+
+    def start(self, num_procs: int, command: Sequence[str]) -> None:
+        """Starts them, and passes on what came meanwhile."""
         port, threads = _free_port(), max(1, usable_cores() // num_procs)
         shared = dict(os.environ) | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-        self._processes = []
         for rank in range(num_procs):
             world = World(rank, num_procs, rank, num_procs, "127.0.0.1", port)
             self._processes.append(_start(command, shared | world.as_environment()))
+        self._are_started = True
+        for number in self._early:
+            self._send(number)
 
     def wait(self, grace_s: float) -> None:
         """Until all ended, or ``grace_s`` after the first that failed."""
@@ -173,10 +183,10 @@ class _Ranks:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             self.killed_by_user = True
-            return
-        for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(number)
+        elif self._are_started:
+            self._send(number)
+        else:
+            self._early.append(number)
 
     @property
     def was_interrupted(self) -> bool:
@@ -191,6 +201,11 @@ class _Ranks:
                 os.killpg(process.pid, signal.SIGKILL)
         for process in self._processes:
             process.wait()
+
+    def _send(self, number: int) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
 
     def _note_failure(self) -> None:
         if self.first_failure is not None:

@@ -70,3 +70,20 @@ def test_ranks_share_the_cores_unless_the_environment_says(tmp_path, monkeypatch
     run.open("config = 1\n", resume=False)
     assert launch_local(2, ["sh", "-c", f"echo $OMP_NUM_THREADS > {tmp_path}/$RANK"], run) == 0
     assert [(tmp_path / str(rank)).read_text().strip() for rank in (0, 1)] == [threads] * 2
+
+
+def test_what_asks_to_stop_while_ranks_start_is_passed_on_to_them(tmp_path, monkeypatch):
+    run, begun = RunDirectory(tmp_path / "run"), local_launch._start
+    run.open("config = 1\n", resume=False)
+
+    def start(command, environment):
+        process = begun(command, environment)
+        while not (tmp_path / f"listens{environment['RANK']}").exists():
+            time.sleep(0.01)
+        if environment["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(local_launch, "_start", start)
+    listens = f"trap 'exit 130' INT; touch {tmp_path}/listens$RANK; while :; do sleep 0.05; done"
+    assert launch_local(2, ["sh", "-c", listens], run) == 130
