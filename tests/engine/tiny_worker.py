@@ -129,4 +129,7 @@ if __name__ == "__main__":
     except PiipError as error:
         print(f"error: {error.line}", file=sys.stderr)
         code = error.exit_code
-    sys.exit(code)
+    # As the command ends: at Python's own end a thread of the communication library now and then takes all down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
