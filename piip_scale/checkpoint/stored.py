@@ -146,11 +146,6 @@ class Weight:
         """Its elements."""
         return sum(part.slice.length for part in self.parts)
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether the checkpoint has a place for the optimiser's state of it."""
-        return any(part.state_keys for part in self.parts)
-
     def with_states(self, *keys: str | int, group: int) -> Weight:
         """The same, with where the optimiser's state is of each part, all in one tensor of their file."""
         return replace(

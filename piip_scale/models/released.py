@@ -76,23 +76,6 @@ def released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[1:] if _WITHOUT_FIRST_AXIS.search(name) else shape
 
 
-def to_released(state: Mapping[str, Tensor], config: PiipConfig) -> dict[str, Tensor]:
-    """A model's tensors by their released names and shapes; views, where there is something to view.
-
-    What the released code builds and never reads has no part in it: the level that its DINO detectors leave out, and
-    the last norm of a ConvNeXt.
-
-    Args:
-        state: A state dict of ours.
-        config: The model's network.
-    """
-    network, found = released_network(config), {}
-    for name, tensor in state.items():
-        key = released_name(name, network)
-        found[key] = tensor.reshape(released_shape(key, tuple(tensor.shape)))
-    return found
-
-
 def from_released(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], config: PiipConfig) -> dict[str, Tensor]:
     """Released tensors by our names, in our shapes where only an axis of size 1 is between them.
 

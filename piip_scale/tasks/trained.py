@@ -124,25 +124,6 @@ def find_trained(
     )
 
 
-def load_trained(
-    source: Path,
-    weights: Path | None = None,
-    *,
-    overrides: Sequence[str] = (),
-    step: int | None = None,
-    averaged: bool = False,
-    precision: str = "fp32",
-    device: torch.device | str = "cpu",
-) -> tuple[RunConfig, nn.Module]:
-    """The config and the model of ``find_trained``, loaded as ``Trained.load`` does.
-
-    Raises:
-        PiipError: As of both.
-    """
-    found = find_trained(source, weights, overrides=overrides, step=step, averaged=averaged)
-    return found.config, found.load(precision, device)
-
-
 def holds_weights(path: Path) -> bool:
     """Whether a folder is one of weights, or of a checkpoint."""
     return path.is_dir() and (any(path.glob("*.safetensors")) or _holds_checkpoint(path))

@@ -6,13 +6,13 @@ from safetensors.torch import load_file, save_file
 
 from piip_scale.checkpoint.store import CheckpointStore
 from piip_scale.errors import CheckpointError, ConfigError, ModelError
-from piip_scale.tasks.trained import find_trained, load_trained
+from piip_scale.tasks.trained import find_trained
 
 
 def test_a_run_alone_loads_what_its_newest_checkpoint_converts_to(trained, weights):
     found = find_trained(trained)
     assert found.step == 6
-    model, expected = found.load(), load_trained(trained / "config.py", weights)[1]
+    model, expected = found.load(), find_trained(trained / "config.py", weights).load()
     assert not model.training
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     for name, tensor in expected.state_dict().items():

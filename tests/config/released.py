@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from released_state import to_released
 
 from piip_scale.config.model import PiipConfig
-from piip_scale.models.released import from_released, to_released
+from piip_scale.models.released import from_released
 from piip_scale.models.trunk import Trunk
 
 ROOT = Path(__file__).parents[2]

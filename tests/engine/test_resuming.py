@@ -136,7 +136,8 @@ def content(folder) -> dict[str, torch.Tensor]:
     """Everything of a checkpoint that decides how training goes on, by parameter."""
     saved = ZeroCheckpoint(next(folder.glob("step_*")))
     found = dict(saved)
-    for name in (name for name, weight in saved.weights.items() if weight.is_trained):
+    trained = [name for name, weight in saved.weights.items() if any(part.state_keys for part in weight.parts)]
+    for name in trained:
         found[f"{name}: step"] = torch.as_tensor(saved.counter(name))
         for moment in saved.moments(name):
             found[f"{name}: {moment}"] = torch.empty(found[name].numel())

@@ -13,6 +13,7 @@ import small_detectors
 import small_segmentors
 import torch
 from ranks import FORCED_RELEASE, run_ranks
+from released_state import to_released
 from safetensors.torch import save_file
 from test_equality import weights_of
 
@@ -20,7 +21,6 @@ from piip_scale.config.loading import check_config, config_text
 from piip_scale.engine.start_weights import check_start_weights, start_weights
 from piip_scale.engine.zero.setup import build_engine
 from piip_scale.errors import ConfigError, ModelError
-from piip_scale.models.released import to_released
 from piip_scale.registry import row_of
 from piip_scale.tasks.kinds import build_model
 

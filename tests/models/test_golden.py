@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from released_state import to_released
 from sections.golden import read_golden, run_golden
 
 from piip_scale.models.official import from_official
-from piip_scale.models.released import to_released
 
 FILES = [
     "cls_3branch_separate_head",
