@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from piip_scale.errors import WorldError
@@ -259,6 +260,16 @@ def rendezvous_port(job_id: int, attempt: int) -> int:
     """Where the ranks of a job's attempt meet: no two jobs of a node, and no two attempts in a row, share one."""
     job = job_id % (_NUM_PORTS // _PORTS_PER_JOB)
     return _FIRST_PORT + job * _PORTS_PER_JOB + attempt % _PORTS_PER_JOB
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port where ranks of this machine can meet, which the system gives nobody else while the context lasts."""
+    with socket.socket() as held:
+        # Rank 0's store sets it too, and so may listen where this one is bound and does not listen.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("", 0))
+        yield held.getsockname()[1]
 
 
 def _tasks_of_node(text: str, node: int) -> int:

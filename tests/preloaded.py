@@ -14,7 +14,6 @@ import io
 import os
 import queue
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,25 +29,29 @@ import torch
 import torch.multiprocessing
 from fork_server import context
 
-from piip_scale.world import World
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from piip_scale.world import World, held_port
 
 
 def run_ranks(num_ranks: int, function, *args, timeout_s: float = 240):
     """Runs ``function(world, device, *args)`` on every rank; returns what each returned, or raises a failure."""
     made = context()
-    results, port = made.Queue(), free_port()
-    processes = [
-        made.Process(target=_rank_main, args=(results, rank, num_ranks, port, function, args), daemon=True)
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
+    results = made.Queue()
+    with held_port() as port:
+        processes = [
+            made.Process(target=_rank_main, args=(results, rank, num_ranks, port, function, args), daemon=True)
+            for rank in range(num_ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect(results, num_ranks, timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(results, num_ranks: int, timeout_s: float) -> list:
     found = {}
     try:
         while len(found) < num_ranks:
@@ -58,10 +61,6 @@ def run_ranks(num_ranks: int, function, *args, timeout_s: float = 240):
             found[rank] = value
     except queue.Empty:
         raise AssertionError(f"ranks {sorted(set(range(num_ranks)) - set(found))} hang") from None
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
     return [found[rank] for rank in range(num_ranks)]
 
 

@@ -2,12 +2,14 @@ import itertools
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import TCPStore
 
 from piip_scale.errors import WorldError
 from piip_scale.world import (
@@ -15,6 +17,7 @@ from piip_scale.world import (
     World,
     claimed_rank,
     given_meeting_point,
+    held_port,
     outside_of_job,
     read_allocation,
     read_world,
@@ -209,7 +212,7 @@ def test_real_torchrun():
     code = "from piip_scale.world import read_world; print(read_world())"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     done = subprocess.run(
-        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True
     )
     # Not by line: ranks share the pipe, and what one prints may stand between another's text and its newline.
     lines = sorted(re.findall(r"World\(.*?\)", done.stdout))
@@ -227,7 +230,7 @@ def test_real_srun():
     code = "from piip_scale.world import read_world; print(read_world())"
     environment = os.environ | MEETING
     command = ["srun", "-N2", "-n3", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True, env=environment)
     # Not by line: ranks share the pipe, and what one prints may stand between another's text and its newline.
     lines = sorted(re.findall(r"World\(.*?\)", done.stdout))
     for line, (rank, local, count, node) in zip(lines, [(0, 0, 2, 0), (1, 1, 2, 0), (2, 0, 1, 1)], strict=True):
@@ -272,6 +275,15 @@ def test_jobs_and_attempts_do_not_share_ports(job, distance, attempts):
     assert 1024 < rendezvous_port(job, first) < 32768
     assert rendezvous_port(job, first) != rendezvous_port(job + distance, second)
     assert rendezvous_port(job, first) != rendezvous_port(job, first + 1)
+
+
+def test_a_held_port_is_for_rank_0_and_nobody_else():
+    with held_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        TCPStore("127.0.0.1", port, is_master=False).set("met", "yes")
+        assert store.get("met") == b"yes"
 
 
 @pytest.mark.parametrize(

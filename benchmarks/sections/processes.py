@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from piip_scale.world import World
+from piip_scale.world import World, held_port
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 1800) -> list[Any]:
@@ -32,10 +31,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
         torch.multiprocessing.ProcessRaisedException: A rank failed; the others are ended.
         TimeoutError: They hang.
     """
-    with socket.socket() as listener, tempfile.TemporaryDirectory() as folder:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        listener.close()
+    with held_port() as port, tempfile.TemporaryDirectory() as folder:
         arguments = (num_ranks, port, folder, function, args)
         context = torch.multiprocessing.spawn(_main, arguments, nprocs=num_ranks, join=False, daemon=True)  # type: ignore[attr-defined]
         wait_for(context, timeout_s)

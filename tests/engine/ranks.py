@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from preloaded import free_port as free_port
 from preloaded import run_ranks as run_ranks
 from tiny_configs import FORCED_RELEASE as FORCED_RELEASE
 from tiny_configs import tiny_config as tiny_config

@@ -10,7 +10,7 @@ from ranks import tiny_config
 from piip_scale.engine import local_launch, worker
 from piip_scale.engine.local_launch import launch_local
 from piip_scale.engine.stop import StopFlag
-from piip_scale.errors import Interrupted
+from piip_scale.errors import Interrupted, LostRankError
 from piip_scale.run.run_dir import RunDirectory
 
 
@@ -87,3 +87,27 @@ def test_what_asks_to_stop_while_ranks_start_is_passed_on_to_them(tmp_path, monk
     monkeypatch.setattr(local_launch, "_start", start)
     listens = f"trap 'exit 130' INT; touch {tmp_path}/listens$RANK; while :; do sleep 0.05; done"
     assert launch_local(2, ["sh", "-c", listens], run) == 130
+
+
+@pytest.mark.parametrize(("told", "reason"), [("gloo: connection closed", "lost rank"), ("a bug", "exception")])
+def test_a_killed_rank_is_the_cause_of_the_contact_that_another_has_lost_and_told_of(
+    tmp_path, monkeypatch, told, reason
+):
+    run, begun = RunDirectory(tmp_path / "run"), local_launch._start
+    run.open("config = 1\n", resume=False)
+    run.write_status("running", 4)
+
+    def start(command, environment):
+        if environment["RANK"] == "1":
+            run.record_error(0, RuntimeError(told), step=5)
+        return begun(command, environment)
+
+    monkeypatch.setattr(local_launch, "_start", start)
+    ends = ["sh", "-c", 'test "$RANK" = 1 && kill -9 $$; sleep 600']
+    if reason == "lost rank":
+        with pytest.raises(LostRankError, match="rank 1 was killed by SIGKILL"):
+            launch_local(2, ends, run, grace_s=0.0)
+    else:
+        assert launch_local(2, ends, run, grace_s=0.0) == 1
+    assert run.first_error().reason == run.status().ending.reason == reason
+    assert run.status().step == 5

@@ -3,14 +3,13 @@
 import copy
 import json
 import pickle
-import socket
 
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from preloaded import run_ranks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -256,28 +255,20 @@ def test_run_lengths_as_a_list_score_as_packed_ones():
     assert scores[0] == scores[1]
 
 
-def _rank(rank, num_ranks, port, queue):
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+def _scores_and_results(world, _device):
     truth = _truth()
     metric = CocoMetric(truth, with_masks=True)
     found = _found(truth)
     # The last image is on both ranks, as when a tail is padded.
-    metric.update(None, found[rank::num_ranks] + found[-1:])
-    queue.put((rank, metric.compute(), len(metric.results())))
-    dist.destroy_process_group()
+    metric.update(None, found[world.rank :: world.num_ranks] + found[-1:])
+    return metric.compute(), len(metric.results())
 
 
 def test_ranks_agree_with_one_process():
     truth = _truth()
     alone = CocoMetric(truth, with_masks=True)
     alone.update(None, _found(truth))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, (2, port, queue), nprocs=2)
-    for _ in range(2):
-        rank, scores, count = queue.get()
+    for rank, (scores, count) in enumerate(run_ranks(2, _scores_and_results)):
         assert scores == alone.compute()
         assert count == (0 if rank else len(alone.results()))
 
