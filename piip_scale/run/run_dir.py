@@ -341,4 +341,5 @@ def _text_of(path: Path) -> str | None:
 @cache
 def process_start_unix_s() -> float:
     """When this process began; where the system does not show it, when it first asked."""
-    return time.time() - process_age_seconds()
+    # Where this process stands still between the two, it seems to have begun earlier.
+    return max(time.time() - process_age_seconds() for _ in range(3))
