@@ -6,16 +6,15 @@ Slow; what it holds is held in seconds by ``tests/engine/test_frozen_training.py
 from __future__ import annotations
 
 import json
-import signal
-import time
+from functools import partial
 
 import commands
-import psutil
 import pytest
 import timm
 import torch
-from commands import failed_in_one_line, piip_scale, started, succeeded
+from commands import failed_in_one_line, piip_scale, succeeded
 from safetensors.torch import load_file, save_file
+from save_killer import SaveKiller
 
 from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 
@@ -77,12 +76,8 @@ def last_losses(run_dir):
 def test_it_trains_is_killed_resumes_bit_for_bit_converts_evaluates_and_predicts(config, giant, scenes, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     succeeded(piip_scale(*training(config, whole)))
-    run = started(*training(config, killed))
-    while not (killed / "checkpoints" / "step_00000002").exists():
-        assert run.poll() is None, "it ended before it had saved"
-        time.sleep(0.02)
-    psutil.Process(run.pid).children()[1].send_signal(signal.SIGKILL)
-    assert "rank 1 was killed by SIGKILL" in run.communicate(timeout=180)[1]
+    run = piip_scale(*training(config, killed), preexec_fn=partial(SaveKiller, "half written", 4, rank=1))
+    assert "rank 1 was killed by SIGKILL" in run.stderr
     hidden = giant.rename(tmp_path / "elsewhere.safetensors")
     succeeded(piip_scale(*training(config, killed, "--resume", "--set", f"model.branches.0.pretrained='{hidden}'")))
     assert last_losses(killed) == last_losses(whole)

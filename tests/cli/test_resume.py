@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import time
 from functools import partial
 
-import psutil
 import pytest
 import torch
-from commands import piip_scale, started, succeeded
+from commands import piip_scale, succeeded
 from opened_sets import assert_opened_once
+from save_killer import SaveKiller
 from sections.file_operations import log_operations, logged_operations
 
 from piip_scale.checkpoint.store import CheckpointStore
@@ -46,19 +44,13 @@ def words(config, run_dir):
     return ["train", config, "--procs", 2, "--run-dir", run_dir, *overrides]
 
 
-def train_and_kill(config, run_dir, seconds=180):
-    """Kills a rank outright somewhere in the second save, or soon after."""
-    process = started(*words(config, run_dir))
-    store, deadline = CheckpointStore(run_dir / "checkpoints", keep=2), time.monotonic() + seconds
-    while not (store.staging(6).exists() or store.path(6).exists()):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "no second save"
-        time.sleep(0.001)
-    psutil.Process(process.pid).children()[1].send_signal(signal.SIGKILL)
-    _, text = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "rank 1 was killed by SIGKILL" in text
-    assert store.latest() is not None
+def train_and_kill(config, run_dir):
+    """A rank is killed outright in the second save."""
+    done = piip_scale(*words(config, run_dir), preexec_fn=partial(SaveKiller, "half written", 6, rank=1))
+    assert done.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in done.stderr
+    store = CheckpointStore(run_dir / "checkpoints", keep=2)
+    assert store.latest() == store.path(3)
 
 
 def told(run_dir):

@@ -33,10 +33,11 @@ class SaveKiller:
     Args:
         moment: One of the above.
         step: The save's.
+        rank: Whom it kills; ranks that are forked from this process have it too.
     """
 
-    def __init__(self, moment: str, step: int) -> None:
-        self._step, self._in_save = step, False
+    def __init__(self, moment: str, step: int, rank: int) -> None:
+        self._step, self._rank, self._in_save = step, rank, False
         self._before(Checkpointer, "save", lambda _, step: self._note(step))
         places: dict[str, Callable[[], None]] = {
             "begun": lambda: self._after(CheckpointStore, "begin"),
@@ -53,7 +54,7 @@ class SaveKiller:
         places[moment]()
 
     def _note(self, step: int) -> None:
-        self._in_save = step == self._step
+        self._in_save = step == self._step and os.environ.get("RANK") == str(self._rank)
 
     def _die(self, *_: Any) -> None:
         if self._in_save:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +17,7 @@ from tiny_task import TinyTask, make_batch
 
 from piip_scale.checkpoint.store import MANIFEST, CheckpointStore
 from piip_scale.engine.checkpointing import Checkpointer, part_path
+from piip_scale.engine.save_job import SaveJob
 from piip_scale.engine.step import train_step
 from piip_scale.engine.zero.setup import build_engine, build_model
 from piip_scale.errors import CheckpointError
@@ -47,15 +49,21 @@ class Bench:
 
 @contextlib.contextmanager
 def slow_disk():
-    """Files are written once the event is set."""
-    gate, save = threading.Event(), torch.save
+    """Files are written once a training has waited for them for ``HELD_SECONDS``."""
+    gate, save, wait = threading.Event(), torch.save, SaveJob.wait
 
     def held(content, file):
-        assert gate.wait(60)
+        assert gate.wait(240)
         save(content, file)
 
-    with mock.patch("torch.save", held):
-        yield gate
+    def waiting(job, seconds):
+        if not gate.is_set():
+            time.sleep(HELD_SECONDS)
+            gate.set()
+        return wait(job, seconds)
+
+    with mock.patch("torch.save", held), mock.patch.object(SaveJob, "wait", waiting):
+        yield
 
 
 def same(found, wanted) -> bool:
@@ -75,12 +83,13 @@ def saving_beside_training(world, _device, folder, stage):
     bench.checkpointer.add_part("counter", lambda: {"value": counter})
     bench.engine.save_checkpoint(f"{folder}/twin", tag="zero", client_state={}, save_latest=False)
     seen = {}
-    with slow_disk() as gate:
+    with slow_disk():
+        begun = time.perf_counter()
         bench.checkpointer.save(2)
+        seen["stood still at most"] = time.perf_counter() - begun
         bench.train(2)
         counter += 100
         seen["while writing"] = bench.checkpointer.poll(), bench.store.latest()
-        threading.Timer(HELD_SECONDS, gate.set).start()
         seen["first"] = bench.checkpointer.save(4)
         seen["second"] = bench.checkpointer.finish()
     checkpoint = bench.store.path(2)
@@ -103,9 +112,10 @@ def test_a_save_holds_its_step_while_training_goes_on(tmp_path, stage):
         assert seen.pop("part") == 10 + rank
         first, second = seen.pop("first"), seen.pop("second")
         assert (first.step, first.name, second.step) == (2, "step_00000002", 4)
-        # The first returned at once; the second waited until the first was written.
-        assert first.stall_seconds < HELD_SECONDS <= first.write_seconds
-        assert second.stall_seconds >= HELD_SECONDS * 0.9
+        # The first returned before it was written; the second waited until then.
+        assert 0 < first.stall_seconds <= seen.pop("stood still at most")
+        assert first.write_seconds >= HELD_SECONDS
+        assert second.stall_seconds >= HELD_SECONDS
         # All else are the files that DeepSpeed writes itself: their content is the same.
         assert len(seen) == 3 + (stage == 3)
         assert all(seen.values()), seen

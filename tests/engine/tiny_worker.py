@@ -24,34 +24,32 @@ from piip_scale.run.run_dir import RunDirectory
 class TroubledTask(TinyTask):
     """Does something at a micro-batch of one rank: ``kind:rank:micro``; a micro ``eval`` is the second of evaluating.
 
-    More troubles are separated by commas. When one begins, the file ``marker`` appears.
+    More troubles are separated by commas.
     """
 
-    def __init__(self, *args, trouble: str, marker: Path, slow: float, slow_evaluation: float, **kwargs) -> None:
+    def __init__(self, *args, trouble: str, slow: float, slow_evaluation: float, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.troubles = {}
         for kind, rank, at in (text.split(":") for text in trouble.split(",") if text):
             if int(rank) == self.world.rank:
                 self.troubles[at] = kind
-        self.marker, self.slow, self.slow_evaluation = marker, slow, slow_evaluation
+        self.slow, self.slow_evaluation = slow, slow_evaluation
 
     def train_batches(self, epoch: int, first_step: int):
         for micro, batch in enumerate(super().train_batches(epoch, first_step), start=first_step):
             time.sleep(self.slow)
-            cause(self.troubles.get(str(epoch * self.batches + micro)), self.marker)
+            cause(self.troubles.get(str(epoch * self.batches + micro)))
             yield batch
 
     def val_batches(self):
         for index, batch in enumerate(super().val_batches()):
             time.sleep(self.slow_evaluation)
             if index == 1:
-                cause(self.troubles.get("eval"), self.marker)
+                cause(self.troubles.get("eval"))
             yield batch
 
 
-def cause(kind: str | None, marker: Path) -> None:
-    if kind:
-        marker.touch()
+def cause(kind: str | None) -> None:
     if kind == "raise":
         raise DataError("sample is broken", value="shard_3.tar")
     if kind == "crash":
@@ -96,8 +94,7 @@ def main() -> int:
         return launch_local(args.launch, [sys.executable, *sys.argv], run, grace_s=5)
     if args.kill_save:
         moment, rank, step = args.kill_save.split(":")
-        if rank == os.environ["RANK"]:
-            SaveKiller(moment, int(step))
+        SaveKiller(moment, int(step), int(rank))
     config = tiny_config(
         optimizer={"lr": args.lr, "layer_decay": args.layer_decay},
         zero={"stage": args.stage, "deepspeed": FORCED_RELEASE if args.stage == 3 else {}},
@@ -117,7 +114,6 @@ def main() -> int:
 
     def factory(config, world):
         troubles = {"trouble": args.trouble, "slow": args.slow, "slow_evaluation": args.slow_evaluation}
-        troubles["marker"] = args.run_dir.with_name("trouble")
         return TroubledTask(config, world, dim=args.dim, **troubles)
 
     return train_worker(config, "config = 1\n", run, factory, resume=args.resume, show_progress=False)

@@ -43,16 +43,24 @@ def last_of(scene):
     return scene.history.read()[-1]
 
 
-def supervise_until(scene, step, left_s) -> int:
-    """Supervises a job that has an hour when its ranks begin, and so many seconds when they are looked at."""
+def supervise_until(scene, step, left_s, left_when_asked_s=None) -> int:
+    """Supervises a job that has an hour when its ranks begin, and so many seconds when they are looked at.
+
+    From when they are asked to stop it may have others.
+    """
     supervisor, poll = scene.supervisor(), step._on_poll
     scene.executor.known_time = JobTime(HOUR_S, HOUR_S)
 
     def pass_time():
         if scene.executor.known_time.left_s == HOUR_S:
-            scene.executor.known_time = JobTime(HOUR_S, left_s)
-            supervisor._time_left._asked_s = None
+            tell(left_s)
+        elif step.asked and left_when_asked_s is not None:
+            tell(left_when_asked_s)
         return poll()
+
+    def tell(seconds):
+        scene.executor.known_time = JobTime(HOUR_S, seconds)
+        supervisor._time_left._asked_s = None
 
     step._on_poll = pass_time
     return supervisor.run()
@@ -63,7 +71,7 @@ def supervise_until(scene, step, left_s) -> int:
 
 def test_what_has_not_saved_in_time_is_ended_while_the_job_can_still_go_back(scene):
     step = deaf_step(scene)
-    assert supervise_until(scene, step, time_left.LEAVING_S + 0.2) == 0
+    assert supervise_until(scene, step, lead_s(SaveTimes(), ()), time_left.LEAVING_S) == 0
     last = last_of(scene)
     assert (step.asked, step.ended, scene.executor.requeued) == (1, 1, [()])
     assert (last.end, last.ending.reason, last.ending.cause) == ("crashed", "late save", "time limit")
@@ -75,7 +83,7 @@ def test_ranks_that_never_began_are_ended_in_time_too(scene):
     scene.run.heartbeats.mkdir(parents=True, exist_ok=True)
     step = FakeStep(lambda: None, lambda: None)
     scene.executor.steps.append(step)
-    assert supervise_until(scene, step, time_left.LEAVING_S + 0.2) == 0
+    assert supervise_until(scene, step, time_left.LEAVING_S) == 0
     assert (step.asked, step.ended, last_of(scene).decision) == (0, 1, "requeue")
     assert "had not begun" in last_of(scene).ending.line
 
@@ -134,12 +142,13 @@ def test_saves_are_read_however_far_from_the_end(tmp_path):
     assert read_save_times(tmp_path / "none") == SaveTimes()
 
 
-def test_a_controller_that_does_not_answer_leaves_what_was_known():
-    answers = iter([JobTime(100.0, 50.0), None])
+def test_a_controller_that_does_not_answer_leaves_what_was_known(monkeypatch):
+    answers, now_s = iter([JobTime(100.0, 50.0), None]), [7.0]
+    monkeypatch.setattr(time_left.time, "monotonic", lambda: now_s[0])
     left = TimeLeft(lambda: next(answers), lambda _: 5.0)
-    assert left.look().left_s <= 50
-    left._asked_s -= 40.0
-    assert 9 < left.look().left_s <= 10
+    assert left.look().left_s == 50
+    now_s[0] += 40.0
+    assert left.look().left_s == 10
     assert TimeLeft(lambda: None, lambda _: 5.0).look() is None
 
 

@@ -186,7 +186,7 @@ class Slow:
 
     def answer(self, question):
         self.asked.append(question.content)
-        self.go_on.wait(20)
+        self.go_on.wait(240)
         return {}
 
 
@@ -200,21 +200,26 @@ def in_threads(client, contents):
         thread.start()
         threads.append(thread)
         # One after the other, so that it is known who comes too late.
-        deadline = time.monotonic() + 10
-        while client.get("/health").json()["waiting"] < min(len(threads), 2) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_until(lambda c=content: c in codes or client.get("/health").json()["waiting"] >= min(len(threads), 2))
     return codes, threads
+
+
+def wait_until(true):
+    deadline = time.monotonic() + 240
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_more_than_may_wait_are_sent_away_and_the_rest_is_answered():
     slow = Slow()
     with TestClient(build_app(slow, LIMITS)) as client:
         codes, threads = in_threads(client, [b"1", b"2", b"3"])
-        threads[2].join(10)
+        threads[2].join(240)
         assert codes == {b"3": 503}
         slow.go_on.set()
         for thread in threads:
-            thread.join(10)
+            thread.join(240)
         assert (codes, slow.asked) == ({b"1": 200, b"2": 200, b"3": 503}, [b"1", b"2"])
         assert client.get("/health").json()["waiting"] == 0
 
@@ -224,14 +229,13 @@ def test_what_is_not_answered_in_time_is_given_up_and_does_not_begin():
     with TestClient(build_app(slow, Limits(seconds=0.2, waiting=5))) as client:
         codes, threads = in_threads(client, [b"1", b"2"])
         for thread in threads:
-            thread.join(10)
+            thread.join(240)
         assert codes == {b"1": 504, b"2": 504}
         slow.go_on.set()
-        deadline = time.monotonic() + 10
-        while client.get("/health").json()["waiting"] and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert slow.asked == [b"1"]
-        assert client.post("/predict", content=b"3").status_code == 200
+        wait_until(lambda: not client.get("/health").json()["waiting"])
+        # On a busy machine the first may not have begun in time either, and another may come too late.
+        assert b"2" not in slow.asked
+        wait_until(lambda: client.post("/predict", content=b"3").status_code == 200)
 
 
 def test_a_place_that_is_taken_is_one_line_before_anything_is_loaded():

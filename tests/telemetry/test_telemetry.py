@@ -203,11 +203,13 @@ def test_superseded_lines_are_where_a_run_directory_looks_for_them(tmp_path):
     assert superseded_path(run.metrics) == run.superseded_metrics
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path):
+def test_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
     told = write_steps(tmp_path, 0, 6).splitlines()
     first = "step 1/6  8.00 images/s  loss 1.250 (cls 1.000  bbox 0.250)  lr 1.0e-04  data wait 25%  left 2 s"
     assert told[0] == first
-    assert told[1].startswith("step 6/6  8.00 images/s")  # those between came within ten seconds
+    # Those between came within ten seconds.
+    assert told[1].startswith("step 6/6  8.00 images/s")
     assert told[2:] == ["step 6  box_ap 0.500", "step 6  saved checkpoint"]
 
 
@@ -265,6 +267,9 @@ def test_charts_by_question_name_curves_that_are_written(tmp_path):
 
 def test_memory_now_is_no_more_than_its_peak():
     device = torch.device("cpu")
+    # Beyond what the kernel, which counts on each core by itself, may be wrong by.
+    block = bytearray(b"x") * (64 << 20)
+    del block
     assert 0 < memory_now_bytes(device)["host"] <= peak_memory_bytes(device)
 
 
@@ -300,7 +305,7 @@ def test_one_redrawn_line_on_a_terminal(tmp_path):
         if not read:
             break
         shown += read
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=240) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert "20/20" in text
     assert "8.00 images/s  loss 0.300 (bbox 0.250  cls 0.050)" in text
@@ -315,7 +320,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path, full):
         pytest.skip("needs user namespaces to mount a small disk")
     (tmp_path / full).mkdir(parents=True, exist_ok=True)
     script = f"mount -t tmpfs -o size=64k none {tmp_path / full} && {sys.executable} {WRITER} {tmp_path}/run 100000"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     told = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "a message"))]
     fix = "free some space on that disk, then start again"
@@ -327,7 +332,7 @@ def test_memory_of_this_process():
         "from piip_scale.telemetry.memory import peak_memory_bytes as peak; before = peak()\n"
         "block = bytearray(b'x') * (256 << 20); print(peak() - before); del block; print(peak() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     held, after = map(int, done.stdout.split())
     assert 0.9 * (256 << 20) < held < 1.2 * (256 << 20)
     assert after > 0.99 * held  # the kernel counts in batches

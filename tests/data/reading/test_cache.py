@@ -78,7 +78,8 @@ def test_racing_and_dying_processes_keep_content_and_limit(tmp_path):
         watcher.join()
         for reader in readers:
             reader.kill()
-    assert 2500 < max(sizes) <= LIMIT
+    # More than one was there at once.
+    assert max(map(len, CONTENTS)) < max(sizes) <= LIMIT
     # What the last one left is gone with the next one to make room.
     (folder / ENTRIES[0].file_name).unlink(missing_ok=True)
     content_of(FileCache(folder, LIMIT), 0)
@@ -93,7 +94,7 @@ def test_one_of_many_fetches_and_the_others_wait(tmp_path):
     for thread in threads:
         thread.start()
     for each in (*threads, *readers):
-        each.join(120)
+        each.join(240)
     assert [reader.exitcode for reader in readers] == [0] * 4
     assert log.read_text() == "1\n"
 
@@ -137,7 +138,7 @@ def test_a_lock_goes_with_its_process(tmp_path):
     cache = FileCache(tmp_path, LIMIT)
     holder = started(content_of, cache, 1, None, 600.0)
     part = tmp_path / f"{ENTRIES[1].sha256}.part"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (part.exists() and part.stat().st_size == len(CONTENTS[1])):
         assert time.monotonic() < deadline
         time.sleep(0.005)
