@@ -58,7 +58,7 @@ def shown(page: bytes, folder, *, dark: bool = False) -> list[dict]:
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
     ]
     command = [BROWSER, *words, "--dump-dom", harness.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     found = re.search(r'data-told="([^"]*)"', done.stdout)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     told = json.loads(unescape(found[1]))

@@ -347,7 +347,7 @@ def test_a_full_disk_is_one_line_and_no_file(tmp_path):
     )
     run = f"{sys.executable} -c '{code}' {tmp_path} {disk}/a.safetensors"
     script = f"mount -t tmpfs -o size=200k none {disk} && {run}; ls -A {disk}"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=240)
     fix = "free some space on that disk, then start again"
     assert done.stdout.splitlines() == [f"cannot write {disk}/a.safetensors: No space left on device; {fix}"]
     assert done.stderr == ""
@@ -363,7 +363,7 @@ def test_memory_is_that_of_a_parameter_and_not_of_the_model(tmp_path):
     )
     out = tmp_path / "model.safetensors"
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, out], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code, tmp_path, out], capture_output=True, text=True, timeout=240, check=True
     )
     # Buffers of the threads that copy; nothing is mapped.
     assert int(done.stdout) < 40 << 20

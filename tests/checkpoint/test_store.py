@@ -223,7 +223,7 @@ def test_laws_of_any_history(tmp_path_factory, keep, actions):
 
 def test_killed_at_every_operation_of_a_save(tmp_path):
     """A forked child is killed before its n-th change to the disk, for every n there is."""
-    done = subprocess.run([sys.executable, SAVER, "each", tmp_path], timeout=120, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, SAVER, "each", tmp_path], timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     moments = json.loads(done.stdout)
     assert len(moments) > 15
@@ -242,7 +242,7 @@ def test_killed_at_every_operation_of_a_save(tmp_path):
 
 def test_either_of_two_ranks_killed_at_every_operation_of_a_save(tmp_path):
     done = subprocess.run(
-        [sys.executable, SAVER, "each of two ranks", tmp_path], timeout=120, capture_output=True, text=True
+        [sys.executable, SAVER, "each of two ranks", tmp_path], timeout=240, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     moments = json.loads(done.stdout)
@@ -270,7 +270,7 @@ def test_killed_at_random_moments_of_endless_saving(tmp_path):
         time.sleep(rng.uniform(0.0, 0.15))
         process.send_signal(signal.SIGKILL)
         reported = max([reported, *map(int, process.stdout.read().split())])
-        process.wait(timeout=30)
+        process.wait(timeout=240)
         newest = store.latest()
         assert read_step(newest) >= reported > last
         assert_whole(store, newest)
@@ -292,7 +292,7 @@ def test_a_disk_that_refuses(tmp_path, disk, remount, message):
     remount = remount if remount == "true" else f"{remount} {tmp_path}"
     once = f"{sys.executable} {SAVER} once {tmp_path}"
     script = f"mount -t tmpfs -o {disk} none {tmp_path} && {once} 1 && {remount}; {once} 2; echo $?; ls -A {tmp_path}"
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=240)
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert re.search(message, done.stderr)
     assert done.stdout.split() == ["step_00000001", "2", "latest", "step_00000001"]

@@ -66,7 +66,7 @@ def test_reading_needs_no_deepspeed(saved):
         "assert all(v.device.type == 'cpu' for v in ZeroCheckpoint(sys.argv[1]).values());"
         "assert not [m for m in sys.modules if m.startswith('deepspeed')]"
     )
-    subprocess.run([sys.executable, "-c", code, resolve_checkpoint(saved / "stage3_bf16")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, resolve_checkpoint(saved / "stage3_bf16")], check=True, timeout=240)
 
 
 @pytest.fixture

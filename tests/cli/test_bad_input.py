@@ -157,7 +157,7 @@ def test_ctrl_c_saves_and_resume_finishes(config, tmp_path):
     process = started(*words, "--set", "train.steps=4000")
     wait_for_steps(run_dir, process)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "stopped as asked after step" in told
     assert "--resume" in told
@@ -170,7 +170,7 @@ def test_ctrl_c_saves_and_resume_finishes(config, tmp_path):
     assert json.loads((run_dir / "status.json").read_text())["step"] == status["step"] + 2
 
 
-def wait_for_steps(run_dir, process, seconds=120):
+def wait_for_steps(run_dir, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not (run_dir / "metrics.jsonl").exists() or '"kind": "step"' not in (run_dir / "metrics.jsonl").read_text():
         assert process.poll() is None, process.stderr.read()

@@ -162,6 +162,6 @@ def test_jobs_answer_without_torch():
     )
     code += "print([name for name in ('torch', 'numpy', 'deepspeed', 'mmengine') if name in sys.modules])"
     done = subprocess.run(
-        [command()[0], "-c", code], capture_output=True, text=True, check=True, timeout=60, env=environment()
+        [command()[0], "-c", code], capture_output=True, text=True, check=True, timeout=240, env=environment()
     )
     assert done.stdout.strip() == "[]"

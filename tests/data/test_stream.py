@@ -159,7 +159,7 @@ def test_leaving_early_leaves_no_process(packed):
     children = list(set(psutil.Process().children()) - set(before))
     assert len(children) == 2
     batches.close()
-    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert not psutil.wait_procs(children, timeout=240)[1]
 
 
 @pytest.mark.gpu
@@ -214,25 +214,25 @@ def test_interrupt_is_the_parents_alone(started):
     # Waiting for its workers, as torch does by itself, would outlast the test.
     process, children = started("import torch; torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 600")
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=240)[1]
     assert error.count("Traceback") == 1
     assert error.strip().endswith("KeyboardInterrupt")
-    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert not psutil.wait_procs(children, timeout=240)[1]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
 def test_workers_go_on_when_the_job_is_signalled(started, name):
     process, children = started(f"signal.signal(signal.{name}, lambda *_: None)")
     os.killpg(process.pid, getattr(signal, name))
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=240)
     assert (output.strip().splitlines()[-1], error) == ("all 20", "")
-    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert not psutil.wait_procs(children, timeout=240)[1]
 
 
 def test_workers_of_a_killed_process_end(started):
     process, children = started()
     process.kill()
-    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert not psutil.wait_procs(children, timeout=240)[1]
 
 
 @pytest.mark.parametrize("name", ["bccd", "nuclei_dsb2018"])

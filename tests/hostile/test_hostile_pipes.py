@@ -34,7 +34,7 @@ HOSTILE = [
 @pytest.mark.parametrize("name", [*HOSTILE, "it's two  words"])
 def test_a_name_is_never_part_of_a_command(tmp_path, monkeypatch, place, name):
     monkeypatch.chdir(tmp_path)
-    got = b"".join(PipeSource(f"pipe:{PLACES[place]}", 5.0).stream(name, 0, None, NEVER)).decode()
+    got = b"".join(PipeSource(f"pipe:{PLACES[place]}", 300.0).stream(name, 0, None, NEVER)).decode()
     expected = f'it\'s {name} of "mine"' if place == "within words" else name
     if place == "substituted":
         # The user's own $( ) without quotes makes several words of any output.
@@ -46,7 +46,7 @@ def test_a_name_is_never_part_of_a_command(tmp_path, monkeypatch, place, name):
 @pytest.mark.parametrize("name", ["-rf", "..", ".", "", "../thesis.tex", "/etc/passwd", "a\0b", "\ud800"])
 def test_a_name_is_of_a_file_in_one_folder(name):
     with pytest.raises(TransferError, match="name") as caught:
-        list(PipeSource("pipe:cat {name}", 5.0).stream(name, 0, None, NEVER))
+        list(PipeSource("pipe:cat {name}", 300.0).stream(name, 0, None, NEVER))
     assert caught.value.is_final
 
 
@@ -60,5 +60,5 @@ def test_a_name_is_of_a_file_in_one_folder(name):
 )
 def test_a_place_where_a_name_could_not_stay_one_word_is_refused(command, fix):
     with pytest.raises(DataError, match=fix) as caught:
-        PipeSource(f"pipe:{command}", 5.0)
+        PipeSource(f"pipe:{command}", 300.0)
     assert "\n" not in caught.value.line

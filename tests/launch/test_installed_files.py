@@ -34,7 +34,7 @@ def test_an_installation_brings_them(tmp_path):
         "print(installed_files.launch_folder(), *profiles.profile_names())"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd="/"
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=240, cwd="/"
     )
     folder, *names = done.stdout.split()
     assert Path(folder) == prefix / "share" / "piip-scale" / "launch"

@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "minislurm"
     ],
 )
 def test_arguments_are_checked(words, told):
-    done = subprocess.run(["bash", str(SCRIPT), *words], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(["bash", str(SCRIPT), *words], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode in (1, 2)
     assert told in done.stderr
     assert done.stdout == ""
@@ -33,6 +33,6 @@ def test_arguments_are_checked(words, told):
 
 def test_nothing_to_bring_down_is_no_error(tmp_path):
     done = subprocess.run(
-        ["bash", str(SCRIPT), "down", "--dir", str(tmp_path)], capture_output=True, text=True, timeout=30, check=False
+        ["bash", str(SCRIPT), "down", "--dir", str(tmp_path)], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr

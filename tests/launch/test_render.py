@@ -82,7 +82,7 @@ def test_the_batch_process_gets_hostile_names_as_they_are(tmp_path):
     script = tmp_path / "train.sbatch"
     script.write_text(plan_submission(asked).script)
     environment = {"HOME": "/home/me", "PATH": os.environ["PATH"]}
-    subprocess.run(["bash", str(script)], env=environment, check=True, timeout=60)
+    subprocess.run(["bash", str(script)], env=environment, check=True, timeout=240)
     arguments, seen = json.loads(told.read_text())
     code = f"{HOSTILE}/job/frozen/code"
     assert arguments == [f"{code}/run_piip_scale.py", "supervise", "--run-dir", HOSTILE]

@@ -193,7 +193,7 @@ def test_a_local_run_is_stopped_by_signal(run_dir):
         found = row(run_dir)
         assert (found.state, found.job) == ("running", f"{socket.gethostname()}:{child.pid}")
         assert f"asked process {child.pid} to save and stop" in stop_run(read_run(run_dir, []), [])
-        assert child.communicate(timeout=30)[0] == "SIGUSR2\n"
+        assert child.communicate(timeout=240)[0] == "SIGUSR2\n"
     finally:
         child.kill()
     with pytest.raises(RunError, match="runs or waits"):

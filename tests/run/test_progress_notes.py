@@ -27,7 +27,7 @@ def disk(monkeypatch):
 
     def slow(descriptor):
         asked.set()
-        assert is_free.wait(30)
+        assert is_free.wait(240)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow)
@@ -54,7 +54,7 @@ def test_a_step_does_not_wait_and_a_busy_disk_has_the_next_left_out(run, disk):
 def test_a_checkpoint_noted_meanwhile_stays_noted(run, disk):
     notes = ProgressNotes(run)
     notes.note(10)
-    assert disk.asked.wait(30)
+    assert disk.asked.wait(240)
     beside = threading.Thread(target=run.note_checkpoint, args=(8,))
     beside.start()
     disk.set()
@@ -70,7 +70,7 @@ def test_what_the_disk_refuses_ends_the_run_at_the_next_note(run, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     notes = ProgressNotes(run)
     notes.note(10)
-    assert notes._is_idle.wait(30)
+    assert notes._is_idle.wait(240)
     with pytest.raises(RunError, match=r"status\.json: No space left.*free some space"):
         notes.note(20)
     with pytest.raises(RunError, match="No space left"):

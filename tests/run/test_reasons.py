@@ -52,5 +52,5 @@ def test_files_of_a_run_are_read_without_torch():
         "import sys, piip_scale.run.run_dir, piip_scale.run.heartbeat, piip_scale.checkpoint.store;"
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.strip() == "False"

@@ -62,7 +62,7 @@ def test_a_classifiers_parts_and_a_detectors_task_need_none_of_the_detectors_lib
         "print([name for name in ('mmdet', 'mmseg', 'mmcv') if name in sys.modules]);"
         "import piip_scale.tasks.detection.task; print('mmdet' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.split() == ["[]", "False"]
 
 

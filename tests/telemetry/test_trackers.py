@@ -199,7 +199,7 @@ def test_weights_and_biases_without_a_network_holds_up_neither_the_run_nor_its_e
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
         command = [sys.executable, WRITER, tmp_path, "3", "wandb"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0
     told = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "a message"))]
     rest = "the run goes on without it, its own files have everything"

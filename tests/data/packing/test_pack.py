@@ -139,7 +139,7 @@ def contents_of_packed(source, out):
 
 def test_two_packers_do_not_share_a_folder(tmp_path):
     source, out = make_coco(tmp_path, 12), tmp_path / "out"
-    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(60))"
+    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(3600))"
     process = run_pack(source, out, workers=2, progress=report)
     process.stderr.readline()
     with pytest.raises(DataError, match="another process packs into"):
@@ -224,7 +224,7 @@ def test_killed_packing_is_invisible_and_goes_on(tmp_path, workers):
     source, out = make_coco(tmp_path, 30), tmp_path / "out"
     kill = "lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done >= 10 else None"
     process = run_pack(source, out, workers=workers, progress=kill)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(DataError, match="unfinished"):
         ShardSet.open(out)
@@ -238,14 +238,14 @@ def test_killed_packing_is_invisible_and_goes_on(tmp_path, workers):
 
 def test_no_packing_process_outlives_its_parent(tmp_path):
     source, out = make_coco(tmp_path, 30), tmp_path / "out"
-    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(60))"
+    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(3600))"
     process = run_pack(source, out, workers=2, progress=report)
     process.stderr.readline()
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=240)
     assert not alive
 
 
@@ -254,7 +254,7 @@ def test_disk_that_takes_no_more(tmp_path, workers):
     source, out = make_coco(tmp_path, 12), tmp_path / "out"
     # A limit on file sizes makes write() fail in mid-file, as a full disk does.
     process = run_pack(source, out, workers=workers, setup="resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))")
-    error = process.communicate(timeout=60)[1].decode().strip().splitlines()[-1]
+    error = process.communicate(timeout=240)[1].decode().strip().splitlines()[-1]
     assert process.returncode != 0
     assert "DataError: cannot write" in error
     assert "ulimit -f" in error
@@ -266,16 +266,16 @@ def test_disk_that_takes_no_more(tmp_path, workers):
 
 def test_interrupt_ends_quietly_with_nothing_half_written(tmp_path):
     source, out = make_coco(tmp_path, 30), tmp_path / "out"
-    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(60))"
+    report = "lambda done, total: (print(done, file=sys.stderr, flush=True), __import__('time').sleep(3600))"
     process = run_pack(source, out, workers=2, progress=report)
     process.stderr.readline()
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1].decode()
+    error = process.communicate(timeout=240)[1].decode()
     assert process.returncode != 0
     assert error.count("Traceback") == 1
     assert error.strip().endswith("KeyboardInterrupt")
-    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not psutil.wait_procs(children, timeout=240)[1]
     assert not (out / "manifest.json").exists()
 
 

@@ -19,7 +19,7 @@ def test_ranks_normalise_as_one(tmp_path):
     nn.init.normal_(plain.weight)
     torch.save({"maps": maps, "state": plain.state_dict(), "per_step": 1}, tmp_path / "given.pt")
     ranks = [preloaded.Python([WORKER, tmp_path, rank, 2]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for step in range(2):
         joint = maps[[step, 2 + step]].requires_grad_()
