@@ -44,7 +44,8 @@ class TaskRow:
         predictor: The ``Predictor``, of config, model, class names and the least score to draw.
         views: What a model finds in several views of a batch, merged: of model, batches of each scale and ``Views``.
         counting: The ``Counting`` of its network and heads, of config and number of classes.
-        outline: The ``Outline`` for planning memory, of config, number of classes and images on the meta device.
+        outline: The ``Outline`` for planning memory, of config, number of classes, images on the meta device
+            and the type of device that it is planned for.
         training_size_px: Height and width of the largest micro-batch that training can meet, of config.
         public_set: Counted for by default.
         hub_pipeline: What the Hugging Face hub calls it.

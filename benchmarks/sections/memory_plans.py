@@ -136,7 +136,8 @@ def planned_bytes(case: Case) -> float:
 
 def planned(case: Case) -> MemoryPlan:
     """The same run's plan."""
-    outline_of = partial(outline_run, num_classes=NUM_CLASSES, size_px=(case.size_px, case.size_px))
+    size_px = (case.size_px, case.size_px)
+    outline_of = partial(outline_run, num_classes=NUM_CLASSES, size_px=size_px, device_type="cpu")
     return Planner(outline_of, float("inf"), case.ranks, GLOO).plan(case.config, case.ranks)
 
 
@@ -158,6 +159,8 @@ CASES = (
     Case("stage 3, 4 images of 256 px, dim 128", 1, _STAGE_3, images=4, size_px=256, network={"large_dim": 128}),
     Case("stage 3, optimiser offloaded", 1, _OFFLOADED),
     Case("stage 3, DINO, 2 images", 1, _STAGE_3, images=2, kind="dino"),
+    Case("stage 3, DINO, 2 images of 256 px", 1, _STAGE_3, images=2, size_px=256, kind="dino"),
+    Case("stage 3, DINO", 2, _STAGE_3, kind="dino"),
     Case("stage 0, 2 images", 2, {"stage": 0}, "fp32", images=2),
     Case("stage 1", 2, {"stage": 1}, "fp32"),
     Case("stage 1", 2, {"stage": 1}),

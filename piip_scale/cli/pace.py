@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.engine.planning.memory import MemoryPlan
 
-_TERA = 1e12
+_TERA, _GIGA = 1e12, 1e9
 _HOUR_S = 3600
 
 
@@ -45,6 +45,7 @@ class Pace:
         size_px: tuple[int, int] | None,
         flops: float | None,
         sets: OpenedSets,
+        epoch_images: int | None = None,
     ) -> Pace:
         """The pace of a run whose every GPU does so many FLOP/s; images of ``size_px``, or as large as training's."""
         from piip_scale.tasks.counting import head_flops, likely_classes, network_flops, recomputed_flops
@@ -53,7 +54,7 @@ class Pace:
         classes, size = likely_classes(run, sets)[1], size_px or training_size_px(run)
         network, heads = network_flops(run, classes, *size), head_flops(run, classes, *size)
         seconds = None if flops is None else network * plan.images_per_step / (plan.num_ranks * flops)
-        again, of_epoch = recomputed_flops(run, classes, *size), _steps_per_epoch(run, plan, sets)
+        again, of_epoch = recomputed_flops(run, classes, *size), _steps_per_epoch(run, plan, sets, epoch_images)
         steps = run.train.steps or (of_epoch and of_epoch * (run.train.epochs or 1))
         return cls(plan.images_per_step, of_epoch, network, heads, again, seconds, steps)
 
@@ -65,10 +66,10 @@ class Pace:
 
     def lines(self) -> list[str]:
         """For the user."""
-        steps = "" if self.steps_per_epoch is None else f", {self.steps_per_epoch:,} steps an epoch"
-        flops = f"{self.flops_per_image / _TERA:.2f} TFLOP an image"
-        heads = f"{self.head_flops_per_image / _TERA:.2f} more in neck and heads, which MFU leaves out"
-        lines = [f"{self.images_per_step} images a step{steps}; {flops}, {heads}"]
+        steps = "" if self.steps_per_epoch is None else f"; {self.steps_per_epoch:,} steps an epoch"
+        flops = f"{_flop_text(self.flops_per_image)} an image"
+        heads = f"{_flop_text(self.head_flops_per_image)} more in neck and heads, which MFU leaves out"
+        lines = [f"{flops}, {heads}{steps}"]
         if (seconds := self.seconds_per_step) is not None:
             hours = None if self.steps_per_epoch is None else self.steps_per_epoch * seconds / _HOUR_S
             epoch = "" if hours is None else f", {hours:.2f} h an epoch"
@@ -76,8 +77,14 @@ class Pace:
         return lines
 
 
-def _steps_per_epoch(run: RunConfig, plan: MemoryPlan, sets: OpenedSets) -> int | None:
+def _flop_text(flops: float) -> str:
+    return f"{flops / _TERA:.2f} TFLOP" if flops >= _TERA / 10 else f"{flops / _GIGA:.1f} GFLOP"
+
+
+def _steps_per_epoch(run: RunConfig, plan: MemoryPlan, sets: OpenedSets, epoch_images: int | None) -> int | None:
     from piip_scale.data.stream import epoch_size
 
+    if epoch_images is not None:
+        return epoch_images // plan.images_per_step
     shards = sets.find(run.data.train_shards, run.data, run.data.classes)
     return None if shards is None else epoch_size(shards, run.data) // plan.images_per_step

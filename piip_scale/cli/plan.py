@@ -12,6 +12,7 @@ import typer
 from piip_scale.cli.options import ConfigPath, Overrides, read_numbers, read_size
 from piip_scale.cli.plan_options import (
     AsJson,
+    EpochImages,
     GpuKind,
     GpuMemory,
     GpusOfNode,
@@ -25,6 +26,7 @@ from piip_scale.cli.plan_options import (
     Png,
     Sweep,
     gpu_asked,
+    refuse_beside_sweep,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from piip_scale.config import RunConfig
 
 _GIB = 2**30
-_TERA = 1e12
 
 
 def register(app: typer.Typer) -> None:
@@ -42,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     config: ConfigPath,
-    nodes: Nodes = 1,
+    nodes: Nodes = None,
     gpus_per_node: GpusOfNode = 8,
     gpu: GpuKind = "",
     network_gbps: NetworkGbps = None,
@@ -51,7 +52,8 @@ def plan(
     host_memory_gib: HostMemory = None,
     size: ImageSize = "",
     mfu: Mfu = None,
-    peak_tflops: PeakTflops = 989.0,
+    peak_tflops: PeakTflops = None,
+    epoch_images: EpochImages = None,
     sweep: Sweep = "",
     png: Png = Path("scaling.png"),
     as_json: AsJson = False,
@@ -68,7 +70,7 @@ def plan(
     from piip_scale.cli.plan_json import plan_json
     from piip_scale.cli.plan_setting import Setting
     from piip_scale.cli.plan_tables import plan_lines
-    from piip_scale.cli.planned_run import plan_run
+    from piip_scale.cli.planned_run import Asked, plan_run
     from piip_scale.config.loading import load_config
     from piip_scale.data.reading.opened import OpenedSets
     from piip_scale.engine.batching import planned_batch
@@ -76,8 +78,10 @@ def plan(
     from piip_scale.tasks.counting import likely_classes
     from piip_scale.tasks.outline import outline_run
 
+    if sweep:
+        refuse_beside_sweep(nodes=nodes, mfu=mfu, peak_tflops=peak_tflops, epoch_images=epoch_images)
     kind, assumed = gpu_asked(gpu, measured)
-    numbers, size_px = read_numbers(sweep) if sweep else [nodes], read_size(size) if size else None
+    numbers, size_px = read_numbers(sweep) if sweep else [nodes or 1], read_size(size) if size else None
     ranks, sets = numbers[0] * gpus_per_node, OpenedSets()
     run, note = planned_batch(load_config(config, overrides or []), ranks)
     outline_of = partial(outline_run, num_classes=likely_classes(run, sets)[1], size_px=size_px)
@@ -86,20 +90,28 @@ def plan(
     host = None if host_memory_gib is None else host_memory_gib * _GIB
     setting = Setting(planner, kind, assumed, ranks, gpus_per_node, network, host, sets)
     if sweep:
-        typer.echo("\n".join([*filter(None, [note]), *_swept(run, setting, numbers, config.stem, png)]))
+        _print_sweep(run, setting, numbers, note, f"{config.stem}: planned", png, as_json=as_json)
         return
-    planned = plan_run(run, setting, note, size_px, None if mfu is None else mfu * peak_tflops * _TERA)
+    planned = plan_run(run, setting, note, Asked(size_px, mfu, peak_tflops, epoch_images))
     typer.echo(json.dumps(plan_json(planned), indent=1) if as_json else "\n".join(plan_lines(planned)))
 
 
-def _swept(run: RunConfig, setting: Setting, numbers: list[int], name: str, png: Path) -> list[str]:
-    from piip_scale.cli.scaling_plot import plot_scaling
+def _print_sweep(
+    run: RunConfig, setting: Setting, numbers: list[int], note: str, title: str, png: Path, *, as_json: bool
+) -> None:
+    from piip_scale.cli.plan_json import scaling_json
+    from piip_scale.cli.scaling_plot import check_picture, plot_scaling
     from piip_scale.engine.layout_choice import layout_text
     from piip_scale.engine.planning.scaling import scaling, scaling_lines
 
+    check_picture(png)
     precision = run.train.precision
     points = list(scaling(run, numbers, setting.ranks_per_node, lambda ranks: setting.chooser(precision, ranks)))
     where = f"{setting.gpu.name}, {setting.ranks_per_node} a node, {setting.network_gbps:g} Gb/s a node"
-    plot_scaling(points, f"{name}: planned, {where}", png)
-    stated = setting.stated(precision, points[-1].num_ranks)
-    return [*stated, *scaling_lines(points, layout_text), f"drawn in {png}"]
+    if as_json:
+        typer.echo(json.dumps(scaling_json(points), indent=1))
+    else:
+        stated = setting.stated(precision, points[-1].num_ranks)
+        typer.echo("\n".join([*filter(None, [note]), *stated, *scaling_lines(run, points, layout_text)]))
+    plot_scaling(points, f"{title}, {where}", png)
+    typer.echo(f"drawn in {png}", err=as_json)

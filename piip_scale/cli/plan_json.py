@@ -1,13 +1,15 @@
-"""What ``piip-scale plan --json`` prints of a run, for programs."""
+"""What ``piip-scale plan --json`` prints of a run, or of how it scales, for programs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from piip_scale.cli.planned_run import PlannedRun
     from piip_scale.engine.planning.choices import Choice
+    from piip_scale.engine.planning.scaling import Scaled, ScalingPoint
 
 
 def plan_json(planned: PlannedRun) -> dict[str, Any]:
@@ -22,6 +24,32 @@ def plan_json(planned: PlannedRun) -> dict[str, Any]:
         "fastest": None if planned.best is None else _choice(planned.best),
         "notes": planned.notes,
     }
+
+
+def scaling_json(points: Sequence[ScalingPoint]) -> list[dict[str, Any]]:
+    """Each number of nodes, with a step of as many images where GPUs can share it, and with as many on each GPU."""
+    return [
+        {
+            "nodes": point.nodes,
+            "num_ranks": point.num_ranks,
+            "strong": None if point.strong is None else _scaled(point.strong),
+            "weak": _scaled(point.weak),
+        }
+        for point in points
+    ]
+
+
+def _scaled(scaled: Scaled) -> dict[str, Any]:
+    ways = {"written": scaled.written, "fastest": scaled.fastest, "uncheckpointed": scaled.uncheckpointed}
+    return {"images": scaled.fastest.time.images} | {
+        name: None if way is None else _choice(way) | {"layout": _layout(way)} for name, way in ways.items()
+    }
+
+
+def _layout(choice: Choice) -> dict[str, Any]:
+    from piip_scale.config.zero import LAYOUT
+
+    return {key: getattr(choice.config.zero, key) for key in LAYOUT}
 
 
 def _memory(planned: PlannedRun) -> dict[str, Any]:

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from piip_scale.cli.pace import Pace
+from piip_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from piip_scale.cli.plan_setting import Setting
     from piip_scale.config import RunConfig
     from piip_scale.engine.planning.choices import Choice
+    from piip_scale.engine.planning.cluster import Cluster
     from piip_scale.engine.planning.planner import Change
     from piip_scale.engine.zero.traffic import Collective
+
+
+_TERA = 1e12
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,50 @@ class PlannedRun:
     pace: Pace
 
 
-def plan_run(
-    run: RunConfig, setting: Setting, note: str, size_px: tuple[int, int] | None, flops: float | None
-) -> PlannedRun:
+@dataclass(frozen=True)
+class Asked:
+    """What only the command knows of a run.
+
+    Attributes:
+        size_px: Height and width of its images; training's largest where ``None``.
+        mfu: The speed asked for, if any.
+        peak_tflops: What it is a share of; the GPU's where ``None``.
+        epoch_images: Images of an epoch; those of the training set where ``None``.
+    """
+
+    size_px: tuple[int, int] | None = None
+    mfu: float | None = None
+    peak_tflops: float | None = None
+    epoch_images: int | None = None
+
+    def flops(self, cluster: Cluster) -> float | None:
+        """FLOP/s of a GPU at the speed asked for.
+
+        Raises:
+            ConfigError: There is a peak, but no share of it.
+        """
+        if self.mfu is None:
+            if self.peak_tflops is not None:
+                rule, fix = "what --mfu is a share of", "add --mfu, or leave it out"
+                raise ConfigError("--peak-tflops", value=self.peak_tflops, rule=rule, fix=fix)
+            return None
+        return self.mfu * (cluster.peak_flops if self.peak_tflops is None else self.peak_tflops * _TERA)
+
+
+def plan_run(run: RunConfig, setting: Setting, note: str, command: Asked) -> PlannedRun:
     """Plans a run.
 
     Args:
         run: It, with steps that the setting's ranks can make.
         setting: Where.
         note: What was changed for that, if anything.
-        size_px: Height and width of its images; training's largest where ``None``.
-        flops: FLOP/s of a GPU at the speed asked for, if any.
+        command: What else was asked.
 
     Raises:
         ConfigError: It cannot be, there or at all.
     """
     planner, ranks = setting.planner, setting.num_ranks
+    flops = command.flops(setting.cluster(run.train.precision))
     laid_out, layout = _laid_out(run, setting)
     settled, checkpointing = _settled(laid_out, setting)
     chooser = setting.chooser(run.train.precision)
@@ -71,7 +104,7 @@ def plan_run(
         best=chooser.fastest(settled),
         changes=tuple(planner.changes(settled, ranks)),
         traffic=planner.traffic(settled, ranks),
-        pace=Pace.of(settled, asked.memory, size_px, flops, setting.sets),
+        pace=Pace.of(settled, asked.memory, command.size_px, flops, setting.sets, command.epoch_images),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,28 @@ _DPI = 130
 _BLUE, _ORANGE, _GREEN, _GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
 
 
+def check_picture(path: Path) -> None:
+    """Looks whether a picture can be written there, before there is one.
+
+    Raises:
+        DataError: It cannot.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known or path.is_dir():
+        raise DataError("--png", value=str(path), rule="a file whose name ends in .png, .svg or .pdf")
+    if not os.access(path.parent, os.W_OK):
+        raise DataError("--png", value=str(path), rule="its folder exists and can be written", fix="choose another")
+
+
 def plot_scaling(points: Sequence[ScalingPoint], title: str, path: Path) -> None:
     """Writes the picture.
 
     Args:
         points: Of a run.
         title: What is planned, in a line.
-        path: A file that matplotlib knows how to write.
+        path: One that ``check_picture`` lets pass.
 
     Raises:
         DataError: It cannot be written.
@@ -35,11 +51,8 @@ def plot_scaling(points: Sequence[ScalingPoint], title: str, path: Path) -> None
     _panel(strong, "Strong scaling: steps of as many images", [(p.num_ranks, p.strong) for p in points if p.strong])
     _panel(weak, "Weak scaling: as many images on each GPU", [(p.num_ranks, p.weak) for p in points])
     figure.suptitle(title, fontsize=10)
-    try:
-        with disk_errors(DataError, f"write {path}"):
-            figure.savefig(path, dpi=_DPI)
-    except ValueError as error:  # a suffix that it does not know
-        raise DataError(f"--png {path}", rule=str(error), fix="end its name in .png") from error
+    with disk_errors(DataError, f"write {path}"):
+        figure.savefig(path, dpi=_DPI)
 
 
 def _panel(axes: Any, title: str, scaled: Sequence[tuple[int, Scaled]]) -> None:

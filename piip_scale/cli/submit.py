@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -244,11 +244,21 @@ def _seen_here(config: RunConfig, sets: OpenedSets, *, may_miss: bool) -> tuple[
 
 def _check_without_data(config: RunConfig, run_dir: Path, world: World, *, resume: bool, restart: bool) -> None:
     """What can be checked of a start by a machine that sees neither shards nor weights."""
+    import torch
+
     from piip_scale.engine.batching import scale_to_ranks
+    from piip_scale.engine.zero.plan import measure, plan_sharding
     from piip_scale.run.run_dir import RunDirectory
+    from piip_scale.tasks.base import TrainableModel
+    from piip_scale.tasks.kinds import build_model
 
     RunDirectory(run_dir).check(resume=resume, restart=restart)
-    scale_to_ranks(config, world.num_ranks)
+    scaled = scale_to_ranks(config, world.num_ranks)
+    with torch.device("meta"):
+        # How many classes there are changes no rule of sharding.
+        model = build_model(scaled, len(scaled.data.classes) or 1)
+    sizes = measure(model, cast(TrainableModel, model).parts())
+    plan_sharding(scaled, sizes, world.num_ranks, world.ranks_per_node)
 
 
 def _memory_line(config: RunConfig, order: Order) -> str:

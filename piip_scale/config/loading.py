@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import pprint
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: A Python config file.
         overrides: ``key.path=value`` texts; values are Python literals, anything else is taken as text.
-            A number in the path indexes a list: ``model.branches.0.depth=12``.
+            A number in the path indexes a list, ``*`` takes all of one: ``model.branches.*.checkpoint_blocks=True``.
 
     Raises:
         ConfigError: The file cannot be read, or its content cannot be meant; names key, value and rule.
@@ -45,7 +45,8 @@ def config_from(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run
     changed = copy.deepcopy(dict(values))
     for override in overrides:
         key, value = _parse_override(override)
-        _assign(changed, key, value)
+        for path in list(_paths(changed, key)):
+            _assign(changed, path, value)
     return check_config(changed)
 
 
@@ -112,6 +113,21 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
         return key.strip().split("."), value
 
 
+def _paths(values: dict[str, Any], path: list[str]) -> Iterator[list[str]]:
+    """The path with each ``*`` in it as the number of every entry of a list."""
+    if _EVERY not in path:
+        yield path
+        return
+    at = path.index(_EVERY)
+    target: Any = values
+    for depth, key in enumerate(path[:at]):
+        target = _child(target, key, ".".join(path[: depth + 1]))
+    if not isinstance(target, list | tuple):
+        raise ConfigError(f"override {'.'.join(path)}", value=_EVERY, rule="it stands for every entry of a list")
+    for index in range(len(target)):
+        yield from _paths(values, [*path[:at], str(index), *path[at + 1 :]])
+
+
 def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
     target: Any = values
     for depth, key in enumerate(path[:-1]):
@@ -157,3 +173,4 @@ def _lists(value: Any) -> Any:
 
 
 _FOREIGN = ("overrides", "deepspeed")
+_EVERY = "*"

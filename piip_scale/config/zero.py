@@ -65,7 +65,7 @@ class ZeroConfig(Strict):
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     node_partition: Positive = 1
     shard_over: Literal["all", "node"] | Positive = "all"
-    network_gbps: Annotated[float, Field(gt=0)] = 400.0
+    network_gbps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 400.0
     deepspeed: dict[str, Any] = {}
 
     @property

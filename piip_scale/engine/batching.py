@@ -129,6 +129,11 @@ def _with_images(config: RunConfig, images: int, larger: int) -> RunConfig:
     return config.model_copy(update={"train": train, "optimizer": optimizer})
 
 
+def larger_steps(config: RunConfig, num_ranks: int) -> str:
+    """What to set for the fewest images of a step, and no fewer than the run's, that ranks can share."""
+    return _other_recipe(config, images_per_step(config, num_ranks), _next_images(config, num_ranks))
+
+
 def _other_recipe(config: RunConfig, images: int, larger: int) -> str:
     """What to set for larger steps, as a user would write it."""
     keys = f"--set train.images_per_step={larger}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from piip_scale.agreement import on_main
 from piip_scale.config.run import RunConfig
+from piip_scale.engine.planning.cluster import GLOO, NCCL
 from piip_scale.engine.planning.knobs import with_checkpointed
 from piip_scale.engine.planning.memory import GIB
 from piip_scale.engine.planning.planner import Planner
@@ -42,10 +44,23 @@ def settle_checkpointing(
     capacity = torch.tensor([device_bytes(device, world.ranks_per_node)], dtype=torch.int64, device=device)
     dist.all_reduce(capacity, dist.ReduceOp.MIN)
     settled = on_main(
-        lambda: Planner(task.outline, int(capacity), world.ranks_per_node).settled(config, world.num_ranks)
+        lambda: planner_on(device, task, int(capacity), world.ranks_per_node).settled(config, world.num_ranks)
     )
     get_logger(__name__).info(settled_line(settled, int(capacity)))
     return settled
+
+
+def planner_on(device: torch.device, task: Task, capacity: float, ranks_per_node: int) -> Planner:
+    """The planner of a task's runs on devices such as this one.
+
+    Args:
+        device: A rank's.
+        task: Outlines the runs.
+        capacity: Bytes of the smallest device.
+        ranks_per_node: Ranks of a node.
+    """
+    transport = NCCL if device.type == "cuda" else GLOO
+    return Planner(partial(task.outline, device_type=device.type), capacity, ranks_per_node, transport)
 
 
 def leaves_open(config: RunConfig) -> bool:

@@ -68,12 +68,15 @@ def gpu_named(name: str) -> Gpu:
     """
     if found := GPUS.get(name.lower()):
         return found
-    near = difflib.get_close_matches(name.lower(), GPUS, n=1)
+    of_device = gpu_of_device(name)
+    near = [of_device.name] if of_device else difflib.get_close_matches(name.lower(), GPUS, n=1)
     raise ConfigError(
         "--gpu",
         value=name,
         rule=f"one of {', '.join(GPUS)}",
-        fix=f"did you mean {near[0]}?" if near else "take the nearest, and say --gpu-memory-gib",
+        fix=f"did you mean {near[0]}?"
+        if near
+        else "plan with the one most like it, and say its memory with --gpu-memory-gib",
     )
 
 

@@ -10,12 +10,11 @@ import torch.distributed as dist
 
 from piip_scale.agreement import on_main
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.checkpoint_choice import device_bytes
+from piip_scale.engine.checkpoint_choice import device_bytes, planner_on
 from piip_scale.engine.gpus import DEFAULT_GPU, GPUS, gpu_of_device
 from piip_scale.engine.planning.choices import Choice, Chooser
 from piip_scale.engine.planning.cluster import Cluster, cpu_cluster, gpu_cluster
 from piip_scale.engine.planning.memory import GIB
-from piip_scale.engine.planning.planner import Planner
 from piip_scale.logging import get_logger
 from piip_scale.tasks.base import Task
 from piip_scale.world import World
@@ -47,7 +46,7 @@ def settle_layout(config: RunConfig, task: Task, world: World, device: torch.dev
 
 def _chosen(config: RunConfig, task: Task, world: World, device: torch.device, capacity: int) -> tuple[RunConfig, str]:
     cluster, kind = cluster_of(config, world, device)
-    planner = Planner(task.outline, capacity, world.ranks_per_node)
+    planner = planner_on(device, task, capacity, world.ranks_per_node)
     # On a CPU both are one memory, which ranks share already.
     host = device_bytes(torch.device("cpu")) if device.type == "cuda" else math.inf
     choice = Chooser(planner, cluster, host).fastest_layout(config, config.zero.open_keys)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.checkpoint_choice import device_bytes
+from piip_scale.engine.checkpoint_choice import device_bytes, planner_on
 from piip_scale.engine.planning.lines import change_lines, memory_lines
 from piip_scale.engine.planning.memory import GIB, MemoryPlan
-from piip_scale.engine.planning.planner import Change, Planner
+from piip_scale.engine.planning.planner import Change
 from piip_scale.errors import DeviceMemoryError
 from piip_scale.tasks.base import Task
 from piip_scale.world import World
@@ -36,7 +36,7 @@ def device_memory_error(task: Task, config: RunConfig, world: World, device: tor
         device: The rank's.
     """
     capacity = device_bytes(device)
-    planner = Planner(task.outline, capacity, world.ranks_per_node)
+    planner = planner_on(device, task, capacity, world.ranks_per_node)
     # What was left to memory was decided with all of it, and more of it is a change like any other.
     config = planner.settled(config, world.num_ranks)
     plan = planner.plan(config, world.num_ranks)

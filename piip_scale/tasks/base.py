@@ -274,8 +274,13 @@ class Task(Protocol):
         """A fresh collection of what is found in the images that ``telemetry.pictures`` names."""
         ...
 
-    def outline(self, config: RunConfig) -> Outline:
-        """What planning needs to know of a run that differs from this task's in its network or batch only."""
+    def outline(self, config: RunConfig, device_type: str = "cuda") -> Outline:
+        """What planning needs to know of a run that differs from this task's in its network or batch only.
+
+        Args:
+            config: The run.
+            device_type: Of the devices that it is planned for.
+        """
         ...
 
     def network_flops(self, height_px: int, width_px: int) -> int:

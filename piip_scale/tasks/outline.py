@@ -14,28 +14,36 @@ from piip_scale.tasks.base import Outline
 from piip_scale.tasks.counting import counting_of
 
 
-def outline_run(config: RunConfig, num_classes: int, size_px: tuple[int, int] | None = None) -> Outline:
-    """The outline of a run on GPUs, with the kernels that ``auto`` finds there.
+def outline_run(
+    config: RunConfig, num_classes: int, size_px: tuple[int, int] | None = None, device_type: str = "cuda"
+) -> Outline:
+    """The outline of a run, with the kernels that ``auto`` finds on its devices.
 
     Args:
         config: The run.
         num_classes: Classes without background.
         size_px: Height and width of the images; the largest that training can meet where ``None``.
+        device_type: Of these devices.
 
     Raises:
         ConfigError: Heads that cannot be built as the config says.
     """
-    kernels = {"attention_kernel": "sdpa"}
-    if config.model.fused_kernel == "auto":
-        kernels["fused_kernel"] = "triton"
-    if config.model.deform_kernel == "auto":
-        kernels["deform_kernel"] = "reference" if config.train.deterministic else "triton"
-    config = config.model_copy(update={"model": config.model.model_copy(update=kernels)})
+    config = config.model_copy(update={"model": config.model.model_copy(update=_kernels(config, device_type))})
     height, width = size_px or training_size_px(config)
     images_BCHW = torch.empty(config.data.micro_batch_size, 3, height, width, device="meta")
     with torch.device("meta"):
-        outline: Outline = row_of(config.task).load("outline")(config, num_classes, images_BCHW)
+        outline: Outline = row_of(config.task).load("outline")(config, num_classes, images_BCHW, device_type)
     return replace(outline, counted=partial(_counted, config, num_classes, height, width))
+
+
+def _kernels(config: RunConfig, device_type: str) -> dict[str, str]:
+    on_gpu = device_type == "cuda"
+    kernels = {"attention_kernel": "sdpa"}
+    if config.model.fused_kernel == "auto":
+        kernels["fused_kernel"] = "triton" if on_gpu else "plain"
+    if config.model.deform_kernel == "auto":
+        kernels["deform_kernel"] = "triton" if on_gpu and not config.train.deterministic else "reference"
+    return kernels
 
 
 def _counted(

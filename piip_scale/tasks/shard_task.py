@@ -143,9 +143,9 @@ class ShardTask(ABC, Generic[ConfigT, BatchT]):
         """Validation samples that this rank had to replace or leave out."""
         return self._val_loader.num_broken
 
-    def outline(self, config: RunConfig) -> Outline:
+    def outline(self, config: RunConfig, device_type: str = "cuda") -> Outline:
         """What planning needs to know of a run that differs from this one's in its network or batch only."""
-        return outline_run(config, len(self.classes))
+        return outline_run(config, len(self.classes), device_type=device_type)
 
     def network_flops(self, height_px: int, width_px: int) -> int:
         """Model FLOPs of one image of this size in a training step, heads left out: what MFU is measured by."""

@@ -53,11 +53,81 @@ def test_a_plan_is_a_table_and_a_verdict(monkeypatch, capsys):
         main()
     assert caught.value.code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("GiB on the GPU, micro-batches of ")
+    assert lines[0].startswith("MiB on the GPU, micro-batches of ")
     assert any("which fits into 79.1" in line for line in lines)
-    assert any("TFLOP an image" in line for line in lines)
+    assert any("GFLOP an image" in line for line in lines)
     assert any(line.startswith("h100: ") for line in lines)
     assert lines[-1].startswith("fastest that fits: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--gpu", "NVIDIA H200"], ["--gpu: got 'NVIDIA H200'", "did you mean h200?"]),
+        (["--gpu", "mi300x"], ["--gpu: got 'mi300x'; one of h100-pcie", "say its memory with --gpu-memory-gib"]),
+        (["--sweep", "1,2", "--nodes", "4"], ["--nodes: got 4; --sweep says the numbers of nodes"]),
+        (["--sweep", "1,2", "--mfu", "0.4"], ["--mfu: got 0.4"]),
+        (["--sweep", "1,2", "--png", "no/where.png"], ["--png: got 'no/where.png'; its folder exists"]),
+        (["--peak-tflops", "100"], ["--peak-tflops: got 100", "add --mfu"]),
+        (["--set", "zero.node_partition=3"], ["zero.node_partition: got 3", "take 8, or 1 for none"]),
+        (["--set", "zero.shard_over=3"], ["zero.shard_over: got 3", "set it to node or all"]),
+        (["--measured", "no.jsonl"], ["--measured: got 'no.jsonl'; there is no such file; record it on the GPU"]),
+        (
+            ["--gpu", "h100", "--measured", "h200.jsonl"],
+            ["got 'h200'; a recording of the GPU that --gpu asks for, h100"],
+        ),
+        (["--set", "model.*.depth=2"], ["model.*.depth: got '*'; it stands for every entry of a list"]),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line_with_the_value_and_the_fix(monkeypatch, tmp_path, capsys, words, parts):
+    recorded = {"section": "machine", "name": "what it is", "device": "NVIDIA H200"}
+    (tmp_path / "h200.jsonl").write_text(json.dumps(recorded))
+    monkeypatch.chdir(tmp_path)
+    assert planned(monkeypatch, words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("piip-scale: error: ")
+    assert [part for part in parts if part not in err] == []
+
+
+@pytest.mark.parametrize("option", ["--network-gbps", "--gpu-memory-gib", "--host-memory-gib"])
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf"])
+def test_rates_and_sizes_are_finite_numbers_above_0(monkeypatch, capsys, option, value):
+    assert planned(monkeypatch, [option, value]) == 2
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
+
+
+def test_a_schedule_in_epochs_is_as_long_as_the_images_it_is_told_of(monkeypatch, capsys):
+    epochs = ["--set", "train.steps=None", "--set", "train.epochs=3", "--set", "data.train_shards=no"]
+    assert planned(monkeypatch, [*epochs, "--epoch-images", "1000", "--mfu", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    pace, images = found["pace"], found["images_per_step"]
+    assert (pace["steps_per_epoch"], pace["steps"]) == (1000 // images, 3 * (1000 // images))
+    # Without a peak of its own the speed asked for is a share of the GPU's.
+    peak = found["gpu"]["tf32_tflops"] * 1e12
+    assert pace["seconds_per_step"] == pytest.approx(pace["flops_per_image"] * images / (8 * 0.5 * peak))
+    assert planned(monkeypatch, epochs) == 0
+    assert "--epoch-images N" in capsys.readouterr().out
+
+
+def test_a_sweep_is_a_table_a_picture_and_json(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert planned(monkeypatch, ["--sweep", "1,2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    one, two = json.loads(out)
+    assert (one["num_ranks"], two["nodes"], two["num_ranks"]) == (8, 2, 16)
+    assert two["weak"]["images"] == 2 * one["weak"]["images"] == 2 * one["strong"]["images"]
+    assert two["weak"]["fastest"]["seconds"] <= two["weak"]["written"]["seconds"]
+    assert two["weak"]["written"]["layout"]["stage"] == 3
+    assert err == "drawn in scaling.png\n"
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def planned(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["piip-scale", "plan", str(DIGITS), *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
 
 
 def test_ctrl_c_in_any_command_is_one_line_and_exit_code_130(monkeypatch, capsys):

@@ -109,6 +109,11 @@ def test_a_dry_run_renders_where_data_or_weights_are_elsewhere(config, tmp_path,
     promised = CliRunner().invoke(app, [*map(str, words), "--data-on-nodes"])
     assert promised.exit_code == 0, promised.output
     assert "looked at by the job's preflight" in promised.stderr
+    # What needs neither is refused all the same.
+    for sharding in ("zero.node_partition=3", "zero.shard_over=3"):
+        refused = CliRunner().invoke(app, [*map(str, words), "--set", sharding])
+        assert isinstance(refused.exception, PiipError)
+        assert f"{sharding.split('=')[0]}: got 3" in refused.exception.line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -72,6 +72,14 @@ def test_overrides_reach_lists_and_keep_types(base):
     assert config.optimizer.betas == (0.9, 0.95)
 
 
+def test_a_star_takes_every_entry_of_a_list(base):
+    overrides = ["model.branches.*.checkpoint_blocks=True", "model.branches.0.checkpoint_blocks=False"]
+    first, *others = load_config(base, overrides).model.branches
+    assert first.checkpoint_blocks is False
+    assert others
+    assert all(branch.checkpoint_blocks is True for branch in others)
+
+
 def test_resolved_text_loads_to_the_same_config(base, tmp_path):
     config = load_config(base)
     (tmp_path / "resolved.py").write_text(config_text(config))

@@ -35,7 +35,7 @@ def left_open():
 
 def decisions(world, device):
     config, task = left_open(), TASK
-    plans = Planner(task.outline, 0.0)
+    plans = checkpoint_choice.planner_on(device, task, 0.0, world.ranks_per_node)
     one, none = (int(plans.plan(with_checkpointed(config, again), world.num_ranks).total) + 1 for again in ((1,), ()))
 
     def settled(capacities, found=None):

@@ -12,7 +12,7 @@ from tiny_configs import tiny_config
 from tiny_task import TinyTask
 
 from piip_scale.cli.options import read_numbers
-from piip_scale.cli.scaling_plot import plot_scaling
+from piip_scale.cli.scaling_plot import check_picture, plot_scaling
 from piip_scale.engine.gpus import GPUS
 from piip_scale.engine.layout_choice import layout_text
 from piip_scale.engine.planning.choices import Chooser
@@ -88,6 +88,16 @@ def test_of_stages_that_are_planned_alike_the_one_that_is_measured_faster_is_tak
     assert stages == ["zero.stage=1", "zero.stage=2"]
 
 
+def test_what_is_hardly_faster_is_named_and_not_urged():
+    asked = Chooser(planner(), SLOW).asked(run())
+    last = asked.time.phases[-1]
+    for gain, said in ((0.005, "as it is, within 1% of zero.stage=1;"), (0.02, "zero.stage=1: ")):
+        sooner = replace(last, exposed=last.exposed - gain * asked.time.seconds)
+        time = replace(asked.time, phases=(*asked.time.phases[:-1], sooner))
+        line = fastest_line(asked, replace(asked, name="zero.stage=1", time=time))
+        assert line.startswith(f"fastest that fits: {said}"), line
+
+
 def test_what_does_not_fit_is_not_chosen():
     small = planner().within(0.0)
     assert Chooser(small, SLOW).fastest(run()) is None
@@ -114,7 +124,9 @@ def test_times_are_lines():
     assert all(line.endswith("fits") for line in table[1:])
     hour = replace(asked.time, phases=(replace(asked.time.phases[0], times=1, compute=36.0),))
     assert schedule_line(hour, 2400) == "2,400 steps take 24.0 h (1.0 days), 192 GPU hours"
-    assert schedule_line(hour, None) == ""
+    assert schedule_line(hour, 10) == "10 steps take 6.0 min, 0.8 GPU hours"
+    assert "--epoch-images" in schedule_line(hour, None)
+    assert "fewer images than a step" in schedule_line(hour, 0)
     stated = " ".join(assumption_lines(gpu, gpu_cluster(gpu, 8, 4, 400), 400.0, Assumptions()))
     assert "400 Gb/s a node, which is 100 Gb/s a GPU" in stated
     assert "products reach 65% of the peak" in stated
@@ -149,12 +161,17 @@ def test_a_recording_replaces_assumptions_and_says_which(tmp_path):
         ("{", "gpu.jsonl"),
         (json.dumps(MACHINE[0] | {"device": "cpu"}), "a rehearsal measures nothing"),
         ("", "no device"),
+        (json.dumps(MACHINE[0] | {"GiB": "many"}), "GiB of machine / what it is is 'many'.* record it on the GPU"),
+        (json.dumps(MACHINE[0]) + "\n" + json.dumps(MACHINE[1] | {"GB/s": 0}), "GB/s of machine / copy of 1 GiB is 0"),
+        (json.dumps(MACHINE[0]) + "\n" + json.dumps(MACHINE[1])[:-9], "whole; record it on the GPU"),
     ],
 )
 def test_a_recording_that_is_none_is_one_line(tmp_path, text, why):
     (tmp_path / "gpu.jsonl").write_text(text)
     with pytest.raises(DataError, match=why):
         read_measured(tmp_path / "gpu.jsonl")
+    with pytest.raises(DataError, match=r"no such file; record it on the GPU: python benchmarks/gpu\.py"):
+        read_measured(tmp_path / "another.jsonl")
 
 
 def swept(images=64):
@@ -171,10 +188,13 @@ def test_strong_scaling_shares_a_step_s_images_and_weak_scaling_adds_as_many():
     for point in points:
         assert point.weak.fastest.time.seconds <= point.weak.written.time.seconds
         assert point.weak.uncheckpointed is None
-    lines = scaling_lines(points, layout_text)
+    lines = scaling_lines(run(train={"steps": 6, "images_per_step": 16}), points, layout_text)
     assert sum("cannot share" in line for line in lines) == 1
-    assert sum(line.endswith("shard_over='node'") for line in lines) >= 2
-    assert all("100%" in lines[index] for index in (2, 8))
+    assert lines[6] == (
+        "to share a step on 32 GPUs: --set train.images_per_step=32 --set optimizer.lr=0.0002, which is another recipe"
+    )
+    assert sum(line.endswith("shard_over='node'; the network") for line in lines) >= 2
+    assert all("100%" in lines[index] for index in (2, 9))
 
 
 def test_what_is_computed_again_is_compared_with_what_is_kept():
@@ -192,9 +212,15 @@ def test_scaling_is_drawn_and_what_cannot_be_drawn_is_one_line(tmp_path):
     plot_scaling(points, "tiny", tmp_path / "scaling.png")
     height, width, _ = cv2.imread(str(tmp_path / "scaling.png")).shape
     assert width > 2 * height > 1000
-    for path, why in (("scaling.xyz", "end its name in .png"), ("no/scaling.png", "cannot write")):
+    check_picture(tmp_path / "scaling.png")
+    (tmp_path / "folder.png").mkdir()
+    for path, why in (
+        ("scaling.xyz", "ends in .png"),
+        ("folder.png", "ends in .png"),
+        ("no/scaling.png", "its folder"),
+    ):
         with pytest.raises(DataError, match=why):
-            plot_scaling(points, "tiny", tmp_path / path)
+            check_picture(tmp_path / path)
 
 
 @pytest.mark.parametrize("text", ["0", "1,x", "1;2", "-1", ","])

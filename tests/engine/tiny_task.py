@@ -203,7 +203,7 @@ class TinyTask:
     def network_flops(self, height_px: int, width_px: int) -> int:
         return height_px * width_px
 
-    def outline(self, config: RunConfig) -> Outline:
+    def outline(self, config: RunConfig, device_type: str = "cuda") -> Outline:
         with torch.device("meta"):
             model = TinyModel(self.dim, self.depth, self.drop).train()
             tokens = torch.empty(config.data.micro_batch_size, (SIDE_PX // PATCH_PX) ** 2, 3 * PATCH_PX**2)

@@ -66,7 +66,7 @@ class ToyCounting(PyramidCounting):
         return (part_count("toy head", head, layer(head.weight.numel()), training=training),)
 
 
-def outline_toy(config: ToyRun, num_classes: int, images_BCHW: Tensor) -> Outline:
+def outline_toy(config: ToyRun, num_classes: int, images_BCHW: Tensor, _device_type: str) -> Outline:
     model = build_toy_model(config, num_classes).train()
     model.set_precision(torch.bfloat16)
 

@@ -182,7 +182,10 @@ def _with_layout(config: RunConfig, changes: dict[str, Any]) -> ZeroConfig | Non
 
 def _checkpointings(config: RunConfig) -> list[tuple[str, RunConfig]]:
     ways = [
-        ("checkpoint_blocks=False, checkpoint_units=False", none_checkpointed(config)),
-        ("checkpoint_blocks=True, checkpoint_units=True", all_checkpointed(config)),
+        (
+            "model.branches.*.checkpoint_blocks=False, model.interaction.checkpoint_units=False",
+            none_checkpointed(config),
+        ),
+        ("model.branches.*.checkpoint_blocks=True, model.interaction.checkpoint_units=True", all_checkpointed(config)),
     ]
     return [(name, changed) for name, changed in ways if changed.model != config.model]

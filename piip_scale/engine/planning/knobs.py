@@ -16,7 +16,7 @@ OFFLOADING_BEGINS = ""
 def turned(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """The config after one knob more each time, and the knob as a user would write it."""
     config = all_checkpointed(config)
-    yield "checkpoint_blocks=True in every branch and model.interaction.checkpoint_units=True", config
+    yield "model.branches.*.checkpoint_blocks=True, model.interaction.checkpoint_units=True", config
     for micro in _smaller(config.data):
         config = config.model_copy(update={"data": micro})
         yield f"data.micro_batch_size={micro.micro_batch_size}", config

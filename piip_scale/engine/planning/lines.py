@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from piip_scale.engine.planning.memory import GIB, MemoryPlan
 from piip_scale.engine.planning.planner import Change
 
+_MIB = 2**20
+
 
 def memory_lines(plan: MemoryPlan) -> list[str]:
-    """A table of a plan in GiB: kinds by part, then what is nobody's in particular."""
+    """A table of a plan in GiB, or MiB where it is small: kinds by part, then what is nobody's in particular."""
     names = ("weights", "gradients", "masters", "moments", "activations", "off GPU")
     gpus = "the GPU" if plan.num_ranks == 1 else f"each of {plan.num_ranks} GPUs"
-    lines = [f"GiB on {gpus}, micro-batches of {plan.micro_batch_size}", _cells("part", *names)]
+    unit, text = _unit(plan.total - plan.reserve)
+    lines = [f"{unit} on {gpus}, micro-batches of {plan.micro_batch_size}", _cells("part", *names)]
     kinds = [(p.weights, p.gradients, p.masters, p.moments, p.activations, p.host) for p in plan.parts]
     names_of_parts = [*(part.name for part in plan.parts), "all parts"]
     for name, row in zip(names_of_parts, [*kinds, [sum(column) for column in zip(*kinds, strict=True)]], strict=True):
-        lines.append(_cells(name, *(f"{size / GIB:.2f}" for size in row)))
+        lines.append(_cells(name, *map(text, row)))
     rest = {"gathered": plan.gathered, "buckets": plan.buckets, "backward": plan.backward, "libraries": plan.reserve}
-    lines.append("and " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in rest.items()) + _at_other_times(plan))
+    lines.append(
+        "and " + ", ".join(f"{name} {text(size)}" for name, size in rest.items()) + _at_other_times(plan, text)
+    )
     verdict = "fits into" if plan.fits else "does not fit into"
     lines.append(f"{plan.total / GIB:.1f} GiB, which {verdict} {plan.capacity / GIB:.1f}")
     return lines
 
 
-def _at_other_times(plan: MemoryPlan) -> str:
+def _unit(num_bytes: float) -> tuple[str, Callable[[float], str]]:
+    """The unit of a table of so many bytes in all, and how it writes a number of them."""
+    if num_bytes >= GIB:
+        return "GiB", lambda size: f"{size / GIB:.2f}"
+    return "MiB", lambda size: f"{size / _MIB:.1f}"
+
+
+def _at_other_times(plan: MemoryPlan, text: Callable[[float], str]) -> str:
     if plan.update_holds_most:
-        return f"; the update holds most, {plan.update / GIB:.2f} in the place of all these but libraries"
-    return f", less {plan.later / GIB:.2f} of gradients that come when activations have gone" if plan.later else ""
+        return f"; the update holds most, {text(plan.update)} in the place of all these but libraries"
+    return f", less {text(plan.later)} of gradients that come when activations have gone" if plan.later else ""
 
 
 def host_line(plan: MemoryPlan, ranks_per_node: int, capacity: float | None) -> str:
@@ -39,8 +51,9 @@ def host_line(plan: MemoryPlan, ranks_per_node: int, capacity: float | None) -> 
         else f", which {'fits' if needed <= capacity else 'does not fit'} into {capacity / GIB:.1f}"
     )
     fix = "" if capacity is None or needed <= capacity else ": set train.background_saves=False or offload less"
+    unit, text = _unit(needed)
     return (
-        f"{needed / GIB:.1f} GiB of a node's host memory for what is offloaded and the copies that saves write from"
+        f"{text(needed)} {unit} of a node's host memory for what is offloaded and the copies that saves write from"
         f"{verdict}{fix}; loaders, and page-locked memory's rounding to powers of two, come on top"
     )
 
@@ -51,7 +64,7 @@ def kept_blocks_line(plan: MemoryPlan | None, saved_share: float) -> str:
         return ""
     return (
         f"without checkpointed blocks {plan.total / GIB:.1f} GiB, which fits too and leaves out {saved_share:.0%} of a "
-        "step's arithmetic: set checkpoint_blocks='auto' in every branch"
+        "step's arithmetic: --set 'model.branches.*.checkpoint_blocks=auto'"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from piip_scale.config.run import RunConfig
-from piip_scale.engine.batching import can_share, images_per_step
+from piip_scale.engine.batching import can_share, images_per_step, larger_steps
 from piip_scale.engine.planning.choices import Choice, Chooser
 from piip_scale.engine.planning.knobs import none_checkpointed
 from piip_scale.engine.planning.memory import GIB
@@ -81,22 +81,27 @@ def _scaled(config: RunConfig, chooser: Chooser) -> Scaled:
     return Scaled(written, fastest, kept if kept is not None and kept.fits else None)
 
 
-def scaling_lines(points: Sequence[ScalingPoint], layout_text: Callable[[RunConfig], str]) -> list[str]:
+def scaling_lines(
+    config: RunConfig, points: Sequence[ScalingPoint], layout_text: Callable[[RunConfig], str]
+) -> list[str]:
     """A table of each kind of scaling, in the fastest layout that fits.
 
     Args:
+        config: The run.
         points: Of ``scaling``.
         layout_text: Names a run's layout.
     """
     lines = ["strong scaling: steps of as many images"]
     lines += _table([(point, point.strong) for point in points], layout_text)
+    if apart := [point.num_ranks for point in points if point.strong is None]:
+        lines.append(f"to share a step on {apart[-1]} GPUs: {larger_steps(config, apart[-1])}")
     lines.append("weak scaling: as many images on each GPU")
     return lines + _table([(point, point.weak) for point in points], layout_text)
 
 
 def _table(rows: Sequence[tuple[ScalingPoint, Scaled | None]], layout_text: Callable[[RunConfig], str]) -> list[str]:
     titles = ("nodes", "GPUs", "images", "s a step", "images/s", "of ideal", "as written", "kept", "GiB", "host GiB")
-    lines = [_cells(*titles) + "  layout"]
+    lines = [_cells(*titles) + "  layout; what bounds it"]
     first: tuple[int, float] | None = None
     for point, scaled in rows:
         if scaled is None:
@@ -113,7 +118,7 @@ def _table(rows: Sequence[tuple[ScalingPoint, Scaled | None]], layout_text: Call
             *(f"{memory.total / GIB:.1f}", f"{host:.1f}"),
         )
         fits = "" if scaled.fastest.fits else ", does not fit"
-        lines.append(_cells(*numbers) + f"  {layout_text(scaled.fastest.config)}{fits}")
+        lines.append(_cells(*numbers) + f"  {layout_text(scaled.fastest.config)}{fits}; {time.bound_by}")
     return lines
 
 

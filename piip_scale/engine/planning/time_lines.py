@@ -11,14 +11,17 @@ from piip_scale.engine.planning.memory import GIB
 from piip_scale.engine.planning.step_time import StepTime
 
 _MILLI, _MICRO, _TERA = 1e-3, 1e-6, 1e12
-_HOUR_S, _DAY_H = 3600, 24
-_NAME_WIDTH = 62
+_HOUR_S, _DAY_H, _HOUR_MIN = 3600, 24, 60
+_NAME_WIDTH = 80
+_SMALL_SHARE = 0.02
+_WORTH_A_CHANGE = 1.01
 
 
 def time_lines(time: StepTime) -> list[str]:
     """What each part computes, what a step is made of, and what it comes to."""
     lines = [_cells("ms that a GPU computes in a micro-batch", "forward", "again", "backward")]
-    lines += [_cells(name, *(f"{seconds / _MILLI:.1f}" for seconds in row)) for name, *row in time.parts]
+    digits = 1 if max(max(row) for _, *row in time.parts) >= _MILLI else 3
+    lines += [_cells(name, *(f"{seconds / _MILLI:.{digits}f}" for seconds in row)) for name, *row in time.parts]
     phases = ", ".join(
         f"{phase.times} x {phase.name} {phase.seconds:.3f} (bound by {phase.bound_by})" for phase in time.phases
     )
@@ -39,8 +42,8 @@ def assumption_lines(gpu: Gpu, cluster: Cluster, network_gbps: float, assumed: A
         "host": f"the host takes {operator_us:.1f} us an operator, {host_ms:.0f} ms a micro-batch of H6B (of a CPU)",
     }
     lines = [
-        f"{gpu.name}: {cluster.peak_flops / _TERA:g} TFLOP/s, {gpu.memory_gb_s:,g} GB/s of memory, "
-        f"{gpu.link_gb_s:g} GB/s to GPUs of its node{network}",
+        f"{gpu.name}: {cluster.peak_flops / _TERA:g} TFLOP/s in {_precision(gpu, cluster)}, "
+        f"{gpu.memory_gb_s:,g} GB/s of memory, {gpu.link_gb_s:g} GB/s to GPUs of its node{network}",
         "assumed: " + "; ".join(text for key, text in guesses.items() if key not in assumed.measured),
     ]
     measured = "; ".join(f"{key} {text}" for key, text in assumed.measured.items())
@@ -52,7 +55,7 @@ def choice_lines(asked: Choice, others: Sequence[Choice]) -> list[str]:
     lines = [_cells("one change at a time", "s a step", "images/s", "MFU", "GiB", "")]
     for choice in (asked, *others):
         time, memory = choice.time, choice.memory
-        mfu = "" if time.mfu is None else f"{time.mfu:.0%}"
+        mfu = "" if time.mfu is None else _share(time.mfu)
         verdict = "fits" if choice.fits else "does not fit" if not memory.fits else "host is full"
         numbers = (f"{time.seconds:.3f}", f"{time.images_per_s:.1f}", mfu, f"{memory.total / GIB:.1f}", verdict)
         lines.append(_cells(choice.name or "as it is", *numbers))
@@ -65,20 +68,25 @@ def fastest_line(asked: Choice, best: Choice | None) -> str:
         return "fastest: none of these fits"
     if not best.name or (best.time.seconds >= asked.time.seconds and asked.fits):
         return f"fastest that fits: as it is; {_wait(asked.time)} is what bounds it"
-    gain = f"{asked.time.seconds / best.time.seconds:.1f} x as fast" if asked.fits else "which fits"
+    if asked.fits and asked.time.seconds < _WORTH_A_CHANGE * best.time.seconds:
+        return f"fastest that fits: as it is, within 1% of {best.name}; {_wait(asked.time)} is what bounds it"
+    gain = f"{asked.time.seconds / best.time.seconds:.2f} x as fast" if asked.fits else "which fits"
     return f"fastest that fits: {best.name}: {_speed(best.time)}, {gain}: {_why(asked.time, best.time)}"
 
 
 def schedule_line(time: StepTime, steps: int | None) -> str:
-    """What a whole schedule takes; empty where its length is not known."""
+    """What a whole schedule takes, or what is needed to say so."""
     if steps is None:
-        return ""
+        return "how long the schedule takes follows from its epochs: --epoch-images N, the training set is not there"
+    if not steps:
+        return "an epoch has fewer images than a step: no step is made"
     hours = steps * time.seconds / _HOUR_S
-    return f"{steps:,} steps take {hours:,.1f} h ({hours / _DAY_H:.1f} days), {hours * time.num_ranks:,.0f} GPU hours"
+    taken = f"{hours:,.1f} h ({hours / _DAY_H:.1f} days)" if hours >= 1 else f"{hours * _HOUR_MIN:.1f} min"
+    return f"{steps:,} steps take {taken}, {hours * time.num_ranks:,.3g} GPU hours"
 
 
 def _speed(time: StepTime) -> str:
-    mfu = "" if time.mfu is None else f", MFU {time.mfu:.0%}"
+    mfu = "" if time.mfu is None else f", MFU {_share(time.mfu)}"
     return f"{time.seconds:.3f} s, {time.images_per_s:.1f} images/s{mfu}"
 
 
@@ -88,6 +96,15 @@ def _why(asked: StepTime, best: StepTime) -> str:
     saved = {name: before[name] - after[name] for name in before}
     name = asked.bound_by if saved[asked.bound_by] > 0 else max(saved, key=saved.__getitem__)
     return f"{name} takes {after[name]:.3f} s of a step in place of {before[name]:.3f}"
+
+
+def _precision(gpu: Gpu, cluster: Cluster) -> str:
+    return "bf16" if cluster.peak_flops == gpu.bf16_tflops * _TERA else "TF32"
+
+
+def _share(share: float) -> str:
+    """A percentage that is not cut down to nothing."""
+    return f"{share:.0%}" if share >= _SMALL_SHARE else f"{share:.2%}"
 
 
 def _wait(time: StepTime) -> str:

@@ -39,7 +39,6 @@ def checked_plan(model: nn.Module, config: RunConfig, world: World) -> tuple[Siz
     """
     sizes = measure(model, cast(TrainableModel, model).parts())
     plan = plan_sharding(config, sizes, world.num_ranks, world.ranks_per_node)
-    _check_node_partition(config.zero.node_partition, world)
     for name in ("offload_optimizer", "offload_parameters"):
         place = getattr(config.zero, name)
         if place not in ("none", "cpu"):
@@ -47,16 +46,6 @@ def checked_plan(model: nn.Module, config: RunConfig, world: World) -> tuple[Siz
     if config.zero.deepspeed:
         _check_parses(plan.deepspeed, config.zero.deepspeed)
     return sizes, plan
-
-
-def _check_node_partition(size: int, world: World) -> None:
-    if world.ranks_per_node % size or world.num_ranks % size:
-        raise ConfigError(
-            "zero.node_partition",
-            value=size,
-            rule=f"it divides the {world.ranks_per_node} ranks of each node",
-            fix=f"take {world.ranks_per_node}, or 1 for none",
-        )
 
 
 def _check_disk(name: str, folder: Path) -> None:

@@ -194,6 +194,7 @@ def plan_sharding(config: RunConfig, sizes: Sizes, num_ranks: int, ranks_per_nod
         )
     threshold, reason = _threshold(config, sizes)
     sharing = shard_ranks(config.zero, num_ranks, ranks_per_node or num_ranks)
+    _check_node_partition(config.zero.node_partition, num_ranks, ranks_per_node or num_ranks)
     decided = _decided(config, sizes, threshold, sharing)
     merged = _merged(decided, checked_keys(config.zero.deepspeed, decided, config.zero))
     if sharing < num_ranks:
@@ -224,6 +225,16 @@ def shard_ranks(zero: ZeroConfig, num_ranks: int, ranks_per_node: int) -> int:
             fix="set it to node or all" if zero.shard_over != "node" else "set it to all",
         )
     return size
+
+
+def _check_node_partition(size: int, num_ranks: int, ranks_per_node: int) -> None:
+    if ranks_per_node % size or num_ranks % size:
+        raise ConfigError(
+            "zero.node_partition",
+            value=size,
+            rule=f"it divides the {ranks_per_node} ranks of each node",
+            fix=f"take {ranks_per_node}, or 1 for none",
+        )
 
 
 def _check_replicas_sum(zero: ZeroConfig) -> None:

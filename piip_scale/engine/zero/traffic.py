@@ -17,7 +17,7 @@ from typing import Literal
 from piip_scale.engine.zero.plan import BUCKET_ELEMENTS, BYTES, Parameter, Sharding, Sizes
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
-_GIGA = 10**9
+_GIGA, _MEGA = 10**9, 10**6
 PASSES: dict[Kind, int] = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 """Times that all but one rank's part of a message travels round the ring."""
 
@@ -90,16 +90,17 @@ def bytes_inside(traffic: Iterable[Collective], ranks_per_node: int) -> float:
 
 
 def traffic_lines(traffic: Sequence[Collective], ranks_per_node: int) -> list[str]:
-    """A table of what a node sends in a step, in GB of 10^9 bytes; nothing for a single rank."""
+    """A table of what a node sends in a step, in GB of 10^9 bytes or, where that is less, MB; nothing for one rank."""
     if not traffic:
         return []
     inside, between = bytes_inside(traffic, ranks_per_node), bytes_between(traffic, ranks_per_node)
-    lines = [_cells("GB that a node sends in a step", "ranks", "times", "inside", "to others")]
+    unit, scale = ("GB", _GIGA) if inside + between >= _GIGA else ("MB", _MEGA)
+    lines = [_cells(f"{unit} that a node sends in a step", "ranks", "times", "inside", "to others")]
     for each in traffic:
         sent = (each.inside(ranks_per_node), each.between(ranks_per_node))
         name = f"{each.name} ({each.kind})"
-        lines.append(_cells(name, str(each.num_ranks), str(each.per_step), *(f"{x / _GIGA:.2f}" for x in sent)))
-    return [*lines, _cells("all", "", "", f"{inside / _GIGA:.2f}", f"{between / _GIGA:.2f}")]
+        lines.append(_cells(name, str(each.num_ranks), str(each.per_step), *(f"{x / scale:.2f}" for x in sent)))
+    return [*lines, _cells("all", "", "", f"{inside / scale:.2f}", f"{between / scale:.2f}")]
 
 
 def _cells(name: str, *others: str) -> str:

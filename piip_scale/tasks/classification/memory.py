@@ -14,7 +14,7 @@ from piip_scale.tasks.classification.model import build_classification_model
 _FLOAT_BYTES = 4
 
 
-def outline_classifier(config: ClassificationRun, num_classes: int, images_BCHW: Tensor) -> Outline:
+def outline_classifier(config: ClassificationRun, num_classes: int, images_BCHW: Tensor, _device_type: str) -> Outline:
     """What planning a classifier's memory needs; see ``tasks.outline``."""
     model = build_classification_model(config, num_classes).train()
     model.set_precision(DTYPES[config.train.precision])

@@ -20,26 +20,28 @@ _FLOAT_BYTES = 4
 DENOISING_QUERIES = 200
 
 
-def outline_detector(config: DetectionRun, num_classes: int, images_BCHW: Tensor) -> Outline:
+def outline_detector(config: DetectionRun, num_classes: int, images_BCHW: Tensor, device_type: str) -> Outline:
     """What planning a detector's memory needs; see ``tasks.outline``."""
     model = build_detection_model(config, num_classes)
-    return outline_with_heads(model, config.train.precision, images_BCHW, partial(head_bytes, model.heads))
+    of_heads = partial(head_bytes, model.heads, device_type=device_type)
+    return outline_with_heads(model, config.train.precision, images_BCHW, of_heads)
 
 
-def head_bytes(heads: DetectionHeads, features: Sequence[Tensor]) -> HeadBytes:
+def head_bytes(heads: DetectionHeads, features: Sequence[Tensor], device_type: str = "cuda") -> HeadBytes:
     """What one micro-batch's losses keep alive in neck and heads, in float32, weights that are cast included.
 
     Convolutions and fully connected layers are run on the meta device: an R-CNN's RoI heads on as many proposals as
     its samplers draw, all of them and a full share of positive ones. A DINO's encoder and decoder are counted by
-    layer, and its backward pass is not. Targets, anchors and the losses themselves are left out.
+    layer. Targets, anchors and the losses themselves are left out.
 
     Args:
         heads: On the meta device, in training mode.
         features: What the network offers for a micro-batch, on the meta device.
+        device_type: Where they will run: on a ``cpu`` mmcv's deformable attention keeps every sampled value.
     """
     taken = tuple(features[index].float() for index in heads.feature_indices)
     levels, kept = saved_for_backward(heads.detector.neck, taken)
-    rule = _rcnn_bytes if hasattr(heads.detector, "roi_head") else _dino_bytes
+    rule = _rcnn_bytes if hasattr(heads.detector, "roi_head") else partial(_dino_bytes, device_type=device_type)
     return bytes_in_turn([_only_kept(kept), *rule(heads.detector, levels)])
 
 
@@ -70,27 +72,37 @@ def _roi_bytes(head: nn.Module, extractor: Any, num_rois: int) -> HeadBytes:
     return bytes_in_turn([_only_kept(pooled.nbytes), bytes_both_ways(head, pooled)])
 
 
-def _dino_bytes(detector: Any, levels: Sequence[Tensor]) -> Iterator[HeadBytes]:
-    yield from map(_only_kept, _dino_kept(detector, levels))
-
-
-def _dino_kept(detector: Any, levels: Sequence[Tensor]) -> Iterator[int]:
+def _dino_bytes(detector: Any, levels: Sequence[Tensor], device_type: str) -> Iterator[HeadBytes]:
     batch, tokens = levels[0].shape[0], sum(level.shape[-2:].numel() for level in levels)
     queries = detector.num_queries + DENOISING_QUERIES
-    yield sum(level.nbytes for level in levels)
-    yield batch * tokens * _FLOAT_BYTES * sum(map(_layer_floats, detector.encoder.layers))
-    among = sum(layer.self_attn.attn.num_heads * queries**2 for layer in detector.decoder.layers)
-    values = sum(tokens * layer.cross_attn.embed_dims for layer in detector.decoder.layers)
-    layers = queries * sum(map(_layer_floats, detector.decoder.layers))
-    yield batch * _FLOAT_BYTES * (layers + among + values)
-    yield _FLOAT_BYTES * sum(parameter.numel() for parameter in detector.parameters())
+    # Weights are cast before anything else is there.
+    yield _only_kept(_FLOAT_BYTES * sum(parameter.numel() for parameter in detector.parameters()))
+    yield _only_kept(sum(level.nbytes for level in levels))
+    for layer in detector.encoder.layers:
+        yield layer_bytes(layer, batch * tokens, device_type)
+    # Every token proposes a box: by a projection and its norm, and two hidden layers.
+    yield _only_kept(batch * tokens * 5 * detector.embed_dims * _FLOAT_BYTES)
+    for layer in detector.decoder.layers:
+        among = layer.self_attn.attn.num_heads * queries**2
+        yield _only_kept(batch * (among + tokens * detector.embed_dims) * _FLOAT_BYTES)
+        yield layer_bytes(layer, batch * queries, device_type)
 
 
-def _layer_floats(layer: Any) -> int:
-    """Numbers a token leaves behind in a transformer layer with deformable attention."""
-    attention = layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
+def layer_bytes(layer: Any, num_queries: int, device_type: str) -> HeadBytes:
+    """What a DINO's layer holds of queries alone: without weights, and what they look at or each other.
+
+    Args:
+        layer: Of encoder or decoder.
+        num_queries: Of all images; an encoder's are the tokens.
+        device_type: Where it will run.
+    """
+    decodes, on_cpu = hasattr(layer, "cross_attn"), device_type == "cpu"
+    attention = layer.cross_attn if decodes else layer.self_attn
+    width, hidden = attention.embed_dims, layer.ffn.layers[0][0].out_features
     samples = attention.num_heads * attention.num_levels * attention.num_points
-    hidden = layer.ffn.layers[0][0].out_features
-    # Inputs of the projections, values, what was found, and two or three norms' inputs; offsets and locations are
-    # pairs, weights are kept before and after the softmax; the hidden layer's is its activation's output.
-    return int((8 + 2 * hasattr(layer, "cross_attn")) * attention.embed_dims + 6 * samples + hidden)
+    # mmcv's formula for CPUs keeps what it samples, and weights a second time; the kernel locations and weights.
+    sampled = width * attention.num_levels * attention.num_points * on_cpu
+    kept = (15 if decodes else 7) * width + (3 + on_cpu) * samples + hidden + sampled
+    # Two gradients as wide as the hidden layer, or as what was sampled, are there at once.
+    back = max(2 * hidden + width, 2 * sampled + 2 * width + samples)
+    return HeadBytes(_FLOAT_BYTES * num_queries * kept, _FLOAT_BYTES * num_queries * (kept + back))

@@ -15,7 +15,7 @@ from piip_scale.tasks.segmentation.model import build_segmentation_model
 _FLOAT_BYTES = 4
 
 
-def outline_segmentor(config: SegmentationRun, num_classes: int, images_BCHW: Tensor) -> Outline:
+def outline_segmentor(config: SegmentationRun, num_classes: int, images_BCHW: Tensor, _device_type: str) -> Outline:
     """What planning a segmentor's memory needs; see ``tasks.outline``."""
     model = build_segmentation_model(config, num_classes)
 

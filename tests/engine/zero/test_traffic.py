@@ -85,7 +85,7 @@ def test_one_node_sends_nothing_out_and_one_rank_nothing():
 def test_the_table_adds_up():
     traffic = traffic_of(LAYOUTS["node"], 16, 4)
     *_, last = traffic_lines(traffic, 4)
-    assert last.split() == ["all", f"{bytes_inside(traffic, 4) / 1e9:.2f}", f"{bytes_between(traffic, 4) / 1e9:.2f}"]
+    assert last.split() == ["all", f"{bytes_inside(traffic, 4) / 1e6:.2f}", f"{bytes_between(traffic, 4) / 1e6:.2f}"]
 
 
 @pytest.mark.parametrize(
