@@ -34,6 +34,8 @@ _HEADS = ("RUN", "STATE", "SEEN", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", 
 # What a narrow terminal does without, the first first, for so much of the last event.
 _SPARED = ("JOB", "RESTARTS", "IMAGES/S", "SEEN")
 _EVENT_LETTERS = 12
+# Of a run's path, before columns are left out and after all are.
+_LONG_RUN_LETTERS, _RUN_LETTERS = 40, 12
 _GAP = "  "
 _EVERY_S = 5.0
 
@@ -172,15 +174,16 @@ def watch_runs(paths: Sequence[Path], shown: Mapping[Path, int] | None = None) -
 def table(rows: Sequence[Row], width: int | None) -> list[str]:
     """The rows as lines of a table, cut to a terminal's width where there is one.
 
-    A narrow one has fewer columns, so that the time to go and the last event have room.
+    A narrow one has fewer columns, and then the ends of the runs' paths alone, so that the state, the time to go and
+    the last event have room.
     """
     cells = list(map(_cells, rows))
     columns = {head: [line[place] for line in cells] for place, head in enumerate(_HEADS)}
     widths = {head: max(map(len, (head, *texts))) for head, texts in columns.items()} | {_HEADS[-1]: _EVENT_LETTERS}
     kept = list(_HEADS)
-    for head in _SPARED:
-        if width is not None and sum(widths[name] + len(_GAP) for name in kept) > width:
-            kept.remove(head)
+    if width is not None:
+        _fit(widths, kept, width)
+        columns["RUN"] = [_end_of(text, widths["RUN"]) for text in columns["RUN"]]
     lines = [kept, *zip(*(columns[head] for head in kept), strict=True)]
     cut = [
         _GAP.join(cell.ljust(widths[head]) for cell, head in zip(line, kept, strict=True)).rstrip() for line in lines
@@ -188,12 +191,31 @@ def table(rows: Sequence[Row], width: int | None) -> list[str]:
     return [line if width is None else line[:width] for line in cut]
 
 
+def _fit(widths: dict[str, int], kept: list[str], width: int) -> None:
+    """Takes columns from ``kept``, and letters from the runs' paths before and after, until all have room."""
+    for letters in (_LONG_RUN_LETTERS, _RUN_LETTERS):
+        excess = max(_needed(widths, kept) - width, 0)
+        widths["RUN"] = max(widths["RUN"] - excess, min(letters, widths["RUN"]))
+        for head in _SPARED:
+            if head in kept and _needed(widths, kept) > width:
+                kept.remove(head)
+
+
+def _needed(widths: Mapping[str, int], kept: Sequence[str]) -> int:
+    return sum(widths[name] + len(_GAP) for name in kept) - len(_GAP)
+
+
+def _end_of(text: str, letters: int) -> str:
+    """The end of a path tells runs apart, its begin is what they share."""
+    return text if len(text) <= letters else f"..{text[len(text) - letters + 2 :]}"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     total = "" if row.total_steps is None else f"/{row.total_steps}"
     rate = "-" if row.images_per_second is None else f"{row.images_per_second:.1f}"
     eta = "-" if row.eta_s is None else duration(row.eta_s)
     seen = "-" if row.seen_s is None else duration(row.seen_s)
-    cells = (str(row.run), row.state, seen, row.job, f"{row.step}{total}", rate, eta, str(row.restarts), row.event)
+    cells = (str(row.run), row.state, seen, row.job, f"{row.step}{total}", rate, eta, str(row.restarts), row.news)
     return tuple(map(printable, cells))
 
 

@@ -31,7 +31,9 @@ _STYLES = {
     "cancelled": "yellow",
     "held": "yellow",
 }
-_NEEDS_A_LOOK = "bold red"
+_NEEDS_A_LOOK, _WARNED = "bold red", "bold yellow"
+# Of what goes on as it should; smaller numbers come first.
+_UNHURRIED = 2
 
 
 class Ends:
@@ -92,8 +94,8 @@ def frame(rows: Sequence[Row], warning: str, width: int, height: int, every_s: f
     text = Text(f"{time.strftime('%H:%M:%S')}  {summary}"[:width], style="bold", no_wrap=True)
     text.append(f"\n{head}", "dim")
     for row, line in zip(shown, lines, strict=True):
-        event = f"\n{_INDENT}{printable(row.event)}"[: width + 1] if _has_more(row, line) else ""
-        text.append(f"\n{line}{event}", _STYLES.get(row.state, _NEEDS_A_LOOK))
+        event = f"\n{_INDENT}{printable(row.news)}"[: width + 1] if _has_more(row, line) else ""
+        text.append(f"\n{line}{event}", _style(row))
     hidden = f"{len(rows) - len(shown)} more have no room here; " if len(shown) < len(rows) else ""
     foot = "; ".join(filter(None, (f"{hidden}every {every_s:g} s, Ctrl-C leaves", warning)))
     text.append(f"\n{foot}"[: width + 1], "dim")
@@ -113,10 +115,16 @@ def _that_fit(rows: Sequence[Row], width: int, room: int) -> list[Row]:
 
 def _has_more(row: Row, line: str) -> bool:
     """Whether a run that needs a look says why where the terminal is too narrow for it."""
-    return row.state not in _STYLES and bool(row.event) and printable(row.event) not in line
+    return _urgency(row) < _UNHURRIED and bool(row.news) and printable(row.news) not in line
+
+
+def _style(row: Row) -> str:
+    return _WARNED if row.needs_a_look else _STYLES.get(row.state, _NEEDS_A_LOOK)
 
 
 def _urgency(row: Row) -> int:
     if row.state not in _STYLES:
         return 0
-    return 1 if row.state not in ("done", "stopped", "cancelled") else 2
+    if row.needs_a_look:
+        return 1
+    return _UNHURRIED if row.state not in ("done", "stopped", "cancelled") else _UNHURRIED + 1

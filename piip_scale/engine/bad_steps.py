@@ -53,7 +53,7 @@ class KeepBadSteps:
             self._config_sha256,
         )
         path = write_bad_step(self._run, bad)
-        self._sink.event(report.step, f"step not applied: {reason}; see {path.relative_to(self._run.path)}")
+        self._sink.warning(report.step, f"step not applied: {reason}; see {path.relative_to(self._run.path)}")
 
     def at_stop(self, step: int) -> None:
         """Nothing is left to do."""

@@ -53,6 +53,10 @@ class Sink(Protocol):
         """Anything else."""
         ...
 
+    def warning(self, step: int, text: str) -> None:
+        """Anything else that went wrong."""
+        ...
+
     def ending(self, step: int, text: str) -> None:
         """How the run ends, where a rank reports that to its user."""
         ...
@@ -78,6 +82,9 @@ class Silence:
         """Nothing."""
 
     def event(self, step: int, text: str) -> None:
+        """Nothing."""
+
+    def warning(self, step: int, text: str) -> None:
         """Nothing."""
 
     def ending(self, step: int, text: str) -> None:

@@ -21,6 +21,7 @@ from piip_scale.launch.words import duration
 from piip_scale.pages.charts import chip
 from piip_scale.pages.html import Html, document, joined, picture, table, tag
 from piip_scale.run.run_dir import RunDirectory
+from piip_scale.run.warned import Warned, warnings_of
 from piip_scale.tasks.score_parts import Scored, class_bars, score_tiles
 
 _MOST_DIFFERENCES = 200
@@ -126,9 +127,15 @@ def _card(run: Reported, name: str, number: int, now_unix_s: float) -> Html:
         "article",
         tag("div", tag("h3", chip(number), name), state, class_="head"),
         tag("div", tag("i", style=f"width:{_share(run.row):.1%}"), class_="bar"),
+        *(tag("p", warned.line, class_="warned") for warned in _warnings(run.curves)),
         tag("div", tag("dl", *map(Html, facts)), _limit(what_limits(run.curves.last_steps)), class_="halves"),
         class_="card",
     )
+
+
+def _warnings(curves: RunCurves) -> Sequence[Warned]:
+    """What is wrong, of a run at rest what was at its last step."""
+    return warnings_of(curves.last_steps[-1]) if curves.last_steps else ()
 
 
 def _limit(limit: Limit) -> Html:

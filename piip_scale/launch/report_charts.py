@@ -104,7 +104,8 @@ def _chart(title: str, name: str, runs: Sequence[Named], marks: Sequence[Mark]) 
 def _steps(runs: Sequence[Named]) -> tuple[float, float]:
     """From the first to the last that any of their curves has."""
     spans = [trace.spans for run in runs for trace in run.curves.traces.values() if trace.spans]
-    return min(span[0].first_x for span in spans), max(span[-1].last_x for span in spans)
+    # Without any there is nothing to draw.
+    return min((span[0].first_x for span in spans), default=0), max((span[-1].last_x for span in spans), default=0)
 
 
 def _any_has(runs: Sequence[Named], name: str) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from piip_scale.run.warned import Warned, warnings_of
+
 METRICS_FILE = "metrics.jsonl"
 _TAIL_BYTES = 1 << 16
 _STEPS_AVERAGED = 20
@@ -31,6 +33,7 @@ class Pace:
         seconds_per_step: Mean of the last steps written, saves and evaluations left out.
         event: Its last event, in one line.
         unix_time_s: When the last of it was written.
+        warnings: What was wrong with it at its last step.
     """
 
     step: int = 0
@@ -39,6 +42,7 @@ class Pace:
     seconds_per_step: float | None = None
     event: str = ""
     unix_time_s: float = 0.0
+    warnings: tuple[Warned, ...] = ()
 
     def eta_s(self, step: int) -> float | None:
         """Seconds from a step to the end at this pace; ``None`` where it is not known."""
@@ -116,6 +120,7 @@ def _pace(content: mmap.mmap) -> Pace:
         seconds_per_step=sum(times) / len(times) / 1e3 if times else None,
         # It may stand far before the end: between two saves there are thousands of steps.
         event=str(_last(content, _EVENT).get("text", "")),
+        warnings=warnings_of(steps[-1]) if steps else (),
     )
 
 

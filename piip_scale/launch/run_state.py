@@ -137,10 +137,8 @@ def event_of(run: Run, state: str, now_unix_s: float) -> str:
     if state == "stalled":
         return standstill(run, now_unix_s)
     if state == "running":
-        if run.is_stepping and (instead := pause(run, now_unix_s)):
-            return instead
-        if run.is_stepping and run.pace.event:
-            return run.pace.event
+        if run.is_stepping:
+            return pause(run, now_unix_s) or run.pace.event
         return f"starting, attempt {last.attempt}" if last else "starting"
     if state == "stopping" and run.request is not None:
         asked = f"{run.request.action} was asked for" + f" by {run.request.user}" * bool(run.request.user)

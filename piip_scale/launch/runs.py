@@ -16,13 +16,14 @@ from piip_scale.launch.logs import find_logs
 from piip_scale.launch.queue import QueuedJob
 from piip_scale.launch.run_metrics import Pace, read_pace
 from piip_scale.launch.run_state import LOST, event_of, state_of
-from piip_scale.launch.signs import pause, sign_age_s
+from piip_scale.launch.signs import pause, sign_age_s, standstill
 from piip_scale.launch.spec import JobFiles, JobSpec, Request, load_request, load_spec
 from piip_scale.launch.submitting import is_job_of, submitted_jobs
 from piip_scale.run.gpu_time import num_starts
-from piip_scale.run.heartbeat import Beat, read_beat
+from piip_scale.run.heartbeat import Beat, read_beat, read_beats
 from piip_scale.run.run_dir import RunDirectory, Status
 from piip_scale.run.starting import process_age_seconds
+from piip_scale.run.warned import Warned
 
 MAX_DEPTH = 3
 _BEAT_LASTS_S = 60.0
@@ -50,6 +51,7 @@ class Run:
         submitted_unix_s: When a job was last submitted for it; ``None`` where none was, or by hand.
         slurm_end: What Slurm calls the end of its last job, where nothing else is known of it; empty where it forgot.
         num_starts: How often it began, by a job or by hand; 0 where that is not known.
+        ranks: All ranks' last heartbeats, where the main rank's says that nothing goes on; a file a node, so else none.
         queue_known: Whether the queue could be asked: without it, a job that is not found may wait there.
     """
 
@@ -68,6 +70,7 @@ class Run:
     queue_known: bool = True
     slurm_end: str = ""
     num_starts: int = 0
+    ranks: tuple[Beat, ...] = ()
 
     @property
     def step(self) -> int:
@@ -98,6 +101,7 @@ class Row:
         restarts: Starts after the first, by a job or by hand.
         event: What happened last, in one line.
         seen_s: How long ago the last sign came that the state rests on, as ``sign_age_s`` has it.
+        warnings: What was wrong with it at the last step of its present attempt, or its last one.
     """
 
     run: Path
@@ -110,6 +114,18 @@ class Row:
     restarts: int
     event: str
     seen_s: float | None = None
+    warnings: tuple[Warned, ...] = ()
+
+    @property
+    def needs_a_look(self) -> bool:
+        """It runs, but not as it should."""
+        return self.state == "running" and bool(self.warnings)
+
+    @property
+    def news(self) -> str:
+        """What a list says of it: what is wrong with it comes before what happened since."""
+        told = [warned.line for warned in self.warnings] if self.needs_a_look else []
+        return "; ".join(filter(None, (*told, self.event)))
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
@@ -148,7 +164,7 @@ def read_run(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
     except PiipError as error:
         problem = error.line
     logs = find_logs(spec) if spec else []
-    return Run(
+    run = Run(
         path=path,
         spec=spec,
         status=status,
@@ -164,6 +180,12 @@ def read_run(path: Path, queue: Sequence[QueuedJob] | None) -> Run:
         queue_known=queue is not None,
         num_starts=num_starts(RunDirectory(path).gpu_time),
     )
+    return replace(run, ranks=_ranks(run)) if standstill(run, time.time()) else run
+
+
+def _ranks(run: Run) -> tuple[Beat, ...]:
+    since_unix_s = run.attempts[-1].started_unix_s if run.attempts else 0.0
+    return tuple(read_beats(RunDirectory(run.path).heartbeats, since_unix_s))
 
 
 def with_ends(runs: Sequence[Run], ask: Callable[[Sequence[int]], Mapping[int, str]]) -> list[Run]:
@@ -269,6 +291,7 @@ def describe(run: Run, now_unix_s: float | None = None) -> Row:
         restarts=max(len(run.attempts), run.num_starts, 1) - 1,
         event=event_of(run, state, now_s),
         seen_s=sign_age_s(run, state, now_s),
+        warnings=run.pace.warnings if run.is_stepping else (),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from piip_scale.launch.late import Placement, waits_for
+from piip_scale.launch.words import duration
 from piip_scale.run.heartbeat import COMPUTING, WAITING, Beat
 
 if TYPE_CHECKING:
@@ -57,17 +59,38 @@ def current_beat(run: Run) -> Beat | None:
 
 
 def standstill(run: Run, now_unix_s: float) -> str:
-    """What a run that runs has stood still at, in one line; empty where it goes on, as far as is known."""
+    """What a run that runs has stood still at, in one line; empty where it goes on, as far as is known.
+
+    The ranks that all others wait for, where ``ranks`` tells them; else what the main rank does.
+    """
+    what = _standstill_of_main(run, now_unix_s)
+    if not what or not run.ranks:
+        return what
+    nodes = run.attempts[-1].nodes if run.attempts else ()
+    spec = run.spec
+    placement = Placement(spec.num_ranks, nodes, spec.ranks_per_node) if spec else Placement()
+    return waits_for({beat.rank: beat for beat in run.ranks}, placement, SILENT_S, now_unix_s) or what
+
+
+def _standstill_of_main(run: Run, now_unix_s: float) -> str:
     beat = current_beat(run)
     if beat is None:
         return _silence(run, now_unix_s)
-    silent_s = max(now_unix_s - beat.unix_time_s, 0.0)
+    if _is_overtaken(run, beat):
+        silent_s, step = now_unix_s - run.pace.unix_time_s, run.pace.step
+    else:
+        silent_s, step = now_unix_s - beat.unix_time_s, beat.step
     if silent_s > SILENT_S:
-        return f"no sign of rank {beat.rank} on {beat.host} for {silent_s:.0f} s, after step {beat.step}"
-    still_s = beat.waiting_s + silent_s
-    if still_s > _patience_s(run, beat):
-        return f"{beat.phase} for {still_s:.0f} s, after step {beat.step}"
+        return f"no sign of rank {beat.rank} on {beat.host} for {duration(silent_s)}, after step {step}"
+    still_s = beat.waiting_s + max(silent_s, 0.0)
+    if still_s > _patience_s(run, beat) and step == beat.step:
+        return f"{beat.phase} for {duration(still_s)}, after step {beat.step}"
     return ""
+
+
+def _is_overtaken(run: Run, beat: Beat) -> bool:
+    """Whether the run has written a later step since: heartbeats come every ten seconds at most."""
+    return run.is_stepping and run.pace.step > beat.step and run.pace.unix_time_s > beat.unix_time_s
 
 
 def _silence(run: Run, now_unix_s: float) -> str:
@@ -76,9 +99,9 @@ def _silence(run: Run, now_unix_s: float) -> str:
         return ""
     began_s, wrote_s = run.attempts[-1].started_unix_s, run.pace.unix_time_s
     if wrote_s > began_s and now_unix_s - wrote_s > _METRICS_SILENT_S:
-        return f"no heartbeat, and no metrics for {now_unix_s - wrote_s:.0f} s, after step {run.pace.step}"
+        return f"no heartbeat, and no metrics for {duration(now_unix_s - wrote_s)}, after step {run.pace.step}"
     if wrote_s <= began_s and now_unix_s - began_s > _START_S:
-        return f"no heartbeat and no metrics since it began, {now_unix_s - began_s:.0f} s ago"
+        return f"no heartbeat and no metrics since it began, {duration(now_unix_s - began_s)} ago"
     return ""
 
 
@@ -93,7 +116,7 @@ def _patience_s(run: Run, beat: Beat) -> float:
 def pause(run: Run, now_unix_s: float) -> str:
     """What a run does instead of steps, in one line; empty where it steps, or has only just turned from it."""
     beat = current_beat(run)
-    if beat is None or beat.phase in (WAITING, COMPUTING):
+    if beat is None or beat.phase in (WAITING, COMPUTING) or _is_overtaken(run, beat):
         return ""
     still_s = beat.waiting_s + max(now_unix_s - beat.unix_time_s, 0.0)
-    return f"{beat.phase} for {still_s:.0f} s, after step {beat.step}" if still_s > _PAUSE_S else ""
+    return f"{beat.phase} for {duration(still_s)}, after step {beat.step}" if still_s > _PAUSE_S else ""

@@ -20,6 +20,7 @@ _LOG_TICKS = 4
 # So few points are seen one by one.
 _DOTS_UP_TO = 40
 _MOST_KEYS = 12
+_DIGITS, _MOST_DIGITS = 4, 7
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,9 @@ class Curve:
     trace: Trace
     colour: int = 0
 
-    @property
-    def last(self) -> str:
+    def last(self, digits: int) -> str:
         """Its name, and its last value."""
-        return f"{self.name or 'last'} {number_text(self.trace.last)}"
+        return f"{self.name or 'last'} {number_text(self.trace.last, digits)}"
 
 
 @dataclass(frozen=True)
@@ -128,25 +128,33 @@ def line_chart(
         *(part for curve in shown for part in _drawn(curve, across, up)),
         *(part for curve in curves for part in _gaps(curve, across)),
     ]
-    label = f"{title}: " + ", ".join(curve.last for curve in shown[:_MOST_KEYS])
+    digits = _digits(up)
+    label = f"{title}: " + ", ".join(curve.last(digits) for curve in shown[:_MOST_KEYS])
     picture = tag("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label)
     notes = [note, "logarithmic" if up.is_log else "", _gap_note(curves)]
     below = tag("figcaption", "; ".join(filter(None, notes))) if any(notes) else ""
-    return tag("figure", heading, picture, _keys(curves, shows_last), below)
+    return tag("figure", heading, picture, _keys(curves, digits if shows_last else None), below)
 
 
-def number_text(value: float) -> str:
+def number_text(value: float, digits: int = _DIGITS) -> str:
     """A number in as few signs as a chart has room for."""
     size = abs(value)
     if not math.isfinite(value):
-        return "-"
+        return str(value)
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
-            return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[letter]:.4g}{letter}"
+            return f"{value / {'G': 1e9, 'M': 1e6, 'k': 1e3}[letter]:.{digits}g}{letter}"
     if not 0 < size < 1e-3:
-        return f"{value:.4g}"
-    factor, power = f"{value:.1e}".split("e")
-    return f"{factor.removesuffix('.0')}e{int(power)}"
+        return f"{value:.{digits}g}"
+    factor, power = f"{value:.{digits - _DIGITS + 1}e}".split("e")
+    return f"{factor.rstrip('0').removesuffix('.')}e{int(power)}"
+
+
+def _digits(axis: _Axis) -> int:
+    """So many that no two of its ticks read alike."""
+    ticks = list(axis.ticks())
+    enough = (n for n in range(_DIGITS, _MOST_DIGITS) if len({number_text(tick, n) for tick in ticks}) == len(ticks))
+    return next(enough, _MOST_DIGITS)
 
 
 def _across(curves: Sequence[Curve], steps: tuple[float, float] | None) -> _Axis:
@@ -173,14 +181,16 @@ def _round_step(raw: float) -> float:
 
 
 def _grid(across: _Axis, up: _Axis) -> Iterator[Html]:
+    digits = _digits(up)
     for value in up.ticks():
         y = f"{up.place(value):.1f}"
         yield tag("line", x1=_LEFT, x2=_RIGHT, y1=y, y2=y, style="stroke:var(--grid)")
-        yield tag("text", number_text(value), x=_LEFT - 5, y=f"{up.place(value) + 3.5:.1f}", text_anchor="end")
+        yield tag("text", number_text(value, digits), x=_LEFT - 5, y=f"{up.place(value) + 3.5:.1f}", text_anchor="end")
+    digits = _digits(across)
     for value in across.ticks():
         x = across.place(value)
         anchor = "end" if x > _RIGHT - 12 else "middle"
-        yield tag("text", number_text(value), x=f"{x:.1f}", y=_HEIGHT - 7, text_anchor=anchor)
+        yield tag("text", number_text(value, digits), x=f"{x:.1f}", y=_HEIGHT - 7, text_anchor=anchor)
     yield tag("line", x1=_LEFT, x2=_RIGHT, y1=_BOTTOM, y2=_BOTTOM, style="stroke:var(--line)")
 
 
@@ -226,8 +236,9 @@ def _gap_note(curves: Sequence[Curve]) -> str:
     return f"{number} value(s) not finite, in red" if number else ""
 
 
-def _keys(curves: Sequence[Curve], shows_last: bool) -> Html:
-    entries = [tag("li", chip(curve.colour), curve.last if shows_last else curve.name) for curve in curves[:_MOST_KEYS]]
+def _keys(curves: Sequence[Curve], digits_of_last: int | None) -> Html:
+    texts = [curve.last(digits_of_last) if digits_of_last else curve.name for curve in curves[:_MOST_KEYS]]
+    entries = [tag("li", chip(curve.colour), text) for curve, text in zip(curves, texts, strict=False)]
     if len(curves) > _MOST_KEYS:
         entries.append(tag("li", f"and {len(curves) - _MOST_KEYS} more"))
     return tag("ul", joined(entries), class_="key")

@@ -59,7 +59,7 @@ class Trace:
 
     Attributes:
         spans: So far.
-        last: The last value that is a number; NaN before it.
+        last: The last value, finite or not; NaN before it.
         gaps: Where values were that are no finite numbers, by x; the first ``MOST_SPANS``.
         num_gaps: How many there were.
     """
@@ -74,13 +74,13 @@ class Trace:
 
     def add(self, x: float, value: float) -> None:
         """One more point; a value that is not finite leaves a gap."""
+        self.last = value
         if not math.isfinite(value):
             self.num_gaps += 1
             self._has_gap = True
             if len(self.gaps) < MOST_SPANS:
                 self.gaps.append(x)
             return
-        self.last = value
         before = self.spans[-1] if self.spans else None
         # What went back was done again, and is another line.
         self._has_gap |= before is not None and x < before.last_x

@@ -52,7 +52,9 @@ def score_tiles(scored: Sequence[Scored]) -> Html:
 def class_bars(scored: Sequence[Scored]) -> Html:
     """A bar for each class and run, by what is measured of single classes; the best of the first run come first."""
     shown = scored[:NUM_COLOURS]
-    measures = dict.fromkeys(name.split("/")[1] for one in shown for name in one.metrics if name.startswith(PER_CLASS))
+    parts = [name.split("/") for one in shown for name in one.metrics if name.startswith(PER_CLASS)]
+    # Other versions' files may have names without a class.
+    measures = dict.fromkeys(part[1] for part in parts if len(part) > 2)
     return joined([_bars(measure, shown) for measure in measures])
 
 
@@ -101,4 +103,6 @@ def _bars(measure: str, scored: Sequence[Scored]) -> Html:
 
 def _bar(one: Scored, metric: str) -> Html:
     width = f"width:{max(min(one.of(metric), 1.0), 0.0):.1%};background:{colour_of(one.colour)}"
-    return tag("div", tag("span", tag("i", style=width), class_="bar"), tag("small", score_text(one.of(metric))))
+    # A class that only the others have is no class without objects.
+    text = score_text(one.of(metric)) if metric in one.metrics else "-"
+    return tag("div", tag("span", tag("i", style=width), class_="bar"), tag("small", text))

@@ -1,14 +1,18 @@
-"""Sentences on what is wrong with a run while it goes on, each said once: a pure function of its intervals."""
+"""Sentences on what is wrong with a run while it goes on: said when it begins, known until it is over."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+from piip_scale.run.warned import Warned
 from piip_scale.telemetry.records import IntervalRecord, RankPace
 
 # Intervals in a row: one may be slow for any reason.
 _SOON, _LONG = 3, 20
+# Whoever looks once a day sees what happened since.
+_DAY_S = 86400.0
 _STARVED_SHARE = 0.25
 # A rank's own time over the fastest one's, and the share of a step that others then wait.
 _MUCH_SLOWER = 1.5
@@ -16,20 +20,56 @@ _LOST_SHARE = 0.2
 _DEAD_GRADIENT, _DEAD_GAMMA = 1e-6, 1e-6
 
 
+@dataclass(frozen=True)
+class Incident(Warned):
+    """What went wrong once.
+
+    Attributes:
+        unix_time_s: When.
+    """
+
+    unix_time_s: float
+
+
 class Health:
-    """Watches the intervals of one process."""
+    """Watches the intervals of one process, and keeps what went wrong once for a day.
 
-    def __init__(self) -> None:
+    Args:
+        incidents: Of earlier processes.
+    """
+
+    def __init__(self, incidents: Iterable[Incident] = ()) -> None:
         self._in_a_row: Counter[str] = Counter()
-        self._said: set[str] = set()
+        self._calm: Counter[str] = Counter()
+        self._lasting: dict[str, Warned] = {}
+        self._incidents = list(incidents)
 
-    def lines(self, record: IntervalRecord) -> list[str]:
-        """What is to be said now, one sentence each; what was said is not repeated."""
+    def lines(self, step: int, record: IntervalRecord) -> list[str]:
+        """What is to be said now, one sentence each; what was said is repeated only once it was over."""
         found = {key: (patience, text) for key, patience, text in _troubles(record)}
         self._in_a_row = Counter({key: self._in_a_row[key] + 1 for key in found})
-        due = [key for key, (patience, _) in found.items() if self._in_a_row[key] >= patience and key not in self._said]
-        self._said |= set(due)
-        return [found[key][1] for key in due]
+        self._calm = Counter({key: self._calm[key] + 1 for key in self._lasting if key not in found})
+        self._lasting = {key: warned for key, warned in self._lasting.items() if self._calm[key] < _LONG}
+        due = [key for key, (patience, _) in found.items() if self._in_a_row[key] >= patience]
+        new = [key for key in due if key not in self._lasting]
+        for key in found:
+            if key in self._lasting or key in new:
+                since = self._lasting[key].step if key in self._lasting else step
+                self._lasting[key] = Warned(since, found[key][1])
+        return [found[key][1] for key in new]
+
+    def add(self, incident: Incident) -> None:
+        """Something went wrong once."""
+        self._incidents.append(incident)
+
+    def warnings(self, now_unix_s: float) -> list[Warned]:
+        """What is wrong, the first found first; then the last incident of a day, and how many there were."""
+        self._incidents = [each for each in self._incidents if now_unix_s - each.unix_time_s < _DAY_S]
+        found = list(self._lasting.values())
+        if self._incidents:
+            last, number = self._incidents[-1], len(self._incidents)
+            found.append(Warned(last.step, last.text + f" (the last of {number} within a day)" * (number > 1)))
+        return found
 
 
 def _troubles(record: IntervalRecord) -> Iterator[tuple[str, int, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from piip_scale.files import atomic_file
+from piip_scale.run.warned import WARNED_AT
 
 
 class JsonLines:
@@ -49,6 +50,16 @@ def read_events(path: Path) -> list[tuple[int, str]]:
         OSError: The disk refuses.
     """
     return [(int(event["step"]), str(event["text"])) for event in _of_kind(path, "event")]
+
+
+def read_incidents(path: Path) -> list[tuple[int, str, float]]:
+    """Step, text and time of the events that are warnings; none where there is no file.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    events = [event for event in _of_kind(path, "event") if isinstance(event.get(WARNED_AT), float)]
+    return [(int(event["step"]), str(event["text"]), event[WARNED_AT]) for event in events]
 
 
 def evaluated_steps(path: Path) -> set[int]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from piip_scale.errors import RunError
 from piip_scale.files import disk_errors
 from piip_scale.run.run_dir import RunDirectory, State
-from piip_scale.telemetry.health import Health
-from piip_scale.telemetry.jsonl import JsonLines, evaluated_steps, last_number, last_steps, read_events, superseded_path
+from piip_scale.run.warned import WARNED_AT, WARNINGS
+from piip_scale.telemetry.health import Health, Incident
+from piip_scale.telemetry.jsonl import (
+    JsonLines,
+    evaluated_steps,
+    last_number,
+    last_steps,
+    read_events,
+    read_incidents,
+    superseded_path,
+)
 from piip_scale.telemetry.memory import GIB
 from piip_scale.telemetry.meters import RateMeter
 from piip_scale.telemetry.pictures import PICTURES_FOLDER, keep_pictures
@@ -59,12 +70,15 @@ class Telemetry:
         stream: TextIO | None = None,
     ) -> None:
         self._run_dir, self._total, self._every = Path(run_dir), total_steps, log_every_steps
-        self._since_log, self._health = RateMeter(window=log_every_steps), Health()
+        self._since_log = RateMeter(window=log_every_steps)
         self._action = f"write metrics in {run_dir}"
         with disk_errors(RunError, self._action):
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._lines = JsonLines(self._run_dir / METRICS_FILE, first_step)
             self._events = read_events(self._run_dir / METRICS_FILE)
+            self._health = Health(
+                Incident(step, text, at) for step, text, at in read_incidents(self._run_dir / METRICS_FILE)
+            )
             self._evaluated = evaluated_steps(self._run_dir / METRICS_FILE)
             self._board = TensorBoardWriter(self._run_dir / TENSORBOARD_FOLDER, first_step)
         self._trackers: list[Tracking] = []
@@ -108,11 +122,17 @@ class Telemetry:
         self._since_log.add(record.images, record.step_seconds)
         self._progress.step(record)
         if record.step % self._every == 0 or record.step == self._total:
-            rate, interval = self._since_log.rate, record.interval
-            texts = interval_texts(interval) if interval else {}
-            self._write(record.step, "step", step_scalars(record, rate), step_overview(record, rate), texts)
-            for line in self._health.lines(interval) if interval else ():
-                self.event(record.step, line)
+            self._written_step(record, self._since_log.rate)
+
+    def _written_step(self, record: StepRecord, rate: float) -> None:
+        interval = record.interval
+        said = self._health.lines(record.step, interval) if interval else []
+        others: dict[str, Any] = dict(interval_texts(interval)) if interval else {}
+        if warnings := self._health.warnings(time.time()):
+            others[WARNINGS] = list(map(asdict, warnings))
+        self._write(record.step, "step", step_scalars(record, rate), step_overview(record, rate), others)
+        for line in said:
+            self.event(record.step, line)
 
     def evaluation(self, step: int, record: EvaluationRecord) -> None:
         """Logs an evaluation after ``step`` steps; one that the run's files have already is only shown."""
@@ -145,6 +165,13 @@ class Telemetry:
     def event(self, step: int, text: str) -> None:
         """Logs anything else worth a line: a sample skipped, a run resumed."""
         self._keep(step, text)
+        self._progress.note(f"step {step}  {text}")
+
+    def warning(self, step: int, text: str) -> None:
+        """Logs what went wrong once, and shows it with the steps of a day."""
+        now_s = time.time()
+        self._health.add(Incident(step, text, now_s))
+        self._keep(step, text, {WARNED_AT: now_s})
         self._progress.note(f"step {step}  {text}")
 
     def ending(self, step: int, text: str) -> None:
@@ -182,10 +209,10 @@ class Telemetry:
         kind: str,
         values: Mapping[str, float],
         overview: Mapping[str, float] | None = None,
-        texts: Mapping[str, str] | None = None,
+        others: Mapping[str, Any] | None = None,
     ) -> None:
         with disk_errors(RunError, self._action):
-            self._lines.write(step, kind, {**values, **(texts or {})})
+            self._lines.write(step, kind, {**values, **(others or {})})
             self._board.scalars(step, {**values, **(overview or {})})
         self._track(step, kind, {**values, **(overview or {})})
 
@@ -197,8 +224,8 @@ class Telemetry:
                 tracker.scalars(step, scalars)
                 tracker.pictures(step, pictures or {})
 
-    def _keep(self, step: int, text: str) -> None:
+    def _keep(self, step: int, text: str, others: Mapping[str, Any] | None = None) -> None:
         self._events.append((step, text))
         with disk_errors(RunError, self._action):
-            self._lines.write(step, "event", {"text": text})
+            self._lines.write(step, "event", {"text": text, **(others or {})})
             self._board.events(self._events)

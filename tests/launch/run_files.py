@@ -53,8 +53,8 @@ def job(folder, state="RUNNING", **changes):
     return QueuedJob(**given | {"nodes": "n1", "command": str(folder / "job/train.sbatch")} | changes)
 
 
-def attempt(number=0, started_unix_s=NOW - 100, **changes):
-    return Attempt(number, 12, number, ("n1",), started_unix_s, **changes)
+def attempt(number=0, started_unix_s=NOW - 100, nodes=("n1",), **changes):
+    return Attempt(number, 12, number, nodes, started_unix_s, **changes)
 
 
 def write_attempt(folder, number=0, **changes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 
 import pytest
 from browser import needs_browser, shown
@@ -117,6 +118,23 @@ def test_a_run_alone_shows_whether_each_branch_is_used(tmp_path):
         assert ">branches<" not in text
 
 
+def test_what_is_wrong_stays_on_the_card_whatever_happens_next(tmp_path):
+    warned = {"warnings": [{"step": 12, "text": f"branch 1 learns nothing {EVIL}"}, {"step": "x"}, 5]}
+    saved = {"step": 43, "kind": "event", "text": "saved step_00000043"}
+    run = make_run(tmp_path / "run", lines=[step_line(42, **warned), saved])
+    write_beat(run, step=42)
+    report(run, "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    card = text[text.index("<article") : text.index("</article>")]
+    assert "step 12: branch 1 learns nothing &lt;script&gt;" in card
+    assert "saved step_00000043" in card
+    assert text.count('class="warned"') == 1
+    # As soon as it is over, which a step says by saying nothing of it.
+    make_run(run, lines=[step_line(42, **warned), step_line(43)])
+    report(run, "--out", tmp_path / "page.html")
+    assert "warned" not in (tmp_path / "page.html").read_text().partition("<body>")[2]
+
+
 def test_half_a_million_steps_are_a_small_file_and_no_extreme_is_lost(tmp_path):
     run = tmp_path / "long"
     write_status(run, "done", 500_000)
@@ -137,7 +155,9 @@ def test_half_a_million_steps_are_a_small_file_and_no_extreme_is_lost(tmp_path):
 
 
 def test_broken_runs_are_shown_as_far_as_they_can_be_read(tmp_path):
-    empty, odd, bare = (tmp_path / name for name in ("empty", "odd", "bare"))
+    empty, odd, bare, nan = (tmp_path / name for name in ("empty", "odd", "bare", "nan"))
+    write_status(nan, "failed", 1)
+    write_metrics(nan, [{"step": 1, "kind": "step", "loss/total": "nan"}])
     write_status(empty, "failed", 0, "out of memory")
     write_status(bare, "stopped", 3)
     write_metrics(bare, steps(1, 3))
@@ -161,7 +181,8 @@ def test_broken_runs_are_shown_as_far_as_they_can_be_read(tmp_path):
         "stopped",
     ):
         assert told in text
-    report(empty, "--out", tmp_path / "b.html")
+    for alone in (empty, nan):
+        report(alone, "--out", tmp_path / "b.html")
 
 
 def test_what_is_asked_wrongly_is_one_line_and_nothing_is_written_over(tmp_path, monkeypatch):
@@ -203,3 +224,38 @@ def test_a_steps_parts_come_in_the_order_in_which_they_are_done():
     found = what_limits([line | {"time/data_wait_ms": 10.0}])
     assert list(found.shares) == ["waiting for data", "forward", "backward", "update"]
     assert sum(found.shares.values()) == pytest.approx(1.0)
+
+
+def charted(folder, values, tag="branches/gamma_into_branch_0"):
+    """The page of a run alone with these values of a tag, of one step each."""
+    run = make_run(folder, lines=[step_line(42 + number, **{tag: value}) for number, value in enumerate(values)])
+    report(run, "--out", folder / "page.html")
+    return (folder / "page.html").read_text()
+
+
+def test_values_that_hardly_differ_are_told_apart(tmp_path):
+    text = charted(tmp_path / "run", [0.100012, 0.100048])
+    figure = text[text.index(">Interactions&#x27; gammas") :].partition("</figure>")[0]
+    ticks = re.findall(r'text-anchor="end">([^<]*)<', figure)
+    assert len(ticks) == len(set(ticks)) > 2
+    assert "branch_0 0.10005" in figure
+
+
+def test_the_last_value_is_the_last_one_even_if_it_is_no_number(tmp_path):
+    text = charted(tmp_path / "run", [0.5, "nan"], tag="loss/total")
+    figure = text[text.index(">Loss, total") :].partition("</figure>")[0]
+    assert "last nan" in figure
+    assert "1 value(s) not finite" in figure
+
+
+def test_a_class_that_only_one_of_two_runs_has_is_not_one_without_objects(tmp_path):
+    for name, scores in (("a", {"cat": 0.25, "dog": -1}), ("b", {"horse": 0.75, "dog": 0.5})):
+        values = {f"eval/per_class/box_ap50/{kind}": score for kind, score in scores.items()}
+        make_run(tmp_path / name, lines=[{"step": 42, "kind": "evaluation", "eval/per_class/odd": 0.5, **values}])
+    report(tmp_path, "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    found = {
+        kind: re.findall("<small>([^<]*)<", text[text.index(f"<span>{kind}</span>") :].partition("</li>")[0])
+        for kind in ("cat", "dog", "horse")
+    }
+    assert found == {"cat": ["0.250", "-"], "dog": ["-1", "0.500"], "horse": ["-", "0.750"]}

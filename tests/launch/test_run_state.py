@@ -153,10 +153,10 @@ def test_a_request_of_an_earlier_job_stops_nothing(run_dir):
     [
         ({}, "running", ""),
         ({"waiting_s": 40.0}, "running", ""),
-        ({"waiting_s": 300.0}, "stalled", "computing for 300"),
-        ({"waiting_s": 300.0, "phase": "waiting for data"}, "stalled", "waiting for data for 300"),
+        ({"waiting_s": 300.0}, "stalled", "computing for 5m"),
+        ({"waiting_s": 300.0, "phase": "waiting for data"}, "stalled", "waiting for data for 5m"),
         # An evaluation or a save has a limit of its own.
-        ({"waiting_s": 300.0, "phase": "evaluating", "limit_s": 3600.0}, "running", "evaluating for 300"),
+        ({"waiting_s": 300.0, "phase": "evaluating", "limit_s": 3600.0}, "running", "evaluating for 5m"),
         ({"waiting_s": 3.0, "phase": "evaluating", "limit_s": 3600.0}, "running", ""),
         ({"waiting_s": 300.0, "phase": "evaluating", "limit_s": 60.0}, "stalled", "evaluating"),
         # No heartbeat either: the process stands still, or its node.
@@ -170,7 +170,7 @@ def test_a_run_that_stands_still_is_not_running(run_dir, changes, state, event):
     write_metrics(run_dir, [{"step": 1, "kind": "start", "total_steps": 100}, *steps(1, 40)])
     write_attempt(run_dir)
     now_s = time.time()
-    write_beat(run_dir, **{"host": "elsewhere", "unix_time_s": now_s} | changes)
+    write_beat(run_dir, **{"host": "elsewhere", "step": 40, "unix_time_s": now_s} | changes)
     found = describe(read_run(run_dir, [job(run_dir)]), now_s)
     assert found.state == state
     assert event in found.event

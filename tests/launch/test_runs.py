@@ -46,7 +46,7 @@ def test_a_running_job_tells_step_pace_and_time_to_go(run_dir):
     lines = table([found], None)
     assert lines[0].split() == ["RUN", "STATE", "SEEN", "JOB", "STEP", "IMAGES/S", "ETA", "RESTARTS", "LAST", "EVENT"]
     assert "41/100  16.0      30s  0         saved step_00000040" in lines[1]
-    assert table([found], 20) == [line[:20] for line in lines]
+    assert [len(line) for line in table([found], 20)] == [20, 20]
 
 
 @pytest.mark.parametrize(

@@ -126,12 +126,31 @@ def test_a_rate_is_of_steps_that_are_made_now(running, changes, seen_s, steps_on
 
 
 @pytest.mark.parametrize(
+    ("wrote_step", "now_s", "state", "told"),
+    [
+        (41, 15, "running", ""),
+        (40, 15, "running", "in EvaluationHook for 15s, after step 40"),
+        (41, 55, "running", ""),
+        (40, 75, "stalled", "no sign of rank 0 on elsewhere for 1m, after step 40"),
+        (41, 85, "stalled", "no sign of rank 0 on elsewhere for 1m, after step 41"),
+    ],
+)
+def test_a_step_that_was_written_since_counts_more_than_a_heartbeat(running, wrote_step, now_s, state, told):
+    write_attempt(running, started_unix_s=NOW - 5000)
+    write_metrics(running, [{"step": 1, "kind": "start", "total_steps": 100}, *steps(1, wrote_step)])
+    os.utime(running / "metrics.jsonl", (NOW + 10, NOW + 10))
+    write_beat(running, unix_time_s=NOW, step=40, phase="in EvaluationHook", limit_s=3600.0, host="elsewhere")
+    found = describe(read_run(running, [job(running, command="x")]), NOW + now_s)
+    assert (found.state, found.event) == (state, told)
+
+
+@pytest.mark.parametrize(
     ("wrote_s_ago", "began_s_ago", "state", "event"),
     [
         (20, 5000, "running", ""),
-        (900, 5000, "stalled", "no heartbeat, and no metrics for 900 s, after step 40"),
+        (900, 5000, "stalled", "no heartbeat, and no metrics for 15m, after step 40"),
         (900, 100, "running", "starting"),
-        (9000, 5000, "stalled", "no heartbeat and no metrics since it began, 5000 s ago"),
+        (9000, 5000, "stalled", "no heartbeat and no metrics since it began, 1h 23m ago"),
     ],
 )
 def test_a_job_without_heartbeats_is_judged_by_its_metrics(running, wrote_s_ago, began_s_ago, state, event):
@@ -146,10 +165,10 @@ def test_a_job_without_heartbeats_is_judged_by_its_metrics(running, wrote_s_ago,
 def test_a_request_that_is_old_says_so(running):
     write_attempt(running, started_unix_s=NOW - 5000)
     save_request(running, Request(action="stop", unix_time_s=NOW - 600, user="ann"))
-    write_beat(running, unix_time_s=NOW - 500, host="elsewhere")
+    write_beat(running, unix_time_s=NOW - 500, step=40, host="elsewhere")
     found = describe(read_run(running, [job(running, command="x")]), NOW)
     assert found.state == "stopping"
-    assert found.event.startswith("stop was asked for by ann 10m ago; no sign of rank 0 on elsewhere for 500 s")
+    assert found.event.startswith("stop was asked for by ann 10m ago; no sign of rank 0 on elsewhere for 8m")
 
 
 def test_the_last_event_is_found_however_far_it_lies_behind(running):
@@ -159,6 +178,39 @@ def test_the_last_event_is_found_however_far_it_lies_behind(running):
     assert row(running, [job(running, command="x")]).event == "saved step_00000001"
 
 
+def test_what_is_wrong_comes_before_what_happened_since(running):
+    write_attempt(running, started_unix_s=NOW - 5000)
+    write_beat(running, step=42, host="elsewhere")
+    warned = {"warnings": [{"step": 12, "text": "branch 1 learns nothing"}]}
+    event = {"step": 42, "kind": "event", "text": "saved step_00000042"}
+    write_metrics(running, [*steps(1, 40), steps(41, 41)[0] | warned, event])
+    found = row(running, [job(running, command="x")])
+    assert (found.state, found.event) == ("running", "saved step_00000042")
+    assert found.news == "step 12: branch 1 learns nothing; saved step_00000042"
+    narrow = frame([replace(found, run=Path("runs/a")), replace(ROW, run=Path("runs/b"))], "", 60, 24, 5.0)
+    assert narrow.plain.splitlines()[3].startswith("    step 12: branch 1 learns nothing; saved")
+    assert "bold yellow" in {str(span.style) for span in narrow.spans}
+    # It comes first where not all have room.
+    few = frame([replace(ROW, run=Path(f"runs/{n}")) for n in range(30)] + [found], "", 300, 10, 5.0).plain
+    assert "learns nothing" in few
+    # Of an earlier attempt nothing is known any more.
+    os.utime(running / "metrics.jsonl", (NOW - 6000, NOW - 6000))
+    assert row(running, [job(running, command="x")]).news == "starting, attempt 0"
+
+
 def test_a_run_at_rest_tells_for_how_long(tmp_path):
     write_status(tmp_path / "run", "done", 3, seconds_ago=7200)
     assert describe(read_run(tmp_path / "run", []), NOW).seen_s == pytest.approx(7200)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(150, 9), (120, 9), (60, 5), (48, 5)])
+def test_a_long_path_leaves_the_other_columns_their_room(width, heads):
+    paths = [Path("/data/somebody/runs") / name for name in ("h6b_1024_first", "h6b", "x" * 90)]
+    lines = frame([replace(ROW, run=path) for path in paths], "", width, 24, 5.0).plain.splitlines()
+    assert len(lines[1].replace("LAST EVENT", "LAST").split()) == heads
+    for path, line in zip(paths, lines[2:], strict=False):
+        run, *cells = line.split()
+        # The end tells runs apart.
+        assert str(path).endswith(run.removeprefix(".."))
+        assert {"running", "40/100", "30s"} <= set(cells)
+    assert max(map(len, lines)) <= width

@@ -109,7 +109,7 @@ class Job:
     def __init__(self, cluster: Cluster, config: Path, folder: Path) -> None:
         self.cluster, self.config, self.folder = cluster, config, folder
         self.run_dir = folder / "a run's directory"
-        self.hold = folder / "hold"
+        self.hold, self.pause = folder / "hold", folder / "pause"
         self.hold.touch()
         self.job_id, self.ranks_per_node = 0, 1
         self._witness: Witness | None = None

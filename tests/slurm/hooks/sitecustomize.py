@@ -1,4 +1,5 @@
-"""Put on the PYTHONPATH of tests' jobs: ranks wait at a step until a test has done its harm, and a node looks sick.
+"""Put on the PYTHONPATH of tests' jobs: ranks, or a supervisor between two attempts, wait until a test has done its
+harm, and a node looks sick.
 
 Nothing of the product knows of it.
 """
@@ -10,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-HOLD, HOLD_AT, SICK = (os.environ.get(f"PIIP_TEST_{name}") for name in ("HOLD", "HOLD_AT", "SICK"))
+HOLD, HOLD_AT, PAUSE, SICK = (os.environ.get(f"PIIP_TEST_{name}") for name in ("HOLD", "HOLD_AT", "PAUSE", "SICK"))
 
 
 def hold_trainer(module):
@@ -25,6 +26,18 @@ def hold_trainer(module):
     module.Trainer._train_step = held
 
 
+def hold_supervisor(module):
+    """No attempt after the first begins while a file is there."""
+    attempt = module.Supervisor._attempt_with_patience
+
+    def held(self):
+        while self._history.read() and Path(PAUSE).exists():
+            time.sleep(0.05)
+        return attempt(self)
+
+    module.Supervisor._attempt_with_patience = held
+
+
 def fill_disk(module):
     """A node without room on its local disk."""
     usage = module.shutil.disk_usage
@@ -34,6 +47,8 @@ def fill_disk(module):
 PATCHES = {}
 if HOLD:
     PATCHES["piip_scale.engine.trainer"] = hold_trainer
+if PAUSE:
+    PATCHES["piip_scale.launch.supervisor"] = hold_supervisor
 if SICK and os.environ.get("SLURMD_NODENAME") == SICK:
     PATCHES["piip_scale.launch.preflight"] = fill_disk
 
