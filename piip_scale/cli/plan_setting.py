@@ -38,6 +38,11 @@ class Setting:
     host_capacity: float | None
     sets: OpenedSets
 
+    @property
+    def host_of_rank(self) -> float:
+        """A rank's share of its host's memory; infinite where that is not known."""
+        return math.inf if self.host_capacity is None else self.host_capacity / self.ranks_per_node
+
     def cluster(self, precision: str, num_ranks: int | None = None) -> Cluster:
         """For a run in that precision, on other ranks where they are given."""
         from piip_scale.engine.planning.cluster import gpu_cluster

@@ -26,7 +26,7 @@ def _memory(planned: PlannedRun) -> list[str]:
         *memory_lines(memory),
         kept_blocks_line(without, planned.pace.recomputed_share),
         host_line(memory, setting.ranks_per_node, setting.host_capacity),
-        *change_lines(memory, planned.changes),
+        *change_lines(memory, planned.changes, setting.host_of_rank),
     ]
 
 

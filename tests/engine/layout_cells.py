@@ -23,6 +23,7 @@ from tiny_task import TinyTask, make_batch
 from piip_scale.checkpoint.averages import AVERAGE
 from piip_scale.engine.checkpointing import Checkpointer
 from piip_scale.engine.ema import build_average
+from piip_scale.engine.evaluation import evaluate
 from piip_scale.engine.optim import set_learning_rate
 from piip_scale.engine.resuming import find_checkpoint
 from piip_scale.engine.schedule import lr_factor
@@ -53,6 +54,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "all, 4 x 1": (1, {"stage": 3, "deepspeed": RELEASED}),
     "node, 2 x 2": (2, {"stage": 3, "deepspeed": RELEASED, "shard_over": "node"}),
     "node, 4 x 1": (1, {"stage": 3, "deepspeed": RELEASED, "shard_over": "node"}),
+    "1 rank, 2 x 2": (2, {"stage": 3, "deepspeed": RELEASED, "shard_over": 1}),
     "2 ranks, 4 x 1": (1, {"stage": 3, "deepspeed": RELEASED, "shard_over": 2}),
     "hpZ, 2 x 2": (2, {"stage": 3, "deepspeed": RELEASED, "node_partition": 2}),
     "ZeRO-2, 2 x 2": (2, {"stage": 2}),
@@ -79,6 +81,11 @@ class Cell:
     @property
     def ranks_per_node(self) -> int:
         return LAYOUTS[self.layout][0]
+
+    @property
+    def ranks_of_a_copy(self) -> int:
+        """Of state: those that do not share it are replicas."""
+        return shard_ranks(self.config().zero, RANKS, self.ranks_per_node)
 
     def config(self):
         # As test_equality.plain: layer decay, clipping, and each rank's loss a mean over equally many images.
@@ -111,6 +118,7 @@ class Run:
         trace: Of each call of a step the loss of all images, the gradient's norm, and whether it was applied.
         weights: As the model computes with them.
         averaged: Loss with the averages in place, of images that are the same on every rank.
+        evaluated: The metric of an evaluation with them, of images that ranks share.
         slices: A digest of this rank's masters, moments and averages.
         bytes_sent: In a step, inside the node and to other nodes, as counted.
         by_formula: The same of the whole world, by the formula.
@@ -122,6 +130,7 @@ class Run:
     trace: list[tuple[float, float, bool]]
     weights: dict[str, np.ndarray]
     averaged: float
+    evaluated: float
     slices: str
     bytes_sent: tuple[float, float] = (0.0, 0.0)
     by_formula: tuple[float, float] = (0.0, 0.0)
@@ -160,9 +169,13 @@ def train(world: World, cell: Cell, *, nan_at: int | None = None, save: Path | N
         if result.applied:
             average.update()
     assert first < STEPS
-    with average.in_place(), torch.no_grad():
-        averaged = total_loss(engine(make_batch(1000, 1))).item()
-    run = Run(trace, weights_of(engine), averaged, _digest(engine, average))
+    with average.in_place():
+        with torch.no_grad():
+            averaged = total_loss(engine(make_batch(1000, 1))).item()
+        evaluation = evaluate(engine, task, torch.device("cpu"), lambda: True)
+    assert evaluation is not None
+    evaluated = evaluation.metrics["mean_score"]
+    run = Run(trace, weights_of(engine), averaged, evaluated, _digest(engine, average))
     run.bytes_sent, run.calls = _sent(spy, world)
     run.order = [message.kind for message in spy.messages if message.num_bytes > SMALL]
     sizes = measure(engine.module, engine.module.parts())
@@ -217,12 +230,12 @@ def _sent(spy: CollectiveSpy, world: World) -> tuple[tuple[float, float], dict[s
 
 def assert_replicas_are_equal(runs: Sequence[Run], cell: Cell) -> None:
     """Bit for bit, of each slice."""
-    zero = LAYOUTS[cell.layout][1]
-    size = shard_ranks(cell.config().zero, RANKS, cell.ranks_per_node) if zero["stage"] == 3 else RANKS
+    size = cell.ranks_of_a_copy
     for rank in range(RANKS):
         assert runs[rank].slices == runs[rank % size].slices
         np.testing.assert_array_equal(runs[rank].trace, runs[0].trace)
         assert runs[rank].averaged == runs[0].averaged
+        assert runs[rank].evaluated == runs[0].evaluated
         for name, weight in runs[0].weights.items():
             np.testing.assert_array_equal(runs[rank].weights[name], weight)
 
@@ -238,12 +251,20 @@ def assert_sent_as_by_the_formula(runs: Sequence[Run], cell: Cell) -> None:
     assert counted(runs) == pytest.approx(runs[0].by_formula, rel=rel)
 
 
-def trained(world: World, _device, cells: Iterable[Cell], onward: Iterable[Cell], folder: Path):
-    """Every cell with a step that is skipped; and those that go on where the first was saved."""
+def trained(
+    world: World, _device, cells: Sequence[Cell], onward: Iterable[Cell], folder: Path, back: Iterable[Cell] = ()
+):
+    """Every cell with a step that is skipped; those that go on where the first was saved; the first where these were.
+
+    Returns:
+        The runs by cell, of the last ones by that in whose layout they began.
+    """
     # DeepSpeed collects garbage 20 times an engine, before reports of memory.
     with mock.patch("gc.collect"):
         found = {cell: train(world, cell, nan_at=SKIPPED_AT, save=folder / str(i)) for i, cell in enumerate(cells)}
-        return found, {cell: train(world, cell, go_on=folder / "0") for cell in onward}
+        gone_on = {cell: train(world, cell, go_on=folder / "0") for cell in onward}
+        gone_back = {cell: train(world, cells[0], go_on=folder / str(cells.index(cell))) for cell in back}
+        return found, gone_on, gone_back
 
 
 def row(runs: Sequence[Run], cell: Cell, expected: dict) -> str:
@@ -265,7 +286,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(RANKS, trained, EVERY, (), Path(folder), timeout_s=1500)
     for cell in EVERY:
-        print(row([found[cell] for found, _ in ranks], cell, plain(2, images=IMAGES)))
+        print(row([found[cell] for found, *_ in ranks], cell, plain(2, images=IMAGES)))
 
 
 if __name__ == "__main__":

@@ -101,12 +101,14 @@ def test_what_is_hardly_faster_is_named_and_not_urged():
 def test_what_does_not_fit_is_not_chosen():
     small = planner().within(0.0)
     assert Chooser(small, SLOW).fastest(run()) is None
-    assert "none of these fits" in fastest_line(Chooser(small, SLOW).asked(run()), None)
+    assert fastest_line(Chooser(small, SLOW).asked(run()), None) == "fastest: none of these fits"
     least = Chooser(small, SLOW).fastest_layout(run())
     layouts = [way for way in Chooser(small, SLOW).one_by_one(run()) if way.name.startswith("zero.")]
     assert least.memory.total == min(way.memory.total for way in [*layouts, least])
     # Saves write from copies in host memory; a host without any holds none of them.
-    assert Chooser(planner(), SLOW, host_capacity=1.0).fastest(run()) is None
+    without_host = Chooser(planner(), SLOW, host_capacity=1.0)
+    assert without_host.fastest(run()) is None
+    assert fastest_line(without_host.asked(run()), None).endswith("--set train.background_saves=False")
 
 
 def test_predicting_is_planning_with_memory_enough():

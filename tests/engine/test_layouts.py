@@ -22,7 +22,7 @@ from piip_scale.checkpoint.zero_reader import ZeroCheckpoint
 NODE = Cell("node, 2 x 2")
 IN_BF16 = Cell("node, 2 x 2", precision="bf16", reduce_dtype="bf16")
 BEGUN = (NODE, IN_BF16)
-ONWARD = (Cell("all, 2 x 2"), Cell("2 ranks, 4 x 1", accumulation=1))
+ONWARD = (Cell("all, 2 x 2"), Cell("1 rank, 2 x 2"), Cell("2 ranks, 4 x 1", accumulation=1))
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +43,30 @@ def assert_trained_as_alone(found, cell):
         np.testing.assert_allclose(trace, expected["trace"], rtol=0.05)
 
 
+def assert_skipped(found):
+    assert [applied for *_, applied in found.trace] == [True, True, True, False, True, True]
+
+
+def assert_saved_once(folder, cell):
+    """Each slice by one of its replicas."""
+    checkpoint = next(folder.glob("step_*"))
+    assert len(list(checkpoint.rglob("*optim_states*.pt"))) == cell.ranks_of_a_copy
+    assert len(list((checkpoint / "average").iterdir())) == cell.ranks_of_a_copy
+
+
 def assert_gone_on(onward, whole):
     assert len(onward.trace) == STEPS - SAVED_AT
     applied = [call for call in whole.trace if call[2]]
     np.testing.assert_allclose(onward.trace, applied[SAVED_AT:], rtol=1e-5)
     assert onward.averaged == pytest.approx(whole.averaged, rel=1e-6)
+    assert onward.evaluated == pytest.approx(whole.evaluated, rel=1e-5)
 
 
 @pytest.mark.parametrize("cell", BEGUN, ids=str)
 def test_a_layout_trains_as_torch_alone_and_its_replicas_are_equal(runs, cell):
     found = of_cell(runs[0], cell)
     assert_replicas_are_equal(found, cell)
-    assert [applied for *_, applied in found[0].trace] == [True, True, True, False, True, True]
+    assert_skipped(found[0])
     assert_trained_as_alone(found[0], cell)
 
 
@@ -101,12 +113,19 @@ def test_a_checkpoint_holds_each_slice_once_written_in_turns_by_the_replicas(run
 @pytest.mark.slow
 def test_every_layout_in_every_precision_trains_alike_sends_as_by_the_formula_and_goes_on(tmp_path):
     exact = [cell for cell in EVERY if cell.precision == "fp32"]
-    ranks = run_ranks(RANKS, trained, [NODE, *EVERY], exact, tmp_path, timeout_s=1500)
-    for cell in EVERY:
+    begun = [NODE, *(cell for cell in EVERY if cell != NODE)]
+    ranks = run_ranks(RANKS, trained, begun, exact, tmp_path, exact, timeout_s=1500)
+    whole = of_cell(ranks, NODE)[0]
+    for index, cell in enumerate(begun):
         found = of_cell(ranks, cell)
+        assert_skipped(found[0])
+        assert_saved_once(tmp_path / str(index), cell)
         assert_replicas_are_equal(found, cell)
         assert_sent_as_by_the_formula(found, cell)
         assert_trained_as_alone(found[0], cell)
         if cell in exact:
-            assert_gone_on(of_cell(ranks, cell, 1)[0], of_cell(ranks, NODE)[0])
+            assert found[0].averaged == pytest.approx(whole.averaged, rel=1e-5)
+            assert found[0].evaluated == pytest.approx(whole.evaluated, rel=1e-5)
+            assert_gone_on(of_cell(ranks, cell, 1)[0], whole)
+            assert_gone_on(of_cell(ranks, cell, 2)[0], found[0])
     assert [run.slices for run in of_cell(ranks, NODE, 1)] == [run.slices for run in of_cell(ranks, NODE)]

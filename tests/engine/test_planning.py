@@ -117,6 +117,10 @@ def test_knobs_come_in_order_each_after_those_before_until_it_fits():
     enough = large.within(changes[1].plan.total).changes(config, 2)
     assert [change.knob for change in enough] == knobs[:2]
     assert "fits" in change_lines(large.within(changes[1].plan.total).plan(config, 2), enough)[-1]
+    # The copies that saves write from need a host too.
+    *_, full_host, nothing = change_lines(large.within(changes[1].plan.total).plan(config, 2), enough, 1.0)
+    assert "fits, but a node's host memory is full" in full_host
+    assert "nothing here is enough" in nothing
 
 
 def test_more_gpus_are_told_as_another_way():
@@ -125,6 +129,8 @@ def test_more_gpus_are_told_as_another_way():
     checkpointed = alone.within(0.0).changes(config, 8)[0].plan.total
     changes = alone.within(checkpointed - 1).changes(config, 2)
     assert "16 GPUs instead of 2" in [change.knob for change in changes]
+    lines = change_lines(alone.within(0.0).plan(config, 2), changes)
+    assert sum(line.startswith("  or 16 GPUs instead of 2, without what follows: ") for line in lines) == 1
 
 
 def test_offloading_moves_bytes_off_the_gpu_and_loses_none():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from piip_scale.engine.planning.memory import GIB, MemoryPlan
 from piip_scale.engine.planning.planner import Change
 
 _MIB = 2**20
+_FITS = "fits"
 
 
 def memory_lines(plan: MemoryPlan) -> list[str]:
@@ -68,17 +70,32 @@ def kept_blocks_line(plan: MemoryPlan | None, saved_share: float) -> str:
     )
 
 
-def change_lines(plan: MemoryPlan, changes: Sequence[Change]) -> list[str]:
-    """What to change, in this order, where a plan does not fit."""
+def change_lines(plan: MemoryPlan, changes: Sequence[Change], host_of_rank: float = math.inf) -> list[str]:
+    """What to change, in this order, where a plan does not fit.
+
+    Args:
+        plan: The plan.
+        changes: What was found.
+        host_of_rank: A rank's share of its host's memory, in bytes.
+    """
     if plan.fits:
         return []
+    verdicts = [_verdict(change.plan, host_of_rank) for change in changes]
     lines = ["to make it fit, in this order:"]
-    for change in changes:
-        verdict = "fits" if change.plan.fits else "does not yet"
-        lines.append(f"  {change.knob}: {change.plan.total / GIB:.1f} GiB, {verdict}")
-    if not any(change.plan.fits for change in changes):
+    for change, verdict in zip(changes, verdicts, strict=True):
+        # More GPUs are another way: what follows is counted without them.
+        knob = f"or {change.knob}, without what follows" if " GPUs " in change.knob else change.knob
+        lines.append(f"  {knob}: {change.plan.total / GIB:.1f} GiB, {verdict}")
+    if _FITS not in verdicts:
         lines.append("  nothing here is enough: smaller images, a smaller network, or GPUs with more memory")
     return lines
+
+
+def _verdict(plan: MemoryPlan, host_of_rank: float) -> str:
+    if not plan.fits:
+        return "does not yet"
+    full = f"fits, but a node's host memory is full: {plan.host_memory / GIB:.1f} GiB for each of its ranks"
+    return _FITS if plan.host_memory <= host_of_rank else full
 
 
 def _cells(name: str, *others: str) -> str:

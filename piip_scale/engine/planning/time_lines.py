@@ -12,7 +12,7 @@ from piip_scale.engine.planning.step_time import StepTime
 
 _MILLI, _MICRO, _TERA = 1e-3, 1e-6, 1e12
 _HOUR_S, _DAY_H, _HOUR_MIN = 3600, 24, 60
-_NAME_WIDTH = 80
+_NAME_WIDTH = 84
 _SMALL_SHARE = 0.02
 _WORTH_A_CHANGE = 1.01
 
@@ -65,7 +65,8 @@ def choice_lines(asked: Choice, others: Sequence[Choice]) -> list[str]:
 def fastest_line(asked: Choice, best: Choice | None) -> str:
     """Which way is the fastest that fits, and why."""
     if best is None:
-        return "fastest: none of these fits"
+        only_host = "; without copies that saves write from: --set train.background_saves=False"
+        return f"fastest: none of these fits{only_host if asked.memory.fits else ''}"
     if not best.name or (best.time.seconds >= asked.time.seconds and asked.fits):
         return f"fastest that fits: as it is; {_wait(asked.time)} is what bounds it"
     if asked.fits and asked.time.seconds < _WORTH_A_CHANGE * best.time.seconds:
@@ -77,7 +78,7 @@ def fastest_line(asked: Choice, best: Choice | None) -> str:
 def schedule_line(time: StepTime, steps: int | None) -> str:
     """What a whole schedule takes, or what is needed to say so."""
     if steps is None:
-        return "how long the schedule takes follows from its epochs: --epoch-images N, the training set is not there"
+        return "the training set is not there: --epoch-images N says how long the schedule takes"
     if not steps:
         return "an epoch has fewer images than a step: no step is made"
     hours = steps * time.seconds / _HOUR_S
