@@ -25,6 +25,7 @@ from piip_scale.config.run import DataConfig
 from piip_scale.data.batch import Batch
 from piip_scale.data.order import evaluation_batches, random_of, whole_batches
 from piip_scale.data.reading.broken import BrokenSample, BrokenSamples
+from piip_scale.data.reading.parents_signals import held_back, leave_to_parent
 from piip_scale.data.reading.prefetch import Prefetcher
 from piip_scale.data.reading.raw import RawSample, UnreadableSample
 from piip_scale.data.reading.sample_set import SampleSet
@@ -279,7 +280,8 @@ def _named_worker_deaths(
 ) -> Iterator[_Made]:
     closing, leaving = ends
     try:
-        iterator = iter(loader)
+        with held_back(_PARENTS_SIGNALS):
+            iterator = iter(loader)
         on_start()
         # Last registered, first called: before torch waits seconds for workers that do not know of the end.
         atexit.unregister(_announce_end)
@@ -320,8 +322,7 @@ def _start_worker(ends: Sequence[Flag], parent_pid: int, _: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)
-    for number in _PARENTS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    leave_to_parent(_PARENTS_SIGNALS)
 
     def watch() -> None:
         while not any(end.value for end in ends) and os.getppid() == parent_pid:

@@ -229,6 +229,17 @@ def test_workers_go_on_when_the_job_is_signalled(started, name):
     assert not psutil.wait_procs(children, timeout=240)[1]
 
 
+def test_signals_that_come_while_workers_start_are_the_parents_too(packed, monkeypatch):
+    expected = len(list(loader(packed).batches(0)))
+
+    def set_threads(_):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("cv2.setNumThreads", set_threads)
+    assert len(list(loader(packed, workers=2).batches(0))) == expected
+
+
 def test_workers_of_a_killed_process_end(started):
     process, children = started()
     process.kill()

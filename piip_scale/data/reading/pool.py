@@ -12,12 +12,14 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from piip_scale.data.reading.parents_signals import held_back, leave_to_parent
 from piip_scale.errors import DataError
 from piip_scale.world import usable_cores
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
+_PARENTS_SIGNALS = (signal.SIGINT,)
 _WATCH_SECONDS = 0.5
 
 
@@ -46,7 +48,8 @@ def map_in_processes(
     # Forking spares a script its `if __name__` guard and every process the imports.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),)) as pool:
-        futures: dict[Future[_Result], _Item] = {pool.submit(function, item): item for item in items}
+        with held_back(_PARENTS_SIGNALS):
+            futures: dict[Future[_Result], _Item] = {pool.submit(function, item): item for item in items}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -63,7 +66,7 @@ def map_in_processes(
 
 def _start_worker(parent_pid: int) -> None:
     """Leaves Ctrl-C to the parent, and ends with it should it be killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_to_parent(_PARENTS_SIGNALS)
 
     def watch() -> None:
         while os.getppid() == parent_pid:
