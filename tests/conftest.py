@@ -2,7 +2,9 @@
 
 import gc
 import os
+import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 # What a machine or a shell sets for other programs, and tests would hear of: the width and colours of a terminal, whom
 # a job's ranks would join, what Slurm's commands are asked.
-_OF_OTHERS = ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "GITHUB_ACTIONS")
+_OF_OTHERS = ("TERM", "COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "GITHUB_ACTIONS")
 _OF_JOBS = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_", "MASTER_")
 for _name in {name for name in os.environ if name in _OF_OTHERS or name.startswith(_OF_JOBS)} - {"SLURM_CONF"}:
     del os.environ[_name]
@@ -42,6 +44,19 @@ LONG = ("engine", "cli", "tasks", "test_gpu_benchmark.py", "models", "data")
 def pytest_xdist_setupnodes():
     """Has the workers forked, so that what they import is imported once."""
     fork_workers()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Has a test find the same, whichever came before it in its process: which do, the clock decides."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "piip_scale.run.run_dir" in sys.modules:
+        # Kept from the first call on, which a test with a clock of its own may be.
+        sys.modules["piip_scale.run.run_dir"].process_start_unix_s()
 
 
 def pytest_collection_modifyitems(items):
