@@ -61,9 +61,9 @@ def test_every_world_sees_the_same_steps_and_goes_on_where_another_stopped(
             stop = 1 + turn % (len(expected) - 1)
             assert steps_of(draws(place, **world), 0, stop) == expected[:stop]
             assert steps_of(draws(place, **world), stop) == expected[stop:]
-            if remote:
-                nodes_shards = {path.name for node in range(nodes) for path in (tmp_path / f"{turn}.{node}").iterdir()}
-                assert not {name for name in nodes_shards if name.endswith(".part")}
+            # A worker that ends in the middle leaves its part to the next who makes room.
+            if remote and not workers:
+                assert not [*tmp_path.glob(f"{turn}.*/*.part")]
 
 
 STREAM = """
