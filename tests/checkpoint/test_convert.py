@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -345,8 +346,8 @@ def test_a_full_disk_is_one_line_and_no_file(tmp_path):
         "try: convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "except CheckpointError as error: print(error.line)"
     )
-    run = f"{sys.executable} -c '{code}' {tmp_path} {disk}/a.safetensors"
-    script = f"mount -t tmpfs -o size=200k none {disk} && {run}; ls -A {disk}"
+    run = shlex.join(map(str, (sys.executable, "-c", code, tmp_path, disk / "a.safetensors")))
+    script = f"mount -t tmpfs -o size=200k none {shlex.quote(str(disk))} && {run}; ls -A {shlex.quote(str(disk))}"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=240)
     fix = "free some space on that disk, then start again"
     assert done.stdout.splitlines() == [f"cannot write {disk}/a.safetensors: No space left on device; {fix}"]

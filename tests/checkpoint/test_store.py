@@ -2,6 +2,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -289,9 +290,10 @@ def test_a_disk_that_refuses(tmp_path, disk, remount, message):
     """A really full and a really read-only disk, in a mount namespace of its own."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("needs user namespaces to mount a small disk")
-    remount = remount if remount == "true" else f"{remount} {tmp_path}"
-    once = f"{sys.executable} {SAVER} once {tmp_path}"
-    script = f"mount -t tmpfs -o {disk} none {tmp_path} && {once} 1 && {remount}; {once} 2; echo $?; ls -A {tmp_path}"
+    python, saver, folder = (shlex.quote(str(path)) for path in (sys.executable, SAVER, tmp_path))
+    remount = remount if remount == "true" else f"{remount} {folder}"
+    once = f"{python} {saver} once {folder}"
+    script = f"mount -t tmpfs -o {disk} none {folder} && {once} 1 && {remount}; {once} 2; echo $?; ls -A {folder}"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=240)
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert re.search(message, done.stderr)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -333,7 +334,7 @@ def test_the_cache_removes_and_empties_only_what_it_made(tmp_path):
 
 def test_names_of_a_sets_files_reach_a_command_in_any_quotes(packed):
     for quoted in (f"{packed}/{{name}}", f"'{packed}/{{name}}'", f'"{packed}/{{name}}"'):
-        content = b"".join(PipeSource(f"pipe:cat {quoted}", 30.0).stream("manifest.json", 0, None, NEVER))
+        content = b"".join(PipeSource(f"pipe:cat {quoted}", 300.0).stream("manifest.json", 0, None, NEVER))
         assert content == (packed / "manifest.json").read_bytes()
 
 
@@ -356,7 +357,7 @@ def test_a_served_set_removes_no_file_of_the_users(packed, altered, tmp_path):
     for field in ("sha256", "index_sha256", "name"):
         for path in (str(victim), "../thesis.tex"):
             folder = altered({"shards": shard_with(packed, **{field: path})})
-            refused(lambda folder=folder: ShardSet.open(f"pipe:cat {folder}/{{name}}", cache=cache))
+            refused(lambda folder=folder: ShardSet.open(f"pipe:cat {shlex.quote(str(folder))}/{{name}}", cache=cache))
     assert victim.read_text() == "years of work"
     assert not list((tmp_path / "cache").glob("*.part"))
 
@@ -364,7 +365,7 @@ def test_a_served_set_removes_no_file_of_the_users(packed, altered, tmp_path):
 def test_sizes_of_exabytes_do_not_fit_into_the_cache(packed, altered, tmp_path):
     folder = altered({"shards": shard_with(packed, size_bytes=2**61)}, index={"shard_bytes": 2**61})
     cache = CacheConfig(folder=str(tmp_path / "cache"), retries=0)
-    shards = ShardSet.open(f"pipe:cat {folder}/{{name}}", cache=cache)
+    shards = ShardSet.open(f"pipe:cat {shlex.quote(str(folder))}/{{name}}", cache=cache)
     refused(lambda: shards.read(0), r"GiB does not fit into the cache.*limit_gib")
     assert np.array_equal(shards.image_ids, [0, 1, 2])
     assert not [path for path in Path(tmp_path / "cache").iterdir() if path.stat().st_size > 10**6]

@@ -223,7 +223,9 @@ def fake_slurm(folder, monkeypatch):
     folder.mkdir()
     for name in ("scancel", "scontrol", "sbatch"):
         path = folder / name
-        path.write_text(f'#!/bin/sh\necho "{name} $@" >> {folder}/calls\n[ {name} = sbatch ] && echo 77 || true\n')
+        path.write_text(
+            f'#!/bin/sh\necho "{name} $@" >> {str(folder / "calls")!r}\n[ {name} = sbatch ] && echo 77 || true\n'
+        )
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return lambda: (folder / "calls").read_text().splitlines()

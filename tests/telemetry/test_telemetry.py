@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -319,7 +320,8 @@ def test_a_full_disk_ends_in_one_line(tmp_path, full):
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("needs user namespaces to mount a small disk")
     (tmp_path / full).mkdir(parents=True, exist_ok=True)
-    script = f"mount -t tmpfs -o size=64k none {tmp_path / full} && {sys.executable} {WRITER} {tmp_path}/run 100000"
+    writing = shlex.join(map(str, (sys.executable, WRITER, tmp_path / "run", 100000)))
+    script = f"mount -t tmpfs -o size=64k none {shlex.quote(str(tmp_path / full))} && {writing}"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     told = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "a message"))]

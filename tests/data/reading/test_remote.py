@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -259,7 +260,7 @@ def test_a_download_that_was_killed_is_taken_over(packed, cache, expected):
 
 
 def test_pipes_stream_as_folders_do(packed, cache, expected):
-    assert same_stream(f"pipe:cat {packed}/{{name}}", cache, expected, workers=2)
+    assert same_stream(f"pipe:cat {shlex.quote(str(packed))}/{{name}}", cache, expected, workers=2)
     # Quoted, so that a name is a word to the shell and nothing else.
     assert same_stream(f"pipe:cat '{packed}'/$(basename {{name}})", cache | {"folder": f"{cache['folder']}2"}, expected)
 
@@ -381,7 +382,7 @@ def test_a_broken_sample_is_replaced_the_same_wherever_the_set_lies(tmp_path, ca
     keys = {"max_broken_share": 0.1, "num_ranks": 2, "micro_batch_size": 3, "workers": workers, "cache": cache}
     found = []
     with FaultyServer(folder) as server, caplog.at_level(logging.WARNING, logger="piip_scale"):
-        for place in (folder, server.url, f"pipe:cat {folder}/{{name}}"):
+        for place in (folder, server.url, f"pipe:cat {shlex.quote(str(folder))}/{{name}}"):
             caplog.clear()
             ranks = [loader(place, rank=rank, **keys) for rank in range(2)]
             found.append([[content(batch) for batch in rank.batches(e)] for e in range(3) for rank in ranks])
