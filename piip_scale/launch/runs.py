@@ -102,6 +102,7 @@ class Row:
         event: What happened last, in one line.
         seen_s: How long ago the last sign came that the state rests on, as ``sign_age_s`` has it.
         warnings: What was wrong with it at the last step of its present attempt, or its last one.
+        stands_still: Nothing goes on in it that should, ``stopping`` or ``stalled``.
     """
 
     run: Path
@@ -115,16 +116,17 @@ class Row:
     event: str
     seen_s: float | None = None
     warnings: tuple[Warned, ...] = ()
+    stands_still: bool = False
 
     @property
     def needs_a_look(self) -> bool:
-        """It runs, but not as it should."""
-        return self.state == "running" and bool(self.warnings)
+        """Its state is as it should be, but it is not."""
+        return bool(self.warnings) if self.state == "running" else self.state == "stopping" and self.stands_still
 
     @property
     def news(self) -> str:
         """What a list says of it: what is wrong with it comes before what happened since."""
-        told = [warned.line for warned in self.warnings] if self.needs_a_look else []
+        told = [warned.line for warned in self.warnings] if self.state == "running" else []
         return "; ".join(filter(None, (*told, self.event)))
 
 
@@ -292,6 +294,7 @@ def describe(run: Run, now_unix_s: float | None = None) -> Row:
         event=event_of(run, state, now_s),
         seen_s=sign_age_s(run, state, now_s),
         warnings=run.pace.warnings if run.is_stepping else (),
+        stands_still=state in ("stalled", "stopping") and bool(standstill(run, now_s)),
     )
 
 

@@ -169,6 +169,12 @@ def test_a_request_that_is_old_says_so(running):
     found = describe(read_run(running, [job(running, command="x")]), NOW)
     assert found.state == "stopping"
     assert found.event.startswith("stop was asked for by ann 10m ago; no sign of rank 0 on elsewhere for 8m")
+    # It has stood still ever since, which a narrow terminal says below.
+    narrow = frame([replace(found, run=Path("runs/a"))], "", 100, 24, 5.0).plain
+    assert narrow.splitlines()[3] == f"    {found.event}"
+    write_beat(running, step=40, unix_time_s=NOW, host="elsewhere")
+    found = describe(read_run(running, [job(running, command="x")]), NOW)
+    assert (found.state, found.stands_still) == ("stopping", False)
 
 
 def test_the_last_event_is_found_however_far_it_lies_behind(running):
