@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from piip_scale.launch.run_metrics import parse_line
 from piip_scale.pages.trace import Trace
 from piip_scale.run.run_dir import RunDirectory
 
@@ -61,10 +60,7 @@ def read_curves(run_dir: Path) -> RunCurves:
 def _lines(path: Path, counts: RunCurves) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for raw in file:
-            line: object = None
-            with suppress(ValueError, RecursionError):
-                line = json.loads(raw)
-            if isinstance(line, dict) and type(line.get("step")) is int:
+            if (line := parse_line(raw)) is not None:
                 yield line
             else:
                 counts.bad_lines += 1
@@ -83,9 +79,10 @@ def _take(found: RunCurves, line: dict[str, Any]) -> None:
         found.last_evaluation = line
     for tag, value in line.items():
         number = _NOT_FINITE.get(value) if isinstance(value, str) else value
+        if not isinstance(number, float | int) or isinstance(number, bool) or tag in ("step", "total_steps"):
+            continue
         # COCO's -1 stands for no objects, and is no score.
-        is_score = kind != "evaluation" or number != -1
-        if isinstance(number, float | int) and is_score and tag not in ("step", "total_steps"):
+        if kind != "evaluation" or number != -1:
             found.traces[tag].add(step, number)
 
 

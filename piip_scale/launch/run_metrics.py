@@ -17,6 +17,10 @@ from piip_scale.run.warned import Warned, warnings_of
 METRICS_FILE = "metrics.jsonl"
 _TAIL_BYTES = 1 << 16
 _STEPS_AVERAGED = 20
+# No clock shows a later end; what a file says that would take so long is no measurement.
+_LONGEST_S = 1e10
+# Whole numbers that no float holds end arithmetic.
+_MOST_DIGITS = 15
 _START, _CHECKPOINT, _EVENT = b'"kind": "start"', b'"kind": "checkpoint"', b'"kind": "event"'
 _WRITE = "checkpoint/write_seconds"
 _SAVES_READ, _SAVES_WITHIN_BYTES = 10, 1 << 26
@@ -48,7 +52,8 @@ class Pace:
         """Seconds from a step to the end at this pace; ``None`` where it is not known."""
         if self.total_steps is None or self.seconds_per_step is None:
             return None
-        return max(self.total_steps - step, 0) * self.seconds_per_step
+        eta_s = max(self.total_steps - step, 0) * self.seconds_per_step
+        return eta_s if eta_s < _LONGEST_S else None
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ def _saves(content: mmap.mmap) -> Iterator[dict[str, Any]]:
 def _number(line: dict[str, Any], key: str) -> float:
     value = line.get(key)
     # json reads NaN and Infinity, which somebody else may have written.
-    return float(value) if isinstance(value, float | int) and math.isfinite(value) else 0.0
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        return 0.0
+    return float(value) if math.isfinite(value) else 0.0
 
 
 def read_pace(run_dir: Path) -> Pace:
@@ -111,12 +118,12 @@ def read_pace(run_dir: Path) -> Pace:
 def _pace(content: mmap.mmap) -> Pace:
     lines = list(_lines(content[max(len(content) - _TAIL_BYTES, 0) :]))
     steps = [line for line in lines if line.get("kind") == "step"][-_STEPS_AVERAGED:]
-    times = [time for line in steps if isinstance(time := line.get("time/step_ms"), float | int)]
-    rate = steps[-1].get("throughput/images_per_second") if steps else None
+    times = [ms for line in steps if (ms := _number(line, "time/step_ms"))]
+    rate = _number(steps[-1], "throughput/images_per_second") if steps else 0.0
     return Pace(
         step=int(steps[-1]["step"]) if steps else 0,
         total_steps=_total_steps(content),
-        images_per_second=float(rate) if isinstance(rate, float | int) else None,
+        images_per_second=rate or None,
         seconds_per_step=sum(times) / len(times) / 1e3 if times else None,
         # It may stand far before the end: between two saves there are thousands of steps.
         event=str(_last(content, _EVENT).get("text", "")),
@@ -139,8 +146,17 @@ def _last(content: mmap.mmap, kind: bytes) -> dict[str, Any]:
 
 def _lines(text: bytes) -> Iterator[dict[str, Any]]:
     """The JSON objects in it; the first and the last line may be cut."""
-    for line in text.splitlines():
-        with suppress(ValueError, RecursionError):
-            content = json.loads(line)
-            if isinstance(content, dict) and isinstance(content.get("step"), int):
-                yield content
+    yield from filter(None, map(parse_line, text.splitlines()))
+
+
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """A line of a run's metrics; ``None`` where it is none, as one that is half written."""
+    with suppress(ValueError, RecursionError):
+        line = json.loads(raw, parse_int=_whole)
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            return line
+    return None
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)

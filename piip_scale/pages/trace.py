@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 MOST_SPANS = 240
 """More of them cannot be told apart in a chart."""
+# Sums and squares of such values are infinite.
+_TOO_LARGE = 1e100
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Trace:
     def add(self, x: float, value: float) -> None:
         """One more point; a value that is not finite leaves a gap."""
         self.last = value
-        if not math.isfinite(value):
+        if not abs(value) < _TOO_LARGE:
             self.num_gaps += 1
             self._has_gap = True
             if len(self.gaps) < MOST_SPANS:

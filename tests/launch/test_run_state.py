@@ -27,6 +27,7 @@ from piip_scale.errors import RunError, SlurmError
 from piip_scale.launch import control
 from piip_scale.launch import queue as slurm_queue
 from piip_scale.launch.control import requeue_run, stop_run
+from piip_scale.launch.report import read_reported, report_page
 from piip_scale.launch.run_state import state_of
 from piip_scale.launch.runs import describe, find_runs, read_run, refuse_active
 from piip_scale.launch.spec import JobFiles, Request, load_request, save_request
@@ -284,6 +285,25 @@ def test_a_job_that_is_ending_is_in_nobodys_way_unless_it_returns(run_dir, monke
     else:
         refuse_active([run_dir], run_dir / "job/train.sbatch", queue)
         assert "as job 77" in requeue_run(read_run(run_dir, queue))
+
+
+ODD_NUMBERS = ["NaN", "Infinity", "-Infinity", "1e300", "1e12", "9" * 400, "true", '"x"', "[]", "null"]
+
+
+@pytest.mark.parametrize("odd", ODD_NUMBERS)
+def test_what_is_no_measurement_gives_no_time_to_go(run_dir, odd):
+    write_status(run_dir, "running", 1)
+    write_attempt(run_dir)
+    write_beat(run_dir, host="elsewhere", step=2)
+    start = '{"step": 1, "kind": "start", "total_steps": 1000000}'
+    names = ("time/step_ms", "time/data_wait_ms", "loss/total", "run/goodput", "ranks/slowest_own_ms", "eval/box_ap")
+    values = ", ".join(f'"{name}": {odd}' for name in ("throughput/images_per_second", *names))
+    lines = [f'{{"step": 2, "kind": "{kind}", {values}}}' for kind in ("step", "evaluation")]
+    (run_dir / "metrics.jsonl").write_text("\n".join([start, *lines, f'{{"step": {odd}, "kind": "step"}}']))
+    found = row(run_dir, [job(run_dir)])
+    assert (found.state, found.eta_s) == ("running", None)
+    assert command.table([found], 100)
+    assert report_page([read_reported(found)])
 
 
 DEEP = "[" * 100_000
