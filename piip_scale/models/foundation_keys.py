@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from piip_scale.config.branches import BranchConfig, ConvNextBranchConfig, VitBranchConfig
-from piip_scale.errors import ModelError
 from piip_scale.models.joined import Joined, Value
 from piip_scale.models.official_keys import Renames, rename
 
@@ -175,6 +174,8 @@ _UNUSED = re.compile(
     r"|^patch_generator\.|rope|freqs_cis|\.bias_mask$|^layer_norm\."
 )
 """Heads, pretraining's own parts, and tables that follow from the numbers."""
+KEY_BIAS = "key_bias"
+"""Behind an attention's name: a bias for keys where a branch has none."""
 _COLOURS = 3
 _LINEAR = 2
 """Axes of a projection's weight where patches are not a convolution's."""
@@ -190,9 +191,7 @@ def foundation_names(tensors: Mapping[str, Tensor], config: BranchConfig) -> dic
     Returns:
         ``None`` where the file is none of theirs; else tensors, the projections of queries, keys and values joined.
         Positions still have the slots of tokens before the cells, which are already in those tokens.
-
-    Raises:
-        ModelError: Keys have a bias that the branch has none of and that is not zero.
+        So has a bias for keys that the branch has none of, unless it is zero.
     """
     inside = _unwrapped(tensors)
     form = next((form for form in _FORMATS if any(re.search(form.sign, name) for name in inside)), None)
@@ -256,9 +255,7 @@ def _join_projections(named: dict[str, Value], prefix: str, config: VitBranchCon
         return
     # DINOv3 masks its bias for keys: what its file has there was never used.
     if f"{prefix}qkv.bias_mask" not in named and bool(key.any()):
-        raise ModelError(
-            "pretrained weights have a bias for keys", value=f"{prefix}qkv.bias", fix="set key_bias=True on the branch"
-        )
+        named[f"{prefix}{KEY_BIAS}"] = key
     named |= {f"{prefix}qv_bias.query": query, f"{prefix}qv_bias.value": value}
 
 

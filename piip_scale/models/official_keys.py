@@ -19,7 +19,17 @@ from piip_scale.models.trunk import Trunk
 from piip_scale.models.vit import relative_positions
 
 _LOG = get_logger(__name__)
-_WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "module", "model", "weights")
+_WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "teacher",
+    "state_dict",
+    "module",
+    "model",
+    "weights",
+)
 """What training codes call a network in a checkpoint; averages before what they are averages of, as timm takes them."""
 
 Renames = tuple[tuple[str, str], ...]

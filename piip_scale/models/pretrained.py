@@ -26,7 +26,8 @@ from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 from piip_scale.geometry import depth_of
 from piip_scale.logging import get_logger
-from piip_scale.models.foundation_keys import foundation_names
+from piip_scale.models.backbone_in import backbone_in, not_floats, require_values
+from piip_scale.models.foundation_keys import KEY_BIAS, foundation_names
 from piip_scale.models.joined import Value, Weights
 from piip_scale.models.misfits import describe_misfits
 from piip_scale.models.official_keys import official_branch_name, official_kind, unwrap
@@ -45,6 +46,7 @@ _NOT_OF_A_BRANCH = re.compile(
 _MAY_BE_ABSENT = re.compile(r"\.ls\d\.gamma$|^class_token\.|\.qv_bias\.|\.lora\.|\.weight_scale$")
 """Scales that this pretraining had none of start at the config's value, biases and additions to a branch at zero;
 scales of weights that are stored in 8 bits follow from these."""
+_LAYER_SCALE = re.compile(r"\.ls\d\.gamma$")
 _SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\.(safetensors|bin|pth|pt)")
 """What an index may name: from wherever the folder came, never a way out of it."""
 _RECORDS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
@@ -105,7 +107,7 @@ def branch_weights(branch: nn.Module, config: BranchConfig, path: Path) -> Weigh
         ModelError: The file is absent or not readable, or does not fit the branch.
     """
     _require_files(path, config.released_as)
-    weights = _read_jax(path, config) if path.suffix == ".npz" else read_weights(path)
+    weights = _read_jax(path, config) if path.suffix == ".npz" else backbone_in(read_weights(path))
     fitted = fit_weights(weights, branch.state_dict(), config, path.name)
     fresh = sorted(set(branch.state_dict()) - set(fitted))
     if fresh:
@@ -137,7 +139,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors = unwrap(content)
     if not tensors:
         keys = ", ".join(map(str, list(content)[:_KEYS_SHOWN])) or "nothing"
-        raise ModelError("pretrained weights: no tensors in the file", value=str(path), rule=f"it holds {keys}")
+        raise ModelError(
+            "pretrained weights: no tensors in the file",
+            value=str(path),
+            rule=f"it holds {keys}",
+            fix="save the network's state dict alone",
+        )
+    require_values(tensors, path.name)
     return tensors
 
 
@@ -188,14 +196,18 @@ def fit_weights(
     """
     found = foundation_names(weights, config)
     left: dict[str, Value] = _common_names(weights, config) if found is None else found
-    misfits: dict[str, dict[str, str]] = {"missing": {}, "unexpected": {}, "of another shape": {}}
+    kinds = ("missing", "unexpected", "of another shape", "not of floats")
+    misfits: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
     fitted: dict[str, Value] = {}
     for name, parameter in wanted.items():
         key = name if found is not None else official_branch_name(name, config, official_kind(config))
         value = left.pop(key, None)
         if value is None:
-            if not _MAY_BE_ABSENT.search(name):
+            if not _may_be_absent(name, config):
                 misfits["missing"][key] = key
+            continue
+        if kind := not_floats(value):
+            misfits["not of floats"][key] = f"{key} {kind}"
             continue
         tensor = _resize(name, value, config) if isinstance(value, Tensor) else value
         if tensor.shape.numel() != parameter.numel():
@@ -205,12 +217,30 @@ def fit_weights(
         fitted[name] = tensor
     misfits["unexpected"] = {key: key for key in left if not _NOT_OF_A_BRANCH.search(key)}
     if any(misfits.values()):
-        raise ModelError(
-            f"pretrained weights {where} do not fit their branch: {describe_misfits(misfits)}",
-            rule=f"its numbers are those of {config.released_as}" if config.released_as else "",
-            fix="name the file of that model, or take the preset of this file's" if config.released_as else "",
-        )
+        raise _misfit(misfits, config, where)
     return Weights(fitted)
+
+
+def _misfit(misfits: Mapping[str, Mapping[str, str]], config: BranchConfig, where: str) -> ModelError:
+    fixes = []
+    if config.released_as:
+        fixes.append("name the file of that model, or take the preset of this file's")
+    if any(key.endswith(KEY_BIAS) for key in misfits["unexpected"]):
+        fixes.append("key_bias=True on the branch has a bias for keys")
+    if misfits["not of floats"]:
+        fixes.append("name the file that was not quantised")
+    return ModelError(
+        f"pretrained weights {where} do not fit their branch: {describe_misfits(misfits)}",
+        rule=f"its numbers are those of {config.released_as}" if config.released_as else "",
+        fix="; ".join(fixes),
+    )
+
+
+def _may_be_absent(name: str, config: BranchConfig) -> bool:
+    if config.released_as is not None and config.layer_scale_init != 1 and _LAYER_SCALE.search(name):
+        # Its pretraining had them: without, the file is another model's, and fresh ones would shrink what that learnt.
+        return False
+    return _MAY_BE_ABSENT.search(name) is not None
 
 
 def _common_names(weights: Mapping[str, Tensor], config: BranchConfig) -> dict[str, Value]:

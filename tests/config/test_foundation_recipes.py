@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from released import ROOT
+from sections.foundation_plans import rows
 
 from piip_scale.config import load_config
 from piip_scale.data.reading.opened import OpenedSets
@@ -61,6 +62,20 @@ def test_what_is_made_for_one_gpu_plans_to_fit_it(name, gpu_gib, most_gib):
     plan = Planner(outline, gpu_gib * GIB).plan(config, 1)
     assert plan.fits
     assert plan.total < most_gib * GIB
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask_rcnn_dinov3_7b_frozen_ct_1024_512",
+        "upernet_radio_b_ct_512_256",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS),
+    ],
+)
+def test_the_recorded_plans_are_those_of_today(name):
+    """Else ``python benchmarks/foundation.py --record``."""
+    recorded = (ROOT / "docs" / "foundation.md").read_text().splitlines()
+    assert f"| {' | '.join(rows([CONFIGS[name]])[0])} |" in recorded
 
 
 def test_coco_starts_from_objects365_but_for_the_layers_of_the_classes():

@@ -149,6 +149,7 @@ def test_originals_of_sam_and_radio_are_those_of_transformers(tmp_path, case, wr
             "args": Namespace(teachers=[{"name": 1}]),
         },
         lambda weights, other: {"model": {"module": {f"module.{name}": value for name, value in weights.items()}}},
+        lambda weights, other: {"model": other, "ema": {"module": weights, "updates": 7}},
         lambda weights, other: {"weights": {f"visual.{name}": value for name, value in weights.items()}},
     ],
 )
@@ -161,6 +162,81 @@ def test_networks_inside_checkpoints_are_found_averages_first(tmp_path, nested):
         branch = Vit(our_config("dinov3_s"))
         found.append(branch_weights(branch, branch.config, tmp_path / f"{name}.pth"))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "before", ["model.", "_orig_mod.", "module._orig_mod.", "_forward_module.", "model.backbone.", "teacher.backbone."]
+)
+def test_what_wrappers_put_before_all_names_is_taken_off(tmp_path, before, suffix):
+    weights = {name: value.contiguous() for name, value in CASES["dinov3_s"]((GRID, GRID)).state_dict().items()}
+    wrapped = {before + name: value for name, value in weights.items()}
+    if "backbone" in before:
+        outer = before.replace("backbone.", "").replace("teacher", "student")
+        wrapped[f"{outer}head.weight"] = torch.zeros(2)
+    found = []
+    for content in (weights, wrapped):
+        (torch.save if suffix == ".pth" else save_file)(content, tmp_path / f"w{suffix}")
+        branch = Vit(our_config("dinov3_s"))
+        loaded = branch_weights(branch, branch.config, tmp_path / f"w{suffix}")
+        found.append({name: value.clone() for name, value in loaded.items()})
+    assert found[0].keys() == found[1].keys() == branch.state_dict().keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("before", ["", "module."])
+def test_shards_are_unwrapped_together(tmp_path, before):
+    weights = CASES["dinov3_b of transformers"]((GRID, GRID)).state_dict()
+    names = sorted(weights)
+    index = {before + name: f"w-{int('layer.0' in name)}.safetensors" for name in names}
+    for shard in set(index.values()):
+        save_file(
+            {name: weights[name.removeprefix(before)] for name in index if index[name] == shard}, tmp_path / shard
+        )
+    (tmp_path / "w.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    branch = Vit(our_config("dinov3_b of transformers"))
+    assert branch_weights(branch, branch.config, tmp_path).keys() == branch.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda tensor: tensor.to(torch.int8),
+            r"49 not of floats \(.*torch.int8.*name the file that was not quantised",
+        ),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), r"49 not of floats \(.*torch.float8_e4m3fn"),
+        (lambda tensor: tensor.to(torch.complex64), r"49 not of floats \(.*torch.complex64"),
+        (lambda tensor: tensor.to_sparse(), "is no plain tensor: got 'torch.sparse_coo'"),
+        (lambda tensor: tensor.to("meta"), "is no plain tensor: got 'one without values'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_tensors_that_are_no_floats_are_refused(tmp_path, change, said):
+    weights = CASES["dinov3_s"]((GRID, GRID)).state_dict()
+    torch.save({name: change(value) for name, value in weights.items()}, tmp_path / "w.pth")
+    config = our_config("dinov3_s")
+    with pytest.raises(ModelError, match=said):
+        branch_weights(Vit(config), config, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_taken_as_they_are(tmp_path, dtype):
+    weights = {name: value.to(dtype) for name, value in CASES["dinov3_s"]((GRID, GRID)).state_dict().items()}
+    torch.save(weights, tmp_path / "w.pth")
+    branch = Vit(our_config("dinov3_s"))
+    found = branch_weights(branch, branch.config, tmp_path / "w.pth")
+    assert {value.dtype for value in found.values()} == {dtype}
+
+
+def test_another_familys_file_of_the_same_shapes_is_refused(tmp_path):
+    # SigLIP L has all of InternViT-300M but for its layer scales, which would start at 0.1.
+    torch.save(randomise(CASES["siglip2_b of transformers"]((GRID, GRID))).state_dict(), tmp_path / "siglip.pth")
+    config = our_config("internvit_300m_v2_5")
+    with pytest.raises(ModelError, match=r"6 missing \(blocks.0.ls1.gamma.*OpenGVLab/InternViT-300M"):
+        branch_weights(Vit(config), config, tmp_path / "siglip.pth")
+    config = config.model_copy(update={"layer_scale_init": 1.0})
+    assert branch_weights(Vit(config), config, tmp_path / "siglip.pth")
 
 
 def test_radios_own_name_of_a_layer_scale_is_known(tmp_path):
@@ -233,7 +309,7 @@ def test_a_bias_for_keys_is_never_left_out_in_silence(tmp_path):
     weights = randomise(CASES["sam3"]((GRID, GRID))).state_dict()
     torch.save(weights, tmp_path / "sam.pth")
     config = our_config("sam3").model_copy(update={"key_bias": False})
-    with pytest.raises(ModelError, match=r"bias for keys.*key_bias=True"):
+    with pytest.raises(ModelError, match=r"blocks.0.attn.key_bias.*facebook/sam3.*key_bias=True on the branch"):
         branch_weights(Vit(config), config, tmp_path / "sam.pth")
 
 
