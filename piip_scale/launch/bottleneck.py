@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from piip_scale.launch.run_metrics import longest_step
+
 _STEP, _WAIT, _MFU = "time/step_ms", "time/data_wait_ms", "throughput/mfu"
 _MESSAGES = "time/communication_ms"
 _SLOW_MS, _FAST_MS, _SLOW, _SLOW_NODE = (
@@ -41,7 +43,7 @@ def what_limits(steps: Iterable[Mapping[str, Any]]) -> Limit:
     Args:
         steps: The last lines of steps in its metrics; what one of them lacks is not spoken of.
     """
-    lines = list(steps)
+    lines = _without_standstills(list(steps))
     step_ms = _mean(lines, _STEP)
     if not step_ms:
         return Limit(["Not known: no step has written its time yet."])
@@ -51,6 +53,12 @@ def what_limits(steps: Iterable[Mapping[str, Any]]) -> Limit:
     verdict = _verdict(wait, shares) if wait >= _MUCH else _of_ranks(lines, still) or _verdict(wait, shares)
     sentences = [verdict, _step_sentence(step_ms, still), *_utilisation(lines)]
     return Limit(sentences, {"waiting for data": wait} | shares)
+
+
+def _without_standstills(lines: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    times = [_mean([line], _STEP) for line in lines]
+    most_ms = longest_step([ms for ms in times if ms])
+    return [line for line, ms in zip(lines, times, strict=True) if ms <= most_ms]
 
 
 def _of_ranks(lines: list[Mapping[str, Any]], still: float) -> str:

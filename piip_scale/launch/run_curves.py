@@ -12,7 +12,8 @@ from piip_scale.launch.run_metrics import parse_line
 from piip_scale.pages.trace import Trace
 from piip_scale.run.run_dir import RunDirectory
 
-_STEPS_KEPT = 50
+# As many as a warning outlives its cause: what limits a step and what is wrong with it are to agree.
+_STEPS_KEPT = 20
 _EVENTS_KEPT = 100
 # As the files hold values that are no JSON.
 _NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}

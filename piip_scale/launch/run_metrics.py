@@ -6,10 +6,11 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from piip_scale.run.warned import Warned, warnings_of
@@ -17,6 +18,8 @@ from piip_scale.run.warned import Warned, warnings_of
 METRICS_FILE = "metrics.jsonl"
 _TAIL_BYTES = 1 << 16
 _STEPS_AVERAGED = 20
+# So many times the usual step is no longer a slow one.
+_STILL = 10
 # No clock shows a later end; what a file says that would take so long is no measurement.
 _LONGEST_S = 1e10
 # Whole numbers that no float holds end arithmetic.
@@ -34,7 +37,7 @@ class Pace:
         step: Last optimiser step that was written.
         total_steps: Of the whole run; ``None`` before its first step.
         images_per_second: Over the steps since the line before.
-        seconds_per_step: Mean of the last steps written, saves and evaluations left out.
+        seconds_per_step: Mean of the last steps written, saves, evaluations and steps that stood still left out.
         event: Its last event, in one line.
         unix_time_s: When the last of it was written.
         warnings: What was wrong with it at its last step.
@@ -118,7 +121,8 @@ def read_pace(run_dir: Path) -> Pace:
 def _pace(content: mmap.mmap) -> Pace:
     lines = list(_lines(content[max(len(content) - _TAIL_BYTES, 0) :]))
     steps = [line for line in lines if line.get("kind") == "step"][-_STEPS_AVERAGED:]
-    times = [ms for line in steps if (ms := _number(line, "time/step_ms"))]
+    written = [ms for line in steps if (ms := _number(line, "time/step_ms"))]
+    times = [ms for ms in written if ms <= longest_step(written)]
     rate = _number(steps[-1], "throughput/images_per_second") if steps else 0.0
     return Pace(
         step=int(steps[-1]["step"]) if steps else 0,
@@ -129,6 +133,14 @@ def _pace(content: mmap.mmap) -> Pace:
         event=str(_last(content, _EVENT).get("text", "")),
         warnings=warnings_of(steps[-1]) if steps else (),
     )
+
+
+def longest_step(times: Collection[float]) -> float:
+    """How long a step may take by the others, beyond which it stood still: a stopped process, a disk that was gone.
+
+    In a mean, one such step would hide all others.
+    """
+    return _STILL * median(times) if times else 0.0
 
 
 def _total_steps(content: mmap.mmap) -> int | None:

@@ -219,6 +219,21 @@ def test_what_limits_a_step_is_said_by_its_parts(line, verdict):
     assert what_limits([line]).sentences[0].startswith(verdict)
 
 
+def test_a_step_that_stood_still_says_nothing_of_the_others():
+    usual, still = {"time/step_ms": 100.0, "time/data_wait_ms": 40.0}, {"time/step_ms": 80_000.0}
+    still["time/communication_ms"] = 79_000.0
+    assert what_limits([usual] * 10 + [still]).sentences == what_limits([usual] * 10).sentences
+    # Where each stands still that is what there is to say.
+    assert what_limits([still] * 10).sentences[0].startswith("Communication: for 99%")
+
+
+def test_what_limits_a_run_is_what_limits_it_now(tmp_path):
+    waits = {"time/data_wait_ms": 400.0}
+    make_run(tmp_path / "run", lines=[step_line(step, **waits if step < 80 else {}) for step in range(42, 100)])
+    report(tmp_path / "run", "--out", tmp_path / "page.html")
+    assert "Computing: loaders keep up, 4% of a step waits" in (tmp_path / "page.html").read_text()
+
+
 def test_a_steps_parts_come_in_the_order_in_which_they_are_done():
     line = {"time/step_ms": 100.0, "time/update_ms": 5.0, "time/backward_ms": 60.0, "time/forward_ms": 25.0}
     found = what_limits([line | {"time/data_wait_ms": 10.0}])

@@ -162,6 +162,13 @@ def test_a_job_without_heartbeats_is_judged_by_its_metrics(running, wrote_s_ago,
     assert found.seen_s == pytest.approx(min(wrote_s_ago, began_s_ago))
 
 
+def test_a_step_that_stood_still_is_no_part_of_the_time_to_go(running):
+    write_attempt(running, started_unix_s=NOW - 5000)
+    start = {"step": 1, "kind": "start", "total_steps": 100}
+    write_metrics(running, [start, *steps(1, 38), *steps(39, 39, step_ms=80_000.0), *steps(40, 40)])
+    assert row(running, [job(running, command="x")]).eta_s == pytest.approx(60 * 0.5)
+
+
 def test_a_request_that_is_old_says_so(running):
     write_attempt(running, started_unix_s=NOW - 5000)
     save_request(running, Request(action="stop", unix_time_s=NOW - 600, user="ann"))
