@@ -85,12 +85,17 @@ class Setting:
     @property
     def layouts(self) -> dict[str, dict[str, Any]]:
         """Sections ``zero`` by name: all that ``auto`` chooses among, but those that offload from host to host."""
-        changes = layouts_of(self.num_ranks, self.ranks_per_node)
         return {
-            name.replace("zero.", ""): each | ({"deepspeed": _RELEASED} if each["stage"] == 3 else {})
-            for name, each in changes
+            _name(each): each | ({"deepspeed": _RELEASED} if each["stage"] == 3 else {})
+            for each in layouts_of(self.num_ranks, self.ranks_per_node)
             if "offload_optimizer" not in each
         }
+
+
+def _name(changes: dict[str, Any]) -> str:
+    """A layout by what is particular about it."""
+    others = {key: value for key, value in changes.items() if key != "stage"} or changes
+    return ", ".join(f"{key}={value!r}" for key, value in others.items())
 
 
 SETTINGS = (

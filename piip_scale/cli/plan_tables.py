@@ -46,5 +46,5 @@ def _time(planned: PlannedRun) -> list[str]:
         *time_lines(asked.time),
         schedule_line(asked.time, planned.pace.steps),
         *choice_lines(asked, planned.others),
-        fastest_line(asked, planned.best),
+        fastest_line(asked, planned.best, planned.without_copies),
     ]

@@ -31,6 +31,7 @@ class PlannedRun:
         asked: Memory and time of the run as it is.
         others: Of those that differ in one decision.
         best: The fastest that fits, if any.
+        without_copies: The same of runs whose saves write from no copies in host memory, where nothing else fits.
         changes: What makes it fit.
         traffic: What a step sends.
         pace: Its steps.
@@ -42,6 +43,7 @@ class PlannedRun:
     asked: Choice
     others: tuple[Choice, ...]
     best: Choice | None
+    without_copies: Choice | None
     changes: tuple[Change, ...]
     traffic: tuple[Collective, ...]
     pace: Pace
@@ -94,18 +96,23 @@ def plan_run(run: RunConfig, setting: Setting, note: str, command: Asked) -> Pla
     laid_out, layout = _laid_out(run, setting)
     settled, checkpointing = _settled(laid_out, setting)
     chooser = setting.chooser(run.train.precision)
-    asked = chooser.asked(settled)
+    asked, best = chooser.asked(settled), chooser.fastest(settled)
     return PlannedRun(
         run=settled,
         setting=setting,
         notes=tuple(filter(None, [note, layout, checkpointing])),
         asked=asked,
         others=tuple(chooser.one_by_one(settled)),
-        best=chooser.fastest(settled),
+        best=best,
+        without_copies=None if best else chooser.fastest(_without_copies(settled)),
         changes=tuple(planner.changes(settled, ranks)),
         traffic=planner.traffic(settled, ranks),
         pace=Pace.of(settled, asked.memory, command.size_px, flops, setting.sets, command.epoch_images),
     )
+
+
+def _without_copies(run: RunConfig) -> RunConfig:
+    return run.model_copy(update={"train": run.train.model_copy(update={"background_saves": False})})
 
 
 def _laid_out(run: RunConfig, setting: Setting) -> tuple[RunConfig, str]:

@@ -67,11 +67,16 @@ def cluster_of(config: RunConfig, world: World, device: torch.device) -> tuple[C
 
 def layout_line(choice: Choice, kind: str, network_gbps: float, capacity: float) -> str:
     """What was decided, for the log."""
-    plan = choice.memory
-    fits = "which fits into" if choice.fits else "the least of all layouts, which does not fit into"
+    plan, into = choice.memory, f"into {capacity / GIB:.1f}"
+    if not plan.fits:
+        fits = f"the least of all layouts, which does not fit {into}"
+    elif not choice.fits:
+        fits = f"which fits {into}, but needs {plan.host_memory * choice.ranks_per_node / GIB:.1f} GiB of a node's host"
+    else:
+        fits = f"which fits {into}"
     return (
         f"zero.strategy: {layout_text(choice.config)}: {choice.time.seconds:.3g} s a step by the plan for {kind} with "
-        f"{network_gbps:g} Gb/s a node, {plan.total / GIB:.1f} GiB, {fits} {capacity / GIB:.1f}"
+        f"{network_gbps:g} Gb/s a node, {plan.total / GIB:.1f} GiB, {fits}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from ast import literal_eval
 from dataclasses import replace
 from functools import cache
 
@@ -14,7 +15,7 @@ from tiny_task import TinyTask
 from piip_scale.cli.options import read_numbers
 from piip_scale.cli.scaling_plot import check_picture, plot_scaling
 from piip_scale.engine.gpus import GPUS
-from piip_scale.engine.layout_choice import layout_text
+from piip_scale.engine.layout_choice import layout_line, layout_text
 from piip_scale.engine.planning.choices import Chooser
 from piip_scale.engine.planning.cluster import Assumptions, Cluster, Link, gpu_cluster
 from piip_scale.engine.planning.measured import read_measured
@@ -79,6 +80,16 @@ def test_every_way_makes_steps_of_as_many_images_and_only_what_can_be_is_named()
     assert not any("shard_over" in way.name or "node_partition" in way.name for way in alone)
 
 
+def test_a_layout_is_named_by_all_that_makes_it_out_of_the_run():
+    ways = Chooser(planner(), SLOW).one_by_one(run(zero={"shard_over": "node"}))
+    layouts = [way for way in ways if way.name.startswith("zero.")]
+    assert {"zero.shard_over='all'", "zero.stage=1, zero.shard_over='all'"} <= {way.name for way in layouts}
+    for way in layouts:
+        keys = dict(word.removeprefix("zero.").split("=") for word in way.name.split(", "))
+        set_so = run(zero={"shard_over": "node"} | {key: literal_eval(value) for key, value in keys.items()})
+        assert set_so.zero == way.config.zero
+
+
 def test_of_stages_that_are_planned_alike_the_one_that_is_measured_faster_is_taken():
     one = run(train={"steps": 6, "precision": "fp32"})
     near = replace(SLOW, outer=SLOW.inner, memory_bytes_per_s=1e9)
@@ -108,7 +119,17 @@ def test_what_does_not_fit_is_not_chosen():
     # Saves write from copies in host memory; a host without any holds none of them.
     without_host = Chooser(planner(), SLOW, host_capacity=1.0)
     assert without_host.fastest(run()) is None
-    assert fastest_line(without_host.asked(run()), None).endswith("--set train.background_saves=False")
+    asked = without_host.asked(run())
+    best = without_host.fastest(run(train={"steps": 6, "images_per_step": 64, "background_saves": False}))
+    assert best is not None
+    assert best.memory.host_memory == 0
+    line = fastest_line(asked, None, best)
+    assert line.startswith(f"fastest: none of these fits; with --set train.background_saves=False: {best.name}, ")
+    # Of those that GPUs hold the one that needs least of a host.
+    taken = without_host.fastest_layout(run())
+    assert taken.memory.fits
+    assert taken.memory.host_memory == min(way.memory.host_memory for way in [*without_host.one_by_one(run()), taken])
+    assert "which fits into 80.0, but needs" in layout_line(taken, "h100", 400, 80 * GIB)
 
 
 def test_predicting_is_planning_with_memory_enough():

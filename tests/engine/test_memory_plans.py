@@ -6,7 +6,11 @@ import pytest
 from ranks import run_ranks
 from sections.memory_plans import CLOSE, Case, measured, planned_bytes
 
-ALONE = (Case("stage 3", 1, {"stage": 3}), Case("stage 2", 1, {"stage": 2}))
+ALONE = (
+    Case("stage 3", 1, {"stage": 3}),
+    Case("stage 2", 1, {"stage": 2}),
+    Case("stage 3, DINO", 1, {"stage": 3}, kind="dino"),
+)
 OTHERS = (
     Case("stage 0", 2, {"stage": 0}, "fp32"),
     Case("stage 2", 2, {"stage": 2}),

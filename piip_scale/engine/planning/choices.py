@@ -81,7 +81,7 @@ class Chooser:
         return _fastest(self._possible(self._all(config)))
 
     def fastest_layout(self, config: RunConfig, open_keys: Collection[str] = tuple(LAYOUT)) -> Choice:
-        """The fastest that fits of all layouts; where none does, the one that needs least memory.
+        """The fastest that fits of all layouts; where none does, the one that needs least memory, of GPUs first.
 
         Args:
             config: The run.
@@ -94,7 +94,7 @@ class Chooser:
         choices = list(self._possible([("", config), *self._layouts(config, fixed)]))
         if not choices:
             return self.asked(config)
-        return _fastest(choices) or min(choices, key=lambda choice: choice.memory.total)
+        return _fastest(choices) or min(choices, key=_missing)
 
     def _all(self, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         for layout, of_layout in [("", config), *self._layouts(config)]:
@@ -116,9 +116,11 @@ class Chooser:
         return Choice(name, settled, memory, time, self._host, self._cluster.ranks_per_node)
 
     def _layouts(self, config: RunConfig, fixed: Mapping[str, Any] = _FREE) -> Iterator[tuple[str, RunConfig]]:
-        for name, changes in layouts_of(self._cluster.num_ranks, self._cluster.ranks_per_node):
+        for changes in layouts_of(self._cluster.num_ranks, self._cluster.ranks_per_node):
             zero = _with_layout(config, changes | dict(fixed))
-            if zero is not None and any(getattr(zero, key) != getattr(config.zero, key) for key in LAYOUT):
+            # All that differs from this run: setting it makes that layout out of it.
+            if zero is not None and (differing := _differing(config.zero, zero)):
+                name = ", ".join(f"zero.{key}={value!r}" for key, value in differing.items())
                 yield name, config.model_copy(update={"zero": zero})
 
     def _micro_batches(self, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -139,35 +141,41 @@ def _fastest(choices: Iterable[Choice]) -> Choice | None:
     return min((choice for choice in choices if choice.fits), key=_rounded_seconds, default=None)
 
 
+def _missing(choice: Choice) -> tuple[bool, float]:
+    """Orders what does not fit: where a GPU holds it the host is too small."""
+    memory = choice.memory
+    return not memory.fits, memory.host_memory if memory.fits else memory.total
+
+
 def _rounded_seconds(choice: Choice) -> float:
     """A step's to five digits: those of equals differ by how they were added up."""
     return float(f"{choice.time.seconds:.5g}")
 
 
-def layouts_of(num_ranks: int, ranks_per_node: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All that are looked at: what to set, and changes to a plain section ``zero``; those that cannot be too.
+def layouts_of(num_ranks: int, ranks_per_node: int) -> Iterator[dict[str, Any]]:
+    """All that are looked at, as changes to a plain section ``zero``; those that cannot be too.
 
     Args:
         num_ranks: All.
         ranks_per_node: Of each node.
     """
     # Stage 2 is planned to be as fast as stage 1, and measured to take up to a fifth longer: it comes after.
-    for stage in (3, 1, 2, 0):
-        yield f"zero.stage={stage}", {"stage": stage}
+    yield from ({"stage": stage} for stage in (3, 1, 2, 0))
     nodes = num_ranks // ranks_per_node
     if nodes > 1 and ranks_per_node > 1:
-        yield "zero.shard_over='node'", {"stage": 3, "shard_over": "node"}
-        yield f"zero.node_partition={ranks_per_node}", {"stage": 3, "node_partition": ranks_per_node}
+        yield {"stage": 3, "shard_over": "node"}
+        yield {"stage": 3, "node_partition": ranks_per_node}
     group = 2
     while group < nodes and nodes % group == 0:
-        yield f"zero.shard_over={group * ranks_per_node}", {"stage": 3, "shard_over": group * ranks_per_node}
+        yield {"stage": 3, "shard_over": group * ranks_per_node}
         group *= 2
-    places = {"offload_optimizer": "cpu"}
-    yield "zero.offload_optimizer='cpu'", {"stage": 3, **places}
-    yield (
-        "zero.offload_optimizer='cpu', zero.offload_parameters='cpu'",
-        {"stage": 3, **places, "offload_parameters": "cpu"},
-    )
+    yield {"stage": 3, "offload_optimizer": "cpu"}
+    yield {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
+
+
+def _differing(now: ZeroConfig, then: ZeroConfig) -> dict[str, Any]:
+    """Keys of the layout that another section has otherwise, and how."""
+    return {key: getattr(then, key) for key in LAYOUT if getattr(then, key) != getattr(now, key)}
 
 
 def _with_layout(config: RunConfig, changes: dict[str, Any]) -> ZeroConfig | None:

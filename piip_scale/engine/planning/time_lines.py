@@ -62,11 +62,20 @@ def choice_lines(asked: Choice, others: Sequence[Choice]) -> list[str]:
     return lines
 
 
-def fastest_line(asked: Choice, best: Choice | None) -> str:
-    """Which way is the fastest that fits, and why."""
+def fastest_line(asked: Choice, best: Choice | None, without_copies: Choice | None = None) -> str:
+    """Which way is the fastest that fits, and why.
+
+    Args:
+        asked: The run as it is.
+        best: The fastest that fits, if any.
+        without_copies: The same of runs whose saves write from no copies in host memory, where nothing else fits.
+    """
+    if best is None and without_copies is not None:
+        name = without_copies.name or "as it is"
+        with_it = f"--set train.background_saves=False: {name}, {_speed(without_copies.time)}"
+        return f"fastest: none of these fits; with {with_it}"
     if best is None:
-        only_host = "; without copies that saves write from: --set train.background_saves=False"
-        return f"fastest: none of these fits{only_host if asked.memory.fits else ''}"
+        return "fastest: none of these fits"
     if not best.name or (best.time.seconds >= asked.time.seconds and asked.fits):
         return f"fastest that fits: as it is; {_wait(asked.time)} is what bounds it"
     if asked.fits and asked.time.seconds < _WORTH_A_CHANGE * best.time.seconds:
