@@ -119,7 +119,7 @@ def test_a_full_device_is_one_line_with_the_plan_and_a_knob(tmp_path):
     assert run.status().ending.reason == "out of device memory"
     details = (run.errors / "rank_1.txt").read_text()
     assert "Tried to allocate 20.00 MiB" in details
-    assert "GiB on each of 2 GPUs, micro-batches of 2" in details
+    assert "MiB on each of 2 GPUs, micro-batches of 2" in details
     assert str(run.errors / "rank_1.txt") in told[0]
 
 
