@@ -114,7 +114,7 @@ def line_chart(
         marks: Upright lines.
         note: Below the keys.
         steps: The x axis' ends, whole numbers, for charts that are compared; where ``None``, the curves' own.
-        is_linear: Never logarithmic: small values are to look small.
+        is_linear: Of scores, from 0 to 1: never logarithmic, since small values are to look small.
         shows_last: Keys have the curves' last values.
     """
     shown = [curve for curve in curves if curve.trace.spans]
@@ -171,7 +171,9 @@ def _up(curves: Sequence[Curve], is_linear: bool) -> _Axis:
     if not is_log:
         room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
         # Room below zero would show values that there cannot be.
-        low, high = (max(low - room, 0.0) if low >= 0 else low - room), high + room
+        # Nor are there scores above 1.
+        top = min(high + room, 1.0) if is_linear and high <= 1 else high + room
+        low, high = (max(low - room, 0.0) if low >= 0 else low - room), top
     return _Axis(low, high, _BOTTOM, _TOP, is_log)
 
 

@@ -102,7 +102,7 @@ def _curves_of(report: Report, part: str) -> Html:
     ]
     left = len(known) - len(chosen)
     note = f"the {len(chosen)} classes with the most objects; {left} more are in the table below" if left else ""
-    return line_chart(title, curves, note=note, shows_last=False)
+    return line_chart(title, curves, note=note, shows_last=False, is_linear=True)
 
 
 def _trace(values: npt.NDArray[np.float64]) -> Trace:

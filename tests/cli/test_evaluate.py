@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from functools import partial
 
@@ -161,7 +162,10 @@ def test_results_that_are_none_are_one_line(scenes, tmp_path):
         ("{}", "are no list"),
         ([entry | {"image_id": 99999}], "the set has no such image"),
         ([entry | {"category_id": 99}], "the set has no such category"),
+        ([entry | {"image_id": [1]}], "the set has no such image"),
         ([entry], "with a score or box that is none"),
+        ([entry | {"bbox": [1, 1, 5, 5], "score": math.nan}], "with a score or box that is none"),
+        ([entry | {"bbox": [1, 1, 5, math.inf]}], "with a score or box that is none"),
     ):
         results.write_text(content if isinstance(content, str) else json.dumps(content))
         assert message in refused("--results", results, "--coco", scenes.val)

@@ -263,6 +263,17 @@ def test_the_last_value_is_the_last_one_even_if_it_is_no_number(tmp_path):
     assert "1 value(s) not finite" in figure
 
 
+@pytest.mark.parametrize("score", [1.0, 0.99, 0.0])
+def test_no_axis_of_scores_goes_beyond_one(tmp_path, score):
+    run = make_run(tmp_path / "run", lines=[{"step": 42, "kind": "evaluation", "eval/mask_ap": score}])
+    report(run, "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    figure = text[text.index(">mask AP<") :].partition("</figure>")[0]
+    ticks = [float(tick) for tick in re.findall(r'x="41[^>]*text-anchor="end">([^<]*)<', figure)]
+    assert len(ticks) > 1
+    assert 0 <= min(ticks) < max(ticks) <= 1
+
+
 def test_a_class_that_only_one_of_two_runs_has_is_not_one_without_objects(tmp_path):
     for name, scores in (("a", {"cat": 0.25, "dog": -1}), ("b", {"horse": 0.75, "dog": 0.5})):
         values = {f"eval/per_class/box_ap50/{kind}": score for kind, score in scores.items()}

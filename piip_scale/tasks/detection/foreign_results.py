@@ -11,6 +11,7 @@ from typing import Any
 from piip_scale.errors import DataError
 from piip_scale.tasks.detection.scoring import Result
 
+_TOO_LARGE = 1e30
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
@@ -40,15 +41,24 @@ def read_results(path: Path, truth: Mapping[str, Any]) -> list[Result]:
 def _problem(entry: Any, images: set[int], categories: set[int]) -> str:
     if not isinstance(entry, dict) or not {"image_id", "category_id", "score"} <= entry.keys():
         return f"{entry!r:.60} lacks image_id, category_id or score"
-    if entry["image_id"] not in images:
+    if not _is_in(entry["image_id"], images):
         return f"image_id {entry['image_id']!r:.40}, and the set has no such image"
-    if entry["category_id"] not in categories:
+    if not _is_in(entry["category_id"], categories):
         return f"category_id {entry['category_id']!r:.40}, and the set has no such category"
     box = entry.get("bbox")
-    is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-    if not isinstance(entry["score"], int | float) or not (is_box or (box is None and "segmentation" in entry)):
+    is_box = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+    if not _is_number(entry["score"]) or not (is_box or (box is None and "segmentation" in entry)):
         return f"{entry!r:.60} with a score or box that is none"
     return ""
+
+
+def _is_in(value: Any, ids: set[int]) -> bool:
+    return isinstance(value, int | str) and value in ids
+
+
+def _is_number(value: Any) -> bool:
+    """Not NaN, which JSON of Python may hold, and no whole number that no float holds."""
+    return isinstance(value, int | float) and abs(value) < _TOO_LARGE
 
 
 def federated(truth: dict[str, Any], root: Mapping[str, Any], name: str) -> dict[str, Any]:
