@@ -1,6 +1,7 @@
 """For all tests: the long ones first, the same on every machine, and held to no clock, which a busy machine fails."""
 
 import gc
+import logging
 import os
 import random
 import signal
@@ -46,9 +47,14 @@ def pytest_xdist_setupnodes():
     fork_workers()
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup():
     """Has a test find the same, whichever came before it in its process: which do, the clock decides."""
+    # Before pytest looks at loggers, which a command that ran in this process has set up.
+    logger = logging.getLogger("piip_scale")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
@@ -57,6 +63,7 @@ def pytest_runtest_setup():
     if "piip_scale.run.run_dir" in sys.modules:
         # Kept from the first call on, which a test with a clock of its own may be.
         sys.modules["piip_scale.run.run_dir"].process_start_unix_s()
+    return (yield)
 
 
 def pytest_collection_modifyitems(items):
