@@ -219,6 +219,8 @@ class VitBranchConfig(_BranchConfig):
                 f"lora trains the blocks above frozen_blocks={self.frozen_blocks!r}, which are none: leave "
                 "frozen_blocks out, or name fewer"
             )
+        if self.lora is not None and self.lora.rank > self.embed_dim:
+            raise ValueError(f"lora.rank={self.lora.rank} must be at most embed_dim={self.embed_dim}, a full rank")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from piip_scale.config.foundation_presets import FOUNDATION_PRESETS
@@ -67,11 +68,16 @@ def expand_preset(branch: dict[str, Any]) -> dict[str, Any]:
     """Puts a preset's numbers under a branch's own keys, which win.
 
     Raises:
-        ValueError: No preset has that name.
+        ValueError: No preset has that name, or it is of another kind than the branch says.
     """
     if "preset" not in branch:
         return branch
     name = branch["preset"]
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset={name!r} is unknown; one of: {', '.join(sorted(PRESETS))}")
+        near = get_close_matches(str(name).lower(), PRESETS)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"preset={name!r} is unknown; {meant}one of: {', '.join(sorted(PRESETS))}")
+    kind = PRESETS[name]["kind"]
+    if branch.get("kind", kind) != kind:
+        raise ValueError(f"preset={name!r} is a {kind}, and kind={branch['kind']!r} stands beside it: leave kind out")
     return PRESETS[name] | {key: value for key, value in branch.items() if key != "preset"}

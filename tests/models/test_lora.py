@@ -82,3 +82,8 @@ def test_they_decay_by_layers_like_their_blocks_and_learn_at_the_rate_of_what_is
 def test_there_must_be_blocks_to_add_to():
     with pytest.raises(ValidationError, match="lora trains the blocks above frozen_blocks='all', which are none"):
         network(lora=ALL, frozen_blocks="all")
+
+
+def test_a_rank_is_no_more_than_a_full_one():
+    with pytest.raises(ValidationError, match=r"lora.rank=33 must be at most embed_dim=32"):
+        network(lora=ALL | {"rank": 33})

@@ -70,3 +70,27 @@ def test_a_preset_is_a_whole_branch(name):
     windows = {"window_size_tokens": (14,) * PRESETS[name]["depth"]} if name.startswith("beit") else {}
     config = PiipConfig.model_validate({"branches": ({"preset": name, "resolution_px": 512} | windows,)})
     assert config.branches[0].resolution_px == 512
+
+
+def branches_with(**keys):
+    return PiipConfig.model_validate({"branches": ({"resolution_px": 512} | keys,)})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dinov3_7B", r"preset='dinov3_7B' is unknown; did you mean dinov3_7b or .*\? one of: augreg"),
+        ("siglip_so400m", r"did you mean siglip2_so400m"),
+        ("???", r"preset='\?\?\?' is unknown; one of: augreg"),
+        (7, r"preset=7 is unknown"),
+    ],
+)
+def test_a_misspelt_preset_is_told_the_nearest(name, said):
+    with pytest.raises(ValueError, match=said):
+        branches_with(preset=name)
+
+
+def test_a_kind_that_a_preset_is_not_of_is_refused():
+    with pytest.raises(ValueError, match=r"preset='dinov3_7b' is a vit, and kind='convnext' stands beside it"):
+        branches_with(preset="dinov3_7b", kind="convnext")
+    assert branches_with(preset="dinov3_s", kind="vit").branches[0].depth == 12
