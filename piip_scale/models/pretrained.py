@@ -52,6 +52,7 @@ _SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*\.(safetensors|bin|pth|p
 _RECORDS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 """What training codes save beside tensors (RADIO, MAE) and what runs nothing when it is read: plain values by name."""
 _KEYS_SHOWN = 5
+_JAX_BLOCK = "Transformer/encoderblock_"
 _PICKLE, _ZIP, _START_BYTES = b"\x80", b"PK", 40
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
@@ -288,17 +289,29 @@ def _read_jax(path: Path, config: BranchConfig) -> dict[str, Tensor]:
         raise _absent(path)
     if not isinstance(config, VitBranchConfig):
         raise ModelError("pretrained weights: .npz is for vision transformers", value=str(path))
-    with np.load(path) as arrays:
-        tokens = arrays["Transformer/posembed_input/pos_embedding"].shape[1] - 1
-    model = VisionTransformer(
-        img_size=round(tokens**0.5) * config.patch_size_px,
-        patch_size=config.patch_size_px,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        num_classes=0,
-    )
-    model.load_pretrained(str(path))
+    try:
+        with np.load(path) as arrays:
+            tokens = arrays["Transformer/posembed_input/pos_embedding"].shape[1] - 1
+            blocks = {name.split("/")[1] for name in arrays.files if _JAX_BLOCK in name}
+        if len(blocks) != config.depth:
+            # timm would take the first of them.
+            raise ValueError(f"it has {len(blocks)} blocks for {config.depth}")
+        model = VisionTransformer(
+            img_size=round(tokens**0.5) * config.patch_size_px,
+            patch_size=config.patch_size_px,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            num_classes=0,
+        )
+        model.load_pretrained(str(path))
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ModelError(
+            "pretrained weights: no AugReg file of this branch's width and depth",
+            value=str(path),
+            rule=(str(error) or type(error).__name__).splitlines()[0],
+            fix="name the .npz of the preset",
+        ) from error
     return dict(model.state_dict())
 
 

@@ -114,6 +114,22 @@ def test_augregs_numpy_files_load(tmp_path):
     for name in ("attn.qkv.weight", "attn.proj.bias", "mlp.fc2.weight", "norm2.bias"):
         assert np.array_equal(branch.blocks[1].get_parameter(name).detach().numpy(), state[f"blocks.1.{name}"])
     assert np.array_equal(branch.embedding.position.detach().numpy(), state["pos_embed"])
+    for other in ({"depth": 1}, {"depth": 3}, {"embed_dim": 48}):
+        config = VitBranchConfig(pretrain_resolution_px=64, **NUMBERS | INTERNVIT | other)
+        with pytest.raises(ModelError, match="no AugReg file of this branch's width and depth"):
+            branch_weights(Vit(config), config, tmp_path / "augreg.npz")
+
+
+@pytest.mark.parametrize("content", ["nothing", "noise", "another's", "cut off"])
+def test_a_numpy_file_that_is_no_augreg_is_one_line(tmp_path, content):
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.zeros(3))
+    whole = path.read_bytes()
+    path.write_bytes({"nothing": b"", "noise": b"PK\x03\x04junk", "another's": whole, "cut off": whole[:-30]}[content])
+    config = VitBranchConfig(**NUMBERS)
+    with pytest.raises(ModelError, match=r"no AugReg file of this branch.*w\.npz") as raised:
+        branch_weights(Vit(config), config, path)
+    assert "\n" not in raised.value.line
 
 
 @pytest.mark.parametrize("shared", [False, True])
