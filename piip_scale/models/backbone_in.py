@@ -1,8 +1,9 @@
-"""The backbone among a file's tensors, and whether these are numbers that a branch can start from."""
+"""The backbone among a file's tensors, whether these are numbers that a branch can start from, and what file it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ _NETWORKS = ("model_ema.", "teacher.", "backbone.")
 """What names of one network begin with where there are others beside it; averages before what they are averages of."""
 _OWNERS = ("radio_model.", "detector.", "detector_model.")
 """What C-RADIO and SAM 3 are called by their owners, who say further inside where the backbone is."""
+SAFETENSORS = ".safetensors"
+_ZIP, _LENGTH_BYTES = b"PK\x03\x04", 8
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,3 +50,15 @@ def not_floats(value: Value) -> str:
     """The type of what are no floats, as those of quantised files, which are numbers of something; else nothing."""
     parts = value.parts if isinstance(value, Joined) else (value,)
     return next((str(part.dtype) for part in parts if part.dtype not in _FLOATS), "")
+
+
+def name_it_deserves(path: Path) -> str:
+    """What to call a readable file that has the suffix of another format; else nothing."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_LENGTH_BYTES + 1)
+    except OSError:  # whoever reads the file says why
+        return ""
+    if path.suffix == SAFETENSORS:
+        return "name it .pth: it is a pickle" if start.startswith(_ZIP) else ""
+    return f"name it {SAFETENSORS}, as it is one" if start[_LENGTH_BYTES:] == b"{" else ""

@@ -26,7 +26,7 @@ from piip_scale.errors import ModelError
 from piip_scale.files import LACKS_MEMORY_FIX, lacks_memory
 from piip_scale.geometry import depth_of
 from piip_scale.logging import get_logger
-from piip_scale.models.backbone_in import backbone_in, not_floats, require_values
+from piip_scale.models.backbone_in import backbone_in, name_it_deserves, not_floats, require_values
 from piip_scale.models.foundation_keys import KEY_BIAS, foundation_names
 from piip_scale.models.joined import Value, Weights
 from piip_scale.models.misfits import describe_misfits
@@ -331,7 +331,7 @@ def _unreadable(path: Path, error: BaseException) -> ModelError:
     start = _start_of(path)
     if start and start.isascii() and start.decode().isprintable():
         reason += f"; it begins with {start.decode()!r}"
-    fix = LACKS_MEMORY_FIX if lacks_memory(error) else "download it again"
+    fix = LACKS_MEMORY_FIX if lacks_memory(error) else name_it_deserves(path) or "download it again"
     return ModelError("pretrained weights cannot be read", value=str(path), rule=reason, fix=fix)
 
 

@@ -227,6 +227,16 @@ def test_a_damaged_file_is_one_line(tmp_path, name, content):
     assert "\n" not in caught.value.line
 
 
+@pytest.mark.parametrize(
+    ("write", "name", "fix"),
+    [(save_file, "w.pth", "name it .safetensors, as it is one"), (torch.save, "w.safetensors", "name it .pth")],
+)
+def test_a_file_with_another_formats_suffix_is_told_its_name(tmp_path, write, name, fix):
+    write({"a": torch.zeros(3)}, tmp_path / name)
+    with pytest.raises(ModelError, match=fix):
+        read_weights(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["w.pth", "w.bin", "w.safetensors"])
 def test_a_pointer_in_the_files_place_is_shown(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
