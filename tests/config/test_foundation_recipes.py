@@ -68,6 +68,7 @@ def test_what_is_made_for_one_gpu_plans_to_fit_it(name, gpu_gib, most_gib):
     "name",
     [
         "mask_rcnn_dinov3_7b_frozen_ct_1024_512",
+        "dino_dinov3_7b_frozen_ct_1024_512",
         "upernet_radio_b_ct_512_256",
         *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS),
     ],
