@@ -30,7 +30,7 @@ _HEAVY = [
     "piip_scale.engine.session",
     "piip_scale.tasks.mmlab",
     *(f"piip_scale.tasks.{task}.{part}" for task in TASKS for part in ("task", "model")),
-    "piip_scale.cli.main",
+    "piip_scale.cli.app",
     # What the modules of tests import, which each worker collects.
     "pytest",
     "hypothesis",

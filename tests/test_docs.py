@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.config import load_config
 from piip_scale.config.explain import _models_in
 from piip_scale.engine.batching import scale_to_ranks

@@ -66,7 +66,7 @@ def test_configs_are_values():
 def test_help_does_not_wait_for_training_libraries():
     """What the layers promise, seen: the command's own imports leave the slow libraries alone."""
     code = (
-        "import sys; import piip_scale.cli.main;"
+        "import sys; import piip_scale.cli.app;"
         "print([n for n in ('deepspeed', 'mmdet', 'mmengine', 'tensorboard', 'timm', 'sklearn') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)

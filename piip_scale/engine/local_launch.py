@@ -50,7 +50,7 @@ def launch_local(
 
     Raises:
         LostRankError: A rank failed without a word of its own, as one killed by the system does.
-        Interrupted: A second SIGINT came.
+        Interrupted: A second SIGINT came, or one before a rank could listen that leaves rank 0 without a word.
     """
     run.clear_traces()
     ranks = _Ranks(run)
@@ -77,8 +77,7 @@ def launch_without_run(num_procs: int, command: Sequence[str], *, grace_s: float
     _attend(ranks, num_procs, command, grace_s)
     if ranks.killed_by_user:
         raise Interrupted("stopped by a second Ctrl-C")
-    # One that was asked before it could listen is killed by that, and lost nothing.
-    if ranks.was_interrupted:
+    if ranks.was_asked and ranks.first_failure is not None:
         return Interrupted.exit_code
     if ranks.unreported is not None:
         raise ranks.unreported
@@ -105,9 +104,12 @@ def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
         raise _noted(error, run, ending_of(error))
     if ranks.first_failure is None:
         return 0
+    if ranks.stopped_as_asked:
+        if ranks.main_spoke:
+            return Interrupted.exit_code
+        error = Interrupted("stopped as asked before its ranks could listen, and so before a step")
+        raise _noted(error, run, ending_of(error))
     rank, code = ranks.first_failure
-    if code == Interrupted.exit_code:
-        return Interrupted.exit_code
     unreported = ranks.unreported or _silent_failure(rank, code)
     if ranks.unreported or run.record_error(rank, unreported):
         raise _noted(unreported, run, run.first_error() or ending_of(unreported, rank))
@@ -161,6 +163,7 @@ class _Ranks:
         self.unreported: RunError | None = None
         self._run = run
         self._interrupts = 0
+        self._asked: set[int] = set()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._are_started = False
         self._early: list[int] = []
@@ -191,6 +194,7 @@ class _Ranks:
     def forward(self, number: int, _frame: FrameType | None) -> None:
         """Passes a signal on, once; a second SIGINT means now."""
         self._interrupts += number == signal.SIGINT
+        self._asked.add(number)
         if self._interrupts > 1:
             self.killed_by_user = True
         elif self._are_started:
@@ -199,9 +203,19 @@ class _Ranks:
             self._early.append(number)
 
     @property
-    def was_interrupted(self) -> bool:
-        """A Ctrl-C was passed on."""
-        return self._interrupts > 0
+    def was_asked(self) -> bool:
+        """A signal was passed on."""
+        return bool(self._asked)
+
+    @property
+    def stopped_as_asked(self) -> bool:
+        """The first that ended badly did so for a signal that was passed on; before a rank listens that kills it."""
+        return self.first_failure is not None and self._is_stop(self.first_failure[1])
+
+    @property
+    def main_spoke(self) -> bool:
+        """Rank 0 ended by itself as asked, with a line of its own."""
+        return self._processes[0].returncode == Interrupted.exit_code
 
     def kill(self) -> None:
         """Ends every rank that still runs, with the processes it started."""
@@ -217,14 +231,17 @@ class _Ranks:
             if process.poll() is None:
                 process.send_signal(number)
 
+    def _is_stop(self, code: int) -> bool:
+        return code == Interrupted.exit_code or -code in self._asked
+
     def _note_failure(self) -> None:
         if self.first_failure is not None:
             return
         codes = [process.poll() for process in self._processes]
         failed = [(rank, code) for rank, code in enumerate(codes) if code]
-        # Of several in one glance, a rank that a signal took is the cause and the others its echo.
-        self.first_failure = min(failed, key=lambda item: item[1] > 0, default=None)
-        if self.first_failure and self.first_failure[1] < 0:
+        # Of several in one glance, a rank that a signal took, or that stopped as asked, is the cause, others its echo.
+        self.first_failure = min(failed, key=lambda item: item[1] > 0 and not self._is_stop(item[1]), default=None)
+        if self.first_failure and self.first_failure[1] < 0 and not self.stopped_as_asked:
             # Claimed at once: the others, which have lost contact, wait a moment before they report it.
             error, rank = _silent_failure(*self.first_failure), self.first_failure[0]
             is_first = self._run is None or self._run.record_error(rank, error) or _is_told_of(self._run, error, rank)

@@ -22,7 +22,7 @@ from piip_scale.checkpoint import output
 from piip_scale.checkpoint.convert import ConvertOptions, convert
 from piip_scale.checkpoint.renaming import Renaming
 from piip_scale.checkpoint.safetensors_writer import SafetensorsWriter
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.errors import CheckpointError
 
 PREFIX = "_forward_module.model."

@@ -9,7 +9,7 @@ from commands import piip_scale, succeeded
 from PIL import Image
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.demo.digits import write_digits
 from piip_scale.errors import DataError
 

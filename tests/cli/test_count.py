@@ -4,7 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.config.loading import load_config
 from piip_scale.errors import ConfigError
 from piip_scale.tasks.detection.model import build_detection_model

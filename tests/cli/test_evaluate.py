@@ -14,7 +14,7 @@ from PIL import Image
 from sections.file_operations import log_operations, logged_operations
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.data.order import whole_batches
 from piip_scale.data.packing.pack import coco_source
 from piip_scale.data.packing.packing import PackOptions

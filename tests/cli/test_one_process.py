@@ -6,7 +6,7 @@ import os
 import pytest
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.run.environment import command_text, describe_environment, few_cores_line
 from piip_scale.world import usable_cores
 

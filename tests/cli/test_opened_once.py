@@ -11,7 +11,7 @@ from sections.file_operations import logged_operations, noted_operations
 from sections.rank_costs import opening_sets
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 
 ALONE = ("--set", "data.workers=0")
 SWEEP = ("--sweep", "train.seed=0,1", "--nodes", "1", "--gpus-per-node", "2")

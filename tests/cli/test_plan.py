@@ -13,7 +13,6 @@ from opened_sets import assert_found_once
 from sections.file_operations import log_operations, logged_operations
 
 from piip_scale.cli.main import main
-from piip_scale.config import loading
 
 DIGITS = Path(__file__).parents[2] / "configs" / "demo" / "digits.py"
 
@@ -128,15 +127,3 @@ def planned(monkeypatch, words):
     with pytest.raises(SystemExit) as caught:
         main()
     return caught.value.code
-
-
-def test_ctrl_c_in_any_command_is_one_line_and_exit_code_130(monkeypatch, capsys):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loading, "load_config", interrupted)
-    monkeypatch.setattr(sys, "argv", ["piip-scale", "plan", str(DIGITS)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 130
-    assert capsys.readouterr().err.split("\n") == ["piip-scale: stopped by Ctrl-C before it was done", ""]

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import piip_scale
+from piip_scale.cli.app import app
 from piip_scale.cli.evaluation import Asked, Outputs, evaluate_model
-from piip_scale.cli.main import app
 from piip_scale.cli.predict import split_words
 from piip_scale.config.loading import config_text, load_config
 from piip_scale.errors import ConfigError, DataError, PiipError, WorldError

@@ -11,7 +11,7 @@ import pytest
 from commands import command, environment, failed_in_one_line, piip_scale, succeeded, without_slurm
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.errors import PiipError
 
 H6B = Path(__file__).parents[2] / "configs" / "coco" / "mask_rcnn_h6b_1024_512.py"
@@ -163,7 +163,7 @@ def test_jobs_without_any_say_where_to_look(tmp_path):
 
 def test_jobs_answer_without_torch():
     code = (
-        "import sys, piip_scale.cli.main, piip_scale.launch.control, piip_scale.launch.submitting, piip_scale.cli.jobs;"
+        "import sys, piip_scale.cli.app, piip_scale.launch.control, piip_scale.launch.submitting, piip_scale.cli.jobs;"
     )
     code += "print([name for name in ('torch', 'numpy', 'deepspeed', 'mmengine') if name in sys.modules])"
     done = subprocess.run(

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.official import from_official
 from piip_scale.models.official_config import read_official_config

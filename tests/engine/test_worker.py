@@ -89,6 +89,36 @@ def test_what_asks_to_stop_while_ranks_start_is_passed_on_to_them(tmp_path, monk
     assert launch_local(2, ["sh", "-c", listens], run) == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("main", ["listens", "cannot listen", "waits for the other"])
+def test_what_asks_ranks_to_stop_before_they_listen_is_no_failure_and_said_once(tmp_path, monkeypatch, number, main):
+    """As Python's own end does it: by the signal where nothing is imported yet, by exit code 130 a little later."""
+    run, begun = RunDirectory(tmp_path / "run"), local_launch._start
+    run.open("config = 1\n", resume=False)
+    run.write_status("running", 0)
+    name = number.name.removeprefix("SIG")
+    trap = {"listens": "trap 'exit 130' ", "cannot listen": "trap - ", "waits for the other": "trap '' "}[main] + name
+
+    def start(command, environment):
+        process = begun(command, environment)
+        while not (tmp_path / f"begun{environment['RANK']}").exists():
+            time.sleep(0.01)
+        if environment["RANK"] == "1":
+            os.kill(os.getpid(), number)
+        return process
+
+    monkeypatch.setattr(local_launch, "_start", start)
+    ranks = f"[ $RANK = 0 ] && {trap}; touch {tmp_path}/begun$RANK; exec 2>&-; while :; do sleep 0.05; done"
+    if main == "listens":
+        assert launch_local(2, ["sh", "-c", ranks], run, grace_s=240.0) == 130
+    else:
+        with pytest.raises(Interrupted, match="stopped as asked before its ranks could listen") as caught:
+            launch_local(2, ["sh", "-c", ranks], run, grace_s=0.0)
+        assert caught.value.exit_code == 130
+        assert run.status().ending.reason == "interrupted"
+    assert run.first_error() is None
+
+
 @pytest.mark.parametrize(("told", "reason"), [("gloo: connection closed", "lost rank"), ("a bug", "exception")])
 def test_a_killed_rank_is_the_cause_of_the_contact_that_another_has_lost_and_told_of(
     tmp_path, monkeypatch, told, reason

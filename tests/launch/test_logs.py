@@ -7,7 +7,7 @@ from run_files import make_spec, write_status
 from typer.testing import CliRunner
 
 from piip_scale.cli import jobs as command
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.launch import logs
 from piip_scale.launch.logs import follow, sizes, tail
 

@@ -13,7 +13,7 @@ from PIL import Image
 from run_files import NOW, steps, write_beat, write_metrics, write_status
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.launch.bottleneck import what_limits
 from piip_scale.launch.run_curves import read_curves
 

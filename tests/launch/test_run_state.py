@@ -22,7 +22,7 @@ from run_files import (
 from typer.testing import CliRunner
 
 from piip_scale.cli import jobs as command
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.errors import RunError, SlurmError
 from piip_scale.launch import control
 from piip_scale.launch import queue as slurm_queue

@@ -13,7 +13,7 @@ from run_files import NOW, job, row, steps, write_attempt, write_beat, write_met
 from typer.testing import CliRunner
 
 from piip_scale.cli import jobs as command
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.cli.watch import Ends, frame, watch_table
 from piip_scale.launch.runs import Row, describe, read_run
 from piip_scale.launch.spec import Request, save_request

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import piip_scale
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.config.loading import config_text, load_config
 from piip_scale.data.images import ImageError
 from piip_scale.errors import ConfigError, DataError, ModelError

@@ -18,7 +18,7 @@ from small_answering import small_answering
 from small_detectors import CLASSES
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.cli.serve import listening
 from piip_scale.errors import KernelError, WorldError
 from piip_scale.serving.branch_shares import WHOLE, BranchShares

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from piip_scale.cli import evaluation
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.tasks.absences import absences
 
 

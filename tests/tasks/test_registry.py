@@ -9,7 +9,7 @@ import pytest
 from toy_task import ROW, ToyRun
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.config.loading import check_config, load_config
 from piip_scale.config.run import RunConfig
 from piip_scale.data.set_kinds import SET_KINDS

@@ -22,7 +22,7 @@ from small_detectors import SMALL, two_image_batch
 from small_segmentors import batch_of
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.errors import ConfigError, ModelError
 from piip_scale.models.official import from_official
 from piip_scale.tasks.detection.mask_results import encode_masks

@@ -8,7 +8,7 @@ import pytest
 from made_sets import make_coco, make_maps
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.data.packing.pack import pack_coco
 from piip_scale.data.packing.pack_maps import pack_label_maps
 from piip_scale.data.packing.verify import verify_shards

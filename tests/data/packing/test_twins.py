@@ -11,8 +11,8 @@ import pytest
 from made_sets import write_jpeg
 from typer.testing import CliRunner
 
+from piip_scale.cli.app import app
 from piip_scale.cli.endings import in_one_line
-from piip_scale.cli.main import app
 from piip_scale.data.packing.coco_maps import write_label_maps
 from piip_scale.data.packing.pack import pack_voc
 from piip_scale.data.packing.pack_classes import pack_folders, pack_list, read_class_names

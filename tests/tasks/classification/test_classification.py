@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from typer.testing import CliRunner
 
-from piip_scale.cli.main import app
+from piip_scale.cli.app import app
 from piip_scale.config.loading import check_config
 from piip_scale.data.batch import ClassificationBatch, ImageInfo
 from piip_scale.data.images import read_photo
