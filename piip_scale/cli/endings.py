@@ -7,12 +7,16 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from piip_scale.errors import PiipError, WorldError
+from piip_scale.errors import Interrupted, PiipError, WorldError
 from piip_scale.world import read_world
+
+COMMAND = "piip-scale"
+"""What its lines begin with."""
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
@@ -37,8 +41,8 @@ def in_one_line(command: Callable[[], object], name: str) -> None:
         _fail(name, error.line, error.exit_code)
     except SystemExit as end:
         # typer ends a command that Ctrl-C interrupts silently; a training has written its own.
-        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt) and _speaks():
-            print(f"{name}: stopped by Ctrl-C before it was done", file=sys.stderr)
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            _say_interrupted(name)
         raise
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
@@ -49,26 +53,39 @@ def in_one_line(command: Callable[[], object], name: str) -> None:
 
 
 @contextmanager
-def without_traceback() -> Iterator[None]:
-    """Has a Ctrl-C end this process as one of the system's own, where there is nothing yet to put away. Main thread."""
-    python = signal.getsignal(signal.SIGINT)
+def ended_at_once() -> Iterator[None]:
+    """Has a Ctrl-C end this process where it stands, with its line: for imports, before there is anything to put away.
+
+    Python's own exception would come out of what is being imported, changed by it at times, or abort it where that is
+    C++. Whoever takes the signal over inside keeps it. Nothing in another thread than the main one.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
     # Not where the shell has it ignored, as for what it starts behind its back.
-    if python is not signal.default_int_handler:
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, _end_at_once)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, python)
+        if signal.getsignal(signal.SIGINT) is _end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _speaks() -> bool:
-    """Whether this process says what all ranks could."""
+def _end_at_once(*_: object) -> NoReturn:
+    _say_interrupted(COMMAND)
+    sys.stderr.flush()
+    os._exit(Interrupted.exit_code)
+
+
+def _say_interrupted(name: str) -> None:
+    """One of many ranks says it."""
     try:
-        return read_world().is_main
+        speaks = read_world().is_main
     except WorldError:
-        return True
+        speaks = True
+    if speaks:
+        print(f"{name}: stopped by Ctrl-C before it was done", file=sys.stderr)
 
 
 def _fail(name: str, line: str, exit_code: int) -> NoReturn:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from piip_scale.cli.endings import ended_at_once
 from piip_scale.cli.options import ConfigPath, Overrides
 from piip_scale.config import RunConfig, load_config
 from piip_scale.config.loading import changed_keys, config_text
@@ -59,16 +60,18 @@ def train(
     folder = run_dir or Path("runs") / config.stem
     try:
         use_local_cache()
-        code = run_training(
-            config,
-            overrides or [],
-            folder,
-            procs=procs,
-            resume=resume,
-            restart=restart,
-            progress=progress,
-            profile=profile,
-        )
+        # Until it takes signals over itself there is nothing to save.
+        with ended_at_once():
+            code = run_training(
+                config,
+                overrides or [],
+                folder,
+                procs=procs,
+                resume=resume,
+                restart=restart,
+                progress=progress,
+                profile=profile,
+            )
     except PiipError as error:
         rank = claimed_rank()
         if rank is None:
