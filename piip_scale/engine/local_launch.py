@@ -107,8 +107,10 @@ def _verdict(ranks: _Ranks, run: RunDirectory) -> int:
     if ranks.stopped_as_asked:
         if ranks.main_spoke:
             return Interrupted.exit_code
-        error = Interrupted("stopped as asked before its ranks could listen, and so before a step")
-        raise _noted(error, run, ending_of(error))
+        error = Interrupted("stopped as asked before rank 0 could say so", fix="begin again with the same command")
+        before = run.status()
+        # What an earlier attempt left there stays true where this one had not begun.
+        raise _noted(error, run, ending_of(error)) if before and before.state == "running" else error
     rank, code = ranks.first_failure
     unreported = ranks.unreported or _silent_failure(rank, code)
     if ranks.unreported or run.record_error(rank, unreported):

@@ -11,9 +11,10 @@ from typing import Any
 from piip_scale.launch.run_metrics import parse_line
 from piip_scale.pages.trace import Trace
 from piip_scale.run.run_dir import RunDirectory
+from piip_scale.run.warned import LASTS_STEPS
 
-# As many as a warning outlives its cause: what limits a step and what is wrong with it are to agree.
-_STEPS_KEPT = 20
+# What limits a step and what is wrong with it are to agree.
+_STEPS_KEPT = LASTS_STEPS
 _EVENTS_KEPT = 100
 # As the files hold values that are no JSON.
 _NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}

@@ -8,6 +8,8 @@ from typing import Any
 
 WARNINGS = "warnings"
 """Of a step's line: what was wrong then."""
+LASTS_STEPS = 20
+"""Logged steps in a row without its cause after which a warning goes."""
 WARNED_AT = "warned_unix_s"
 """Of an event's line: when it happened, where it is a warning."""
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from piip_scale.run.warned import Warned
+from piip_scale.run.warned import LASTS_STEPS, Warned
 from piip_scale.telemetry.records import IntervalRecord, RankPace
 
 # Intervals in a row: one may be slow for any reason.
@@ -49,7 +49,7 @@ class Health:
         found = {key: (patience, text) for key, patience, text in _troubles(record)}
         self._in_a_row = Counter({key: self._in_a_row[key] + 1 for key in found})
         self._calm = Counter({key: self._calm[key] + 1 for key in self._lasting if key not in found})
-        self._lasting = {key: warned for key, warned in self._lasting.items() if self._calm[key] < _LONG}
+        self._lasting = {key: warned for key, warned in self._lasting.items() if self._calm[key] < LASTS_STEPS}
         due = [key for key, (patience, _) in found.items() if self._in_a_row[key] >= patience]
         new = [key for key in due if key not in self._lasting]
         for key in found:
