@@ -84,7 +84,7 @@ def change_lines(plan: MemoryPlan, changes: Sequence[Change], host_of_rank: floa
     lines = ["to make it fit, in this order:"]
     for change, verdict in zip(changes, verdicts, strict=True):
         # More GPUs are another way: what follows is counted without them.
-        knob = f"or {change.knob}, without what follows" if " GPUs " in change.knob else change.knob
+        knob = f"or {change.knob}, without what follows" if change.plan.num_ranks > plan.num_ranks else change.knob
         lines.append(f"  {knob}: {change.plan.total / GIB:.1f} GiB, {verdict}")
     if _FITS not in verdicts:
         lines.append("  nothing here is enough: smaller images, a smaller network, or GPUs with more memory")
